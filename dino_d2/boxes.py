@@ -1,0 +1,44 @@
+"""Box algebra. Everything is elementwise over the leading dimensions."""
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) centre and size to the two corners."""
+    center, size = boxes.split(2, -1)
+    return torch.cat([center - size / 2, center + size / 2], -1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(..., 4) two corners to centre and size."""
+    low, high = boxes.split(2, -1)
+    return torch.cat([(low + high) / 2, high - low], -1)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
+    """Logit of `x` in [0, 1], finite: both `x` and `1 - x` are taken to be at least `eps`."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def refine(reference: Tensor, delta: Tensor) -> Tensor:
+    """Move boxes (..., 4) in [0, 1] by `delta` (..., 4), both seen through a sigmoid.
+
+    Deformable DETR, section 3.2 "iterative bounding box refinement".
+    """
+    return (inverse_sigmoid(reference) + delta).sigmoid()
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalized IoU in [-1, 1] of corner boxes (..., 4); the leading dimensions broadcast.
+
+    `generalized_iou(a[:, None], b)` is the matrix of all pairs. Rezatofighi et al., 2019.
+    Boxes without area give 0 / 0 = 0 and not NaN, so that one of them cannot end a training.
+    """
+    (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
+    overlap = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).prod(-1)
+    union = (a_high - a_low).prod(-1) + (b_high - b_low).prod(-1) - overlap
+    tiny = torch.finfo(hull.dtype).tiny
+    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)

@@ -1,0 +1,98 @@
+"""The yacs keys of DINO, and the stages that they describe.
+
+LazyConfig users compose the same classes directly, see configs/common/models/dino_R_50.py.
+"""
+
+from detectron2.config import CfgNode as CN
+from detectron2.layers import ShapeSpec
+
+from .data import num_classes
+from .modeling import (
+    DENOISING_REGISTRY,
+    QUERY_SELECTION_REGISTRY,
+    ChannelMapper,
+    Decoder,
+    Encoder,
+    HungarianMatcher,
+    SetCriterion,
+)
+
+
+def add_dino_config(cfg: CN) -> None:
+    """Add the keys of DINO, with the defaults of the paper, to Detectron2's default config."""
+    cfg.MODEL.DINO = c = CN()
+    c.NUM_CLASSES = None  # None: as many as the training data has
+    c.EMBED_DIM = 256
+    c.NUM_HEADS = 8
+    c.FFN_DIM = 2048
+    c.DROPOUT = 0.0
+    # Feature maps of the backbone; coarser levels are appended until there are NUM_LEVELS.
+    c.IN_FEATURES = ["res3", "res4", "res5"]
+    c.NUM_LEVELS = 4
+    c.NUM_POINTS = 4
+    c.ENCODER_LAYERS = 6
+    c.DECODER_LAYERS = 6
+
+    c.QUERY_SELECTION = "MixedQuerySelection"  # or PureQuerySelection, StaticQueries
+    c.NUM_QUERIES = 900
+    c.LOOK_FORWARD = 2  # 2 is look forward twice, 1 is once
+    c.SHARED_HEADS = True  # one class and one box head for all decoder layers
+
+    c.DENOISING = CN()
+    c.DENOISING.NAME = "ContrastiveDenoising"  # or Denoising, or "" to train without
+    c.DENOISING.BUDGET = 100  # boxes noised per image (in pairs if contrastive)
+    c.DENOISING.LABEL_NOISE = 0.5
+    c.DENOISING.BOX_NOISE = 1.0
+
+    c.MATCHER = CN({"CLASS_COST": 2.0, "BBOX_COST": 5.0, "GIOU_COST": 2.0})
+    c.LOSS = CN({"CLASS_WEIGHT": 1.0, "BBOX_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0})
+
+    cfg.SOLVER.OPTIMIZER = "ADAMW"  # or "SGD", Detectron2's own, for other meta-architectures
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # learning rate of the backbone, relative to BASE_LR
+
+    # Short sides before the crop of DETR's augmentation; see dino_d2/data/augmentation.py.
+    cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
+
+
+def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict:
+    """The stages after the backbone, as arguments of :class:`DINO`."""
+    c = cfg.MODEL.DINO
+    classes = c.NUM_CLASSES or num_classes(cfg.DATASETS.TRAIN)
+    transformer = {
+        "embed_dim": c.EMBED_DIM,
+        "num_heads": c.NUM_HEADS,
+        "ffn_dim": c.FFN_DIM,
+        "dropout": c.DROPOUT,
+        "num_levels": c.NUM_LEVELS,
+        "num_points": c.NUM_POINTS,
+    }
+    denoising = c.DENOISING.NAME and DENOISING_REGISTRY.get(c.DENOISING.NAME)
+    return {
+        "num_classes": classes,
+        "neck": ChannelMapper(
+            input_shape=backbone_shape,
+            in_features=c.IN_FEATURES,
+            out_channels=c.EMBED_DIM,
+            num_levels=c.NUM_LEVELS,
+        ),
+        "encoder": Encoder(num_layers=c.ENCODER_LAYERS, **transformer),
+        "query_selection": QUERY_SELECTION_REGISTRY.get(c.QUERY_SELECTION)(cfg, classes),
+        "decoder": Decoder(
+            num_classes=classes,
+            num_layers=c.DECODER_LAYERS,
+            shared_heads=c.SHARED_HEADS,
+            look_forward=c.LOOK_FORWARD,
+            **transformer,
+        ),
+        "denoising": denoising(cfg, classes) if denoising else None,
+        "criterion": SetCriterion(
+            matcher=HungarianMatcher(
+                class_cost=c.MATCHER.CLASS_COST,
+                bbox_cost=c.MATCHER.BBOX_COST,
+                giou_cost=c.MATCHER.GIOU_COST,
+            ),
+            class_weight=c.LOSS.CLASS_WEIGHT,
+            bbox_weight=c.LOSS.BBOX_WEIGHT,
+            giou_weight=c.LOSS.GIOU_WEIGHT,
+        ),
+    }

@@ -1,0 +1,7 @@
+"""Datasets and augmentation."""
+
+from .augmentation import detr_augmentation
+from .coco import DatasetError, check, num_classes, register
+from .shapes import generate
+
+__all__ = ["DatasetError", "check", "detr_augmentation", "generate", "num_classes", "register"]

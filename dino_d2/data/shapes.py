@@ -1,0 +1,170 @@
+"""The quickstart's dataset: five kinds of shapes on textured backgrounds, in COCO format.
+
+It is small enough to be generated in seconds and to be learned in minutes, and it has what real
+data has: objects of many sizes that overlap, images of many sizes, and images without any object.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+IMAGE_SIDE = (128, 192)  # pixels, each side drawn independently
+DIAMETER = (14, 90)  # pixels, of the circle around a shape
+MAX_SHAPES = 7
+EMPTY_IMAGES = 0.04  # fraction
+MIN_VISIBLE = 0.4  # fraction of a shape that later ones leave uncovered
+MIN_CONTRAST = 75  # distance in RGB between a shape and what is under it
+SENSOR_NOISE = 6  # standard deviation of every pixel, in grey levels
+SUPERSAMPLING = 4
+VERSION = "1"  # a change of the pictures has to change it: an existing dataset is then made anew
+
+
+def _repeat(turns: int, *corners: complex) -> np.ndarray:
+    """The closed outline made of ``corners`` repeated by ``turns`` rotations about 0."""
+    return np.outer(np.exp(2j * np.pi * np.arange(turns) / turns), corners).ravel()
+
+
+# Points of the complex plane inside the unit circle: a product turns and scales, a sum moves.
+OUTLINES = {
+    "circle": _repeat(64, 1),
+    "square": _repeat(4, 1),
+    "triangle": _repeat(3, 1),
+    "star": _repeat(5, 1, 0.4 * np.exp(0.2j * np.pi)),
+    "cross": _repeat(4, 0.94 - 0.3j, 0.94 + 0.3j, 0.3 + 0.3j),
+}
+
+
+def generate(root: Path, num_train: int = 480, num_val: int = 96, seed: int = 0) -> None:
+    """Write ``train.json``, ``val.json`` and ``images/*.jpg`` under ``root``.
+
+    Image number i of a split depends on ``seed`` and i alone. A complete dataset made with the
+    same arguments is left as it is; an interrupted one is made anew.
+
+    Args:
+        root: folder to write to, created if missing.
+        num_train: number of training images.
+        num_val: number of validation images.
+        seed: non-negative; another one gives other images.
+    """
+    root = Path(root)
+    info = {
+        "description": "shapes on textured backgrounds",
+        "version": VERSION,
+        "arguments": {"num_train": num_train, "num_val": num_val, "seed": seed},
+    }
+    splits = {"train": num_train, "val": num_val}
+    if all(_is_complete(root, split, info) for split in splits):
+        return
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    # From here on until the end images and annotations may disagree, so there are no annotations.
+    for split in splits:
+        (root / f"{split}.json").unlink(missing_ok=True)
+    datasets = {
+        split: {"info": info, **_write_images(root / "images", split, number, count, seed)}
+        for number, (split, count) in enumerate(splits.items())
+    }
+    for split, dataset in datasets.items():
+        temporary = root / f"{split}.json.tmp"
+        temporary.write_text(json.dumps(dataset))
+        os.replace(temporary, root / f"{split}.json")
+
+
+def _is_complete(root: Path, split: str, info: dict) -> bool:
+    path = root / f"{split}.json"
+    if not path.is_file():
+        return False
+    dataset = json.loads(path.read_text())
+    return dataset.get("info") == info and all(
+        (root / "images" / image["file_name"]).is_file() for image in dataset["images"]
+    )
+
+
+def _write_images(folder: Path, split: str, split_number: int, count: int, seed: int) -> dict:
+    """Draw and save ``count`` images; returns their COCO images, annotations and categories."""
+    images, annotations = [], []
+    for index in tqdm(range(count), desc=f"drawing {split} images", unit="image"):
+        pixels, shapes = _draw_image(np.random.default_rng((seed, split_number, index)))
+        file_name = f"{split}_{index:05d}.jpg"
+        Image.fromarray(pixels).save(folder / file_name, quality=95)
+        height, width, _ = pixels.shape
+        images.append({"id": index, "file_name": file_name, "height": height, "width": width})
+        for category, visible in shapes:
+            # Ids count from 1: COCO's evaluation takes a match with annotation 0 for no match.
+            ids = {"id": len(annotations) + 1, "image_id": index, "category_id": category + 1}
+            annotations.append(
+                {**ids, "bbox": _tight_box(visible), "area": int(visible.sum()), "iscrowd": 0}
+            )
+    categories = [{"id": id, "name": name} for id, name in enumerate(OUTLINES, start=1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _tight_box(mask: np.ndarray) -> list[int]:
+    """The (x, y, width, height) of the true pixels of an (H, W) mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return [int(left), int(top), int(right - left), int(bottom - top)]
+
+
+def _draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """One picture as (H, W, 3) uint8, and of every shape its class and (H, W) visible mask.
+
+    A shape that would cover too much of an earlier one is left out. The first shape never is, so
+    only the images meant to be empty are.
+    """
+    height, width = rng.integers(*IMAGE_SIDE, size=2, endpoint=True)
+    pixels = _draw_background(rng, height, width)
+    owner = np.zeros((height, width), dtype=int)  # 0 is the background, k is shape number k
+    categories, areas = [], [height * width]
+    num_shapes = 0 if rng.random() < EMPTY_IMAGES else rng.integers(1, MAX_SHAPES, endpoint=True)
+    for _ in range(num_shapes):
+        category = int(rng.integers(len(OUTLINES)))
+        coverage = _draw_shape(rng, list(OUTLINES.values())[category], height, width)
+        mask = coverage >= 0.5
+        covered = np.where(mask, len(areas), owner)
+        visible = np.bincount(covered.ravel(), minlength=len(areas))
+        if (visible[1 : len(areas)] < MIN_VISIBLE * np.array(areas[1:])).any():
+            continue
+        owner = covered
+        categories.append(category)
+        areas.append(mask.sum())
+        colour = _contrasting_colour(rng, pixels[mask].mean(axis=0))
+        pixels += coverage[..., None] * (colour - pixels)
+    pixels += rng.normal(scale=SENSOR_NOISE, size=pixels.shape)
+    shapes = [(category, owner == number) for number, category in enumerate(categories, start=1)]
+    return pixels.clip(0, 255).astype(np.uint8), shapes
+
+
+def _draw_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A random blend of a gradient, stripes and blobs between two colours, as (H, W, 3) floats."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    angle, phase = rng.uniform(0, 2 * np.pi, size=2)
+    gradient = x * np.cos(angle) + y * np.sin(angle)
+    stripes = np.sin(2 * np.pi * rng.uniform(2, 16) * gradient + phase)
+    coarse = rng.uniform(-1, 1, size=rng.integers(3, 24, size=2)).astype(np.float32)
+    blobs = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    texture = np.tensordot(rng.dirichlet([0.5] * 3), [gradient, stripes, blobs], axes=1)
+    return rng.uniform(40, 215, size=3) + texture[..., None] * rng.uniform(-60, 60, size=3)
+
+
+def _draw_shape(
+    rng: np.random.Generator, outline: np.ndarray, height: int, width: int
+) -> np.ndarray:
+    """The coverage, (H, W) in [0, 1], of ``outline`` turned, scaled and put inside the image."""
+    radius = np.exp(rng.uniform(*np.log(DIAMETER))) / 2
+    centre = complex(rng.uniform(radius, width - radius), rng.uniform(radius, height - radius))
+    points = centre + radius * np.exp(1j * rng.uniform(0, 2 * np.pi)) * outline
+    canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    corners = [(point.real, point.imag) for point in points * SUPERSAMPLING]
+    ImageDraw.Draw(canvas).polygon(corners, fill=255)
+    return np.asarray(canvas.resize((width, height), Image.Resampling.BOX)) / 255
+
+
+def _contrasting_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
+    """A random colour that stands out from ``background``, both (3,) in [0, 255]."""
+    candidates = rng.uniform(0, 255, size=(32, 3))
+    contrast = np.linalg.norm(candidates - background, axis=1)
+    return candidates[np.argmax(contrast >= MIN_CONTRAST)]

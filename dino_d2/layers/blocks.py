@@ -1,0 +1,44 @@
+"""Small building blocks shared by the stages."""
+
+import math
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers of widths `dims`, with ReLU and dropout in between: (..., dims[0]) to
+    (..., dims[-1])."""
+
+    def __init__(self, *dims: int, dropout: float = 0.0):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = self.dropout(layer(x).relu())
+        return self.layers[-1](x)
+
+
+def class_head(embed_dim: int, num_classes: int, prior: float = 0.01) -> nn.Module:
+    """Class logits of a query; starts out giving every class the probability `prior`
+    (RetinaNet, section 4.1)."""
+    head = nn.Linear(embed_dim, num_classes)
+    nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
+    return head
+
+
+def box_head(embed_dim: int) -> nn.Module:
+    """Moves a reference box; starts out leaving it where it is."""
+    head = MLP(embed_dim, embed_dim, embed_dim, 4)
+    nn.init.zeros_(head.layers[-1].weight)
+    nn.init.zeros_(head.layers[-1].bias)
+    return head
+
+
+def xavier_uniform_(module: nn.Module) -> None:
+    """Initialise every matrix of `module` as DETR does its transformer."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)

@@ -1,0 +1,82 @@
+"""Multi-scale deformable attention (Deformable DETR, equation 3)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import ms_deform_attn
+from ..structures import FeaturePyramid
+
+
+class DeformableAttention(nn.Module):
+    """Every query attends to `num_points` points of every level, at places that it chooses.
+
+    Args:
+        embed_dim: C, a multiple of `num_heads`
+        num_heads: H
+        num_levels: L
+        num_points: P, per head and level
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+    ):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
+        self.attention_weights = nn.Linear(embed_dim, samples)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """At first head h looks into direction h, its p-th point p pixels away."""
+        for linear in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        distance = torch.arange(1.0, self.num_points + 1)
+        offsets = direction[:, None, None] * distance[:, None]  # (H, 1, P, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+
+    def forward(self, query: Tensor, reference: Tensor, memory: FeaturePyramid) -> Tensor:
+        """
+        Args:
+            query: (B, Q, C)
+            reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes, relative to each padded level
+            memory: where to look
+
+        Returns:
+            (B, Q, C)
+        """
+        heads, levels, points = self.num_heads, self.num_levels, self.num_points
+        value = self.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0)
+        value = value.unflatten(-1, (heads, -1))  # (B, S, H, D)
+        weights = self.attention_weights(query).unflatten(-1, (heads, -1)).softmax(-1)
+        weights = weights.unflatten(-1, (levels, points))  # (B, Q, H, L, P)
+        offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
+        offsets = offsets * self.offset_unit(reference, memory)[:, :, None, :, None]
+        locations = reference[:, :, None, :, None, :2] + offsets  # (B, Q, H, L, P, 2)
+        return self.output_proj(ms_deform_attn(value, memory.shapes, locations, weights))
+
+    def offset_unit(self, reference: Tensor, memory: FeaturePyramid) -> Tensor:
+        """How far an offset of one reaches, (B, Q, L, 2): a pixel from a point; from a box half
+        its size, shared by the points."""
+        if reference.shape[-1] == 4:
+            return reference[..., 2:] * (0.5 / self.num_points)
+        return 1 / reference.new_tensor([(w, h) for h, w in memory.shapes]).expand_as(reference)

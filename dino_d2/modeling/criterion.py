@@ -1,0 +1,111 @@
+"""Set loss: every prediction of every stage is matched to the ground truth, then supervised."""
+
+import torch
+from detectron2.utils import comm
+from fvcore.nn import sigmoid_focal_loss
+from torch import Tensor, nn
+
+from ..boxes import cxcywh_to_xyxy, generalized_iou
+from ..structures import DetectorOutput, Match, Predictions, Target, stack_predictions
+from .matcher import HungarianMatcher
+
+
+class SetCriterion(nn.Module):
+    """Focal loss of the classes, L1 and generalized IoU loss of the boxes (Deformable DETR).
+
+    Queries without a box, negative denoising queries among them, have no class: only the focal
+    loss sees them. Losses are named after their stage: no suffix for the last decoder layer,
+    `_0`, `_1`, ... for the layers before, `_enc` for the encoder's proposals; `_dn` and `_dn_0`,
+    ... for the denoising queries.
+
+    Args:
+        matcher: assigns predictions to ground truth
+        class_weight, bbox_weight, giou_weight: of the losses, the same for every stage
+        alpha, gamma: of the focal loss
+    """
+
+    def __init__(
+        self,
+        *,
+        matcher: HungarianMatcher,
+        class_weight: float = 1.0,
+        bbox_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+    ):
+        super().__init__()
+        self.matcher = matcher
+        self.weights = {
+            "loss_class": class_weight,
+            "loss_bbox": bbox_weight,
+            "loss_giou": giou_weight,
+        }
+        self.alpha, self.gamma = alpha, gamma
+
+    def forward(self, output: DetectorOutput, targets: list[Target]) -> dict[str, Tensor]:
+        """The weighted losses of all stages, each a scalar; their sum is to be minimised."""
+        truth = Target(*(torch.cat(parts) for parts in zip(*targets, strict=True)))
+        num_boxes = average_over_workers(truth.boxes.new_tensor(float(len(truth.boxes))))
+
+        stages, suffixes = list(output.layers), layer_suffixes(len(output.layers))
+        if output.proposals is not None:
+            stages, suffixes = [*stages, output.proposals], [*suffixes, "_enc"]
+        predictions = stack_predictions(stages)
+        match = self.matcher(predictions, targets)
+        losses = self.losses(predictions, match, truth, num_boxes, suffixes)
+
+        if output.denoising is not None:
+            known, groups = output.denoising.match, output.denoising.num_groups
+            predictions = stack_predictions(output.denoised)
+            suffixes = layer_suffixes(len(output.denoised), stage="_dn")
+            denoising = self.losses(predictions, known, truth, num_boxes * groups, suffixes)
+            # A batch without boxes has nothing to denoise, yet its queries keep their place in
+            # the backward pass: every parameter gets a gradient on every worker.
+            share = float(len(truth.boxes) > 0)
+            losses |= {name: share * loss for name, loss in denoising.items()}
+        return losses
+
+    def losses(
+        self,
+        predictions: Predictions,
+        match: Match,
+        truth: Target,
+        num_boxes: Tensor,
+        suffixes: list[str],
+    ) -> dict[str, Tensor]:
+        """Losses of N stages at once: predictions (N, B, Q, .), `truth` of the whole batch."""
+        logits, boxes = predictions
+        stages = torch.arange(len(logits), device=logits.device)[:, None]
+        matched = stages, match.images, match.queries  # (N, n) when broadcast
+
+        one_hot = torch.zeros_like(logits)
+        one_hot[(*matched, truth.labels[match.targets])] = 1
+        predicted, expected = boxes[matched], truth.boxes[match.targets]
+        giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected))
+        focal = sigmoid_focal_loss(logits, one_hot, self.alpha, self.gamma)
+        losses = {
+            "loss_class": focal.sum((1, 2, 3)),
+            "loss_bbox": (predicted - expected).abs().sum((1, 2)),
+            "loss_giou": (1 - giou).sum(1),
+        }
+        return {
+            name + suffix: loss
+            for name, values in losses.items()
+            for suffix, loss in zip(
+                suffixes, (self.weights[name] * values / num_boxes).unbind(), strict=True
+            )
+        }
+
+
+def layer_suffixes(num_layers: int, stage: str = "") -> list[str]:
+    return [f"{stage}_{i}" for i in range(num_layers - 1)] + [stage]
+
+
+def average_over_workers(count: Tensor) -> Tensor:
+    """Mean of a count over all workers, at least 1, so that each box weighs the same wherever it
+    is trained on."""
+    if comm.get_world_size() > 1:
+        count = count.clone()
+        torch.distributed.all_reduce(count)
+    return (count / comm.get_world_size()).clamp(min=1)

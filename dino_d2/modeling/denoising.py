@@ -1,0 +1,174 @@
+"""Denoising training: noised ground truth as extra decoder queries.
+
+    Denoising             DN-DETR: every group is a noised copy of the ground truth
+    ContrastiveDenoising  DINO, section 3.3: every group is a positive and a harder, negative copy
+
+Layout of the T queries, for a batch with at most three boxes in an image (`slots`):
+
+    group 0                        group 1
+    positives 0 1 2, negatives ... positives 0 1 2, negatives ...
+"""
+
+import torch
+from detectron2.config import configurable
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from ..boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from ..structures import DenoisingBatch, Match, Queries, Target, pad_targets
+
+DENOISING_REGISTRY = Registry("DENOISING")
+
+
+@DENOISING_REGISTRY.register()
+class Denoising(nn.Module):
+    """
+    Args:
+        num_classes: K
+        embed_dim: C
+        budget: boxes that are noised per image; as many groups are made as fit. An image with
+            more boxes than that takes part with a random subset of `budget` of them, drawn anew
+            every step, so T never exceeds `budget` times the copies of a group (the published
+            implementations grow with the boxes until memory ends)
+        label_noise: a label is drawn anew with half this probability
+        box_noise: reach of the shift of a box corner, relative to half the size of the box
+    """
+
+    copies_per_group = 1
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        embed_dim: int,
+        budget: int = 100,
+        label_noise: float = 0.5,
+        box_noise: float = 1.0,
+    ):
+        super().__init__()
+        if budget < 1:
+            raise ValueError(f"a denoising budget of {budget} leaves no query; use no denoising")
+        self.num_classes = num_classes
+        self.budget = budget
+        self.label_noise = label_noise
+        self.box_noise = box_noise
+        # The last row stands for empty slots. Every batch looks something up, with ground truth
+        # or without, so the embedding takes part in every backward pass.
+        self.label_embed = nn.Embedding(num_classes + 1, embed_dim, padding_idx=num_classes)
+
+    @classmethod
+    def from_config(cls, cfg, num_classes):
+        c = cfg.MODEL.DINO
+        return {
+            "num_classes": num_classes,
+            "embed_dim": c.EMBED_DIM,
+            "budget": c.DENOISING.BUDGET,
+            "label_noise": c.DENOISING.LABEL_NOISE,
+            "box_noise": c.DENOISING.BOX_NOISE,
+        }
+
+    def forward(self, targets: list[Target]) -> DenoisingBatch:
+        """Noises the ground truth of a batch; without any box it is one group of empty slots."""
+        chosen = [choose(len(target.labels), self.budget) for target in targets]
+        slots = max(1, *map(len, chosen))
+        num_groups = self.budget // slots if any(map(len, chosen)) else 1
+        copies = num_groups * self.copies_per_group
+
+        kept = [
+            Target(*(x[index.to(x.device)] for x in target))
+            for target, index in zip(targets, chosen, strict=True)
+        ]
+        labels, boxes, real = (
+            x.repeat(1, copies, *[1] * (x.dim() - 2)) for x in pad_targets(kept, slots)
+        )
+        copy = torch.arange(copies, device=labels.device).repeat_interleave(slots)  # (T,)
+        labels = noise_labels(labels, self.num_classes, self.label_noise / 2)
+        labels = torch.where(real, labels, self.num_classes)
+        noised = noise_boxes(boxes, self.box_noise, harder=self.is_negative(copy)[:, None])
+        # The decoder's range of coordinates from the start; empty slots look at the whole image.
+        reference = inverse_sigmoid(noised).where(real[..., None], 0).sigmoid()
+        return DenoisingBatch(
+            queries=Queries(self.label_embed(labels), reference),
+            groups=copy // self.copies_per_group,
+            match=self.match(targets, chosen, slots, num_groups),
+            num_groups=num_groups,
+        )
+
+    def is_negative(self, copy: Tensor) -> Tensor:
+        """Whether the queries of the given copies are to be told apart from objects."""
+        return torch.zeros_like(copy, dtype=torch.bool)
+
+    def match(
+        self, targets: list[Target], chosen: list[Tensor], slots: int, num_groups: int
+    ) -> Match:
+        """The first copy of each group is positive: its i-th query stands for the i-th box."""
+        group_start = torch.arange(num_groups)[:, None] * slots * self.copies_per_group
+        images, queries, boxes, offset = [], [], [], 0
+        for image, (target, index) in enumerate(zip(targets, chosen, strict=True)):
+            query = (group_start + torch.arange(len(index))).flatten()
+            images.append(torch.full_like(query, image))
+            queries.append(query)
+            boxes.append(offset + index.repeat(num_groups))
+            offset += len(target.labels)
+        device = targets[0].labels.device
+        return Match(*(torch.cat(x).to(device) for x in (images, queries, boxes)))
+
+
+@DENOISING_REGISTRY.register()
+class ContrastiveDenoising(Denoising):
+    """Teaches, beside the way back to a box, to reject anchors that have none near enough."""
+
+    copies_per_group = 2
+
+    def is_negative(self, copy: Tensor) -> Tensor:
+        return copy % 2 == 1
+
+
+def choose(count: int, budget: int) -> Tensor:
+    """Which of `count` boxes take part: all of them, or a random subset of `budget`."""
+    return torch.arange(count) if count <= budget else torch.randperm(count)[:budget]
+
+
+def noise_labels(labels: Tensor, num_classes: int, probability: float) -> Tensor:
+    """Replaces labels by random ones (which may be the right ones) with the given probability."""
+    drawn_anew = torch.rand(labels.shape, device=labels.device) < probability
+    return torch.where(drawn_anew, torch.randint_like(labels, num_classes), labels)
+
+
+def noise_boxes(boxes: Tensor, scale: float, harder: Tensor) -> Tensor:
+    """Shifts each coordinate of both corners by a random part of its reach, in either direction.
+
+    Args:
+        boxes: (..., 4)
+        scale: the reach is half the size of the box times this
+        harder: broadcastable to boxes; where True the shift is between once and twice the reach
+
+    Returns:
+        (..., 4) inside the image; DINO, figure 3
+    """
+    reach = boxes[..., 2:].tile(2) * (scale / 2)
+    sign = torch.randint_like(boxes, 2) * 2 - 1
+    corners = cxcywh_to_xyxy(boxes) + sign * (torch.rand_like(boxes) + harder) * reach
+    return xyxy_to_cxcywh(corners.clamp(0, 1))
+
+
+def denoising_attn_mask(groups: Tensor, num_queries: int) -> Tensor:
+    """Who may not attend to whom, for T denoising queries followed by the matching queries.
+
+               groups        matching
+             0    1    2
+        0    .    x    x     .          x is forbidden: nobody sees another group,
+        1    x    .    x     .          matching queries see no group at all
+        2    x    x    .     .
+        m    x    x    x     .
+
+    Args:
+        groups: (T,)
+        num_queries: Q
+
+    Returns:
+        (T + Q, T + Q) bool
+    """
+    group = torch.cat([groups, groups.new_full((num_queries,), -1)])
+    return (group >= 0) & (group != group[:, None])

@@ -1,0 +1,179 @@
+"""DINO as a Detectron2 meta-architecture. All Detectron2 conventions end in this file."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    Backbone,
+    build_backbone,
+    detector_postprocess,
+)
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from ..boxes import xyxy_to_cxcywh
+from ..config import build_parts
+from ..structures import DetectorOutput, Target, prepend, split_predictions
+from .denoising import denoising_attn_mask
+from .postprocess import postprocess
+
+
+@META_ARCH_REGISTRY.register()
+class DINO(nn.Module):
+    """
+    Args:
+        backbone: follows Detectron2's backbone interface
+        neck: maps the backbone's features to a list of (B, C, H_l, W_l)
+        encoder: maps that list and a padding mask to a :class:`FeaturePyramid`
+        query_selection: maps the encoded pyramid to queries and, possibly, proposals
+        decoder: maps queries and pyramid to the predictions of each layer
+        criterion: maps a :class:`DetectorOutput` and targets to a dict of losses
+        denoising: maps targets to a :class:`DenoisingBatch`; None trains without
+        num_classes: K
+        max_detections: per image
+        pixel_mean, pixel_std: per channel, in the order and range of the input images
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        neck: nn.Module,
+        encoder: nn.Module,
+        query_selection: nn.Module,
+        decoder: nn.Module,
+        criterion: nn.Module,
+        denoising: nn.Module | None = None,
+        num_classes: int,
+        max_detections: int = 300,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.encoder = encoder
+        self.query_selection = query_selection
+        self.decoder = decoder
+        self.denoising = denoising
+        self.criterion = criterion
+        self.num_classes = num_classes
+        self.max_detections = max_detections
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg):
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            **build_parts(cfg, backbone.output_shape()),
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """Detectron2's standard interface.
+
+        Args:
+            batched_inputs: one dict per image with "image" (C, H, W), in training also
+                "instances" with gt_boxes and gt_classes, in inference optionally the "height"
+                and "width" that results are to be in
+
+        Returns:
+            in training a dict of weighted losses, otherwise a dict with "instances" per image
+        """
+        if not self.training:
+            return self.inference(batched_inputs)
+        targets = self.prepare_targets(batched_inputs)
+        return self.criterion(self.detect(self.preprocess_images(batched_inputs), targets), targets)
+
+    def inference(self, batched_inputs: list[dict]) -> list[dict]:
+        """Detections, independent of what else is in the batch.
+
+        Only images of the same size share a forward pass. Padding is masked in the attention,
+        but convolutions see across its border and GroupNorm averages over it.
+        """
+        same_size = defaultdict(list)
+        for i, x in enumerate(batched_inputs):
+            same_size[x["image"].shape[-2:]].append(i)
+        results: list[dict] = [{}] * len(batched_inputs)
+        for indices in same_size.values():
+            images = self.preprocess_images([batched_inputs[i] for i in indices])
+            predictions = self.detect(images).layers[-1]
+            detections = postprocess(predictions, images.image_sizes, self.max_detections)
+            for i, instances in zip(indices, detections, strict=True):
+                results[i] = {"instances": rescale(instances, batched_inputs[i])}
+        return results
+
+    def detect(self, images: ImageList, targets: list[Target] | None = None) -> DetectorOutput:
+        """The detector: every prediction of every stage, with denoising if there are targets."""
+        features = self.neck(self.backbone(images.tensor))
+        memory = self.encoder(features, padding_mask(images))
+        queries, proposals = self.query_selection(memory)
+        if targets is None or self.denoising is None:
+            return DetectorOutput(self.decoder(queries, memory), proposals, [], None)
+
+        noised = self.denoising(targets)
+        mask = denoising_attn_mask(noised.groups, queries.content.shape[1])
+        predictions = self.decoder(prepend(noised.queries, queries), memory, mask)
+        split = [split_predictions(layer, len(noised.groups)) for layer in predictions]
+        denoised, layers = map(list, zip(*split, strict=True))
+        return DetectorOutput(layers, proposals, denoised, noised)
+
+    def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalises, and pads to a common size with zeros."""
+        if not batched_inputs:
+            raise ValueError("a training batch has no images; is the data loader's batch size 0?")
+        images = [x["image"].to(self.device) for x in batched_inputs]
+        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
+        return ImageList.from_tensors(
+            images,
+            self.backbone.size_divisibility,
+            padding_constraints=self.backbone.padding_constraints,
+        )
+
+    def prepare_targets(self, batched_inputs: list[dict]) -> list[Target]:
+        """
+        Raises:
+            ValueError: a class that the model does not have
+        """
+        targets = []
+        for x in batched_inputs:
+            instances: Instances = x["instances"]
+            classes = instances.gt_classes
+            # before they move to the device, where asking would wait for it
+            if len(classes) and not 0 <= classes.min() <= classes.max() < self.num_classes:
+                raise ValueError(
+                    f"{x.get('file_name', 'an image')} has a box of class {int(classes.max())}, "
+                    f"but the model has {self.num_classes} classes, counted from 0; "
+                    "set the number of classes to that of the data"
+                )
+            height, width = instances.image_size
+            boxes = xyxy_to_cxcywh(instances.gt_boxes.tensor.to(self.device))
+            size = boxes.new_tensor([width, height] * 2)
+            targets.append(Target(classes.to(self.device), boxes / size))
+        return targets
+
+
+def padding_mask(images: ImageList) -> Tensor:
+    """(B, H, W), True on padding."""
+    mask = images.tensor.new_ones(images.tensor[:, 0].shape, dtype=torch.bool)
+    for image, (height, width) in zip(mask, images.image_sizes, strict=True):
+        image[:height, :width] = False
+    return mask
+
+
+def rescale(instances: Instances, x: dict) -> Instances:
+    """To the resolution that the input asks for, by default that of the input."""
+    height, width = instances.image_size
+    return detector_postprocess(instances, x.get("height", height), x.get("width", width))

@@ -1,0 +1,127 @@
+"""Flattens multi-scale features and lets every pixel attend to a few others, on all levels."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers import MLP, DeformableAttention, encode_pixels
+from ..layers.blocks import xavier_uniform_
+from ..structures import FeaturePyramid
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention and feed-forward, each with residual and norm after it."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        num_levels: int,
+        num_points: int,
+    ):
+        super().__init__()
+        self.self_attn = DeformableAttention(
+            embed_dim=embed_dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
+        )
+        self.ffn = MLP(embed_dim, ffn_dim, embed_dim, dropout=dropout)
+        self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+        xavier_uniform_(self.ffn)
+
+    def forward(self, pyramid: FeaturePyramid, reference: Tensor) -> FeaturePyramid:
+        """`reference` (B, S, L, 2): where each token is, relative to each padded level."""
+        x = pyramid.tokens
+        y = self.self_attn(x + pyramid.position, reference, pyramid)
+        x = self.norm1(x + self.dropout(y))
+        return pyramid._replace(tokens=self.norm2(x + self.dropout(self.ffn(x))))
+
+
+class Encoder(nn.Module):
+    """Deformable DETR's encoder (section 4.1, "deformable transformer encoder").
+
+    Args:
+        num_layers: 0 passes the features on as they are
+        embed_dim: C
+        num_heads: H
+        ffn_dim: hidden width of the feed-forward part
+        dropout: probability
+        num_levels: L
+        num_points: P, per head and level
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int = 6,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        ffn_dim: int = 2048,
+        dropout: float = 0.0,
+        num_levels: int = 4,
+        num_points: int = 4,
+    ):
+        super().__init__()
+        self.level_embed = nn.Embedding(num_levels, embed_dim)
+        self.layers = nn.ModuleList(
+            EncoderLayer(
+                embed_dim=embed_dim,
+                num_heads=num_heads,
+                ffn_dim=ffn_dim,
+                dropout=dropout,
+                num_levels=num_levels,
+                num_points=num_points,
+            )
+            for _ in range(num_layers)
+        )
+
+    def forward(self, levels: list[Tensor], padding: Tensor) -> FeaturePyramid:
+        """
+        Args:
+            levels: one (B, C, H_l, W_l) map per level, finest first
+            padding: (B, H, W) of the input images
+
+        Returns:
+            the memory that the decoder looks at
+        """
+        pyramid = flatten(levels, padding, self.level_embed.weight)
+        reference = token_centers(pyramid)[:, :, None] * pyramid.valid_ratios[:, None]
+        for layer in self.layers:
+            pyramid = layer(pyramid, reference)
+        return pyramid
+
+
+def flatten(levels: list[Tensor], padding: Tensor, level_embed: Tensor) -> FeaturePyramid:
+    """One sequence of tokens from feature maps (B, C, H_l, W_l), a mask (B, H, W) and the
+    embeddings (L, C) that tell levels apart."""
+    masks = [F.interpolate(padding[None].float(), size=x.shape[-2:])[0].bool() for x in levels]
+    positions = [
+        encode_pixels(mask, x.shape[1]) + embed
+        for mask, x, embed in zip(masks, levels, level_embed, strict=True)
+    ]
+    return FeaturePyramid(
+        tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1),
+        position=torch.cat([p.flatten(1, 2) for p in positions], 1),
+        padding=torch.cat([mask.flatten(1) for mask in masks], 1),
+        valid_ratios=torch.stack([valid_ratio(mask) for mask in masks], 1),
+        shapes=tuple((x.shape[2], x.shape[3]) for x in levels),
+    )
+
+
+def valid_ratio(padding: Tensor) -> Tensor:
+    """Mask (B, H, W) to the share (B, 2) of its width and height that is not padding."""
+    inside = (~padding).float()
+    return torch.stack([inside[:, 0].mean(1), inside[:, :, 0].mean(1)], -1)
+
+
+def token_centers(pyramid: FeaturePyramid) -> Tensor:
+    """Centre (x, y) of every token, relative to the image without its padding: (B, S, 2)."""
+    centers = []
+    for (height, width), ratio in zip(pyramid.shapes, pyramid.valid_ratios.unbind(1), strict=True):
+        y = (torch.arange(height, device=ratio.device) + 0.5) / height
+        x = (torch.arange(width, device=ratio.device) + 0.5) / width
+        xy = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+        centers.append(xy / ratio[:, None])
+    return torch.cat(centers, 1)

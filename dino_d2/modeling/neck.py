@@ -1,0 +1,53 @@
+"""Projects backbone features to a common width and appends coarser levels."""
+
+from collections.abc import Sequence
+
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+
+class ChannelMapper(nn.Module):
+    """One 1x1 convolution per backbone feature, then stride-2 convolutions for further levels.
+
+    Args:
+        input_shape: channels of every backbone feature
+        in_features: the features to use, finest first
+        out_channels: C
+        num_levels: L; the levels beyond `in_features` come from the last of them
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: dict[str, ShapeSpec],
+        in_features: Sequence[str],
+        out_channels: int = 256,
+        num_levels: int = 4,
+    ):
+        super().__init__()
+        if num_levels < len(in_features):
+            raise ValueError(f"{num_levels} levels cannot hold the features {list(in_features)}")
+        self.in_features = list(in_features)
+        channels = [input_shape[name].channels for name in in_features]
+        self.projections = nn.ModuleList(conv_norm(c, out_channels, kernel=1) for c in channels)
+        widths = [channels[-1]] + [out_channels] * (num_levels - len(channels))
+        self.downsamples = nn.ModuleList(
+            conv_norm(width, out_channels, kernel=3, stride=2) for width in widths[:-1]
+        )
+
+    def forward(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """Returns one (B, C, H_l, W_l) map per level, finest first."""
+        inputs = [features[name] for name in self.in_features]
+        levels = [project(x) for project, x in zip(self.projections, inputs, strict=True)]
+        coarse = inputs[-1]
+        for downsample in self.downsamples:
+            coarse = downsample(coarse)
+            levels.append(coarse)
+        return levels
+
+
+def conv_norm(in_channels: int, out_channels: int, *, kernel: int, stride: int = 1) -> nn.Module:
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(conv, nn.GroupNorm(32, out_channels))

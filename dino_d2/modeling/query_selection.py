@@ -1,0 +1,115 @@
+"""Where the decoder's queries come from (DINO, section 3.4 and figure 5).
+
+    StaticQueries         learned content, learned anchors   (DAB- and DN-Deformable-DETR)
+    PureQuerySelection    both from the encoder's best tokens (Deformable DETR's two stages)
+    MixedQuerySelection   learned content, anchors from the encoder's best tokens (DINO)
+
+All map the encoder's FeaturePyramid to (Queries, Predictions or None): the predictions, if any,
+are the encoder's proposals that became queries, and are supervised like a decoder layer.
+"""
+
+import math
+
+import torch
+from detectron2.config import configurable
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from ..boxes import inverse_sigmoid
+from ..layers import box_head, class_head
+from ..layers.blocks import xavier_uniform_
+from ..structures import FeaturePyramid, Predictions, Queries
+from .encoder import token_centers
+
+QUERY_SELECTION_REGISTRY = Registry("QUERY_SELECTION")
+
+
+@QUERY_SELECTION_REGISTRY.register()
+class StaticQueries(nn.Module):
+    """The same `num_queries` learned queries for every image."""
+
+    @configurable
+    def __init__(self, *, num_queries: int, embed_dim: int):
+        super().__init__()
+        self.content = nn.Embedding(num_queries, embed_dim)
+        self.anchors = nn.Embedding(num_queries, 4)
+
+    @classmethod
+    def from_config(cls, cfg, num_classes):
+        return {"num_queries": cfg.MODEL.DINO.NUM_QUERIES, "embed_dim": cfg.MODEL.DINO.EMBED_DIM}
+
+    def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
+        batch = memory.tokens.shape[0]
+        content, anchors = self.content.weight, self.anchors.weight.sigmoid()
+        return Queries(content.expand(batch, -1, -1), anchors.expand(batch, -1, -1)), None
+
+
+@QUERY_SELECTION_REGISTRY.register()
+class PureQuerySelection(nn.Module):
+    """The tokens that the encoder's own class head scores highest, with the boxes that its own
+    box head gives them. An image with fewer tokens than `num_queries` gets as many queries as it
+    has tokens (the published implementations fail there)."""
+
+    @configurable
+    def __init__(self, *, num_queries: int, embed_dim: int, num_classes: int):
+        super().__init__()
+        self.num_queries = num_queries
+        self.memory_proj = nn.Linear(embed_dim, embed_dim)
+        self.memory_norm = nn.LayerNorm(embed_dim)
+        self.class_head = class_head(embed_dim, num_classes)
+        self.box_head = box_head(embed_dim)
+        xavier_uniform_(self.memory_proj)
+
+    @classmethod
+    def from_config(cls, cfg, num_classes):
+        return {**StaticQueries.from_config(cfg, num_classes), "num_classes": num_classes}
+
+    def forward(self, memory: FeaturePyramid) -> tuple[Queries, Predictions]:
+        anchors = proposal_anchors(memory)  # (B, S, 4), inf where no object is expected
+        invalid = anchors[..., :1].isinf()
+        tokens = self.memory_norm(self.memory_proj(memory.tokens.masked_fill(invalid, 0)))
+        logits = self.class_head(tokens)
+
+        count = min(self.num_queries, tokens.shape[1])
+        best = logits.amax(-1).topk(count, dim=1).indices[..., None]
+        tokens, anchors, logits = (
+            x.gather(1, best.expand(-1, -1, x.shape[-1])) for x in (tokens, anchors, logits)
+        )
+        boxes = (self.box_head(tokens) + anchors).sigmoid()
+        return Queries(self.content_of(tokens), boxes.detach()), Predictions(logits, boxes)
+
+    def content_of(self, tokens: Tensor) -> Tensor:
+        """Content (B, Q, C) of the queries made from the selected tokens (B, Q, C)."""
+        return tokens.detach()
+
+
+@QUERY_SELECTION_REGISTRY.register()
+class MixedQuerySelection(PureQuerySelection):
+    """Anchors as in pure selection, content learned: a token may hold several objects or only a
+    part of one, so it says where to look but not what to look for."""
+
+    @configurable
+    def __init__(self, *, num_queries: int, embed_dim: int, num_classes: int):
+        super().__init__(num_queries=num_queries, embed_dim=embed_dim, num_classes=num_classes)
+        self.content = nn.Embedding(num_queries, embed_dim)
+        xavier_uniform_(self.content)
+
+    def content_of(self, tokens: Tensor) -> Tensor:
+        return self.content.weight[: tokens.shape[1]].expand(tokens.shape[0], -1, -1)
+
+
+def proposal_anchors(memory: FeaturePyramid, side: float = 0.05) -> Tensor:
+    """One anchor per token, centred on it, `side` wide on the finest level and doubling per level.
+
+    Returns:
+        (B, S, 4) anchors before the sigmoid, inf on padding and close to the border of the image
+    """
+    centers = token_centers(memory)
+    sides = [
+        centers.new_full((height * width,), side * 2**level)
+        for level, (height, width) in enumerate(memory.shapes)
+    ]
+    sizes = torch.cat(sides)[:, None].expand_as(centers)
+    anchors = torch.cat([centers, sizes], -1)
+    valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding
+    return inverse_sigmoid(anchors, eps=1e-6).masked_fill(~valid[..., None], math.inf)

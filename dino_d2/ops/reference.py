@@ -1,0 +1,91 @@
+"""The definition of multi-scale deformable attention in plain PyTorch, for every device.
+
+Other kernels are tested against this one. The backward pass is written out because autograd
+does not run inside a custom operator.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# grid_sample's arguments for what Deformable DETR samples with
+BILINEAR, ZERO_PADDING, ALIGN_CORNERS = 0, 0, False
+
+
+def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+    """
+    Args:
+        value: (B, S, H, D), the levels one after the other
+        shapes: H_0, W_0, H_1, W_1, ...; L pairs
+        locations: (B, Q, H, L, P, 2), (x, y) in [0, 1] on each level; zero is sampled outside
+        weights: (B, Q, H, L, P)
+
+    Returns:
+        (B, Q, H * D) in the dtype of value, computed in that of locations
+    """
+    batch, _, heads, channels = value.shape
+    queries = locations.shape[1]
+    out = locations.new_zeros(batch * heads, channels, queries)
+    for image, grid, weight in levels(value, shapes, locations, weights):
+        out += (sample(image, grid) * weight[:, None]).sum(-1)
+    out = out.view(batch, heads * channels, queries).transpose(1, 2)
+    return out.to(value.dtype).contiguous()
+
+
+def backward(
+    grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Args:
+        grad: (B, Q, H * D), gradient of the output; the others as in `forward`
+
+    Returns:
+        the gradients of value, locations and weights, contiguous, each in its own dtype
+    """
+    batch, _, heads, channels = value.shape
+    grad = grad.to(locations.dtype).transpose(1, 2).reshape(batch * heads, channels, -1, 1)
+    grads = []
+    for image, grid, weight in levels(value, shapes, locations, weights):
+        grad_weight = (sample(image, grid) * grad).sum(1)
+        grad_image, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
+            grad * weight[:, None],
+            image,
+            grid,
+            BILINEAR,
+            ZERO_PADDING,
+            ALIGN_CORNERS,
+            [True, True],
+        )
+        grads.append((grad_image.flatten(2), 2 * grad_grid, grad_weight))
+    images, grids, level_weights = zip(*grads, strict=True)
+    grad_value = torch.cat(images, -1).unflatten(0, (batch, heads)).permute(0, 3, 1, 2)
+    grad_locations, grad_weights = (
+        torch.stack(x, 2).unflatten(0, (batch, heads)).transpose(1, 2)
+        for x in (grids, level_weights)
+    )
+    return (
+        grad_value.to(value.dtype).contiguous(),
+        grad_locations.contiguous(),
+        grad_weights.contiguous(),
+    )
+
+
+def levels(
+    value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Per level, with batch and heads merged: image (B * H, D, H_l, W_l), grid (B * H, Q, P, 2)
+    in [-1, 1], weights (B * H, Q, P)."""
+    pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
+    images = value.to(locations.dtype).permute(0, 2, 3, 1).flatten(0, 1)
+    images = images.split([h * w for h, w in pairs], -1)
+    for level, (image, shape) in enumerate(zip(images, pairs, strict=True)):
+        grid = locations[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        yield image.unflatten(-1, shape), 2 * grid - 1, weight
+
+
+def sample(image: Tensor, grid: Tensor) -> Tensor:
+    """(B * H, D, Q, P)"""
+    return F.grid_sample(image, grid, align_corners=ALIGN_CORNERS)

@@ -1,0 +1,117 @@
+"""The values that travel between the stages of the detector.
+
+Shape legend of the whole package:
+
+    B: images in the batch               L: feature levels
+    S: tokens, the sum of H_l * W_l      Q: queries
+    C: embedding channels                K: classes
+    M: ground-truth boxes of one image   T: denoising queries
+    H, D, P: attention heads, channels per head, sampling points
+    N: supervised stages, i.e. decoder layers and the encoder's proposals
+
+Boxes are (cx, cy, w, h) in [0, 1], relative to the image without its padding.
+Padding masks are True on padding, attention masks are True where attention is forbidden.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class FeaturePyramid(NamedTuple):
+    """Multi-scale features, flattened to one sequence of tokens, finest level first."""
+
+    tokens: Tensor  # (B, S, C)
+    position: Tensor  # (B, S, C), sine encoding + level embedding
+    padding: Tensor  # (B, S)
+    valid_ratios: Tensor  # (B, L, 2), share of each level's (width, height) that is not padding
+    shapes: tuple[tuple[int, int], ...]  # ((H_0, W_0), ...), plain ints: no device sync
+
+
+class Queries(NamedTuple):
+    """Decoder queries: what they carry and where they look."""
+
+    content: Tensor  # (B, Q, C)
+    reference: Tensor  # (B, Q, 4) boxes
+
+
+class Predictions(NamedTuple):
+    """Class logits and boxes; `stack_predictions` puts a leading axis of N stages before B."""
+
+    logits: Tensor  # (B, Q, K), before the sigmoid
+    boxes: Tensor  # (B, Q, 4)
+
+
+class Target(NamedTuple):
+    """Ground truth of one image."""
+
+    labels: Tensor  # (M,), int64 in [0, K)
+    boxes: Tensor  # (M, 4)
+
+
+class Match(NamedTuple):
+    """Query `queries[..., i]` of image `images[i]` stands for ground-truth box `targets[..., i]`.
+
+    Targets are counted through the batch: image 1 starts where image 0 ends. A leading axis of
+    queries and targets, if any, is the stage; every stage matches equally many.
+    """
+
+    images: Tensor  # (n,)
+    queries: Tensor  # (n,) or (N, n)
+    targets: Tensor  # (n,) or (N, n)
+
+
+class DenoisingBatch(NamedTuple):
+    """Noised ground truth, to be prepended to the matching queries."""
+
+    queries: Queries  # T of them
+    groups: Tensor  # (T,), group of every query; groups do not see each other
+    match: Match  # known by construction, no assignment needed
+    num_groups: int
+
+
+class DetectorOutput(NamedTuple):
+    """Everything that is supervised; at inference only the last of `layers` is of interest."""
+
+    layers: list[Predictions]  # one per decoder layer, the last is the result
+    proposals: Predictions | None  # the encoder's, None without query selection
+    denoised: list[Predictions]  # one per decoder layer, empty without denoising
+    denoising: DenoisingBatch | None
+
+
+def prepend(first: Queries, second: Queries) -> Queries:
+    """Both sets of queries as one, `first` in front."""
+    return Queries(*(torch.cat(pair, dim=1) for pair in zip(first, second, strict=True)))
+
+
+def split_predictions(predictions: Predictions, index: int) -> tuple[Predictions, Predictions]:
+    """The predictions of the first `index` queries and those of the others."""
+    front = (x[:, :index] for x in predictions)
+    back = (x[:, index:] for x in predictions)
+    return Predictions(*front), Predictions(*back)
+
+
+def stack_predictions(stages: list[Predictions]) -> Predictions:
+    """N stages of (B, Q, .) as one of (N, B, Q, .), in float32 or wider whatever autocast chose."""
+    logits, boxes = (torch.stack(parts) for parts in zip(*stages, strict=True))
+    return Predictions(logits.to(torch.promote_types(logits.dtype, torch.float32)), boxes)
+
+
+def pad_targets(targets: list[Target], slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ground truth of a batch as rectangular tensors.
+
+    Returns:
+        labels (B, slots) padded with 0, boxes (B, slots, 4) padded with (.5, .5, .5, .5), and
+        a mask (B, slots), True where a slot holds a box
+    """
+    first = targets[0]
+    labels = first.labels.new_zeros(len(targets), slots)
+    boxes = first.boxes.new_full((len(targets), slots, 4), 0.5)
+    real = torch.zeros_like(labels, dtype=torch.bool)
+    for i, target in enumerate(targets):
+        count = len(target.labels)
+        labels[i, :count] = target.labels
+        boxes[i, :count] = target.boxes
+        real[i, :count] = True
+    return labels, boxes, real

@@ -1,0 +1,102 @@
+import pickle
+
+import numpy as np
+import pytest
+from detectron2.config import LazyCall, LazyConfig, instantiate
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from omegaconf import OmegaConf
+
+from dino_d2.data import detr_augmentation
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    np.random.seed(0)
+
+
+def sizes_after(augmentations, height, width, times=100):
+    """The (H, W) that ``times`` runs give to an image."""
+    sizes = []
+    for _ in range(times):
+        data = T.AugInput(np.zeros((height, width, 3), dtype=np.uint8))
+        T.AugmentationList(augmentations)(data)
+        sizes.append(data.image.shape[:2])
+    return sizes
+
+
+def test_short_sides_are_those_of_the_paper():
+    sizes = sizes_after(detr_augmentation(crop_size=None), 60, 60)
+    assert {height for height, _ in sizes} == set(range(480, 801, 32))
+
+
+def test_the_long_side_is_limited():
+    assert set(sizes_after(detr_augmentation(crop_prob=0.0), 100, 400, times=20)) == {(333, 1333)}
+
+
+def test_the_crop_comes_after_a_resize_and_has_sides_in_its_range():
+    *_, branch, _ = detr_augmentation(crop_prob=1.0)
+    # the short side is 400, 500 or 600, the long one twice that: the crop is never cut short
+    sizes = np.array(sizes_after([branch], 50, 100))
+    assert sizes.min() >= 384 and sizes.max() <= 600
+    assert sizes[:, 0].max() > 500 and sizes[:, 1].max() > 500
+
+
+def test_the_crop_happens_half_of_the_time():
+    *_, branch, _ = detr_augmentation(crop_size=(5, 6), crop_min_sizes=(8,))
+    cropped = [size != (20, 20) for size in sizes_after([branch], 20, 20, times=400)]
+    assert 160 < sum(cropped) < 240  # 200 expected, standard deviation 10
+
+
+def test_an_image_smaller_than_the_crop_is_cropped_to_what_it_has():
+    *_, branch, _ = detr_augmentation(crop_min_sizes=(40,), crop_prob=1.0)
+    assert set(sizes_after([branch], 20, 20, times=10)) == {(40, 40)}
+    assert {height for height, _ in sizes_after([branch], 20, 300, times=10)} == {40}
+
+
+def test_without_a_crop_size_nothing_is_cropped():
+    augmentations = detr_augmentation(min_sizes=(32,), crop_size=None)
+    assert len(augmentations) == 2
+    assert set(sizes_after(augmentations, 16, 24, times=20)) == {(32, 48)}
+
+
+def test_boxes_follow_the_image():
+    image = np.zeros((40, 60, 3), dtype=np.uint8)
+    image[10:20, 30:50] = 255
+    augmentations = T.AugmentationList(
+        detr_augmentation((60,), crop_min_sizes=(80,), crop_size=(50, 80), crop_prob=1.0)
+    )
+    seen = 0
+    for _ in range(10):
+        data = T.AugInput(image, boxes=np.array([[30.0, 10.0, 50.0, 20.0]]))
+        augmentations(data)
+        height, width = data.image.shape[:2]
+        left, top, right, bottom = data.boxes[0].clip(0, [width, height, width, height])
+        rows, columns = np.nonzero(data.image[..., 0] > 127)
+        if len(rows):
+            seen += 1
+            drawn = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            np.testing.assert_allclose([left, top, right, bottom], drawn, atol=1.5)
+    assert seen >= 5
+
+
+def test_a_lazy_config_builds_the_mapper_and_takes_overrides():
+    node = LazyCall(DatasetMapper)(
+        is_train=True,
+        augmentations=LazyCall(detr_augmentation)(
+            min_sizes=[480], crop_min_sizes=[400], crop_size=[384, 600]
+        ),
+        image_format="RGB",
+    )
+    cfg = OmegaConf.create({"mapper": node}, flags={"allow_objects": True})
+    cfg = LazyConfig.apply_overrides(
+        cfg, ["mapper.augmentations.min_sizes=[64]", "mapper.augmentations.crop_size=null"]
+    )
+    mapper = pickle.loads(pickle.dumps(instantiate(cfg.mapper)))  # as a worker gets it
+    assert set(sizes_after(mapper.augmentations.augs, 16, 24, times=5)) == {(64, 96)}
+
+
+def test_every_augmentation_can_be_printed():
+    # Detectron2 logs the list when it builds a mapper
+    text = str(detr_augmentation())
+    assert "RandomFlip" in text and "RandomApply" in text and "max_size=1333" in text
