@@ -11,7 +11,7 @@ are the encoder's proposals that became queries, and are supervised like a decod
 import math
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
@@ -26,17 +26,21 @@ QUERY_SELECTION_REGISTRY = Registry("QUERY_SELECTION")
 
 @QUERY_SELECTION_REGISTRY.register()
 class StaticQueries(nn.Module):
-    """The same `num_queries` learned queries for every image."""
+    """The same `num_queries` learned queries for every image.
+
+    They propose nothing, so `num_classes` goes unused; it is taken so that one key of a config
+    changes one kind of selection for another.
+    """
 
     @configurable
-    def __init__(self, *, num_queries: int, embed_dim: int):
+    def __init__(self, *, num_queries: int, embed_dim: int, num_classes: int):
         super().__init__()
         self.content = nn.Embedding(num_queries, embed_dim)
         self.anchors = nn.Embedding(num_queries, 4)
 
     @classmethod
     def from_config(cls, cfg, num_classes):
-        return {"num_queries": cfg.MODEL.DINO.NUM_QUERIES, "embed_dim": cfg.MODEL.DINO.EMBED_DIM}
+        return selection_from_config(cfg, num_classes)
 
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
         batch = memory.tokens.shape[0]
@@ -62,7 +66,7 @@ class PureQuerySelection(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, num_classes):
-        return {**StaticQueries.from_config(cfg, num_classes), "num_classes": num_classes}
+        return selection_from_config(cfg, num_classes)
 
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, Predictions]:
         anchors = proposal_anchors(memory)  # (B, S, 4), inf where no object is expected
@@ -96,6 +100,15 @@ class MixedQuerySelection(PureQuerySelection):
 
     def content_of(self, tokens: Tensor) -> Tensor:
         return self.content.weight[: tokens.shape[1]].expand(tokens.shape[0], -1, -1)
+
+
+def selection_from_config(cfg: CfgNode, num_classes: int) -> dict:
+    """The arguments that all three have in common."""
+    return {
+        "num_queries": cfg.MODEL.DINO.NUM_QUERIES,
+        "embed_dim": cfg.MODEL.DINO.EMBED_DIM,
+        "num_classes": num_classes,
+    }
 
 
 def proposal_anchors(memory: FeaturePyramid, side: float = 0.05) -> Tensor:

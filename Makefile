@@ -1,0 +1,47 @@
+## make demo    install what is missing, then run the quick start (pictures go to output/quickstart)
+## make test    install what is missing, then run the tests with coverage
+## make lint    check style and formatting
+## make clean   remove caches and the results of `make demo`; the environment stays
+##
+## VENV=dir       the environment to use (default: .venv, created where it is missing).
+##                PyTorch and Detectron2 already in it are used as they are.
+## PYTHON=python  the interpreter to create it with (default: python3; 3.10 to 3.13)
+
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+# Written last, so that an interrupted installation is taken up again.
+READY  := $(VENV)/.dino_d2-ready
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+demo: $(READY)
+	$(BIN)/python projects/dino/quickstart.py --output output/quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest --cov
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+# output/ is also where trainings end up: only the part that `make demo` can write again goes.
+clean:
+	rm -rf output/quickstart build dist *.egg-info .coverage .pytest_cache .ruff_cache
+	find configs dino_d2 projects tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): Makefile setup.py requirements.txt tools/install.py | $(BIN)/python
+	@$(BIN)/python tools/install.py
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))" || { \
+	  echo "Python 3.10 to 3.13 is needed: name one, as in 'make PYTHON=python3.12'." >&2; exit 1; }
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
+	  echo "$(PYTHON) cannot create virtual environments: on Debian, 'apt install python3-venv' adds that." >&2; exit 1; }
+	@echo "Creating the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,43 @@
+from detectron2.config import LazyCall as L
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data import transforms as T
+from detectron2.evaluation import COCOEvaluator
+from omegaconf import OmegaConf
+
+from dino_d2.data import detr_augmentation
+
+dataloader = OmegaConf.create()
+
+dataloader.train = L(build_detection_train_loader)(
+    dataset=L(get_detection_dataset_dicts)(names=["coco_2017_train"], filter_empty=False),
+    mapper=L(DatasetMapper)(
+        is_train=True,
+        augmentations=L(detr_augmentation)(
+            min_sizes=[480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+            max_size=1333,
+            crop_min_sizes=[400, 500, 600],
+            crop_size=[384, 600],
+        ),
+        image_format="RGB",
+    ),
+    total_batch_size=16,
+    aspect_ratio_grouping=False,
+    num_workers=4,
+)
+
+dataloader.test = L(build_detection_test_loader)(
+    dataset=L(get_detection_dataset_dicts)(names=["coco_2017_val"], filter_empty=False),
+    mapper=L(DatasetMapper)(
+        is_train=False,
+        augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
+        image_format="${...train.mapper.image_format}",
+    ),
+    num_workers=4,
+)
+
+dataloader.evaluator = L(COCOEvaluator)(dataset_name="${..test.dataset.names[0]}")

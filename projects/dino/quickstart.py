@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""See DINO learn in minutes: generate shapes, train on them, evaluate, draw the results."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import train_net
+
+from dino_d2 import visualize
+from dino_d2.data import generate
+from dino_d2.model_zoo import get_config_file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes of the YAML config")
+    args = parser.parse_args()
+    data, metrics = args.output / "data", args.output / "metrics.json"
+
+    generate(data)
+    metrics.unlink(missing_ok=True)  # Detectron2 would append to that of an earlier run
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    train_net.main(
+        train_net.argument_parser().parse_args(
+            [
+                *("--config-file", get_config_file("quickstart.yaml")),
+                *("--train-json", str(data / "train.json"), "--train-images", str(data / "images")),
+                *("--val-json", str(data / "val.json"), "--val-images", str(data / "images")),
+                *("MODEL.DEVICE", device, "OUTPUT_DIR", str(args.output), *args.opts),
+            ]
+        )
+    )
+
+    visualize.draw_curves(metrics, args.output / "curves.png")
+    visualize.draw_detections(
+        data / "val.json",
+        data / "images",
+        args.output / "inference" / "coco_instances_results.json",
+        args.output / "detections.png",
+    )
+    result = json.loads(metrics.read_text().splitlines()[-1])
+    print(
+        f"AP {result['bbox/AP']:.1f}, AP50 {result['bbox/AP50']:.1f} on the validation images. "
+        f"See {args.output}/: detections.png, curves.png, model_final.pth, log.txt"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""Train and evaluate DINO with Detectron2, from a YAML or a LazyConfig file."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    hooks,
+    launch,
+)
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig
+
+from dino_d2 import add_dino_config, data
+from dino_d2.solver import ClippedAdamW, parameter_groups
+
+EPILOG = """
+Examples:
+
+Train on COCO, found where DETECTRON2_DATASETS points, with 8 GPUs:
+    $ train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml --num-gpus 8
+
+Train on data of one's own, in COCO format; works with .py configs too:
+    $ train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
+        --train-json my/train.json --train-images my/images \\
+        --val-json my/val.json --val-images my/images
+
+Change the config at the end of the command, YAML and LazyConfig:
+    $ train_net.py --config-file configs/quickstart.yaml SOLVER.BASE_LR 0.001 OUTPUT_DIR out
+    $ train_net.py --config-file configs/quickstart.py optimizer.lr=0.001 train.output_dir=out
+
+Evaluate a checkpoint, go on with an interrupted training:
+    $ train_net.py --config-file ... --eval-only MODEL.WEIGHTS out/model_final.pth
+    $ train_net.py --config-file ... --resume
+"""
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's trainer for YAML configs, with DINO's optimizer and augmentation."""
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        augmentations = data.detr_augmentation(
+            min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
+            max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+            crop_min_sizes=cfg.INPUT.CROP.MIN_SIZE_TRAIN,
+            crop_size=cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else None,
+        )
+        mapper = DatasetMapper(cfg, is_train=True, augmentations=augmentations)
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
+        if solver.OPTIMIZER == "SGD":
+            return super().build_optimizer(cfg, model)
+        groups = parameter_groups(
+            model, lr=solver.BASE_LR, backbone_multiplier=solver.BACKBONE_MULTIPLIER
+        )
+        return ClippedAdamW(
+            groups,
+            max_norm=clip.CLIP_VALUE if clip.ENABLED else 0,
+            lr=solver.BASE_LR,
+            weight_decay=solver.WEIGHT_DECAY,
+        )
+
+
+def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
+    """The config of either style, with the command line merged in and its data checked.
+
+    Raises:
+        ValueError: the config, the data or the machine cannot do what is asked for
+    """
+    if args.config_file.endswith(".py"):
+        return load_lazy(args)
+    if args.config_file.endswith((".yaml", ".yml")):
+        return load_yaml(args)
+    raise ValueError(f"--config-file is {args.config_file!r}; it has to be a .yaml or a .py file")
+
+
+def load_yaml(args: argparse.Namespace) -> CfgNode:
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = datasets(args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    is_dino = cfg.MODEL.META_ARCHITECTURE == "DINO"
+    num_classes = cfg.MODEL.DINO.NUM_CLASSES if is_dino else None
+    data.check(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, num_classes)
+    check_device(cfg.MODEL.DEVICE, "MODEL.DEVICE cpu")
+    cfg.freeze()
+    return cfg
+
+
+def load_lazy(args: argparse.Namespace) -> DictConfig:
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    train, test = cfg.dataloader.train.dataset, cfg.dataloader.test.dataset
+    train.names, test.names = datasets(args, train.names, test.names)
+    num_classes = cfg.model.num_classes
+    data.check(train.names, test.names, num_classes if isinstance(num_classes, int) else None)
+    check_device(cfg.train.device, "train.device=cpu")
+    return cfg
+
+
+def datasets(
+    args: argparse.Namespace, train: Sequence[str], test: Sequence[str]
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Names of the data sets to train and to evaluate on: the config's, unless the command line
+    has files."""
+    if args.train_json or args.val_json:
+        train, test = (
+            [f"{annotations}@{images}"] if annotations else []
+            for annotations, images in (
+                (args.train_json, args.train_images),
+                (args.val_json, args.val_images),
+            )
+        )
+    # Evaluation needs nothing of the training data; the classes are those of the test set.
+    return (test if args.eval_only else train), test
+
+
+def check_device(device: str, remedy: str) -> None:
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"PyTorch finds no GPU here; end the command with {remedy} to do without")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train or evaluate; one process of `launch`. Results are in the output folder."""
+    cfg = load_config(args)
+    default_setup(cfg, args)
+    if isinstance(cfg, CfgNode):
+        run_yaml(cfg, args)
+    else:
+        run_lazy(cfg, args)
+
+
+def run_yaml(cfg: CfgNode, args: argparse.Namespace) -> None:
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        Trainer.test(cfg, model)
+        return
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def run_lazy(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """As tools/lazyconfig_train_net.py of Detectron2."""
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if args.eval_only:
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.train.output_dir)
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        evaluate_lazy(cfg, model)
+        return
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    model = create_ddp_model(model, **cfg.train.ddp)
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+    is_main = comm.is_main_process()
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
+            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate_lazy(cfg, model)),
+            hooks.PeriodicWriter(writers, cfg.train.log_period) if is_main else None,
+        ]
+    )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    goes_on = args.resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if goes_on else 0, cfg.train.max_iter)
+
+
+def evaluate_lazy(cfg: DictConfig, model: torch.nn.Module) -> dict:
+    if not cfg.dataloader.test.dataset.names:
+        return {}
+    evaluator = instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
+    print_csv_format(results)
+    return results
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's parser, with a data set of one's own."""
+    parser = default_argument_parser(EPILOG)
+    parser.description = __doc__
+    for split in ("train", "val"):
+        parser.add_argument(f"--{split}-json", metavar="FILE", help="annotations, COCO format")
+        parser.add_argument(f"--{split}-images", metavar="FOLDER", help="where its images are")
+    return parser
+
+
+def invoke_main() -> None:
+    parser = argument_parser()
+    args = parser.parse_args()
+    for split in ("train", "val"):
+        if bool(getattr(args, f"{split}_json")) != bool(getattr(args, f"{split}_images")):
+            parser.error(f"--{split}-json and --{split}-images go together")
+    try:
+        load_config(args)  # bad input ends here, before there are several processes
+    except ValueError as error:
+        sys.exit(f"{parser.prog}: {error}")
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    invoke_main()
