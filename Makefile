@@ -32,10 +32,10 @@ lint: $(READY)
 # output/ is also where trainings end up: only the part that `make demo` can write again goes.
 clean:
 	rm -rf output/quickstart build dist *.egg-info .coverage .pytest_cache .ruff_cache
-	find configs dino_d2 projects tests tools -name __pycache__ -prune -exec rm -rf {} +
+	find configs dino_d2 projects tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): Makefile setup.py requirements.txt tools/install.py | $(BIN)/python
-	@$(BIN)/python tools/install.py
+$(READY): Makefile setup.py requirements.txt projects/dino/install.py | $(BIN)/python
+	@$(BIN)/python projects/dino/install.py
 	@touch $@
 
 $(BIN)/python:

@@ -15,6 +15,7 @@ setup(
         "fvcore",
         "matplotlib",
         "numpy",
+        "omegaconf",
         "Pillow",
         "pycocotools",
         "scipy",

@@ -12,15 +12,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-IMAGE_SIDE = (128, 192)  # pixels, each side drawn independently
-DIAMETER = (14, 90)  # pixels, of the circle around a shape
+IMAGE_SIDE = (96, 136)  # pixels, each side drawn independently
+DIAMETER = (18, 72)  # pixels, of the circle around a shape
 MAX_SHAPES = 7
 EMPTY_IMAGES = 0.04  # fraction
-MIN_VISIBLE = 0.4  # fraction of a shape that later ones leave uncovered
+MIN_VISIBLE = 0.7  # fraction of a shape that later ones leave uncovered
 MIN_CONTRAST = 75  # distance in RGB between a shape and what is under it
 SENSOR_NOISE = 6  # standard deviation of every pixel, in grey levels
 SUPERSAMPLING = 4
-VERSION = "1"  # a change of the pictures has to change it: an existing dataset is then made anew
+VERSION = "2"  # a change of the pictures has to change it: an existing dataset is then made anew
 
 
 def _repeat(turns: int, *corners: complex) -> np.ndarray:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # The newest that the tests have passed with. Python 3.10 gets torch 2.14, its last.
 PYTORCH = ["torch<2.16", "torchvision==0.29.2"]
