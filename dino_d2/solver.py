@@ -18,14 +18,21 @@ class ClippedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params: Iterable, *, max_norm: float = 0.1, **options):
-        super().__init__(params, **options)
-        self.max_norm = max_norm
+        super().__init__(params, fused=True, **options)
+        self.defaults["max_norm"] = max_norm  # where copies and pickles find it
+        # A gradient scaler then unscales before this optimizer clips, and not inside its kernel.
+        self._step_supports_amp_scaling = False
 
     def step(self, closure: Callable | None = None) -> torch.Tensor | None:
-        if self.max_norm:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.defaults["max_norm"]:
             parameters = [p for group in self.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.max_norm)
-        return super().step(closure)
+            nn.utils.clip_grad_norm_(parameters, self.defaults["max_norm"])
+        super().step()
+        return loss
 
 
 def parameter_groups(model: nn.Module, *, lr: float, backbone_multiplier: float = 0.1) -> list:

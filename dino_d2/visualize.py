@@ -87,8 +87,9 @@ def draw_curves(metrics: Path, output: Path) -> None:
         (precision, ["bbox/AP50", "bbox/AP"], "AP on the validation set, %"),
     ):
         for key in keys:
-            points = [(row["iteration"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=key)
+            there = [row for row in rows if key in row]
+            x, y = ([row[name] for row in there] for name in ("iteration", key))
+            axes.plot(x, y, marker="." if len(there) < 50 else "", label=key)
         axes.set(xlabel="iteration", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     precision.legend()

@@ -13,12 +13,12 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 IMAGE_SIDE = (96, 136)  # pixels, each side drawn independently
-DIAMETER = (18, 72)  # pixels, of the circle around a shape
-MAX_SHAPES = 7
+DIAMETER = (24, 80)  # pixels, of the circle around a shape
+MAX_SHAPES = 9
 EMPTY_IMAGES = 0.04  # fraction
 MIN_VISIBLE = 0.7  # fraction of a shape that later ones leave uncovered
-MIN_CONTRAST = 75  # distance in RGB between a shape and what is under it
-SENSOR_NOISE = 6  # standard deviation of every pixel, in grey levels
+MIN_CONTRAST = 100  # distance in RGB between a shape and what is under it
+SENSOR_NOISE = 4  # standard deviation of every pixel, in grey levels
 SUPERSAMPLING = 4
 VERSION = "2"  # a change of the pictures has to change it: an existing dataset is then made anew
 
@@ -147,7 +147,7 @@ def _draw_background(rng: np.random.Generator, height: int, width: int) -> np.nd
     coarse = rng.uniform(-1, 1, size=rng.integers(3, 24, size=2)).astype(np.float32)
     blobs = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
     texture = np.tensordot(rng.dirichlet([0.5] * 3), [gradient, stripes, blobs], axes=1)
-    return rng.uniform(40, 215, size=3) + texture[..., None] * rng.uniform(-60, 60, size=3)
+    return rng.uniform(40, 215, size=3) + texture[..., None] * rng.uniform(-45, 45, size=3)
 
 
 def _draw_shape(

@@ -152,9 +152,10 @@ class DINO(nn.Module):
             instances: Instances = x["instances"]
             classes = instances.gt_classes
             # before they move to the device, where asking would wait for it
-            if len(classes) and not 0 <= classes.min() <= classes.max() < self.num_classes:
+            unknown = classes[(classes < 0) | (classes >= self.num_classes)]
+            if len(unknown):
                 raise ValueError(
-                    f"{x.get('file_name', 'an image')} has a box of class {int(classes.max())}, "
+                    f"{x.get('file_name', 'an image')} has a box of class {int(unknown[0])}, "
                     f"but the model has {self.num_classes} classes, counted from 0; "
                     "set the number of classes to that of the data"
                 )

@@ -52,7 +52,8 @@ class StaticQueries(nn.Module):
 class PureQuerySelection(nn.Module):
     """The tokens that the encoder's own class head scores highest, with the boxes that its own
     box head gives them. An image with fewer tokens than `num_queries` gets as many queries as it
-    has tokens (the published implementations fail there)."""
+    has tokens (the published implementations fail there). Tokens without an anchor take part with
+    the score of a zero token, as they do in the published ones: training keeps that low."""
 
     @configurable
     def __init__(self, *, num_queries: int, embed_dim: int, num_classes: int):

@@ -68,7 +68,7 @@ def backward(
     return (
         grad_value.to(value.dtype).contiguous(),
         grad_locations.contiguous(),
-        grad_weights.contiguous(),
+        grad_weights.to(weights.dtype).contiguous(),
     )
 
 

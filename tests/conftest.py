@@ -1,0 +1,156 @@
+"""What the tests share: the devices there are, and a detector small enough to train in a blink.
+
+Fixtures named `make_*` are functions that build what they are named after.
+"""
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from detectron2.structures import Boxes, Instances
+from torch import nn
+from torch.nn import functional as F
+
+from dino_d2 import DINO, modeling
+from dino_d2.boxes import cxcywh_to_xyxy
+from dino_d2.modeling.encoder import flatten
+from dino_d2.structures import Predictions, Target
+
+NUM_CLASSES = 3
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return torch.device(request.param)
+
+
+class TinyBackbone(Backbone):
+    """Features of the strides of a ResNet: mean colours, and one layer on top."""
+
+    def __init__(self, channels: int = 16):
+        super().__init__()
+        self.strides = {"res3": 8, "res4": 16, "res5": 32}
+        self.convs = nn.ModuleDict({name: nn.Conv2d(3, channels, 1) for name in self.strides})
+
+    def forward(self, x):
+        pooled = {name: F.avg_pool2d(x, s, ceil_mode=True) for name, s in self.strides.items()}
+        return {name: self.convs[name](x).relu() for name, x in pooled.items()}
+
+    def output_shape(self):
+        return {
+            name: ShapeSpec(channels=self.convs[name].out_channels, stride=stride)
+            for name, stride in self.strides.items()
+        }
+
+
+@pytest.fixture
+def make_dino():
+    """A DINO of 64 channels, 2 + 2 layers and 20 queries; 64 x 64 images give 85 tokens."""
+
+    def make(
+        query_selection=modeling.MixedQuerySelection,
+        denoising=modeling.ContrastiveDenoising,
+        num_queries=20,
+        budget=4,
+        max_detections=300,
+        **decoder,
+    ):
+        sizes = {"embed_dim": 64, "num_heads": 4, "ffn_dim": 64, "num_points": 2, "num_layers": 2}
+        backbone = TinyBackbone()
+        return DINO(
+            backbone=backbone,
+            neck=modeling.ChannelMapper(
+                input_shape=backbone.output_shape(),
+                in_features=list(backbone.strides),
+                out_channels=64,
+            ),
+            encoder=modeling.Encoder(**sizes),
+            query_selection=query_selection(
+                num_queries=num_queries, embed_dim=64, num_classes=NUM_CLASSES
+            ),
+            decoder=modeling.Decoder(num_classes=NUM_CLASSES, **(sizes | decoder)),
+            criterion=modeling.SetCriterion(matcher=modeling.HungarianMatcher()),
+            denoising=denoising and denoising(num_classes=NUM_CLASSES, embed_dim=64, budget=budget),
+            num_classes=NUM_CLASSES,
+            max_detections=max_detections,
+            pixel_mean=[120.0, 115.0, 105.0],
+            pixel_std=[60.0, 58.0, 57.0],
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_targets():
+    """One target per number of boxes, all boxes at least 0.05 inside the image."""
+
+    def make(*counts, num_classes=NUM_CLASSES):
+        return [
+            Target(
+                torch.randint(num_classes, (count,)),
+                torch.cat([0.3 + 0.4 * torch.rand(count, 2), 0.1 + 0.4 * torch.rand(count, 2)], 1),
+            )
+            for count in counts
+        ]
+
+    return make
+
+
+@pytest.fixture
+def make_batch(make_targets):
+    """Detectron2's input: one image per number of boxes; `sizes` are (height, width)."""
+
+    def make(*counts, sizes=None):
+        batch = []
+        sizes = sizes or [(64, 64)] * len(counts)
+        for (height, width), target in zip(sizes, make_targets(*counts), strict=True):
+            corners = cxcywh_to_xyxy(target.boxes) * torch.tensor([width, height] * 2)
+            instances = Instances((height, width), gt_boxes=Boxes(corners))
+            instances.gt_classes = target.labels
+            image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+            batch.append({"image": image, "instances": instances})
+        return batch
+
+    return make
+
+
+@pytest.fixture
+def make_predictions():
+    """Random predictions (*leading, Q, .), boxes inside the image."""
+
+    def make(*leading, num_queries=5, num_classes=NUM_CLASSES, spread=2.0):
+        boxes = 0.3 + 0.4 * torch.rand(*leading, num_queries, 4)
+        return Predictions(spread * torch.randn(*leading, num_queries, num_classes), boxes)
+
+    return make
+
+
+@pytest.fixture
+def make_memory():
+    """A random pyramid; `padding` (B, H, W) is that of the images."""
+
+    def make(shapes=((6, 5), (3, 3)), channels=32, batch=2, padding=None):
+        if padding is None:
+            padding = torch.zeros(batch, 48, 40, dtype=torch.bool)
+        levels = [torch.randn(len(padding), channels, *shape) for shape in shapes]
+        return flatten(levels, padding, torch.randn(len(shapes), channels))
+
+    return make
+
+
+@pytest.fixture
+def randomise():
+    """Draws every parameter of a module anew: zeros at initialisation hide who depends on whom."""
+
+    def fill(module, std=0.2):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=std)
+        return module
+
+    return fill

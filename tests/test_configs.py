@@ -1,0 +1,204 @@
+"""Every config builds, and its two twins say the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+
+from dino_d2 import add_dino_config, model_zoo
+from dino_d2.data import detr_augmentation
+from dino_d2.modeling import Denoising, PureQuerySelection, StaticQueries
+
+CONFIGS = Path(model_zoo.get_config_file("Base-DINO.yaml")).parent
+NAMES = sorted(
+    str(path.relative_to(CONFIGS).with_suffix(""))
+    for path in CONFIGS.rglob("*.yaml")
+    if path.stem != "Base-DINO"
+)
+
+
+def yaml_config(name, *overrides):
+    cfg = model_zoo.get_config(f"{name}.yaml")
+    cfg.merge_from_list(["MODEL.DEVICE", "meta", "MODEL.DINO.NUM_CLASSES", 80, *overrides])
+    return cfg
+
+
+def lazy_config(name, *overrides):
+    cfg = model_zoo.get_config(f"{name}.py")
+    return LazyConfig.apply_overrides(cfg, ["model.num_classes=80", *overrides])
+
+
+@pytest.fixture
+def on_meta_device():
+    """Shapes without memory or time: what is compared here are names and sizes."""
+    with torch.device("meta"):
+        yield
+
+
+def shapes(model):
+    return {name: (tuple(x.shape), x.dtype) for name, x in model.state_dict().items()}
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_there_is_a_config_for_every_promise():
+    promised = {f"dino_R_50_{s}scale_{e}ep" for s in (4, 5) for e in (12, 24, 36)}
+    assert promised | {"dino_R_101_4scale_12ep", "quickstart"} <= set(NAMES)
+    assert sum(name.startswith("Ablations/") for name in NAMES) == 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twins_build_the_same_model(name, on_meta_device):
+    from_yaml, lazy = build_model(yaml_config(name)), instantiate(lazy_config(name).model)
+    assert shapes(from_yaml) == shapes(lazy)
+    assert trainable(from_yaml) == trainable(lazy)
+    assert repr(from_yaml) == repr(lazy)
+    assert vars(from_yaml.criterion)["weights"] == vars(lazy.criterion)["weights"]
+    assert vars(from_yaml.criterion.matcher) == vars(lazy.criterion.matcher)
+    assert from_yaml.decoder.look_forward == lazy.decoder.look_forward
+    assert from_yaml.max_detections == lazy.max_detections
+    if from_yaml.denoising:
+        scalars = ("num_classes", "budget", "label_noise", "box_noise")
+        assert [getattr(from_yaml.denoising, x) for x in scalars] == [
+            getattr(lazy.denoising, x) for x in scalars
+        ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twins_normalise_pixels_alike(name):
+    cfg, lazy = yaml_config(name), lazy_config(name)
+    assert list(cfg.MODEL.PIXEL_MEAN) == list(lazy.model.pixel_mean)
+    assert list(cfg.MODEL.PIXEL_STD) == list(lazy.model.pixel_std)
+    assert cfg.INPUT.FORMAT == lazy.dataloader.train.mapper.image_format
+    assert cfg.INPUT.FORMAT == lazy.dataloader.test.mapper.image_format
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twins_feed_the_same_data(name):
+    cfg, lazy = yaml_config(name), lazy_config(name).dataloader
+    assert list(cfg.DATASETS.TRAIN) == list(lazy.train.dataset.names)
+    assert list(cfg.DATASETS.TEST) == list(lazy.test.dataset.names)
+    assert cfg.SOLVER.IMS_PER_BATCH == lazy.train.total_batch_size
+    assert cfg.DATALOADER.NUM_WORKERS == lazy.train.num_workers == lazy.test.num_workers
+    assert cfg.DATALOADER.ASPECT_RATIO_GROUPING == lazy.train.aspect_ratio_grouping
+    assert cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS == lazy.train.dataset.filter_empty
+    resize = lazy.test.mapper.augmentations[0]
+    assert cfg.INPUT.MIN_SIZE_TEST == resize.short_edge_length
+    assert cfg.INPUT.MAX_SIZE_TEST == resize.max_size
+    augmentation = lazy.train.mapper.augmentations
+    assert augmentation._target_ is detr_augmentation
+    assert list(cfg.INPUT.MIN_SIZE_TRAIN) == list(augmentation.min_sizes)
+    assert cfg.INPUT.MAX_SIZE_TRAIN == augmentation.max_size
+    assert cfg.INPUT.CROP.ENABLED == (augmentation.crop_size is not None)
+    if cfg.INPUT.CROP.ENABLED:
+        assert list(cfg.INPUT.CROP.SIZE) == list(augmentation.crop_size)
+        assert list(cfg.INPUT.CROP.MIN_SIZE_TRAIN) == list(augmentation.crop_min_sizes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twins_have_the_same_schedule(name):
+    cfg, lazy = yaml_config(name), lazy_config(name)
+    solver, train = cfg.SOLVER, lazy.train
+    assert solver.MAX_ITER == train.max_iter
+    assert solver.CHECKPOINT_PERIOD == train.checkpointer.period
+    assert cfg.TEST.EVAL_PERIOD == train.eval_period
+    assert cfg.MODEL.WEIGHTS == train.init_checkpoint
+    assert cfg.SEED == train.get("seed", -1)
+    assert solver.BASE_LR == lazy.optimizer.lr
+    assert solver.WEIGHT_DECAY == lazy.optimizer.weight_decay
+    assert solver.BACKBONE_MULTIPLIER == lazy.optimizer.params.backbone_multiplier
+    assert solver.CLIP_GRADIENTS.CLIP_VALUE == lazy.optimizer.max_norm
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    multiplier = build_lr_scheduler(cfg, optimizer)._multiplier
+    for progress in (0.0, 0.001, 0.02, 0.5, 0.8, 0.84, 0.92, 0.99):
+        lazily = instantiate(lazy.lr_multiplier)(progress)
+        assert multiplier(progress) == pytest.approx(lazily, abs=1e-6)
+
+
+def test_ablations_are_the_rows_of_the_paper(on_meta_device):
+    n = "Ablations/dino_R_50_4scale_12ep_dn"
+    dn, once, pure, static = (
+        build_model(yaml_config(x)) for x in (n, f"{n}_once", f"{n}_once_pure", f"{n}_once_static")
+    )
+    assert all(type(x.denoising) is Denoising for x in (dn, once, pure, static))
+    assert [x.decoder.look_forward for x in (dn, once, pure, static)] == [2, 1, 1, 1]
+    assert type(pure.query_selection) is PureQuerySelection
+    assert type(static.query_selection) is StaticQueries
+    assert type(once.query_selection) is type(dn.query_selection)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("Ablations/")])
+def test_an_ablation_changes_one_key(name):
+    text = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    assert sum(not line.endswith(":") for line in text[1:]) == 1
+    text = (CONFIGS / f"{name}.py").read_text().splitlines()
+    assert sum(line.startswith("model.") for line in text) == 1
+
+
+def test_the_number_of_classes_comes_from_the_training_data(on_meta_device):
+    cfg = model_zoo.get_config("dino_R_50_4scale_12ep")
+    cfg.MODEL.DEVICE = "meta"
+    lazy = model_zoo.get_config("dino_R_50_4scale_12ep.py")
+    assert build_model(cfg).num_classes == instantiate(lazy.model).num_classes == 80
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.denoising=null", lambda model: model.denoising is None),
+        ("model.decoder.look_forward=1", lambda model: model.decoder.look_forward == 1),
+        ("model.decoder.shared_heads=False", lambda model: len(model.decoder.class_heads) == 6),
+        (
+            "model.query_selection._target_=dino_d2.modeling.StaticQueries",
+            lambda model: type(model.query_selection) is StaticQueries,
+        ),
+        ("model.encoder.embed_dim=128", lambda model: model.decoder.norm.weight.shape == (128,)),
+        ("model.num_classes=7", lambda model: model.decoder.class_heads[0].out_features == 7),
+    ],
+)
+def test_a_lazy_override_changes_the_model(override, expected, on_meta_device):
+    plain = instantiate(lazy_config("dino_R_50_4scale_12ep").model)
+    changed = instantiate(lazy_config("dino_R_50_4scale_12ep", override).model)
+    assert expected(changed) and not expected(plain)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("DENOISING.NAME", "", lambda model: model.denoising is None),
+        ("LOOK_FORWARD", 1, lambda model: model.decoder.look_forward == 1),
+        ("SHARED_HEADS", False, lambda model: len(model.decoder.class_heads) == 6),
+        (
+            "QUERY_SELECTION",
+            "StaticQueries",
+            lambda model: type(model.query_selection) is StaticQueries,
+        ),
+        ("EMBED_DIM", 128, lambda model: model.decoder.norm.weight.shape == (128,)),
+        ("NUM_CLASSES", 7, lambda model: model.decoder.class_heads[0].out_features == 7),
+    ],
+)
+def test_a_yaml_override_changes_the_model(key, value, expected, on_meta_device):
+    plain = build_model(yaml_config("dino_R_50_4scale_12ep"))
+    changed = build_model(yaml_config("dino_R_50_4scale_12ep", f"MODEL.DINO.{key}", value))
+    assert expected(changed) and not expected(plain)
+
+
+def test_a_name_without_suffix_is_the_yaml_twin():
+    assert model_zoo.get_config_file("quickstart") == str(CONFIGS / "quickstart.yaml")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(FileNotFoundError, match="dino_R_50_4scale_12ep.yaml"):
+        model_zoo.get_config("dino_R50_4scale_12ep")
+
+
+def test_the_keys_are_added_to_any_config():
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    assert cfg.MODEL.DINO.NUM_QUERIES == 900

@@ -1,0 +1,210 @@
+from math import log
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from dino_d2.boxes import cxcywh_to_xyxy
+from dino_d2.modeling import ContrastiveDenoising, HungarianMatcher, SetCriterion
+from dino_d2.modeling.criterion import average_over_workers, comm
+from dino_d2.structures import DetectorOutput, Predictions, Target
+
+NUM_CLASSES = 3
+KINDS = ("loss_class", "loss_bbox", "loss_giou")
+
+
+def make_criterion(**options):
+    return SetCriterion(matcher=HungarianMatcher(), **options)
+
+
+@pytest.fixture
+def make_output(make_predictions):
+    """Three layers, with proposals and with two denoising groups unless left out."""
+
+    def make(targets, proposals=True, denoising=True):
+        batch = len(targets)
+        noised = None
+        if denoising:
+            slots = max(1, *(len(target.labels) for target in targets))
+            noised = ContrastiveDenoising(num_classes=NUM_CLASSES, embed_dim=8, budget=2 * slots)
+            noised = noised(targets)
+        denoised = [
+            make_predictions(batch, num_queries=len(noised.groups)) for _ in range(3) if denoising
+        ]
+        return DetectorOutput(
+            layers=[make_predictions(batch) for _ in range(3)],
+            proposals=make_predictions(batch, num_queries=5) if proposals else None,
+            denoised=denoised,
+            denoising=noised,
+        )
+
+    return make
+
+
+def slow_losses(predictions, targets, pairs, num_boxes):
+    """Of one stage, image by image and pair by pair: `pairs` are (image, query, box of image)."""
+    classes = torch.zeros_like(predictions.logits)
+    bbox = giou = 0.0
+    for image, query, box in pairs:
+        target = targets[image]
+        classes[image, query, target.labels[box]] = 1
+        a, b = predictions.boxes[image, query], target.boxes[box]
+        bbox = bbox + sum(abs(x - y) for x, y in zip(a, b, strict=True))
+        giou = giou + generalized_box_iou_loss(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b))
+    focal = sum(
+        sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2.0).sum()
+        for logits, wanted in zip(predictions.logits, classes, strict=True)
+    )
+    return {
+        "loss_class": focal / num_boxes,
+        "loss_bbox": 5 * bbox / num_boxes,
+        "loss_giou": 2 * giou / num_boxes,
+    }
+
+
+def matched_pairs(predictions, targets):
+    """By running the matcher on every image alone."""
+    for image, target in enumerate(targets):
+        alone = Predictions(*(x[None, image : image + 1] for x in predictions))
+        _, queries, boxes = HungarianMatcher()(alone, [target])
+        yield from ((image, int(q), int(b)) for q, b in zip(queries[0], boxes[0], strict=True))
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("stage", ["layers", "proposals", "denoised"])
+def test_losses_of_one_query_and_one_box(stage):
+    target = Target(torch.tensor([1]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]))
+    prediction = Predictions(torch.zeros(1, 1, 2), torch.tensor([[[0.5, 0.5, 0.2, 0.2]]]))
+    # as positive and negative: the second query of the denoising part has no box
+    twice = Predictions(*(x.repeat(1, 2, 1) for x in prediction))
+    noised = ContrastiveDenoising(num_classes=2, embed_dim=8, budget=1)([target])
+    losses = make_criterion()(DetectorOutput([prediction], prediction, [twice], noised), [target])
+    suffix = {"layers": "", "proposals": "_enc", "denoised": "_dn"}[stage]
+    # all probabilities are 1/2: 0.25 * 0.5^2 * log 2 for the class that is, 0.75 * ... for others
+    there, absent = (alpha * 0.25 * log(2) for alpha in (0.25, 0.75))
+    negative = 2 * absent if stage == "denoised" else 0
+    assert losses["loss_class" + suffix].item() == pytest.approx(there + absent + negative)
+    # width and height are 0.2 off
+    assert losses["loss_bbox" + suffix].item() == pytest.approx(5 * 0.4)
+    # a quarter of the target, inside it
+    assert losses["loss_giou" + suffix].item() == pytest.approx(2 * (1 - 0.25))
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 4, 1), (7,)], ids=str)
+def test_losses_are_those_of_a_loop_over_stages_and_images(make_targets, make_output, counts):
+    targets = make_targets(*counts)
+    output = make_output(targets)
+    losses = make_criterion()(output, targets)
+    names = ["_0", "_1", "", "_enc"]
+    for suffix, stage in zip(names, [*output.layers, output.proposals], strict=True):
+        pairs = list(matched_pairs(stage, targets))
+        for name, expected in slow_losses(stage, targets, pairs, sum(counts)).items():
+            torch.testing.assert_close(losses.pop(name + suffix), expected)
+
+    slots = max(counts)
+    pairs = [
+        (image, group * 2 * slots + box, box)
+        for image, count in enumerate(counts)
+        for group in range(2)
+        for box in range(count)
+    ]
+    for suffix, stage in zip(["_dn_0", "_dn_1", "_dn"], output.denoised, strict=True):
+        # divided by boxes times groups
+        for name, expected in slow_losses(stage, targets, pairs, 2 * sum(counts)).items():
+            torch.testing.assert_close(losses.pop(name + suffix), expected)
+    assert not losses
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_weight_scales_its_own_loss_at_every_stage(make_targets, make_output, name):
+    targets = make_targets(2, 1)
+    output = make_output(targets)
+    before = make_criterion(class_weight=1.0, bbox_weight=1.0, giou_weight=1.0)(output, targets)
+    weights = {"class_weight": 1.0, "bbox_weight": 1.0, "giou_weight": 1.0}
+    weights[name.removeprefix("loss_") + "_weight"] = 3.0
+    for key, loss in make_criterion(**weights)(output, targets).items():
+        factor = 3 if key.startswith(name) else 1
+        torch.testing.assert_close(loss, factor * before[key])
+
+
+@pytest.mark.parametrize("proposals", [True, False])
+@pytest.mark.parametrize("denoising", [True, False])
+def test_losses_are_named_after_their_stage(make_targets, make_output, proposals, denoising):
+    targets = make_targets(2, 1)
+    losses = make_criterion()(make_output(targets, proposals, denoising), targets)
+    suffixes = ["", "_0", "_1"] + ["_enc"] * proposals + ["_dn", "_dn_0", "_dn_1"] * denoising
+    assert set(losses) == {kind + suffix for kind in KINDS for suffix in suffixes}
+    assert all(loss.shape == () and loss > 0 for loss in losses.values())
+
+
+def test_matching_and_denoising_losses_see_only_their_own_queries(make_targets, make_output):
+    targets = make_targets(2, 1)
+    output, other = make_output(targets), make_output(targets)
+    losses = make_criterion()(output, targets)
+    swapped = make_criterion()(output._replace(denoised=other.denoised), targets)
+    for name, loss in losses.items():
+        assert torch.equal(loss, swapped[name]) == ("_dn" not in name)
+
+
+# ---- without boxes
+
+
+def test_without_boxes_only_matching_queries_have_a_loss(make_targets, make_output):
+    targets = make_targets(0, 0)
+    losses = make_criterion()(make_output(targets), targets)
+    for name, loss in losses.items():
+        assert (loss > 0) == (name.startswith("loss_class") and "_dn" not in name)
+
+
+def test_without_boxes_every_prediction_still_gets_a_gradient(make_targets, make_output):
+    targets = make_targets(0, 0)
+    output = make_output(targets)
+    predictions = [*output.layers, output.proposals, *output.denoised]
+    leaves = [x.requires_grad_() for stage in predictions for x in stage]
+    sum(make_criterion()(output, targets).values()).backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
+    assert not any(x.grad.any() for stage in output.denoised for x in stage)
+
+
+# ---- workers
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0.0, 1.0), (1.0, 1.0), (7.0, 7.0)])
+def test_alone_the_box_count_is_at_least_one(count, expected):
+    assert average_over_workers(torch.tensor(count)).item() == expected
+
+
+def worker(rank, path, counts, results):
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    own = [torch.tensor(pair[rank]) for pair in counts]
+    averages = [average_over_workers(count).item() for count in own]
+    results[rank] = (averages, [count.item() for count in own])
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_workers_agree_on_their_mean_count(tmp_path):
+    counts = [(2.0, 5.0), (0.0, 1.0), (0.0, 0.0)]
+    with multiprocessing.Manager() as manager:
+        results = manager.dict()
+        multiprocessing.spawn(worker, (tmp_path / "store", counts, results), nprocs=2)
+        for rank, (averages, own) in results.items():
+            assert averages == [3.5, 1.0, 1.0]
+            assert own == [pair[rank] for pair in counts]  # left as they were
+        assert len(results) == 2
+
+
+def test_losses_are_divided_by_the_mean_count_of_all_workers(
+    make_targets, make_output, monkeypatch
+):
+    targets = make_targets(2, 1)
+    output = make_output(targets)
+    alone = make_criterion()(output, targets)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    # the other worker has nine boxes: (3 + 9) / 2 is twice what this one has
+    monkeypatch.setattr(distributed, "all_reduce", lambda count: count.add_(9))
+    for name, loss in make_criterion()(output, targets).items():
+        torch.testing.assert_close(loss, alone[name] / 2)

@@ -1,0 +1,75 @@
+"""`make demo`, and the pictures that it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dino_d2.data import generate
+from dino_d2.visualize import draw_curves, draw_detections
+
+QUICKSTART = Path(__file__).parents[1] / "projects" / "dino" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    generate(root, num_train=8, num_val=6)
+    return root
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def sheet(shapes, output, detections):
+    results = output / "results.json"
+    results.write_text(json.dumps(detections))
+    picture = output / "sheet.png"
+    draw_detections(shapes / "val.json", shapes / "images", results, picture)
+    return pixels(picture)
+
+
+def test_a_detection_is_drawn(shapes, tmp_path):
+    image = json.loads((shapes / "val.json").read_text())["images"][0]
+    box = {"image_id": image["id"], "category_id": 1, "bbox": [20, 20, 40, 40], "score": 0.9}
+    empty, drawn = sheet(shapes, tmp_path, []), sheet(shapes, tmp_path, [box])
+    assert (empty != drawn).any()
+
+
+def test_a_detection_below_the_threshold_is_not_drawn(shapes, tmp_path):
+    image = json.loads((shapes / "val.json").read_text())["images"][0]
+    box = {"image_id": image["id"], "category_id": 1, "bbox": [20, 20, 40, 40], "score": 0.4}
+    empty, unchanged = sheet(shapes, tmp_path, []), sheet(shapes, tmp_path, [box])
+    assert (empty == unchanged).all()
+
+
+def test_curves_show_losses_and_precision(tmp_path):
+    rows = [{"iteration": i, "total_loss": 10 / (i + 1)} for i in range(5)]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    draw_curves(tmp_path / "metrics.json", tmp_path / "loss.png")
+    rows[-1] |= {"bbox/AP": 40.0, "bbox/AP50": 60.0}
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    draw_curves(tmp_path / "metrics.json", tmp_path / "both.png")
+    left, right = np.hsplit(pixels(tmp_path / "loss.png") != pixels(tmp_path / "both.png"), 2)
+    assert not left.any() and right.any()
+
+
+@pytest.mark.slow
+def test_the_demo_says_where_everything_is(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    tiny = ("SOLVER.MAX_ITER", "20", "TEST.EVAL_PERIOD", "10", "SOLVER.IMS_PER_BATCH", "2")
+    command = [sys.executable, QUICKSTART, "--output", tmp_path, *tiny]
+    result = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert str(tmp_path) in last and "AP50" in last
+    for name in ("detections.png", "curves.png", "model_final.pth"):
+        assert name in last and (tmp_path / name).stat().st_size > 1000

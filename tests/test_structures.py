@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from dino_d2.structures import (
+    Predictions,
+    Queries,
+    Target,
+    pad_targets,
+    prepend,
+    split_predictions,
+    stack_predictions,
+)
+
+
+def test_prepend_puts_the_first_queries_in_front():
+    first = Queries(torch.full((2, 3, 8), 1.0), torch.full((2, 3, 4), 0.1))
+    second = Queries(torch.full((2, 5, 8), 2.0), torch.full((2, 5, 4), 0.2))
+    both = prepend(first, second)
+    assert both.content[0, :, 0].tolist() == [1.0] * 3 + [2.0] * 5
+    torch.testing.assert_close(both.reference[1, :, 3], torch.tensor([0.1] * 3 + [0.2] * 5))
+
+
+@pytest.mark.parametrize("index", [0, 2, 5])
+def test_split_predictions_are_the_front_and_the_rest(make_predictions, index):
+    whole = make_predictions(2)
+    front, back = split_predictions(whole, index)
+    assert front.logits.shape[1] == front.boxes.shape[1] == index
+    for a, b, both in zip(front, back, whole, strict=True):
+        assert torch.equal(torch.cat([a, b], 1), both)
+
+
+def test_stacked_stages_have_a_leading_axis(make_predictions):
+    stages = [make_predictions(2) for _ in range(3)]
+    stacked = stack_predictions(stages)
+    assert stacked.logits.shape == (3, 2, 5, 3) and stacked.boxes.shape == (3, 2, 5, 4)
+    assert torch.equal(stacked.logits[1], stages[1].logits)
+    assert torch.equal(stacked.boxes[2], stages[2].boxes)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_stacked_logits_are_never_narrower_than_float32(given, expected):
+    stage = Predictions(torch.zeros(1, 2, 3, dtype=given), torch.zeros(1, 2, 4))
+    assert stack_predictions([stage]).logits.dtype == expected
+
+
+def test_padded_targets_are_rectangular():
+    a, b = [0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]
+    full = Target(torch.tensor([2, 1]), torch.tensor([a, b]))
+    empty = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
+    labels, boxes, real = pad_targets([full, empty], slots=3)
+    assert labels.tolist() == [[2, 1, 0], [0, 0, 0]]
+    middle = [0.5] * 4
+    torch.testing.assert_close(boxes, torch.tensor([[a, b, middle], [middle] * 3]))
+    assert real.tolist() == [[True, True, False], [False] * 3]

@@ -1,0 +1,211 @@
+"""The program `train_net.py`, as people run it: both config styles, bad input, resume."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2 import model_zoo as detectron2_zoo
+from detectron2.data import MetadataCatalog
+
+from dino_d2.data import generate
+from dino_d2.model_zoo import get_config_file
+
+PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
+sys.path.insert(0, str(PROGRAMS))
+import train_net  # noqa: E402
+
+# A training of no use but for being short, in both styles.
+TINY = {
+    ".yaml": [
+        *("MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+        *("MODEL.DINO.ENCODER_LAYERS", "1", "MODEL.DINO.DECODER_LAYERS", "1"),
+        *("SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"),
+        *("SOLVER.WARMUP_ITERS", "0", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "0"),
+    ],
+    ".py": [
+        "train.device=cpu",
+        "dataloader.train.mapper.augmentations.min_sizes=[64]",
+        "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+        *("model.encoder.num_layers=1", "model.decoder.num_layers=1"),
+        *("dataloader.train.total_batch_size=2", "dataloader.train.num_workers=0"),
+        *("dataloader.test.num_workers=0", "lr_multiplier.warmup_length=0.0"),
+        *("train.checkpointer.period=2", "train.eval_period=0"),
+    ],
+}
+KEYS = {
+    ".yaml": {"output": "OUTPUT_DIR", "iterations": "SOLVER.MAX_ITER", "weights": "MODEL.WEIGHTS"},
+    ".py": {
+        "output": "train.output_dir",
+        "iterations": "train.max_iter",
+        "weights": "train.init_checkpoint",
+    },
+}
+STYLES = [".yaml", ".py"]
+
+
+def overrides(style, **values):
+    pairs = [(KEYS[style][name], str(value)) for name, value in values.items()]
+    if style == ".py":
+        return [*TINY[style], *(f"{key}={value}" for key, value in pairs)]
+    return [*TINY[style], *(word for pair in pairs for word in pair)]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    generate(root, num_train=12, num_val=6)
+    return root
+
+
+@pytest.fixture
+def data(shapes):
+    return [
+        *("--train-json", f"{shapes}/train.json", "--train-images", f"{shapes}/images"),
+        *("--val-json", f"{shapes}/val.json", "--val-images", f"{shapes}/images"),
+    ]
+
+
+def config(style, name="quickstart"):
+    return ["--config-file", get_config_file(name + style)]
+
+
+def parse(*words):
+    return train_net.argument_parser().parse_args([str(word) for word in words])
+
+
+def run(*words):
+    """The output of train_net.py in a process of its own; it has to succeed."""
+    command = [sys.executable, PROGRAMS / "train_net.py", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def complaint(monkeypatch, *words):
+    """The sentence that train_net.py ends with."""
+    monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        train_net.invoke_main()
+    return str(end.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", STYLES)
+def test_train_stop_resume_evaluate(style, data, tmp_path):
+    common = [*config(style), *data]
+    first = run(*common, *overrides(style, output=tmp_path, iterations=2))
+    assert "Starting training from iteration 0" in first
+
+    second = run(*common, "--resume", *overrides(style, output=tmp_path, iterations=4))
+    assert "Starting training from iteration 2" in second
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert {"total_loss", "loss_class_enc", "loss_giou_dn", "bbox/AP"} <= metrics[-1].keys()
+    assert (tmp_path / "model_final.pth").is_file()
+    assert list(tmp_path.glob("events.out.tfevents*"))
+
+    weights = tmp_path / "model_final.pth"
+    options = overrides(style, output=tmp_path / "evaluation", weights=weights)
+    evaluation = run(*common, "--eval-only", *options)
+    (scores,) = re.findall(r"copypaste: (\d.*)", evaluation)
+    assert float(scores.split(",")[0]) == pytest.approx(metrics[-1]["bbox/AP"], abs=1e-3)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_data_by_path_reaches_both_styles(style, data, shapes):
+    cfg = train_net.load_config(parse(*config(style), *data, *overrides(style)))
+    train, test = f"{shapes}/train.json@{shapes}/images", f"{shapes}/val.json@{shapes}/images"
+    if style == ".py":
+        names = cfg.dataloader.train.dataset.names, cfg.dataloader.test.dataset.names
+        assert cfg.dataloader.evaluator.dataset_name == test
+    else:
+        names = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+    assert (*names[0], *names[1]) == (train, test)
+    assert len(MetadataCatalog.get(train).thing_classes) == 5
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_evaluation_needs_no_training_data(style, data, shapes):
+    cfg = train_net.load_config(
+        parse(*config(style), *data[4:], "--eval-only", *overrides(style))
+    )
+    names = cfg.DATASETS.TRAIN if style == ".yaml" else cfg.dataloader.train.dataset.names
+    assert list(names) == [f"{shapes}/val.json@{shapes}/images"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_training_without_validation_data_evaluates_nothing(style, data):
+    cfg = train_net.load_config(parse(*config(style), *data[:4], *overrides(style)))
+    if style == ".py":
+        assert train_net.evaluate_lazy(cfg, torch.nn.Identity()) == {}
+    else:
+        assert train_net.Trainer.test(cfg, torch.nn.Identity()) == {}
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_command_line_wins_over_the_config(style, device, data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    option = [f"train.device={device}"] if style == ".py" else ["MODEL.DEVICE", device]
+    cfg = train_net.load_config(parse(*config(style), *data, *overrides(style), *option))
+    assert (cfg.train.device if style == ".py" else cfg.MODEL.DEVICE) == device
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_gpu_that_is_not_there_is_one_sentence(style, data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = complaint(monkeypatch, *config(style), *data)
+    remedy = "train.device=cpu" if style == ".py" else "MODEL.DEVICE cpu"
+    assert "no GPU" in message and remedy in message and "\n" not in message
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_bad_data_ends_before_training_with_one_sentence(style, data, shapes, monkeypatch, tmp_path):
+    dataset = json.loads((shapes / "val.json").read_text())
+    dataset["categories"][0]["name"] = "hexagon"
+    (tmp_path / "val.json").write_text(json.dumps(dataset))
+    other = [*data[:5], tmp_path / "val.json", *data[6:]]
+    options = overrides(style, output=tmp_path / "output")
+    message = complaint(monkeypatch, *config(style), *other, *options)
+    assert "hexagon" in message and "circle" in message and "\n" not in message
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("style", "number"), [(".yaml", ["MODEL.DINO.NUM_CLASSES", "9"]), (".py", ["model.num_classes=9"])]
+)
+def test_a_number_of_classes_that_contradicts_the_data(style, number, data, monkeypatch):
+    message = complaint(monkeypatch, *config(style), *data, *overrides(style), *number)
+    assert "9 classes" in message and "5" in message
+
+
+def test_a_config_of_no_known_style(monkeypatch):
+    message = complaint(monkeypatch, "--config-file", "config.toml")
+    assert "config.toml" in message and ".yaml" in message
+
+
+def test_annotations_without_their_images(monkeypatch, capsys):
+    assert complaint(monkeypatch, *config(".yaml"), "--val-json", "val.json") == "2"
+    assert "--val-json and --val-images go together" in capsys.readouterr().err
+
+
+def test_other_models_of_detectron2_train_with_their_own_optimizer(data):
+    file = detectron2_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    classes = ("MODEL.ROI_HEADS.NUM_CLASSES", 5, "SOLVER.OPTIMIZER", "SGD", "MODEL.DEVICE", "cpu")
+    cfg = train_net.load_config(parse("--config-file", file, *data, *classes))
+    optimizer = train_net.Trainer.build_optimizer(cfg, torch.nn.Linear(1, 1))
+    assert isinstance(optimizer, torch.optim.SGD)
+
+
+def test_the_optimizer_of_the_config(data):
+    cfg = train_net.load_config(parse(*config(".yaml"), *data, *overrides(".yaml")))
+    optimizer = train_net.Trainer.build_optimizer(cfg, torch.nn.Linear(1, 1))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (optimizer.defaults["max_norm"], optimizer.defaults["lr"]) == (0.1, cfg.SOLVER.BASE_LR)
