@@ -20,6 +20,7 @@ model.encoder.num_levels = 3
 model.query_selection.num_queries = 30
 model.decoder.num_layers = 3
 model.denoising.budget = 30
+model.criterion.class_weight = 2.0
 model.max_detections = 100
 
 dataloader.train.mapper.augmentations.min_sizes = [96, 104, 112, 120]
@@ -30,15 +31,15 @@ dataloader.train.num_workers = dataloader.test.num_workers = 0
 dataloader.test.mapper.augmentations[0].short_edge_length = 112
 dataloader.test.mapper.augmentations[0].max_size = 200
 
-optimizer.lr = 4e-4
+optimizer.lr = 1e-3
 optimizer.params.backbone_multiplier = 1.0
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
     warmup_factor=0.001,
-    warmup_length=60 / 2400,
+    warmup_length=100 / 1600,
 )
 
 train.init_checkpoint = ""
-train.max_iter = 2400
-train.eval_period = train.checkpointer.period = 600
+train.max_iter = 1600
+train.eval_period = train.checkpointer.period = 400
 train.seed = 0

@@ -19,7 +19,7 @@ def draw_detections(
     output: Path,
     *,
     num_images: int = 12,
-    threshold: float = 0.5,
+    threshold: float = 0.4,
 ) -> None:
     """A sheet of images, each with its ground truth and, to the right, what was detected.
 

@@ -44,7 +44,7 @@ def test_a_detection_is_drawn(shapes, tmp_path):
 
 def test_a_detection_below_the_threshold_is_not_drawn(shapes, tmp_path):
     image = json.loads((shapes / "val.json").read_text())["images"][0]
-    box = {"image_id": image["id"], "category_id": 1, "bbox": [20, 20, 40, 40], "score": 0.4}
+    box = {"image_id": image["id"], "category_id": 1, "bbox": [20, 20, 40, 40], "score": 0.3}
     empty, unchanged = sheet(shapes, tmp_path, []), sheet(shapes, tmp_path, [box])
     assert (empty == unchanged).all()
 

@@ -1,8 +1,13 @@
-from detectron2 import model_zoo
-
-# 7393 iterations are an epoch of COCO: 118,287 images, empty ones included, 16 at a time
-train = model_zoo.get_config("common/train.py").train
-train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
-train.max_iter = 12 * 7393
-train.eval_period = 7393
-train.checkpointer.period = 7393
+# The options of Detectron2's configs/common/train.py, for an epoch of COCO at a time:
+# 118,287 images, empty ones included, 16 a step, are 7393 iterations.
+train = dict(
+    output_dir="./output",
+    init_checkpoint="detectron2://ImageNetPretrained/torchvision/R-50.pkl",
+    max_iter=12 * 7393,
+    amp=dict(enabled=False),
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    checkpointer=dict(period=7393, max_to_keep=100),
+    eval_period=7393,
+    log_period=20,
+    device="cuda",
+)
