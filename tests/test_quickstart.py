@@ -49,15 +49,22 @@ def test_a_detection_below_the_threshold_is_not_drawn(shapes, tmp_path):
     assert (empty == unchanged).all()
 
 
-def test_curves_show_losses_and_precision(tmp_path):
-    rows = [{"iteration": i, "total_loss": 10 / (i + 1)} for i in range(5)]
-    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
-    draw_curves(tmp_path / "metrics.json", tmp_path / "loss.png")
-    rows[-1] |= {"bbox/AP": 40.0, "bbox/AP50": 60.0}
-    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
-    draw_curves(tmp_path / "metrics.json", tmp_path / "both.png")
-    left, right = np.hsplit(pixels(tmp_path / "loss.png") != pixels(tmp_path / "both.png"), 2)
-    assert not left.any() and right.any()
+@pytest.mark.parametrize("key", ["total_loss", "bbox/AP", "bbox/AP50"])
+def test_curves_show(key, tmp_path):
+    pictures = []
+    for last in (2.0, 8.0):
+        rows = [{"iteration": i, "total_loss": 5.0, "bbox/AP": 1, "bbox/AP50": 1} for i in range(5)]
+        rows[-1][key] = last
+        (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+        draw_curves(tmp_path / "metrics.json", tmp_path / "curves.png")
+        pictures.append(pixels(tmp_path / "curves.png"))
+    assert (pictures[0] != pictures[1]).any()
+
+
+def test_a_training_without_evaluation_has_a_curve_as_well(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"iteration": 0, "total_loss": 5.0}')
+    draw_curves(tmp_path / "metrics.json", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
 
 
 @pytest.mark.slow

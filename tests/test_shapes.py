@@ -55,7 +55,7 @@ def test_the_recorded_sizes_are_those_of_the_images(root):
     for image in load(root)["images"]:
         size = image["width"], image["height"]
         assert Image.open(root / "images" / image["file_name"]).size == size
-        assert all(128 <= side <= 192 for side in size)
+        assert all(shapes.IMAGE_SIDE[0] <= side <= shapes.IMAGE_SIDE[1] for side in size)
         sizes.add(size)
     assert any(w > h for w, h in sizes) and any(w < h for w, h in sizes)
 
