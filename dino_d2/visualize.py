@@ -83,7 +83,7 @@ def draw_curves(metrics: Path, output: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     loss, precision = figure.subplots(1, 2)
     for axes, keys, label in (
-        (loss, ["total_loss"], "total loss (20 iterations' median)"),
+        (loss, ["total_loss"], "total loss"),
         (precision, ["bbox/AP50", "bbox/AP"], "AP on the validation set, %"),
     ):
         for key in keys:

@@ -100,3 +100,18 @@ def test_every_augmentation_can_be_printed():
     # Detectron2 logs the list when it builds a mapper
     text = str(detr_augmentation())
     assert "RandomFlip" in text and "RandomApply" in text and "max_size=1333" in text
+
+
+@pytest.mark.parametrize("flip", ["horizontal", "vertical", "none"])
+def test_flips_are_those_of_the_config(flip):
+    image = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    expected = {"horizontal": image[:, ::-1], "vertical": image[::-1], "none": image}[flip]
+    flips = detr_augmentation(crop_size=None, flip=flip)[:-1]
+    outcomes = [T.AugmentationList(flips)(T.AugInput(image.copy())) for _ in range(20)]
+    pictures = {outcome.apply_image(image).tobytes() for outcome in outcomes}
+    assert pictures == {image.tobytes(), np.ascontiguousarray(expected).tobytes()}
+
+
+def test_an_unknown_flip_is_refused():
+    with pytest.raises(ValueError, match="sideways.*horizontal, vertical, none"):
+        detr_augmentation(flip="sideways")

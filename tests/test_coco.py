@@ -218,7 +218,7 @@ def test_a_missing_annotation_file_is_refused(tmp_path):
     assert_refused(name, f"annotation file '{tmp_path}/none.json' does not exist")
 
 
-@pytest.mark.parametrize("text", ["", '{"images": [', "\ufeff{}"])
+@pytest.mark.parametrize("text", ["", '{"images": ['])
 def test_a_file_that_is_not_json_is_refused(tmp_path, text):
     assert_refused(write(tmp_path, text), "data.json' is not JSON", "cut off")
 
@@ -399,3 +399,35 @@ def test_an_annotation_of_id_0_is_refused_in_a_test_set(tmp_path):
     name = write(tmp_path, {**a_dataset(), "annotations": [annotation(id=0)]})
     with pytest.raises(DatasetError, match="annotation id 0 is never counted"):
         check([], [name], None)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    name = write(tmp_path, "\ufeff" + json.dumps(a_dataset()))
+    assert len(records_of(name)) == 2
+
+
+@pytest.mark.parametrize("segmentation", [[[]], [[1, 2, 3]], [1, 2, 3, 4, 5, 6], "none"])
+def test_a_segmentation_costs_no_box(segmentation, tmp_path):
+    (first, _) = records_of(write_boxes(tmp_path, {"segmentation": segmentation}))
+    assert len(first["annotations"]) == 1
+
+
+def test_a_file_whose_boxes_are_all_outside_is_refused(tmp_path):
+    name = write_boxes(tmp_path, {"bbox": [50, 2, 10, 20]}, {"bbox": [1, 40, 10, 20]})
+    register([name])
+    with pytest.raises(DatasetError, match=r"no box has any area.*annotation 1 of image 'a.jpg'"):
+        DatasetCatalog.get(name)
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_a_list_is_no_id(key, tmp_path):
+    assert_refused(write_boxes(tmp_path, {key: [1]}), f"has {key} [1]")
+
+
+def test_a_number_beyond_all_images_is_refused(tmp_path):
+    assert_refused(write_boxes(tmp_path, {"bbox": [0, 0, 10**400, 1]}), "finite")
+
+
+def test_check_returns_the_number_of_classes(tmp_path):
+    name = write(tmp_path, a_dataset())
+    assert check([name], [], None) == check([], [name], 2) == 2

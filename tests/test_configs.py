@@ -94,6 +94,7 @@ def test_twins_feed_the_same_data(name):
     assert augmentation._target_ is detr_augmentation
     assert list(cfg.INPUT.MIN_SIZE_TRAIN) == list(augmentation.min_sizes)
     assert cfg.INPUT.MAX_SIZE_TRAIN == augmentation.max_size
+    assert cfg.INPUT.RANDOM_FLIP == augmentation.flip
     assert cfg.INPUT.CROP.ENABLED == (augmentation.crop_size is not None)
     if cfg.INPUT.CROP.ENABLED:
         assert list(cfg.INPUT.CROP.SIZE) == list(augmentation.crop_size)

@@ -244,3 +244,8 @@ def test_a_layers_own_class_head_is_its_alone(make_decoder, memory):
 def test_heads_are_shared_or_one_per_layer(make_decoder, shared_heads, count):
     decoder = make_decoder(shared_heads=shared_heads)
     assert len(decoder.class_heads) == len(decoder.box_heads) == count
+
+
+def test_a_decoder_without_layers_is_refused():
+    with pytest.raises(ValueError, match="0 layers"):
+        Decoder(num_classes=3, num_layers=0)

@@ -82,10 +82,9 @@ def test_token_centres_are_relative_to_the_image_without_padding(padding):
     assert centers[1, 83].tolist() == [0.75, 0.75]
 
 
-def test_without_layers_features_pass_as_they_are(padding):
-    encoder, levels = Encoder(num_layers=0, embed_dim=32, num_levels=3), make_levels()
-    tokens = encoder(levels, padding).tokens
-    assert torch.equal(tokens, torch.cat([x.flatten(2).mT for x in levels], 1))
+def test_an_encoder_without_layers_is_refused():
+    with pytest.raises(ValueError, match="0 layers"):
+        Encoder(num_layers=0)
 
 
 def test_what_is_on_the_padding_does_not_change_other_tokens(encoder, padding):

@@ -68,3 +68,8 @@ def test_levels_are_normalised_convolutions_and_the_coarse_ones_a_chain(features
 def test_more_features_than_levels_are_refused():
     with pytest.raises(ValueError, match=r"2 levels cannot hold .*'res3', 'res4', 'res5'"):
         make_neck(num_levels=2)
+
+
+def test_channels_that_do_not_divide_into_groups_are_refused():
+    with pytest.raises(ValueError, match="48 channels"):
+        ChannelMapper(input_shape={"x": ShapeSpec(channels=3)}, in_features=["x"], out_channels=48)

@@ -179,3 +179,10 @@ def test_an_interrupted_run_leaves_no_annotations(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         shapes.generate(tmp_path, num_train=1, num_val=1, seed=1)
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_annotations_of_something_else_are_not_lost(tmp_path):
+    (tmp_path / "val.json").write_text('{"info": {"description": "years of work"}}')
+    with pytest.raises(FileExistsError, match="val.json.*choose another folder"):
+        shapes.generate(tmp_path, 1, 1)
+    assert "years of work" in (tmp_path / "val.json").read_text()

@@ -106,7 +106,8 @@ def test_train_stop_resume_evaluate(style, data, tmp_path):
     second = run(*common, "--resume", *overrides(style, output=tmp_path, iterations=4))
     assert "Starting training from iteration 2" in second
     metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
-    assert {"total_loss", "loss_class_enc", "loss_giou_dn", "bbox/AP"} <= metrics[-1].keys()
+    written = set().union(*metrics)
+    assert {"total_loss", "loss_class_enc", "loss_giou_dn", "bbox/AP"} <= written
     assert (tmp_path / "model_final.pth").is_file()
     assert list(tmp_path.glob("events.out.tfevents*"))
 
@@ -132,9 +133,67 @@ def test_data_by_path_reaches_both_styles(style, data, shapes):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_evaluation_needs_no_training_data(style, data, shapes):
-    cfg = train_net.load_config(parse(*config(style), *data[4:], "--eval-only", *overrides(style)))
-    names = cfg.DATASETS.TRAIN if style == ".yaml" else cfg.dataloader.train.dataset.names
-    assert list(names) == [f"{shapes}/val.json@{shapes}/images"]
+    options = overrides(style, weights=shapes / "val.json")  # any file: it is not read yet
+    cfg = train_net.load_config(parse(*config(style), *data[4:], "--eval-only", *options))
+    model = cfg.model if style == ".py" else cfg.MODEL.DINO
+    assert model["num_classes" if style == ".py" else "NUM_CLASSES"] == 4
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_number_of_classes_is_written_down(style, data):
+    cfg = train_net.load_config(parse(*config(style), *data, *overrides(style)))
+    assert (cfg.model.num_classes if style == ".py" else cfg.MODEL.DINO.NUM_CLASSES) == 4
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_evaluation_without_a_checkpoint_is_refused(style, data, monkeypatch):
+    message = complaint(monkeypatch, *config(style), *data, "--eval-only", *overrides(style))
+    assert "needs a checkpoint" in message and KEYS[style]["weights"] in message
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_checkpoint_that_is_not_there_is_refused(style, data, monkeypatch):
+    options = overrides(style, weights="nowhere.pth")
+    message = complaint(monkeypatch, *config(style), *data, *options)
+    assert "nowhere.pth" in message and KEYS[style]["weights"] in message
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("option", "missing"), [([], "train"), (["--eval-only"], "val")])
+def test_data_that_is_needed_and_not_given(style, option, missing, data, shapes, monkeypatch):
+    given = data[4:] if missing == "train" else data[:4]
+    options = overrides(style, weights=shapes / "val.json")
+    message = complaint(monkeypatch, *config(style), *given, *option, *options)
+    assert f"--{missing}-json" in message
+
+
+@pytest.mark.parametrize(
+    ("style", "option", "parts"),
+    [
+        (".yaml", ["MODEL.DINO.FOO", "1"], ["MODEL.DINO.FOO"]),
+        (".yaml", ["MODEL.DEVICE"], ["odd length"]),
+        (".yaml", ["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"], ["CLIP_TYPE", "full_model"]),
+        (".py", ["model.num_classes"], ["EQUAL"]),
+    ],
+)
+def test_a_bad_override_is_one_sentence(style, option, parts, data, monkeypatch):
+    message = complaint(monkeypatch, *config(style), *data[:4], *overrides(style), *option)
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_a_lazy_config_evaluates_on_one_data_set(shapes, monkeypatch):
+    val = f"{shapes}/val.json@{shapes}/images"
+    names = (
+        f"dataloader.train.dataset.names=[{val}]",
+        f"dataloader.test.dataset.names=[{val},{val}]",
+    )
+    message = complaint(monkeypatch, *config(".py"), *overrides(".py"), *names)
+    assert "one data set" in message
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_config_that_is_not_there(style, monkeypatch):
+    assert "nowhere" in complaint(monkeypatch, "--config-file", f"nowhere{style}")
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -186,8 +245,9 @@ def test_a_number_of_classes_that_contradicts_the_data(style, number, data, monk
     assert "9 classes" in message and "has 4" in message
 
 
-def test_a_config_of_no_known_style(monkeypatch):
-    message = complaint(monkeypatch, "--config-file", "config.toml")
+def test_a_config_of_no_known_style(monkeypatch, tmp_path):
+    (tmp_path / "config.toml").touch()
+    message = complaint(monkeypatch, "--config-file", tmp_path / "config.toml")
     assert "config.toml" in message and ".yaml" in message
 
 

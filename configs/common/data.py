@@ -22,6 +22,7 @@ dataloader.train = L(build_detection_train_loader)(
             max_size=1333,
             crop_min_sizes=[400, 500, 600],
             crop_size=[384, 600],
+            flip="horizontal",
         ),
         image_format="RGB",
     ),
@@ -40,4 +41,7 @@ dataloader.test = L(build_detection_test_loader)(
     num_workers=4,
 )
 
-dataloader.evaluator = L(COCOEvaluator)(dataset_name="${..test.dataset.names[0]}")
+dataloader.evaluator = L(COCOEvaluator)(
+    dataset_name="${..test.dataset.names[0]}",
+    output_dir="${train.output_dir}/inference",
+)

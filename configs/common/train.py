@@ -10,4 +10,5 @@ train = dict(
     eval_period=7393,
     log_period=20,
     device="cuda",
+    seed=-1,
 )

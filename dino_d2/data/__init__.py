@@ -1,7 +1,8 @@
 """Datasets and augmentation."""
 
 from .augmentation import detr_augmentation
-from .coco import DatasetError, check, num_classes, register
+from .coco import check, num_classes, register
+from .coco_faults import DatasetError
 from .shapes import generate
 
 __all__ = ["DatasetError", "check", "detr_augmentation", "generate", "num_classes", "register"]

@@ -13,6 +13,7 @@ def detr_augmentation(
     crop_min_sizes: Sequence[int] = (400, 500, 600),
     crop_size: tuple[int, int] | None = (384, 600),
     crop_prob: float = 0.5,
+    flip: str = "horizontal",
 ) -> list[T.Augmentation]:
     """Flip; with probability ``crop_prob`` resize and crop; resize. For ``DatasetMapper``.
 
@@ -25,6 +26,10 @@ def detr_augmentation(
         crop_min_sizes: lengths of the short side before the crop to choose from, in pixels.
         crop_size: smallest and largest side of the crop, in pixels; None never crops.
         crop_prob: probability of the crop.
+        flip: "horizontal", "vertical" or "none", as Detectron2's INPUT.RANDOM_FLIP.
+
+    Raises:
+        ValueError: another kind of flip.
     """
     # tuple(): a LazyConfig hands over OmegaConf's lists, which are slow to sample from.
     crop = crop_size and T.RandomApply(
@@ -37,4 +42,11 @@ def detr_augmentation(
         prob=crop_prob,
     )
     resize = T.ResizeShortestEdge(tuple(min_sizes), max_size, sample_style="choice")
-    return [T.RandomFlip(), *([crop] if crop else []), resize]
+    flips = {
+        "horizontal": [T.RandomFlip(horizontal=True)],
+        "vertical": [T.RandomFlip(horizontal=False, vertical=True)],
+        "none": [],
+    }
+    if flip not in flips:
+        raise ValueError(f"flip is {flip!r}; it can be {', '.join(flips)}")
+    return [*flips[flip], *([crop] if crop else []), resize]

@@ -8,27 +8,23 @@ that what is wrong with it is said before training, in one sentence, not after t
 
 import difflib
 import functools
-import json
 import logging
-import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from operator import itemgetter
 from textwrap import shorten
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
+
+from .coco_faults import DatasetError, evaluation_faults, faults, read
 
 logger = logging.getLogger(__name__)
 
 SEPARATOR = ".json@"
-KEYS = ("images", "annotations", "categories")
-
-
-class DatasetError(ValueError):
-    """A dataset cannot be used; the message says what is wrong, where, and what to do."""
 
 
 def register(names: Iterable[str]) -> None:
@@ -63,13 +59,16 @@ def num_classes(names: Iterable[str]) -> int:
     return len(_common_classes(_as_list(names)))
 
 
-def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) -> None:
+def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) -> int:
     """Find before training what would stop it, or its evaluation, later.
 
     Args:
         train: names of the datasets to train on, registered if they are not yet.
         test: names of the datasets to evaluate on, registered if they are not yet.
         num_classes: what the model is configured for, or None to accept what the data has.
+
+    Returns:
+        the number of classes of the data.
 
     Raises:
         DatasetError: a name is unknown, files are missing, a dataset is invalid, classes differ
@@ -87,6 +86,7 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) ->
             f"the config says {num_classes} classes but '{names[0]}' has {len(classes)}: "
             f"{shorten(', '.join(classes), 200)}; remove the number to take it from the data"
         )
+    return len(classes)
 
 
 def _as_list(names: Iterable[str]) -> list[str]:
@@ -148,148 +148,74 @@ def _common_classes(names: list[str]) -> list[str]:
 
 
 def _register(name: str, json_file: str, image_root: str) -> None:
-    dataset = _read(json_file)
-    if fault := next(_faults(dataset, image_root), None):
+    dataset = read(json_file)
+    if fault := next(faults(dataset, image_root), None):
         raise DatasetError(f"'{json_file}': {fault}")
     categories = sorted(dataset["categories"], key=itemgetter("id"))
-    DatasetCatalog.register(name, functools.partial(_load, name, json_file, image_root))
+    DatasetCatalog.register(name, functools.partial(_load, json_file, image_root))
     MetadataCatalog.get(name).set(
         json_file=json_file,
         image_root=image_root,
         evaluator_type="coco",
-        evaluation_fault=next(_evaluation_faults(dataset["annotations"]), None),
+        evaluation_fault=next(evaluation_faults(dataset["annotations"]), None),
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={c["id"]: index for index, c in enumerate(categories)},
     )
 
 
-def _read(json_file: str) -> dict[str, list]:
-    if not os.path.isfile(json_file):
-        raise DatasetError(
-            f"annotation file '{json_file}' does not exist: correct its path, seen from "
-            f"'{os.getcwd()}'"
-        )
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            dataset = json.load(file)
-    except ValueError as error:
-        raise DatasetError(
-            f"'{json_file}' is not JSON ({error}): it may be cut off, write or fetch it again"
-        ) from error
-    found = ", ".join(dataset) if isinstance(dataset, dict) else f"a {type(dataset).__name__}"
-    for key in KEYS:
-        if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
-            raise DatasetError(
-                f"'{json_file}' has no list '{key}' but {found}: give a file of COCO detection "
-                "annotations (not of detection results, captions or a labelling tool's own)"
-            )
-    return dataset
+def _load(json_file: str, image_root: str) -> list[dict]:
+    """Detectron2's records of the file, with boxes clipped to their image or dropped.
 
+    Detectron2's own reader would drop boxes whose segmentation it dislikes; none is needed here.
+    """
+    dataset = read(json_file)
+    category_ids = sorted(category["id"] for category in dataset["categories"])
+    classes = {category_id: index for index, category_id in enumerate(category_ids)}
+    annotations = defaultdict(list)
+    for annotation in dataset["annotations"]:
+        annotations[annotation["image_id"]].append(annotation)
 
-# What is wrong, in the order in which one part relies on another: only the first is of use.
-
-
-def _faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:
-    for key in KEYS:
-        yield from _entry_faults(key, dataset[key])
-    yield from _image_faults(dataset["images"], image_root)
-    yield from _annotation_faults(*(dataset[key] for key in KEYS))
-
-
-def _entry_faults(key: str, entries: list) -> Iterator[str]:
-    if not entries:
-        yield f"there are no {key}: fill the list"
-    seen = set()
-    for number, entry in enumerate(entries):
-        id = entry.get("id") if isinstance(entry, dict) else None
-        if not isinstance(id, int):
-            yield f"entry {number} of '{key}' has id {id!r}: make it an integer"
-        if id in seen:
-            yield f"entry {number} of '{key}' has id {id} as an earlier one: give each its own"
-        seen.add(id)
-        text = {"images": "file_name", "categories": "name"}.get(key)
-        if text and not isinstance(entry.get(text), str):
-            yield f"entry {number} of '{key}' has {text} {entry.get(text)!r}: make it a string"
-
-
-def _image_faults(images: list[dict], image_root: str) -> Iterator[str]:
-    if not os.path.isdir(image_root):
-        yield f"its image folder '{image_root}' does not exist: correct the path after the '@'"
-    for image in images:
-        size = image.get("width"), image.get("height")
-        if not all(isinstance(side, int) and side > 0 for side in size):
-            yield (
-                f"image '{image['file_name']}' has width and height {size}: make them positive "
-                "integers"
-            )
-    paths = [os.path.join(image_root, image["file_name"]) for image in images]
-    # One listing a folder: to ask for 118,000 files one by one takes minutes on a network disk.
-    folders = {os.path.dirname(path) for path in paths}
-    present = {f: set(os.listdir(f)) if os.path.isdir(f) else set() for f in folders}
-    missing = [p for p in paths if os.path.basename(p) not in present[os.path.dirname(p)]]
-    if missing:
-        yield (
-            f"{len(missing)} of {len(images)} image files are missing, the first is "
-            f"'{missing[0]}': correct the image folder or 'file_name'"
-        )
-
-
-def _annotation_faults(
-    images: list[dict], annotations: list[dict], categories: list[dict]
-) -> Iterator[str]:
-    file_names = {image["id"]: image["file_name"] for image in images}
-    category_ids = {category["id"] for category in categories}
-    for annotation in annotations:
-        image, category, bbox = map(annotation.get, ("image_id", "category_id", "bbox"))
-        where = f"annotation {annotation['id']} of image '{file_names.get(image)}'"
-        if image not in file_names:
-            yield f"annotation {annotation['id']} has image_id {image!r}, not in 'images': fix it"
-        if category not in category_ids:
-            yield f"{where} has category_id {category!r}, not in 'categories': correct either"
-        if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_finite, bbox))):
-            yield f"{where} has bbox {bbox!r}: give [x, y, width, height], finite, in pixels"
-        if annotation.get("ignore"):
-            yield f"{where} is marked 'ignore', which Detectron2 refuses: delete it"
-
-
-def _evaluation_faults(annotations: list[dict]) -> Iterator[str]:
-    """What training never meets and COCO's evaluation fails on, or gets wrong silently."""
-    for annotation in annotations:
-        for key in ("area", "iscrowd"):
-            if key not in annotation:
-                yield f"annotation {annotation['id']} has no '{key}', which evaluation needs"
-        if annotation["id"] == 0:
-            yield "annotation id 0 is never counted as found in evaluation: count from 1"
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _load(name: str, json_file: str, image_root: str) -> list[dict]:
-    """Detectron2's records of the file, with boxes clipped to their image or dropped."""
-    records = load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
-    clipped, dropped = [], []
-    for record in records:
+    clipped, dropped, records = [], [], []
+    for image in dataset["images"]:
         kept = []
-        for annotation in record["annotations"]:
-            where = f"annotation {annotation['id']} of image '{record['file_name']}'"
-            box = _clip(annotation["bbox"], record["width"], record["height"])
+        for annotation in annotations[image["id"]]:
+            where = f"annotation {annotation['id']} of image '{image['file_name']}'"
+            box = _clip(annotation["bbox"], image["width"], image["height"])
             if min(box[2:]) <= 0:
                 dropped.append(where)
                 continue
             if box != annotation["bbox"]:
                 clipped.append(where)
-            kept.append({**annotation, "bbox": box})
-        record["annotations"] = kept
-    corrections = {
-        "clipped boxes that leave their image": clipped,
-        "dropped boxes without area": dropped,
-    }
-    for what, boxes in corrections.items():
-        if boxes:
-            logger.warning(f"'{json_file}': {what}: {len(boxes)}, the first is {boxes[0]}")
+            kept.append(
+                {
+                    "bbox": box,
+                    "bbox_mode": BoxMode.XYWH_ABS,
+                    "category_id": classes[annotation["category_id"]],
+                    "iscrowd": annotation.get("iscrowd", 0),
+                }
+            )
+        records.append(
+            {
+                "file_name": os.path.join(image_root, image["file_name"]),
+                "height": image["height"],
+                "width": image["width"],
+                "image_id": image["id"],
+                "annotations": kept,
+            }
+        )
+    if len(dropped) == len(dataset["annotations"]):
+        raise DatasetError(
+            f"'{json_file}': no box has any area inside its image, the first is {dropped[0]}: "
+            "give boxes as [x, y, width, height] in pixels"
+        )
+    _report(json_file, "clipped boxes that leave their image", clipped)
+    _report(json_file, "dropped boxes without area", dropped)
     return records
+
+
+def _report(json_file: str, what: str, boxes: list[str]) -> None:
+    if boxes:
+        logger.warning(f"'{json_file}': {what}: {len(boxes)}, the first is {boxes[0]}")
 
 
 def _clip(bbox: list[float], width: int, height: int) -> list[float]:

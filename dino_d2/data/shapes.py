@@ -20,7 +20,7 @@ MIN_VISIBLE = 0.7  # fraction of a shape that later ones leave uncovered
 MIN_CONTRAST = 100  # distance in RGB between a shape and what is under it
 SENSOR_NOISE = 4  # standard deviation of every pixel, in grey levels
 SUPERSAMPLING = 4
-VERSION = "1"  # a change of the pictures has to change it: an existing dataset is then made anew
+VERSION = "3"  # a change of the pictures has to change it: an existing dataset is then made anew
 
 
 def _repeat(turns: int, *corners: complex) -> np.ndarray:
@@ -48,6 +48,9 @@ def generate(root: Path, num_train: int = 480, num_val: int = 96, seed: int = 0)
         num_train: number of training images.
         num_val: number of validation images.
         seed: non-negative; another one gives other images.
+
+    Raises:
+        FileExistsError: there are annotations of something else, which would be lost.
     """
     root = Path(root)
     info = {
@@ -61,7 +64,7 @@ def generate(root: Path, num_train: int = 480, num_val: int = 96, seed: int = 0)
     (root / "images").mkdir(parents=True, exist_ok=True)
     # From here on until the end images and annotations may disagree, so there are no annotations.
     for split in splits:
-        (root / f"{split}.json").unlink(missing_ok=True)
+        _remove_generated(root / f"{split}.json", info["description"])
     datasets = {
         split: {"info": info, **_write_images(root / "images", split, number, count, seed)}
         for number, (split, count) in enumerate(splits.items())
@@ -70,6 +73,15 @@ def generate(root: Path, num_train: int = 480, num_val: int = 96, seed: int = 0)
         temporary = root / f"{split}.json.tmp"
         temporary.write_text(json.dumps(dataset))
         os.replace(temporary, root / f"{split}.json")
+
+
+def _remove_generated(path: Path, description: str) -> None:
+    if not path.is_file():
+        return
+    info = json.loads(path.read_text()).get("info", {})
+    if info.get("description") != description:
+        raise FileExistsError(f"'{path}' was not generated here: choose another folder")
+    path.unlink()
 
 
 def _is_complete(root: Path, split: str, info: dict) -> bool:

@@ -79,7 +79,7 @@ class Decoder(nn.Module):
 
     Args:
         num_classes: K
-        num_layers: N decoder layers
+        num_layers: at least 1
         embed_dim: C
         num_heads: H
         ffn_dim: hidden width of the feed-forward part
@@ -107,6 +107,8 @@ class Decoder(nn.Module):
         look_forward: int = 2,
     ):
         super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"the decoder has {num_layers} layers; it needs at least one")
         if look_forward not in (1, 2):
             raise ValueError(f"look_forward is {look_forward!r}; it can be 1 (once) or 2 (twice)")
         self.look_forward = look_forward
@@ -143,15 +145,15 @@ class Decoder(nn.Module):
         anchor = reference  # what the next prediction is relative to
         predictions = []
         for i, layer in enumerate(self.layers):
-            class_head, box_head = (
+            to_class, to_box = (
                 heads[min(i, len(heads) - 1)] for heads in (self.class_heads, self.box_heads)
             )
             scaled = scale_to_levels(reference, memory.valid_ratios)
             x = layer(x, self.position_head(scaled[:, :, 0]), scaled, memory, attn_mask)
             y = self.norm(x)
-            predictions.append(Predictions(class_head(y), refine(anchor, box_head(y))))
+            predictions.append(Predictions(to_class(y), refine(anchor, to_box(y))))
             # Without the norm: the published weights were trained with boxes refined like this.
-            refined = refine(reference, box_head(x))
+            refined = refine(reference, to_box(x))
             reference = refined.detach()
             anchor = refined if self.look_forward == 2 else reference
         return predictions

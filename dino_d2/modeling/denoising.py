@@ -29,7 +29,8 @@ class Denoising(nn.Module):
         budget: boxes that are noised per image; as many groups are made as fit. An image with
             more boxes than that takes part with a random subset of `budget` of them, drawn anew
             every step, so T never exceeds `budget` times the copies of a group (the published
-            implementations grow with the boxes until memory ends)
+            implementations grow with the boxes until memory ends); its loss is still divided by
+            the number of all boxes
         label_noise: a label is drawn anew with half this probability
         box_noise: reach of the shift of a box corner, relative to half the size of the box
     """
@@ -86,7 +87,7 @@ class Denoising(nn.Module):
         labels = noise_labels(labels, self.num_classes, self.label_noise / 2)
         labels = torch.where(real, labels, self.num_classes)
         noised = noise_boxes(boxes, self.box_noise, harder=self.is_negative(copy)[:, None])
-        # The decoder's range of coordinates from the start; empty slots look at the whole image.
+        # Clamped to the range of the decoder's logits from the start; empty slots have logit 0.
         reference = inverse_sigmoid(noised).where(real[..., None], 0).sigmoid()
         return DenoisingBatch(
             queries=Queries(self.label_embed(labels), reference),

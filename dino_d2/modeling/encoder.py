@@ -43,7 +43,7 @@ class Encoder(nn.Module):
     """Deformable DETR's encoder (section 4.1, "deformable transformer encoder").
 
     Args:
-        num_layers: 0 passes the features on as they are
+        num_layers: at least 1
         embed_dim: C
         num_heads: H
         ffn_dim: hidden width of the feed-forward part
@@ -64,6 +64,8 @@ class Encoder(nn.Module):
         num_points: int = 4,
     ):
         super().__init__()
+        if num_layers < 1:  # the level embedding would take part in nothing
+            raise ValueError(f"the encoder has {num_layers} layers; it needs at least one")
         self.level_embed = nn.Embedding(num_levels, embed_dim)
         self.layers = nn.ModuleList(
             EncoderLayer(

@@ -46,8 +46,8 @@ class HungarianMatcher:
         costs = self.cost(predictions, labels, boxes).cpu().numpy()
         if not np.isfinite(costs).all():
             raise FloatingPointError(
-                "the model predicts NaN or infinite values, training has diverged; "
-                "resume from an earlier checkpoint with a lower learning rate"
+                "predictions or boxes are NaN or infinite: if training has diverged, resume from "
+                "an earlier checkpoint with a lower learning rate"
             )
         images, queries, matched, offset = [], [], [], 0
         for image, count in enumerate(counts):

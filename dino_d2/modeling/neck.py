@@ -27,6 +27,8 @@ class ChannelMapper(nn.Module):
         super().__init__()
         if num_levels < len(in_features):
             raise ValueError(f"{num_levels} levels cannot hold the features {list(in_features)}")
+        if out_channels % 32:
+            raise ValueError(f"{out_channels} channels do not divide into GroupNorm's 32 groups")
         self.in_features = list(in_features)
         channels = [input_shape[name].channels for name in in_features]
         self.projections = nn.ModuleList(conv_norm(c, out_channels, kernel=1) for c in channels)

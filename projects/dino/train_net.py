@@ -23,7 +23,10 @@ from detectron2.engine import (
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dino_d2 import add_dino_config, data
 from dino_d2.solver import ClippedAdamW, parameter_groups
@@ -48,6 +51,12 @@ Evaluate a checkpoint, go on with an interrupted training:
     $ train_net.py --config-file ... --resume
 """
 
+# What reading a config raises: Detectron2, yacs, omegaconf and hydra have their own ways.
+BAD_INPUT = (
+    *(ValueError, AssertionError, KeyError, ImportError, OSError),
+    *(YAMLError, OmegaConfBaseException, OverrideParseException),
+)
+
 
 class Trainer(DefaultTrainer):
     """Detectron2's trainer for YAML configs, with DINO's optimizer and augmentation."""
@@ -63,6 +72,7 @@ class Trainer(DefaultTrainer):
             max_size=cfg.INPUT.MAX_SIZE_TRAIN,
             crop_min_sizes=cfg.INPUT.CROP.MIN_SIZE_TRAIN,
             crop_size=cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else None,
+            flip=cfg.INPUT.RANDOM_FLIP,
         )
         mapper = DatasetMapper(cfg, is_train=True, augmentations=augmentations)
         return build_detection_train_loader(cfg, mapper=mapper)
@@ -89,6 +99,8 @@ def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     Raises:
         ValueError: the config, the data or the machine cannot do what is asked for
     """
+    if "://" not in args.config_file and not os.path.isfile(args.config_file):
+        raise ValueError(f"--config-file is {args.config_file!r}, which is no file")
     if args.config_file.endswith(".py"):
         return load_lazy(args)
     if args.config_file.endswith((".yaml", ".yml")):
@@ -104,8 +116,17 @@ def load_yaml(args: argparse.Namespace) -> CfgNode:
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = datasets(args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     is_dino = cfg.MODEL.META_ARCHITECTURE == "DINO"
     num_classes = cfg.MODEL.DINO.NUM_CLASSES if is_dino else None
-    data.check(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, num_classes)
+    # Written down: the config that is saved with the results builds the model without the data.
+    cfg.MODEL.DINO.NUM_CLASSES = check_data(
+        args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, num_classes
+    )
     check_device(cfg.MODEL.DEVICE, "MODEL.DEVICE cpu")
+    check_weights(args, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if cfg.SOLVER.OPTIMIZER == "ADAMW" and clip.ENABLED and clip.CLIP_TYPE != "full_model":
+        raise ValueError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; ADAMW clips by 'full_model'"
+        )
     cfg.freeze()
     return cfg
 
@@ -114,9 +135,14 @@ def load_lazy(args: argparse.Namespace) -> DictConfig:
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     train, test = cfg.dataloader.train.dataset, cfg.dataloader.test.dataset
     train.names, test.names = datasets(args, train.names, test.names)
-    num_classes = cfg.model.num_classes
-    data.check(train.names, test.names, num_classes if isinstance(num_classes, int) else None)
+    number = cfg.model.num_classes if isinstance(cfg.model.num_classes, int) else None
+    cfg.model.num_classes = check_data(args, train.names, test.names, number)
     check_device(cfg.train.device, "train.device=cpu")
+    check_weights(args, cfg.train.init_checkpoint, "train.init_checkpoint")
+    if len(test.names) > 1:
+        raise ValueError(f"a LazyConfig evaluates on one data set, not on {list(test.names)}")
+    if not test.names:
+        del cfg.dataloader.evaluator
     return cfg
 
 
@@ -126,19 +152,32 @@ def datasets(
     """Names of the data sets to train and to evaluate on: the config's, unless the command line
     has files."""
     if args.train_json or args.val_json:
-        train, test = (
-            [f"{annotations}@{images}"] if annotations else []
-            for annotations, images in (
-                (args.train_json, args.train_images),
-                (args.val_json, args.val_images),
-            )
-        )
-    # Evaluation needs nothing of the training data; the classes are those of the test set.
-    return (test if args.eval_only else train), test
+        pairs = (args.train_json, args.train_images), (args.val_json, args.val_images)
+        train, test = ([f"{file}@{images}"] if file else [] for file, images in pairs)
+    return train, test
+
+
+def check_data(
+    args: argparse.Namespace, train: Sequence[str], test: Sequence[str], num_classes: int | None
+) -> int:
+    """The number of classes of the data that is to be used, checked as `data.check` does."""
+    if args.eval_only:  # needs nothing of the training data
+        train = ()
+    if not (test if args.eval_only else train):
+        split = "val" if args.eval_only else "train"
+        raise ValueError(f"there is no data: give --{split}-json and --{split}-images")
+    return data.check(train, test, num_classes)
+
+
+def check_weights(args: argparse.Namespace, path: str, key: str) -> None:
+    if args.eval_only and not path and not args.resume:
+        raise ValueError(f"--eval-only needs a checkpoint: name one as {key}")
+    if path and not args.resume and "://" not in path and not os.path.isfile(path):
+        raise ValueError(f"{key} is {path!r}, which is no file")
 
 
 def check_device(device: str, remedy: str) -> None:
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"PyTorch finds no GPU here; end the command with {remedy} to do without")
 
 
@@ -195,7 +234,7 @@ def run_lazy(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 
 def evaluate_lazy(cfg: DictConfig, model: torch.nn.Module) -> dict:
-    if not cfg.dataloader.test.dataset.names:
+    if "evaluator" not in cfg.dataloader:
         return {}
     evaluator = instantiate(cfg.dataloader.evaluator)
     results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
@@ -221,8 +260,8 @@ def invoke_main() -> None:
             parser.error(f"--{split}-json and --{split}-images go together")
     try:
         load_config(args)  # bad input ends here, before there are several processes
-    except ValueError as error:
-        sys.exit(f"{parser.prog}: {error}")
+    except BAD_INPUT as error:
+        sys.exit(f"{parser.prog}: {error.args[0] if isinstance(error, KeyError) else error}")
     launch(
         main,
         args.num_gpus,

@@ -1,0 +1,117 @@
+"""What can be wrong with a file of COCO annotations, one sentence each."""
+
+import json
+import os
+from collections.abc import Iterator
+
+KEYS = ("images", "annotations", "categories")
+
+
+class DatasetError(ValueError):
+    """A dataset cannot be used; the message says what is wrong, where, and what to do."""
+
+
+def read(json_file: str) -> dict[str, list]:
+    """The content of a file of COCO annotations.
+
+    Raises:
+        DatasetError: the file is missing, is not JSON, or holds something else
+    """
+    if not os.path.isfile(json_file):
+        raise DatasetError(
+            f"annotation file '{json_file}' does not exist: correct its path, seen from "
+            f"'{os.getcwd()}'"
+        )
+    try:
+        with open(json_file, encoding="utf-8-sig") as file:
+            dataset = json.load(file)
+    except ValueError as error:
+        raise DatasetError(
+            f"'{json_file}' is not JSON ({error}): it may be cut off, write or fetch it again"
+        ) from error
+    found = ", ".join(dataset) if isinstance(dataset, dict) else f"a {type(dataset).__name__}"
+    for key in KEYS:
+        if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
+            raise DatasetError(
+                f"'{json_file}' has no list '{key}' but {found}: give a file of COCO detection "
+                "annotations (not of detection results, captions or a labelling tool's own)"
+            )
+    return dataset
+
+
+def faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:
+    """What is wrong, in the order in which one part relies on another: the first is of use."""
+    for key in KEYS:
+        yield from _entry_faults(key, dataset[key])
+    yield from _image_faults(dataset["images"], image_root)
+    yield from _annotation_faults(*(dataset[key] for key in KEYS))
+
+
+def _entry_faults(key: str, entries: list) -> Iterator[str]:
+    if not entries:
+        yield f"there are no {key}: fill the list"
+    seen = set()
+    for number, entry in enumerate(entries):
+        id = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(id, int):
+            yield f"entry {number} of '{key}' has id {id!r}: make it an integer"
+        if id in seen:
+            yield f"entry {number} of '{key}' has id {id} as an earlier one: give each its own"
+        seen.add(id)
+        text = {"images": "file_name", "categories": "name"}.get(key)
+        if text and not isinstance(entry.get(text), str):
+            yield f"entry {number} of '{key}' has {text} {entry.get(text)!r}: make it a string"
+
+
+def _image_faults(images: list[dict], image_root: str) -> Iterator[str]:
+    if not os.path.isdir(image_root):
+        yield f"its image folder '{image_root}' does not exist: correct the path after the '@'"
+    for image in images:
+        size = image.get("width"), image.get("height")
+        if not all(isinstance(side, int) and side > 0 for side in size):
+            yield (
+                f"image '{image['file_name']}' has width and height {size}: make them positive "
+                "integers"
+            )
+    paths = [os.path.join(image_root, image["file_name"]) for image in images]
+    # One listing a folder: to ask for 118,000 files one by one takes minutes on a network disk.
+    folders = {os.path.dirname(path) for path in paths}
+    present = {f: set(os.listdir(f)) if os.path.isdir(f) else set() for f in folders}
+    missing = [p for p in paths if os.path.basename(p) not in present[os.path.dirname(p)]]
+    if missing:
+        yield (
+            f"{len(missing)} of {len(images)} image files are missing, the first is "
+            f"'{missing[0]}': correct the image folder or 'file_name'"
+        )
+
+
+def _annotation_faults(
+    images: list[dict], annotations: list[dict], categories: list[dict]
+) -> Iterator[str]:
+    file_names = {image["id"]: image["file_name"] for image in images}
+    category_ids = {category["id"] for category in categories}
+    for annotation in annotations:
+        image, category, bbox = map(annotation.get, ("image_id", "category_id", "bbox"))
+        if not isinstance(image, int) or image not in file_names:
+            yield f"annotation {annotation['id']} has image_id {image!r}, not in 'images': fix it"
+        where = f"annotation {annotation['id']} of image '{file_names[image]}'"
+        if not isinstance(category, int) or category not in category_ids:
+            yield f"{where} has category_id {category!r}, not in 'categories': correct either"
+        if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_finite, bbox))):
+            yield f"{where} has bbox {bbox!r}: give [x, y, width, height], finite, in pixels"
+        if annotation.get("ignore"):
+            yield f"{where} is marked 'ignore', which Detectron2 refuses: delete it"
+
+
+def evaluation_faults(annotations: list[dict]) -> Iterator[str]:
+    """What training never meets and COCO's evaluation fails on, or gets wrong silently."""
+    for annotation in annotations:
+        for key in ("area", "iscrowd"):
+            if key not in annotation:
+                yield f"annotation {annotation['id']} has no '{key}', which evaluation needs"
+        if annotation["id"] == 0:
+            yield "annotation id 0 is never counted as found in evaluation: count from 1"
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e9  # false for NaN as well
