@@ -6,6 +6,4 @@ Importing the package registers the meta-architecture `DINO`.
 from .config import add_dino_config
 from .modeling.dino import DINO
 
-__version__ = "0.1.0"
-
 __all__ = ["DINO", "add_dino_config"]
