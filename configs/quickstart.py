@@ -23,12 +23,12 @@ model.denoising.budget = 30
 model.criterion.class_weight = 2.0
 model.max_detections = 100
 
-dataloader.train.mapper.augmentations.min_sizes = [96, 104, 112, 120]
+dataloader.train.mapper.augmentations.min_sizes = [96, 104, 112]
 dataloader.train.mapper.augmentations.max_size = 200
 dataloader.train.mapper.augmentations.crop_size = None
 dataloader.train.total_batch_size = 4
 dataloader.train.num_workers = dataloader.test.num_workers = 0
-dataloader.test.mapper.augmentations[0].short_edge_length = 112
+dataloader.test.mapper.augmentations[0].short_edge_length = 104
 dataloader.test.mapper.augmentations[0].max_size = 200
 
 optimizer.lr = 1e-3
@@ -36,10 +36,10 @@ optimizer.params.backbone_multiplier = 1.0
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
     warmup_factor=0.001,
-    warmup_length=100 / 1600,
+    warmup_length=100 / 2000,
 )
 
 train.init_checkpoint = ""
-train.max_iter = 1600
-train.eval_period = train.checkpointer.period = 400
-train.seed = 0
+train.max_iter = 2000
+train.eval_period = train.checkpointer.period = 500
+train.seed = 1

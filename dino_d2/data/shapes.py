@@ -13,14 +13,14 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 IMAGE_SIDE = (96, 136)  # pixels, each side drawn independently
-DIAMETER = (24, 80)  # pixels, of the circle around a shape
+DIAMETER = (30, 84)  # pixels, of the circle around a shape
 MAX_SHAPES = 9
 EMPTY_IMAGES = 0.04  # fraction
 MIN_VISIBLE = 0.7  # fraction of a shape that later ones leave uncovered
-MIN_CONTRAST = 100  # distance in RGB between a shape and what is under it
+MIN_CONTRAST = 120  # distance in RGB between a shape and what is under it
 SENSOR_NOISE = 4  # standard deviation of every pixel, in grey levels
 SUPERSAMPLING = 4
-VERSION = "3"  # a change of the pictures has to change it: an existing dataset is then made anew
+VERSION = "4"  # a change of the pictures has to change it: an existing dataset is then made anew
 
 
 def _repeat(turns: int, *corners: complex) -> np.ndarray:
