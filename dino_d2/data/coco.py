@@ -20,7 +20,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from .coco_faults import DatasetError, evaluation_faults, faults, read
+from .coco_faults import DatasetError, clip, evaluation_faults, faults, read
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def _load(json_file: str, image_root: str) -> list[dict]:
         kept = []
         for annotation in annotations[image["id"]]:
             where = f"annotation {annotation['id']} of image '{image['file_name']}'"
-            box = _clip(annotation["bbox"], image["width"], image["height"])
+            box = clip(annotation["bbox"], image["width"], image["height"])
             if min(box[2:]) <= 0:
                 dropped.append(where)
                 continue
@@ -203,11 +203,6 @@ def _load(json_file: str, image_root: str) -> list[dict]:
                 "annotations": kept,
             }
         )
-    if len(dropped) == len(dataset["annotations"]):
-        raise DatasetError(
-            f"'{json_file}': no box has any area inside its image, the first is {dropped[0]}: "
-            "give boxes as [x, y, width, height] in pixels"
-        )
     _report(json_file, "clipped boxes that leave their image", clipped)
     _report(json_file, "dropped boxes without area", dropped)
     return records
@@ -216,12 +211,3 @@ def _load(json_file: str, image_root: str) -> list[dict]:
 def _report(json_file: str, what: str, boxes: list[str]) -> None:
     if boxes:
         logger.warning(f"'{json_file}': {what}: {len(boxes)}, the first is {boxes[0]}")
-
-
-def _clip(bbox: list[float], width: int, height: int) -> list[float]:
-    """The part of an (x, y, width, height) box inside the image; sides <= 0 where there is none."""
-    x, y, w, h = bbox
-    if x >= 0 and y >= 0 and x + w <= width and y + h <= height:
-        return bbox  # exactly as annotated: (x + w) - x is not always w
-    left, top = max(x, 0), max(y, 0)
-    return [left, top, min(x + w, width) - left, min(y + h, height) - top]

@@ -45,6 +45,10 @@ def faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:
         yield from _entry_faults(key, dataset[key])
     yield from _image_faults(dataset["images"], image_root)
     yield from _annotation_faults(*(dataset[key] for key in KEYS))
+    sizes = {image["id"]: (image["width"], image["height"]) for image in dataset["images"]}
+    boxes = ((a["bbox"], sizes[a["image_id"]]) for a in dataset["annotations"])
+    if not any(min(clip(bbox, *size)[2:]) > 0 for bbox, size in boxes):
+        yield "no box has any area inside its image: give [x, y, width, height] in pixels"
 
 
 def _entry_faults(key: str, entries: list) -> Iterator[str]:
@@ -115,3 +119,12 @@ def evaluation_faults(annotations: list[dict]) -> Iterator[str]:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 1e9  # false for NaN as well
+
+
+def clip(bbox: list[float], width: int, height: int) -> list[float]:
+    """The part of an (x, y, width, height) box inside the image; sides <= 0 where there is none."""
+    x, y, w, h = bbox
+    if x >= 0 and y >= 0 and x + w <= width and y + h <= height:
+        return bbox  # exactly as annotated: (x + w) - x is not always w
+    left, top = max(x, 0), max(y, 0)
+    return [left, top, min(x + w, width) - left, min(y + h, height) - top]
