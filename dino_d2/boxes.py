@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -25,9 +26,11 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
 def refine(reference: Tensor, delta: Tensor) -> Tensor:
     """Move boxes (..., 4) in [0, 1] by `delta` (..., 4), both seen through a sigmoid.
 
-    Deformable DETR, section 3.2 "iterative bounding box refinement".
+    A reference point (..., 2) is moved likewise and gets the size that `delta` says. Deformable
+    DETR, equation 4 and "iterative bounding box refinement" in the appendix.
     """
-    return (inverse_sigmoid(reference) + delta).sigmoid()
+    known = F.pad(inverse_sigmoid(reference), (0, delta.shape[-1] - reference.shape[-1]))
+    return (known + delta).sigmoid()
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ def add_dino_config(cfg: CN) -> None:
     c.IN_FEATURES = ["res3", "res4", "res5"]
     c.NUM_LEVELS = 4
     c.NUM_POINTS = 4
+    # Of the encoding of pixels: what the weights were trained with, see encode_pixels.
+    c.POSITION_TEMPERATURE = 20.0
+    c.POSITION_OFFSET = 0.0
     c.ENCODER_LAYERS = 6
     c.DECODER_LAYERS = 6
 
@@ -49,6 +52,7 @@ def add_dino_config(cfg: CN) -> None:
 
     cfg.SOLVER.OPTIMIZER = "ADAMW"  # or "SGD", Detectron2's own, for other meta-architectures
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # learning rate of the backbone, relative to BASE_LR
+    cfg.SOLVER.OFFSETS_MULTIPLIER = 1.0  # of sampling offsets; Deformable DETR has 0.1
 
     # Short sides before the crop of DETR's augmentation; see dino_d2/data/augmentation.py.
     cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
@@ -75,7 +79,12 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict:
             out_channels=c.EMBED_DIM,
             num_levels=c.NUM_LEVELS,
         ),
-        "encoder": Encoder(num_layers=c.ENCODER_LAYERS, **transformer),
+        "encoder": Encoder(
+            num_layers=c.ENCODER_LAYERS,
+            position_temperature=c.POSITION_TEMPERATURE,
+            position_offset=c.POSITION_OFFSET,
+            **transformer,
+        ),
         "query_selection": QUERY_SELECTION_REGISTRY.get(c.QUERY_SELECTION)(cfg, classes),
         "decoder": Decoder(
             num_classes=classes,

@@ -35,14 +35,34 @@ class ClippedAdamW(torch.optim.AdamW):
         return loss
 
 
-def parameter_groups(model: nn.Module, *, lr: float, backbone_multiplier: float = 0.1) -> list:
-    """Two groups: the backbone, at `lr` times `backbone_multiplier`, and everything else.
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    backbone_multiplier: float = 0.1,
+    offsets_multiplier: float = 1.0,
+) -> list:
+    """The parameters that are not frozen, in groups of one learning rate.
 
-    Frozen parameters are left out. Weight decay is the same for all, as in official DINO.
+    Weight decay is the same for all, as in official DINO.
+
+    Args:
+        model: whose backbone is called `backbone`
+        lr: of what has no multiplier
+        backbone_multiplier: of the backbone
+        offsets_multiplier: of the linear layers that say where to look, `sampling_offsets` and
+            `reference_points`; Deformable DETR has 0.1, DINO 1
     """
-    backbone, others = [], []
+    groups = {1.0: [], backbone_multiplier: [], offsets_multiplier: []}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (backbone if name.startswith("backbone.") else others).append(parameter)
-    groups = [{"params": others, "lr": lr}, {"params": backbone, "lr": lr * backbone_multiplier}]
-    return [group for group in groups if group["params"]]
+        if not parameter.requires_grad:
+            continue
+        multiplier = 1.0
+        if name.startswith("backbone."):
+            multiplier = backbone_multiplier
+        elif "sampling_offsets" in name or "reference_points" in name:
+            multiplier = offsets_multiplier
+        groups[multiplier].append(parameter)
+    return [
+        {"params": params, "lr": lr * multiplier} for multiplier, params in groups.items() if params
+    ]

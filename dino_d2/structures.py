@@ -33,7 +33,8 @@ class Queries(NamedTuple):
     """Decoder queries: what they carry and where they look."""
 
     content: Tensor  # (B, Q, C)
-    reference: Tensor  # (B, Q, 4) boxes
+    reference: Tensor  # (B, Q, 4) boxes, or (B, Q, 2) points
+    position: Tensor | None = None  # (B, Q, C) where it is learned and not made of the reference
 
 
 class Predictions(NamedTuple):
@@ -81,8 +82,17 @@ class DetectorOutput(NamedTuple):
 
 
 def prepend(first: Queries, second: Queries) -> Queries:
-    """Both sets of queries as one, `first` in front."""
-    return Queries(*(torch.cat(pair, dim=1) for pair in zip(first, second, strict=True)))
+    """Both sets of queries as one, `first` (denoising queries) in front.
+
+    Raises:
+        ValueError: the others are no boxes: denoising is defined for boxes only
+    """
+    if second.position is not None or second.reference.shape[-1] != 4:
+        raise ValueError("denoising needs queries made of boxes: train points without denoising")
+    return Queries(
+        torch.cat([first.content, second.content], 1),
+        torch.cat([first.reference, second.reference], 1),
+    )
 
 
 def split_predictions(predictions: Predictions, index: int) -> tuple[Predictions, Predictions]:

@@ -54,6 +54,16 @@ def test_a_delta_moves_the_logit():
     torch.testing.assert_close(moved, torch.tensor([0.75]))
 
 
+def test_a_point_is_moved_like_a_box_and_gets_its_size_from_the_delta():
+    points = torch.tensor([[[0.25, 0.5], [0.5, 0.9]]])
+    delta = torch.tensor(
+        [[[math.log(9), 0.0, math.log(3), -math.log(3)], [0.0, -math.log(9), -math.log(9), 0.0]]]
+    )
+    # the odds of the point times those of the delta; the size has the odds of the delta alone
+    expected = torch.tensor([[[0.75, 0.5, 0.75, 0.25], [0.5, 0.5, 0.1, 0.5]]])
+    torch.testing.assert_close(refine(points, delta), expected)
+
+
 def test_refined_boxes_stay_in_the_unit_square():
     extreme = refine(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([-50.0, 50.0, 50.0]))
     assert 0 <= extreme.min() and extreme.max() <= 1

@@ -1,5 +1,7 @@
 """Every config builds, and its two twins say the same."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ from detectron2.solver import build_lr_scheduler
 from dino_d2 import add_dino_config, model_zoo
 from dino_d2.data import detr_augmentation
 from dino_d2.modeling import Denoising, PureQuerySelection, StaticQueries
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
+from train_net import Trainer  # noqa: E402
 
 CONFIGS = Path(model_zoo.get_config_file("Base-DINO.yaml")).parent
 NAMES = sorted(
@@ -52,6 +57,13 @@ def test_there_is_a_config_for_every_promise():
     assert sum(name.startswith("Ablations/") for name in NAMES) == 4
 
 
+@pytest.mark.parametrize("folder", ["Ablations", "Predecessors"])
+def test_the_readme_lists_every_config_of_a_folder(folder):
+    readme = (CONFIGS / "README.md").read_text()
+    stems = {path.stem for path in (CONFIGS / folder).glob("*.py")}
+    assert stems and not [stem for stem in stems if not re.search(rf"\b{stem}\b", readme)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_twins_build_the_same_model(name, on_meta_device):
     from_yaml, lazy = build_model(yaml_config(name)), instantiate(lazy_config(name).model)
@@ -61,6 +73,8 @@ def test_twins_build_the_same_model(name, on_meta_device):
     assert vars(from_yaml.criterion)["weights"] == vars(lazy.criterion)["weights"]
     assert vars(from_yaml.criterion.matcher) == vars(lazy.criterion.matcher)
     assert from_yaml.decoder.look_forward == lazy.decoder.look_forward
+    for encoding in ("position_temperature", "position_offset"):
+        assert getattr(from_yaml.encoder, encoding) == getattr(lazy.encoder, encoding)
     assert from_yaml.max_detections == lazy.max_detections
     if from_yaml.denoising:
         scalars = ("num_classes", "budget", "label_noise", "box_noise")
@@ -113,6 +127,7 @@ def test_twins_have_the_same_schedule(name):
     assert solver.BASE_LR == lazy.optimizer.lr
     assert solver.WEIGHT_DECAY == lazy.optimizer.weight_decay
     assert solver.BACKBONE_MULTIPLIER == lazy.optimizer.params.backbone_multiplier
+    assert solver.OFFSETS_MULTIPLIER == lazy.optimizer.params.offsets_multiplier
     assert solver.CLIP_GRADIENTS.CLIP_VALUE == lazy.optimizer.max_norm
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -120,6 +135,20 @@ def test_twins_have_the_same_schedule(name):
     for progress in (0.0, 0.001, 0.02, 0.5, 0.8, 0.84, 0.92, 0.99):
         lazily = instantiate(lazy.lr_multiplier)(progress)
         assert multiplier(progress) == pytest.approx(lazily, abs=1e-6)
+
+
+def test_twins_give_every_parameter_the_same_learning_rate():
+    multipliers = ("SOLVER.BACKBONE_MULTIPLIER", 0.5, "SOLVER.OFFSETS_MULTIPLIER", 0.1)
+    cfg = yaml_config("quickstart", *multipliers)
+    multipliers = ("backbone_multiplier=0.5", "offsets_multiplier=0.1")
+    lazy = lazy_config("quickstart", *(f"optimizer.params.{x}" for x in multipliers))
+    lazy.optimizer.params.model = model = instantiate(lazy.model)
+    groups, lazily = (
+        [(group["lr"], group["params"]) for group in optimizer.param_groups]
+        for optimizer in (Trainer.build_optimizer(cfg, model), instantiate(lazy.optimizer))
+    )
+    assert [lr for lr, _ in groups] == pytest.approx([1e-3, 5e-4, 1e-4])
+    assert groups == lazily
 
 
 def test_ablations_are_the_rows_of_the_paper(on_meta_device):
@@ -161,6 +190,14 @@ def test_the_number_of_classes_comes_from_the_training_data(on_meta_device):
         ),
         ("model.encoder.embed_dim=128", lambda model: model.decoder.norm.weight.shape == (128,)),
         ("model.num_classes=7", lambda model: model.decoder.class_heads[0].out_features == 7),
+        (
+            "model.encoder.position_temperature=10000.0",
+            lambda model: model.encoder.position_temperature == 10000,
+        ),
+        (
+            "model.encoder.position_offset=-0.5",
+            lambda model: model.encoder.position_offset == -0.5,
+        ),
     ],
 )
 def test_a_lazy_override_changes_the_model(override, expected, on_meta_device):
@@ -182,6 +219,13 @@ def test_a_lazy_override_changes_the_model(override, expected, on_meta_device):
         ),
         ("EMBED_DIM", 128, lambda model: model.decoder.norm.weight.shape == (128,)),
         ("NUM_CLASSES", 7, lambda model: model.decoder.class_heads[0].out_features == 7),
+        ("LOOK_FORWARD", 0, lambda model: model.decoder.look_forward == 0),
+        (
+            "POSITION_TEMPERATURE",
+            10000.0,
+            lambda model: model.encoder.position_temperature == 10000,
+        ),
+        ("POSITION_OFFSET", -0.5, lambda model: model.encoder.position_offset == -0.5),
     ],
 )
 def test_a_yaml_override_changes_the_model(key, value, expected, on_meta_device):

@@ -7,6 +7,7 @@ from dino_d2.layers import encode_boxes
 from dino_d2.modeling import Decoder
 from dino_d2.modeling.decoder import AnchorPosition, scale_to_levels
 from dino_d2.modeling.denoising import denoising_attn_mask
+from dino_d2.modeling.predecessors import LearnedPosition
 from dino_d2.structures import Queries, prepend, split_predictions
 
 NUM_LAYERS = 3
@@ -25,6 +26,12 @@ def make_decoder(randomise):
 
 def make_queries(count):
     return Queries(torch.randn(2, count, 32), 0.2 + 0.6 * torch.rand(2, count, 4))
+
+
+def make_points(count):
+    """Queries that look at points; their positions are learned."""
+    content, reference, _ = make_queries(count)
+    return Queries(content, reference[..., :2], torch.randn_like(content))
 
 
 @pytest.fixture
@@ -75,7 +82,7 @@ def test_groups_do_not_see_each_other_but_themselves_and_the_matching_queries(
 
 def test_without_a_mask_the_order_of_queries_does_not_matter(make_decoder, memory):
     decoder, queries, order = make_decoder(), make_queries(5), torch.randperm(5)
-    shuffled = decoder(Queries(*(x[:, order] for x in queries)), memory)
+    shuffled = decoder(Queries(*(x[:, order] for x in queries[:2])), memory)
     for stage, other in zip(decoder(queries, memory), shuffled, strict=True):
         assert_same([x[:, order] for x in stage], list(other))
 
@@ -83,7 +90,7 @@ def test_without_a_mask_the_order_of_queries_does_not_matter(make_decoder, memor
 def test_images_of_a_batch_do_not_see_each_other(make_decoder, memory):
     decoder, queries = make_decoder(), make_queries(5)
     first = memory._replace(**{k: v[:1] for k, v in memory._asdict().items() if k != "shapes"})
-    alone = decoder(Queries(*(x[:1] for x in queries)), first)
+    alone = decoder(Queries(*(x[:1] for x in queries[:2])), first)
     for stage, other in zip(decoder(queries, memory), alone, strict=True):
         assert_same([x[:1] for x in stage], list(other))
 
@@ -112,8 +119,8 @@ def test_new_heads_leave_boxes_at_their_anchors(make_decoder, memory, shared_hea
 def traced(make_decoder, memory):
     """A run with everything that the heads and the layers of the decoder were given."""
 
-    def trace(**options):
-        decoder, queries = make_decoder(**options), make_queries(5)
+    def trace(queries=None, **options):
+        decoder, queries = make_decoder(**options), queries or make_queries(5)
         calls = {"layers": [], "outputs": [], "box_heads": []}
 
         def record_layer(module, args, output):
@@ -148,17 +155,62 @@ def test_predictions_come_after_the_norm_and_refinements_before(traced, look_for
 def test_every_layer_looks_where_the_one_before_refined_to(traced, memory, look_forward):
     decoder, queries, _, calls = traced(look_forward=look_forward)
     reference, content = queries.reference, queries.content
-    for (x, position, scaled, *_), output in zip(calls["layers"], calls["outputs"], strict=True):
+    for i, (args, output) in enumerate(zip(calls["layers"], calls["outputs"], strict=True)):
+        x, position, scaled, *_ = args
         torch.testing.assert_close(x, content)
         torch.testing.assert_close(scaled, scale_to_levels(reference, memory.valid_ratios))
-        torch.testing.assert_close(position, decoder.position_head(scaled[:, :, 0]))
+        expected = decoder.position_head(Queries(x, scaled[:, :, 0]), i)
+        torch.testing.assert_close(position, expected)
         reference, content = refine(reference, decoder.box_heads[0](output)), output
     # what attention sees after the first layer is a constant to autograd
     assert not any(args[2].requires_grad for args in calls["layers"])
 
 
+@HEADS
+def test_without_refinement_every_layer_starts_from_the_first_reference(
+    traced, memory, shared_heads
+):
+    decoder, queries, stages, calls = traced(look_forward=0, shared_heads=shared_heads)
+    expected = scale_to_levels(queries.reference, memory.valid_ratios)
+    for i, (stage, x) in enumerate(zip(stages, calls["outputs"], strict=True)):
+        assert torch.equal(calls["layers"][i][2], expected)
+        moved = decoder.box_heads[0 if shared_heads else i](decoder.norm(x))
+        torch.testing.assert_close(stage.boxes, refine(queries.reference, moved))
+    assert not torch.allclose(stages[0].boxes, stages[1].boxes, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("look_forward", "sizes"), [(0, [2, 2, 2]), (1, [2, 4, 4]), (2, [2, 4, 4])]
+)
+def test_refinement_turns_points_into_boxes(traced, look_forward, sizes):
+    _, queries, stages, calls = traced(
+        make_points(5), look_forward=look_forward, position_head=LearnedPosition()
+    )
+    assert [args[2].shape[-1] for args in calls["layers"]] == sizes
+    assert all(stage.boxes.shape == (2, 5, 4) for stage in stages)
+
+
+def test_the_position_head_is_told_what_enters_the_layer(traced, memory):
+    class Recorder(nn.Module):
+        calls = []
+
+        def forward(self, queries, layer):
+            self.calls.append((queries, layer))
+            return queries.position + layer
+
+    queries = make_points(5)
+    *_, calls = traced(queries, look_forward=1, position_head=Recorder())
+    assert [layer for _, layer in Recorder.calls] == [0, 1, 2]
+    for (seen, layer), (x, position, scaled, *_) in zip(
+        Recorder.calls, calls["layers"], strict=True
+    ):
+        assert torch.equal(seen.content, x) and torch.equal(seen.position, queries.position)
+        assert torch.equal(seen.reference, scaled[:, :, 0])  # relative to the finest padded level
+        assert torch.equal(position, queries.position + layer)
+
+
 def test_positions_are_added_to_queries_and_keys_but_not_to_values(make_decoder, memory):
-    layer, (x, reference) = make_decoder().layers[0], make_queries(5)
+    layer, (x, reference, _) = make_decoder().layers[0], make_queries(5)
     position, asked = torch.randn_like(x), []
     for attention in (layer.self_attn, layer.cross_attn):
         attention.register_forward_hook(lambda *call: asked.append(call[1:]))
@@ -174,7 +226,9 @@ def test_the_position_of_a_query_is_made_of_sines_of_its_anchor(randomise):
     first, second = head.mlp.layers
     # four coordinates of 8 / 2 channels each
     expected = second(first(encode_boxes(anchors, 4)).relu())
-    torch.testing.assert_close(head(anchors), expected)
+    for layer in range(2):
+        queries = Queries(torch.randn(1, 3, 8), anchors)
+        torch.testing.assert_close(head(queries, layer), expected)
 
 
 # ---- look forward
@@ -203,6 +257,12 @@ def test_look_forward_twice_trains_the_layer_before_and_no_further(make_decoder,
     assert [trained_box_heads(decoder, stage) for stage in stages] == [[0], [0, 1], [1, 2]]
 
 
+def test_without_refinement_the_boxes_of_a_layer_train_its_own_head(make_decoder, memory):
+    decoder = make_decoder(look_forward=0, shared_heads=False)
+    stages = decoder(make_queries(5), memory)
+    assert [trained_box_heads(decoder, stage) for stage in stages] == [[0], [1], [2]]
+
+
 @HEADS
 def test_looking_forward_changes_gradients_only(make_decoder, memory, shared_heads):
     once, twice = (make_decoder(look_forward=n, shared_heads=shared_heads) for n in (1, 2))
@@ -211,7 +271,7 @@ def test_looking_forward_changes_gradients_only(make_decoder, memory, shared_hea
     assert_same(once(queries, memory), twice(queries, memory))
 
 
-@LOOKS
+@pytest.mark.parametrize("look_forward", [0, 1, 2])
 def test_learned_anchors_get_a_gradient(make_decoder, memory, look_forward):
     queries = make_queries(5)
     queries.reference.requires_grad_()
@@ -219,7 +279,7 @@ def test_learned_anchors_get_a_gradient(make_decoder, memory, look_forward):
     assert torch.autograd.grad(first.boxes.sum(), queries.reference)[0].all()
 
 
-@pytest.mark.parametrize("look_forward", [0, 3, "twice"])
+@pytest.mark.parametrize("look_forward", [-1, 3, "twice"])
 def test_other_ways_to_look_are_refused(make_decoder, look_forward):
     with pytest.raises(ValueError, match=f"look_forward is {look_forward!r}"):
         make_decoder(look_forward=look_forward)
@@ -244,6 +304,25 @@ def test_a_layers_own_class_head_is_its_alone(make_decoder, memory):
 def test_heads_are_shared_or_one_per_layer(make_decoder, shared_heads, count):
     decoder = make_decoder(shared_heads=shared_heads)
     assert len(decoder.class_heads) == len(decoder.box_heads) == count
+
+
+@pytest.mark.parametrize(("shared_heads", "count"), [(True, 1), (False, NUM_LAYERS)])
+def test_only_the_first_box_head_starts_with_a_size(shared_heads, count):
+    decoder = Decoder(
+        num_classes=3, num_layers=NUM_LAYERS, shared_heads=shared_heads, size_bias=-2.0
+    )
+    biases = [head.layers[-1].bias.tolist() for head in decoder.box_heads]
+    assert biases == [[0, 0, -2, -2]] + [[0, 0, 0, 0]] * (count - 1)
+
+
+def test_without_a_final_norm_predictions_see_what_the_layer_put_out(traced):
+    decoder, queries, stages, calls = traced(final_norm=False)
+    assert not any(name.startswith("norm") for name in decoder.state_dict())
+    reference = queries.reference
+    for stage, x in zip(stages, calls["outputs"], strict=True):
+        assert torch.equal(stage.logits, decoder.class_heads[0](x))
+        reference = refine(reference, decoder.box_heads[0](x))
+        torch.testing.assert_close(stage.boxes, reference)
 
 
 def test_a_decoder_without_layers_is_refused():

@@ -49,7 +49,7 @@ def test_as_many_groups_are_made_as_fit_into_the_budget(
     assert noised.num_groups == num_groups
     assert len(noised.groups) == num_groups * slots * kind.copies_per_group
     assert len(noised.groups) <= budget * kind.copies_per_group
-    for part in noised.queries:
+    for part in noised.queries[:2]:
         assert part.shape[:2] == (len(counts), len(noised.groups))
 
 
@@ -82,7 +82,7 @@ def test_without_any_box_there_is_one_group_of_empty_slots(make_targets, kind):
 @KINDS
 def test_empty_slots_carry_nothing_and_look_at_the_whole_image(targets, kind):
     denoising = kind(num_classes=NUM_CLASSES, embed_dim=8, budget=6)
-    content, reference = denoising(targets).queries
+    content, reference, _ = denoising(targets).queries
     empty = torch.ones(3, content.shape[1], dtype=torch.bool)
     empty[2] = False
     empty[0] = torch.arange(content.shape[1]) % 3 == 2  # two boxes in three slots
@@ -179,7 +179,7 @@ def test_the_same_seed_gives_the_same_noise(make_targets):
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         noised = denoising(targets)
-        runs.append((*noised.queries, noised.match.targets))
+        runs.append((*noised.queries[:2], noised.match.targets))
     for first, again, other in zip(*runs, strict=True):
         assert torch.equal(first, again) and not torch.equal(first, other)
 

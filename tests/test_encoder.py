@@ -117,6 +117,15 @@ def test_every_layer_asks_with_the_position_added(encoder, padding):
     assert torch.equal(asked[0][2].position, asked[1][2].position)  # tokens do not carry it on
 
 
+def test_pixels_are_encoded_as_the_encoder_is_told(padding, randomise):
+    sizes = {"embed_dim": 32, "num_heads": 4, "ffn_dim": 16, "num_levels": 3}
+    encoder = Encoder(num_layers=1, position_temperature=10000.0, position_offset=-0.5, **sizes)
+    memory = randomise(encoder)(make_levels(), padding)
+    middle = encode_pixels(memory.padding[:, 64:80].view(2, 4, 4), 32, 10000.0, -0.5)
+    expected = middle.flatten(1, 2) + encoder.level_embed.weight[1]
+    torch.testing.assert_close(memory.position[:, 64:80], expected)
+
+
 def test_a_layer_that_adds_nothing_leaves_normalised_features(padding):
     encoder = Encoder(num_layers=1, embed_dim=32, num_heads=4, ffn_dim=16, num_levels=3)
     torch.nn.init.zeros_(encoder.layers[0].self_attn.output_proj.weight)

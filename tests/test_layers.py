@@ -61,18 +61,19 @@ def test_boxes_are_encoded_in_the_order_y_x_w_h():
     torch.testing.assert_close(encoded, torch.cat(parts))
 
 
-def test_pixels_are_encoded_relative_to_the_image_without_padding():
+@pytest.mark.parametrize(("temperature", "offset"), [(7.0, 0.0), (10000.0, -0.5)])
+def test_pixels_are_encoded_relative_to_the_image_without_padding(temperature, offset):
     padding = torch.ones(2, 3, 4, dtype=torch.bool)
     padding[0, :2, :3] = False  # 2 x 3 pixels
     padding[1] = False
-    encoded = encode_pixels(padding, 8, temperature=7.0)
+    encoded = encode_pixels(padding, 8, temperature, offset)
     assert encoded.shape == (2, 3, 4, 8)
     for image, (height, width) in enumerate([(2, 3), (3, 4)]):
         for row in range(height):
             for column in range(width):
-                # counted from 1, and y first
-                y, x = ((row + 1) / height, (column + 1) / width)
-                expected = torch.cat([encode(torch.tensor(v), 4, 7.0) for v in (y, x)])
+                # counted from 1, and y first; an offset of -0.5 makes it the pixel's centre
+                y, x = (row + 1 + offset) / height, (column + 1 + offset) / width
+                expected = torch.cat([encode(torch.tensor(v), 4, temperature) for v in (y, x)])
                 torch.testing.assert_close(encoded[image, row, column], expected, atol=2e-5, rtol=0)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dino_d2.modeling.predecessors import PointQueries
 from dino_d2.solver import ClippedAdamW, parameter_groups
 
 
@@ -100,6 +101,42 @@ def test_the_backbone_has_a_learning_rate_of_its_own(model):
     assert set(backbone["params"]) == set(model["backbone"].parameters())
     expected = {*model["decoder"].parameters(), *model["backbone_like"].parameters()}
     assert set(others["params"]) == expected
+
+
+def rates(model, **options):
+    """Learning rate of every parameter, and how many groups there are."""
+    groups = parameter_groups(model, lr=1.0, **options)
+    of = [(parameter, group["lr"]) for group in groups for parameter in group["params"]]
+    assert len(of) == len(dict(of)) == len(list(model.parameters()))  # each in one group
+    of = dict(of)
+    return {name: of[parameter] for name, parameter in model.named_parameters()}, len(groups)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "offsets", "count"),
+    [(0.5, 0.1, 3), (0.1, 0.1, 2), (1.0, 0.1, 2), (0.1, 1.0, 2), (1.0, 1.0, 1)],
+)
+def test_linear_layers_that_say_where_to_look_have_a_learning_rate_of_their_own(
+    make_dino, backbone, offsets, count
+):
+    model = make_dino()
+    model.query_selection = PointQueries(num_queries=2, embed_dim=64)
+    by_name, num_groups = rates(model, backbone_multiplier=backbone, offsets_multiplier=offsets)
+    assert num_groups == count
+    where = {"query_selection.reference_points"}
+    where |= {f"encoder.layers.{i}.self_attn.sampling_offsets" for i in range(2)}
+    where |= {f"decoder.layers.{i}.cross_attn.sampling_offsets" for i in range(2)}
+    for name, rate in by_name.items():
+        module = name.rpartition(".")[0]
+        expected = offsets if module in where else backbone if name[:9] == "backbone." else 1.0
+        assert rate == expected, name
+    assert where < {name.rpartition(".")[0] for name in by_name}
+
+
+def test_offsets_learn_like_the_rest_unless_told_otherwise(make_dino):
+    by_name, _ = rates(make_dino())
+    assert set(by_name.values()) == {1.0, 0.1}
+    assert all((rate == 0.1) == name.startswith("backbone.") for name, rate in by_name.items())
 
 
 def test_frozen_parameters_are_left_out(model):

@@ -20,6 +20,20 @@ def test_prepend_puts_the_first_queries_in_front():
     torch.testing.assert_close(both.reference[1, :, 3], torch.tensor([0.1] * 3 + [0.2] * 5))
 
 
+@pytest.mark.parametrize(
+    "second",
+    [
+        Queries(torch.zeros(2, 5, 8), torch.zeros(2, 5, 2)),
+        Queries(torch.zeros(2, 5, 8), torch.zeros(2, 5, 4), torch.zeros(2, 5, 8)),
+    ],
+    ids=["points", "learned positions"],
+)
+def test_nothing_is_prepended_to_queries_that_are_not_made_of_boxes(second):
+    first = Queries(torch.zeros(2, 3, 8), torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="denoising needs queries made of boxes"):
+        prepend(first, second)
+
+
 @pytest.mark.parametrize("index", [0, 2, 5])
 def test_split_predictions_are_the_front_and_the_rest(make_predictions, index):
     whole = make_predictions(2)

@@ -4,7 +4,11 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from dino_d2.solver import ClippedAdamW, parameter_groups
 
 optimizer = L(ClippedAdamW)(
-    params=L(parameter_groups)(lr="${..lr}", backbone_multiplier=0.1),  # train_net adds the model
+    params=L(parameter_groups)(  # train_net adds the model
+        lr="${..lr}",
+        backbone_multiplier=0.1,
+        offsets_multiplier=1.0,
+    ),
     max_norm=0.1,
     lr=1e-4,
     weight_decay=1e-4,

@@ -13,15 +13,18 @@ def encode(x: Tensor, channels: int, temperature: float) -> Tensor:
     return torch.stack([phase.sin(), phase.cos()], -1).flatten(-2)
 
 
-def encode_pixels(padding: Tensor, channels: int, temperature: float = 20.0) -> Tensor:
+def encode_pixels(
+    padding: Tensor, channels: int, temperature: float = 20.0, offset: float = 0.0
+) -> Tensor:
     """Padding mask (B, H, W) to (B, H, W, channels), y first.
 
-    Positions are relative to the part that is not padding. The published weights go with a
-    temperature of 20; DETR had 10000.
+    Positions are relative to the part that is not padding, pixel i of n being at
+    (i + 1 + offset) / n. What temperature and offset are belongs to the weights: official DINO has
+    20 and 0, Deformable DETR and some of detrex's checkpoints 10000 and -0.5.
     """
     inside = (~padding).float()
     y, x = inside.cumsum(1), inside.cumsum(2)
-    y, x = y / (y[:, -1:] + 1e-6), x / (x[:, :, -1:] + 1e-6)
+    y, x = (y + offset) / (y[:, -1:] + 1e-6), (x + offset) / (x[:, :, -1:] + 1e-6)
     return torch.cat([encode(v, channels // 2, temperature) for v in (y, x)], -1)
 
 

@@ -6,7 +6,14 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou
-from ..structures import DetectorOutput, Match, Predictions, Target, stack_predictions
+from ..structures import (
+    DenoisingBatch,
+    DetectorOutput,
+    Match,
+    Predictions,
+    Target,
+    stack_predictions,
+)
 from .matcher import HungarianMatcher
 
 
@@ -56,15 +63,25 @@ class SetCriterion(nn.Module):
         losses = self.losses(predictions, match, truth, num_boxes, suffixes)
 
         if output.denoising is not None:
-            known, groups = output.denoising.match, output.denoising.num_groups
             predictions = stack_predictions(output.denoised)
-            suffixes = layer_suffixes(len(output.denoised), stage="_dn")
-            denoising = self.losses(predictions, known, truth, num_boxes * groups, suffixes)
-            # A batch without boxes has nothing to denoise, yet its queries keep their place in
-            # the backward pass: every parameter gets a gradient on every worker.
-            share = float(len(truth.boxes) > 0)
-            losses |= {name: share * loss for name, loss in denoising.items()}
+            losses |= self.denoising_losses(predictions, output.denoising, truth, num_boxes)
         return losses
+
+    def denoising_losses(
+        self,
+        predictions: Predictions,
+        denoising: DenoisingBatch,
+        truth: Target,
+        num_boxes: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses of the denoising queries: predictions (N, B, T, .), matched by construction."""
+        suffixes = layer_suffixes(len(predictions.logits), stage="_dn")
+        num_boxes = num_boxes * denoising.num_groups
+        losses = self.losses(predictions, denoising.match, truth, num_boxes, suffixes)
+        # A batch without boxes has nothing to denoise, yet its queries keep their place in the
+        # backward pass: every parameter gets a gradient on every worker.
+        share = float(len(truth.boxes) > 0)
+        return {name: share * loss for name, loss in losses.items()}
 
     def losses(
         self,

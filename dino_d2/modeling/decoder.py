@@ -45,7 +45,7 @@ class DecoderLayer(nn.Module):
         Args:
             x: (B, Q, C) content of the queries
             position: (B, Q, C), added to it wherever attention is computed
-            reference: (B, Q, L, 4) boxes, relative to each padded level
+            reference: (B, Q, L, 4) boxes or (B, Q, L, 2) points, relative to each padded level
             memory: the encoder's
             attn_mask: (Q, Q), True where self-attention is forbidden
 
@@ -61,7 +61,7 @@ class DecoderLayer(nn.Module):
 
 
 class AnchorPosition(nn.Module):
-    """Positional part of a query, from its anchor box (DAB-DETR, equation 3)."""
+    """Positional part of a query, from its anchor box (DAB-DETR, equation 1)."""
 
     def __init__(self, *, embed_dim: int):
         super().__init__()
@@ -69,9 +69,9 @@ class AnchorPosition(nn.Module):
         self.mlp = MLP(2 * embed_dim, embed_dim, embed_dim)
         xavier_uniform_(self.mlp)
 
-    def forward(self, anchors: Tensor) -> Tensor:
-        """(B, Q, 4) to (B, Q, C)."""
-        return self.mlp(encode_boxes(anchors, self.embed_dim // 2))
+    def forward(self, queries: Queries, layer: int) -> Tensor:
+        """(B, Q, C) for a decoder layer, counted from 0; content and reference are its input."""
+        return self.mlp(encode_boxes(queries.reference, self.embed_dim // 2))
 
 
 class Decoder(nn.Module):
@@ -89,7 +89,11 @@ class Decoder(nn.Module):
         shared_heads: whether all layers share one class head and one box head (official DINO)
             or have one each (detrex)
         look_forward: how many box heads the box loss of a layer trains. 1: that of the layer
-            alone; 2, "look forward twice" (DINO, section 3.5): that of the layer before as well
+            alone; 2, "look forward twice" (DINO, section 3.5): that of the layer before as well.
+            0: boxes are predicted but not refined, each layer looks where the first one did
+        position_head: makes the positional part of the queries; None: :class:`AnchorPosition`
+        final_norm: whether predictions see the queries through a norm (Deformable DETR: no)
+        size_bias: where the first box head starts with width and height, before the sigmoid
     """
 
     def __init__(
@@ -105,12 +109,18 @@ class Decoder(nn.Module):
         num_points: int = 4,
         shared_heads: bool = True,
         look_forward: int = 2,
+        position_head: nn.Module | None = None,
+        final_norm: bool = True,
+        size_bias: float = 0.0,
     ):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"the decoder has {num_layers} layers; it needs at least one")
-        if look_forward not in (1, 2):
-            raise ValueError(f"look_forward is {look_forward!r}; it can be 1 (once) or 2 (twice)")
+        if look_forward not in (0, 1, 2):
+            raise ValueError(
+                f"look_forward is {look_forward!r}; it can be 2 (twice), 1 (once) or 0 (no "
+                "refinement of boxes)"
+            )
         self.look_forward = look_forward
         self.layers = nn.ModuleList(
             DecoderLayer(
@@ -123,25 +133,26 @@ class Decoder(nn.Module):
             )
             for _ in range(num_layers)
         )
-        self.norm = nn.LayerNorm(embed_dim)
-        self.position_head = AnchorPosition(embed_dim=embed_dim)
+        self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
+        self.position_head = position_head or AnchorPosition(embed_dim=embed_dim)
         copies = 1 if shared_heads else num_layers
         self.class_heads = nn.ModuleList(class_head(embed_dim, num_classes) for _ in range(copies))
         self.box_heads = nn.ModuleList(box_head(embed_dim) for _ in range(copies))
+        nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], size_bias)
 
     def forward(
         self, queries: Queries, memory: FeaturePyramid, attn_mask: Tensor | None = None
     ) -> list[Predictions]:
         """
         Args:
-            queries: their reference boxes are relative to the image without padding
+            queries: their references are relative to the image without padding
             memory: the encoder's
             attn_mask: (Q, Q), True where self-attention is forbidden
 
         Returns:
             the predictions of every layer, the last is the result
         """
-        x, reference = queries
+        x, reference, position = queries
         anchor = reference  # what the next prediction is relative to
         predictions = []
         for i, layer in enumerate(self.layers):
@@ -149,16 +160,19 @@ class Decoder(nn.Module):
                 heads[min(i, len(heads) - 1)] for heads in (self.class_heads, self.box_heads)
             )
             scaled = scale_to_levels(reference, memory.valid_ratios)
-            x = layer(x, self.position_head(scaled[:, :, 0]), scaled, memory, attn_mask)
+            where = self.position_head(Queries(x, scaled[:, :, 0], position), i)
+            x = layer(x, where, scaled, memory, attn_mask)
             y = self.norm(x)
             predictions.append(Predictions(to_class(y), refine(anchor, to_box(y))))
-            # Without the norm: the published weights were trained with boxes refined like this.
-            refined = refine(reference, to_box(x))
-            reference = refined.detach()
-            anchor = refined if self.look_forward == 2 else reference
+            if self.look_forward:
+                # Without the norm: the published weights were trained with boxes refined like this.
+                refined = refine(reference, to_box(x))
+                reference = refined.detach()
+                anchor = refined if self.look_forward == 2 else reference
         return predictions
 
 
 def scale_to_levels(reference: Tensor, valid_ratios: Tensor) -> Tensor:
-    """Boxes (B, Q, 4) relative to the image to (B, Q, L, 4) relative to each padded level."""
-    return reference[:, :, None] * valid_ratios.tile(2)[:, None]
+    """Boxes (B, Q, 4) or points (B, Q, 2) relative to the image to (B, Q, L, .) relative to each
+    padded level."""
+    return reference[:, :, None] * valid_ratios.tile(reference.shape[-1] // 2)[:, None]

@@ -71,9 +71,9 @@ class Denoising(nn.Module):
 
     def forward(self, targets: list[Target]) -> DenoisingBatch:
         """Noises the ground truth of a batch; without any box it is one group of empty slots."""
-        chosen = [choose(len(target.labels), self.budget) for target in targets]
+        chosen = [choose(len(target.labels), self.max_boxes) for target in targets]
         slots = max(1, *map(len, chosen))
-        num_groups = self.budget // slots if any(map(len, chosen)) else 1
+        num_groups = self.num_groups(slots) if any(map(len, chosen)) else 1
         copies = num_groups * self.copies_per_group
 
         kept = [
@@ -86,15 +86,32 @@ class Denoising(nn.Module):
         copy = torch.arange(copies, device=labels.device).repeat_interleave(slots)  # (T,)
         labels = noise_labels(labels, self.num_classes, self.label_noise / 2)
         labels = torch.where(real, labels, self.num_classes)
-        noised = noise_boxes(boxes, self.box_noise, harder=self.is_negative(copy)[:, None])
+        noised = self.noise_boxes(boxes, copy)
         # Clamped to the range of the decoder's logits from the start; empty slots have logit 0.
         reference = inverse_sigmoid(noised).where(real[..., None], 0).sigmoid()
         return DenoisingBatch(
-            queries=Queries(self.label_embed(labels), reference),
+            queries=Queries(self.content_of(labels), reference),
             groups=copy // self.copies_per_group,
             match=self.match(targets, chosen, slots, num_groups),
             num_groups=num_groups,
         )
+
+    @property
+    def max_boxes(self) -> int:
+        """Of how many boxes of an image copies are made."""
+        return self.budget
+
+    def num_groups(self, slots: int) -> int:
+        """How many groups of so many boxes fit."""
+        return self.budget // slots
+
+    def content_of(self, labels: Tensor) -> Tensor:
+        """Content (B, T, C) of the queries of noised labels (B, T), K where a slot is empty."""
+        return self.label_embed(labels)
+
+    def noise_boxes(self, boxes: Tensor, copy: Tensor) -> Tensor:
+        """Noised boxes (B, T, 4), `copy` (T,) being which copy of the ground truth they are of."""
+        return noise_boxes(boxes, self.box_noise, harder=self.is_negative(copy)[:, None])
 
     def is_negative(self, copy: Tensor) -> Tensor:
         """Whether the queries of the given copies are to be told apart from objects."""

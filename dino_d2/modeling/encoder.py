@@ -50,6 +50,7 @@ class Encoder(nn.Module):
         dropout: probability
         num_levels: L
         num_points: P, per head and level
+        position_temperature, position_offset: of the encoding of pixels, see `encode_pixels`
     """
 
     def __init__(
@@ -62,10 +63,13 @@ class Encoder(nn.Module):
         dropout: float = 0.0,
         num_levels: int = 4,
         num_points: int = 4,
+        position_temperature: float = 20.0,
+        position_offset: float = 0.0,
     ):
         super().__init__()
         if num_layers < 1:  # the level embedding would take part in nothing
             raise ValueError(f"the encoder has {num_layers} layers; it needs at least one")
+        self.position_temperature, self.position_offset = position_temperature, position_offset
         self.level_embed = nn.Embedding(num_levels, embed_dim)
         self.layers = nn.ModuleList(
             EncoderLayer(
@@ -88,19 +92,27 @@ class Encoder(nn.Module):
         Returns:
             the memory that the decoder looks at
         """
-        pyramid = flatten(levels, padding, self.level_embed.weight)
+        pyramid = flatten(
+            levels,
+            padding,
+            self.level_embed.weight,
+            temperature=self.position_temperature,
+            offset=self.position_offset,
+        )
         reference = token_centers(pyramid)[:, :, None] * pyramid.valid_ratios[:, None]
         for layer in self.layers:
             pyramid = layer(pyramid, reference)
         return pyramid
 
 
-def flatten(levels: list[Tensor], padding: Tensor, level_embed: Tensor) -> FeaturePyramid:
+def flatten(
+    levels: list[Tensor], padding: Tensor, level_embed: Tensor, **encoding: float
+) -> FeaturePyramid:
     """One sequence of tokens from feature maps (B, C, H_l, W_l), a mask (B, H, W) and the
-    embeddings (L, C) that tell levels apart."""
+    embeddings (L, C) that tell levels apart; `encoding` is for `encode_pixels`."""
     masks = [F.interpolate(padding[None].float(), size=x.shape[-2:])[0].bool() for x in levels]
     positions = [
-        encode_pixels(mask, x.shape[1]) + embed
+        encode_pixels(mask, x.shape[1], **encoding) + embed
         for mask, x, embed in zip(masks, levels, level_embed, strict=True)
     ]
     return FeaturePyramid(

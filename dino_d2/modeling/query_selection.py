@@ -70,18 +70,23 @@ class PureQuerySelection(nn.Module):
         return selection_from_config(cfg, num_classes)
 
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, Predictions]:
-        anchors = proposal_anchors(memory)  # (B, S, 4), inf where no object is expected
-        invalid = anchors[..., :1].isinf()
-        tokens = self.memory_norm(self.memory_proj(memory.tokens.masked_fill(invalid, 0)))
-        logits = self.class_head(tokens)
-
-        count = min(self.num_queries, tokens.shape[1])
-        best = logits.amax(-1).topk(count, dim=1).indices[..., None]
-        tokens, anchors, logits = (
-            x.gather(1, best.expand(-1, -1, x.shape[-1])) for x in (tokens, anchors, logits)
-        )
+        tokens, anchors, logits = self.candidates(memory)
+        best = self.best(logits.amax(-1))
+        tokens, anchors, logits = (take(x, best) for x in (tokens, anchors, logits))
         boxes = (self.box_head(tokens) + anchors).sigmoid()
         return Queries(self.content_of(tokens), boxes.detach()), Predictions(logits, boxes)
+
+    def candidates(self, memory: FeaturePyramid) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every token its feature (B, S, C), its anchor (B, S, 4) before the sigmoid, inf where
+        no object is expected, and its class logits (B, S, K)."""
+        anchors = proposal_anchors(memory)
+        invalid = anchors[..., :1].isinf()
+        tokens = self.memory_norm(self.memory_proj(memory.tokens.masked_fill(invalid, 0)))
+        return tokens, anchors, self.class_head(tokens)
+
+    def best(self, scores: Tensor) -> Tensor:
+        """The tokens (B, Q) of the highest scores (B, S)."""
+        return scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
 
     def content_of(self, tokens: Tensor) -> Tensor:
         """Content (B, Q, C) of the queries made from the selected tokens (B, Q, C)."""
@@ -101,6 +106,11 @@ class MixedQuerySelection(PureQuerySelection):
 
     def content_of(self, tokens: Tensor) -> Tensor:
         return self.content.weight[: tokens.shape[1]].expand(tokens.shape[0], -1, -1)
+
+
+def take(x: Tensor, indices: Tensor) -> Tensor:
+    """The tokens `indices` (B, Q) of `x` (B, S, .)."""
+    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def selection_from_config(cfg: CfgNode, num_classes: int) -> dict:

@@ -40,6 +40,8 @@ model = L(DINO)(
         dropout=0.0,
         num_levels=4,
         num_points=4,
+        position_temperature=20.0,
+        position_offset=0.0,
     ),
     query_selection=L(MixedQuerySelection)(
         num_queries=900,

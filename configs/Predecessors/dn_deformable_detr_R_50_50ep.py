@@ -1,0 +1,17 @@
+# DN-Deformable-DETR (arXiv 2203.01305, "++" in its second version): 49.5 AP in paper and code.
+from detectron2.config import LazyCall as L
+
+from dino_d2.modeling.predecessors import BoxesOnly, IndicatorDenoising, IndicatorQueries
+
+from .dab_deformable_detr_R_50_50ep import dataloader, lr_multiplier, model, optimizer, train
+
+model.query_selection._target_ = IndicatorQueries
+model.denoising = L(IndicatorDenoising)(
+    num_classes="${..num_classes}",
+    embed_dim="${..encoder.embed_dim}",
+    groups=5,
+    budget=500,
+    label_noise=0.4,  # labels are drawn anew with half of it, 0.2
+    box_noise=0.4,
+)
+model.criterion._target_ = BoxesOnly

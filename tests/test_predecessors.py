@@ -1,0 +1,468 @@
+"""DINO's predecessors: their configs, and the parts that DINO itself does without."""
+
+from math import cos, exp, log, pi, sin
+
+import pytest
+import torch
+from detectron2.config import LazyCall, LazyConfig, instantiate
+
+from dino_d2 import model_zoo
+from dino_d2.modeling import Denoising, HungarianMatcher, SetCriterion
+from dino_d2.modeling.decoder import scale_to_levels
+from dino_d2.modeling.predecessors import (
+    AllProposals,
+    BoxesOnly,
+    IndicatorDenoising,
+    IndicatorQueries,
+    PointQueries,
+    ProposalQueries,
+    ScaledAnchorPosition,
+)
+from dino_d2.modeling.query_selection import proposal_anchors
+from dino_d2.structures import DetectorOutput, Predictions, Queries, Target
+
+PLAIN = "deformable_detr_R_50_50ep"
+REFINE = "deformable_detr_R_50_refine_50ep"
+TWO_STAGE = "deformable_detr_R_50_two_stage_50ep"
+DAB = "dab_deformable_detr_R_50_50ep"
+DN = "dn_deformable_detr_R_50_50ep"
+CONFIGS = pytest.mark.parametrize("name", [PLAIN, REFINE, TWO_STAGE, DAB, DN])
+NUM_CLASSES = 3
+SMALL = [
+    f"num_classes={NUM_CLASSES}",
+    *("encoder.num_layers=1", "encoder.embed_dim=64", "encoder.num_heads=4", "encoder.ffn_dim=16"),
+    *("decoder.num_layers=3", "query_selection.num_queries=10"),
+]
+
+
+def load(name, *overrides):
+    folder = "" if name.startswith("dino") else "Predecessors/"
+    cfg = model_zoo.get_config(f"{folder}{name}.py").model
+    return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+@pytest.fixture
+def make_small():
+    """The model of a config, of 64 channels, 1 + 3 layers and 10 queries."""
+
+    def make(name):
+        return instantiate(load(name, *SMALL))
+
+    return make
+
+
+@pytest.fixture
+def decoded(make_small, make_batch, randomise):
+    """What the layers of a small model's decoder are given, and the predictions."""
+
+    def run(name):
+        model, calls = make_small(name), []
+        randomise(model.decoder)
+        randomise(model.query_selection)
+        for layer in model.decoder.layers:
+            layer.register_forward_pre_hook(lambda _, args: calls.append(args))
+        output = model.detect(model.preprocess_images(make_batch(1, 1)))
+        return model, calls, output
+
+    return run
+
+
+def sines(values, channels):
+    """Each value as sines and cosines of falling frequency, value after value."""
+    return torch.tensor(
+        [
+            f(2 * pi * value / 10000 ** (2 * i / channels))
+            for value in values
+            for i in range(channels // 2)
+            for f in (sin, cos)
+        ]
+    )
+
+
+# ---- configs
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        (PLAIN, 39_847_265),  # published: 40 M
+        (REFINE, 40_627_260),  # 41 M
+        (TWO_STAGE, 40_959_129),  # 41 M
+        (DAB, 47_183_594),  # 47 M
+        (DN, 47_206_754),  # 47 M
+        ("dino_R_50_4scale_12ep", 46_670_782),  # 47 M
+    ],
+)
+def test_models_have_as_many_parameters_as_published(name, count):
+    with torch.device("meta"):
+        model = instantiate(load(name, "num_classes=91"))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "lr", "offsets_lr", "class_weight", "dropout"),
+    [
+        (PLAIN, 32, 2e-4, 2e-5, 2.0, 0.1),
+        (REFINE, 32, 2e-4, 2e-5, 2.0, 0.1),
+        (TWO_STAGE, 32, 2e-4, 2e-5, 2.0, 0.1),
+        (DAB, 16, 1e-4, 1e-4, 1.0, 0.0),
+        (DN, 16, 1e-4, 1e-4, 1.0, 0.0),
+    ],
+)
+def test_models_are_trained_as_published(name, batch, lr, offsets_lr, class_weight, dropout):
+    cfg = model_zoo.get_config(f"Predecessors/{name}.py")
+    params = cfg.optimizer.params
+    assert cfg.dataloader.train.total_batch_size == batch
+    assert params.lr == lr and lr * params.offsets_multiplier == pytest.approx(offsets_lr)
+    assert params.backbone_multiplier == 0.1
+    assert cfg.model.criterion.class_weight == class_weight
+    assert cfg.model.encoder.dropout == cfg.model.decoder.dropout == dropout
+    assert cfg.model.encoder.position_temperature == 10000
+    assert cfg.model.encoder.position_offset == -0.5
+    # 50 epochs of COCO, slower after 40
+    assert cfg.train.max_iter * batch / 118_287 == pytest.approx(50, rel=1e-3)
+    multiplier = instantiate(cfg.lr_multiplier)
+    assert [multiplier(epoch / 50) for epoch in (0, 39.9, 40.1)] == pytest.approx([1, 1, 0.1])
+
+
+@CONFIGS
+def test_every_parameter_is_trained_whether_there_are_boxes_or_not(make_small, make_batch, name):
+    model = make_small(name)
+    for counts in [(2, 1), (2, 0), (0, 0)]:
+        model.zero_grad()
+        loss = sum(model(make_batch(*counts)).values())
+        loss.backward()
+        assert loss.isfinite()
+        grads = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+        assert [key for key, grad in grads.items() if grad is None] == []
+        assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@CONFIGS
+def test_every_model_detects(make_small, make_batch, name):
+    model = make_small(name).eval()
+    with torch.no_grad():
+        results = model(make_batch(1, 0, sizes=[(64, 64), (48, 80)]))
+    for result, size in zip(results, [(64, 64), (48, 80)], strict=True):
+        instances = result["instances"]
+        # ten queries of three classes
+        assert len(instances) == 10 * NUM_CLASSES and instances.image_size == size
+        assert instances.scores.isfinite().all() and instances.pred_boxes.tensor.isfinite().all()
+
+
+@CONFIGS
+def test_losses_are_those_of_the_paper(make_small, make_batch, name):
+    losses = make_small(name)(make_batch(2, 1))
+    suffixes = ["", "_0", "_1"]
+    suffixes += ["_enc"] * (name == TWO_STAGE) + ["_dn", "_dn_0", "_dn_1"] * (name == DN)
+    kinds = ("loss_class", "loss_bbox", "loss_giou")
+    assert set(losses) == {kind + suffix for kind in kinds for suffix in suffixes}
+
+
+def test_models_built_of_points_refuse_denoising(make_batch):
+    cfg = load(PLAIN, *SMALL)
+    cfg.denoising = LazyCall(Denoising)(num_classes=NUM_CLASSES, embed_dim=64)
+    with pytest.raises(ValueError, match="train points without denoising"):
+        instantiate(cfg)(make_batch(2, 1))
+
+
+# ---- Deformable DETR
+
+
+def test_queries_that_look_at_points_are_the_same_for_all_images(make_memory):
+    selection = PointQueries(num_queries=5, embed_dim=32)
+    queries, proposals = selection(make_memory(batch=3))
+    others, _ = selection(make_memory(batch=3))
+    assert proposals is None
+    assert [part.shape for part in queries] == [(3, 5, 32), (3, 5, 2), (3, 5, 32)]
+    for part, other in zip(queries, others, strict=True):
+        assert torch.equal(part[0], part[2]) and torch.equal(part, other)
+    assert torch.equal(queries.content[0], selection.content.weight)
+    assert torch.equal(queries.position[0], selection.position.weight)
+
+
+def test_a_point_is_a_linear_function_of_the_position(make_memory, randomise):
+    selection = randomise(PointQueries(num_queries=5, embed_dim=32), std=1.0)
+    reference = selection(make_memory())[0].reference[1]
+    weight, bias = selection.reference_points.weight, selection.reference_points.bias
+    for position, point in zip(selection.position.weight, reference, strict=True):
+        expected = 1 / (1 + (-(weight * position).sum(1) - bias).exp())
+        torch.testing.assert_close(point, expected)
+
+
+def test_without_refinement_all_layers_look_at_the_same_points(decoded):
+    model, calls, output = decoded(PLAIN)
+    positions, references = ([args[i] for args in calls] for i in (1, 2))
+    assert references[0].shape == (2, 10, 4, 2)  # 4 levels
+    for position, reference in zip(positions, references, strict=True):
+        assert torch.equal(position[0], model.query_selection.position.weight)
+        assert torch.equal(reference, references[0])
+    first, second = output.layers[:2]
+    assert not torch.allclose(first.boxes, second.boxes, atol=1e-3)
+
+
+def test_refinement_makes_boxes_of_the_points_after_the_first_layer(decoded):
+    model, calls, output = decoded(REFINE)
+    positions, references = ([args[i] for args in calls] for i in (1, 2))
+    assert [reference.shape[-1] for reference in references] == [2, 4, 4]
+    for previous, reference in zip(output.layers, references[1:], strict=False):
+        torch.testing.assert_close(reference[:, :, 0], previous.boxes)  # images without padding
+    assert all(torch.equal(x[0], model.query_selection.position.weight) for x in positions)
+
+
+@pytest.mark.parametrize(("name", "heads"), [(PLAIN, 1), (REFINE, 3)])
+def test_boxes_start_at_the_points_with_an_eighth_of_the_image(make_small, make_batch, name, heads):
+    model = make_small(name)
+    assert len(model.decoder.box_heads) == len(model.decoder.class_heads) == heads
+    first, *_ = model.detect(model.preprocess_images(make_batch(1))).layers
+    selection = model.query_selection
+    points = selection.reference_points(selection.position.weight).sigmoid()
+    # the sigmoid of -2 is 0.1192
+    expected = torch.cat([points, torch.full((10, 2), 0.1192)], 1)
+    torch.testing.assert_close(first.boxes[0], expected, rtol=0, atol=1e-4)
+
+
+# ---- two-stage Deformable DETR
+
+
+@pytest.fixture
+def memory(make_memory):
+    """36 + 9 tokens; the second image has padding on the right."""
+    padding = torch.zeros(2, 48, 48, dtype=torch.bool)
+    padding[1, :, 32:] = True
+    return make_memory(shapes=((6, 6), (3, 3)), padding=padding)
+
+
+def propose(memory, logits):
+    """A selection of six queries, and what it gives when the tokens' logits are (B, S, K)."""
+    selection = ProposalQueries(num_queries=6, embed_dim=32, num_classes=NUM_CLASSES)
+    selection.class_head.forward = lambda tokens: logits
+    return selection, *selection(memory)
+
+
+def test_proposals_are_selected_by_the_first_class_alone(memory):
+    logits = torch.randn(2, 45, NUM_CLASSES)
+    logits[..., 1:] *= 10
+    _, queries, _ = propose(memory, logits)
+    anchors = proposal_anchors(memory).sigmoid()
+    for image in range(2):
+        best = sorted(range(45), key=lambda token: -logits[image, token, 0].item())[:6]
+        # a new box head leaves anchors where they are
+        torch.testing.assert_close(queries.reference[image], anchors[image, best])
+    assert not queries.reference.requires_grad
+
+
+def test_every_token_is_a_proposal(memory):
+    logits = torch.randn(2, 45, NUM_CLASSES)
+    _, _, proposals = propose(memory, logits)
+    assert torch.equal(proposals.logits, logits)
+    torch.testing.assert_close(proposals.boxes, proposal_anchors(memory).sigmoid())
+    assert memory.padding.any() and (proposals.boxes[memory.padding] == 1).all()
+    assert proposals.boxes.requires_grad
+
+
+def test_queries_of_proposals_are_made_of_sines_of_their_boxes(memory):
+    selection, queries, _ = propose(memory, torch.randn(2, 45, NUM_CLASSES))
+    for content, box, position in zip(*(part[1] for part in queries), strict=True):
+        # x, y, w, h; 32 / 2 channels each
+        expected = selection.box_norm(selection.box_proj(sines(box.tolist(), 16)))
+        torch.testing.assert_close(position, expected[:32], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(content, expected[32:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_features_of_proposals_do_not_become_queries(memory):
+    selection, queries, _ = propose(memory, torch.randn(2, 45, NUM_CLASSES))
+    others, _ = selection(memory._replace(tokens=torch.randn_like(memory.tokens)))
+    assert all(torch.equal(part, other) for part, other in zip(queries, others, strict=True))
+
+
+def focal(logit, wanted):
+    p = 1 / (1 + exp(-logit))
+    return -0.25 * (1 - p) ** 2 * log(p) if wanted else -0.75 * p**2 * log(1 - p)
+
+
+def test_all_proposals_are_supervised_and_an_object_is_of_the_first_class(make_predictions):
+    target = Target(torch.tensor([2]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))
+    logits = torch.tensor([1.0, -1.0, -1.0]).expand(1, 7, 3)
+    boxes = torch.tensor([0.1, 0.1, 0.1, 0.1]).repeat(1, 7, 1)
+    boxes[0, 4] = torch.tensor([0.5, 0.5, 0.3, 0.2])
+    output = DetectorOutput([make_predictions(1)], Predictions(logits, boxes), [], None)
+    losses = AllProposals(matcher=HungarianMatcher())(output, [target])
+    # one of seven is the object, and its class is 0
+    expected = focal(1, True) + 6 * focal(1, False) + 14 * focal(-1, False)
+    assert losses["loss_class_enc"].item() == pytest.approx(expected)
+    # a width of 0.3 and not 0.2, the overlap 2/3 of the union
+    assert losses["loss_bbox_enc"].item() == pytest.approx(5 * 0.1)
+    assert losses["loss_giou_enc"].item() == pytest.approx(2 * (1 - 2 / 3))
+
+
+def test_labels_matter_to_the_decoder_but_not_to_the_proposals(make_predictions, make_targets):
+    targets = make_targets(2, 1)
+    others = [target._replace(labels=(target.labels + 1) % NUM_CLASSES) for target in targets]
+    layers = [make_predictions(2) for _ in range(2)]
+    output = DetectorOutput(layers, make_predictions(2, num_queries=9), [], None)
+    criterion = AllProposals(matcher=HungarianMatcher())
+    losses, changed = criterion(output, targets), criterion(output, others)
+    for name, loss in losses.items():
+        if name.endswith("_enc"):
+            assert torch.equal(loss, changed[name])
+    assert losses["loss_class"] != changed["loss_class"]
+    assert losses["loss_class_0"] != changed["loss_class_0"]
+    usual = SetCriterion(matcher=HungarianMatcher())(output._replace(proposals=None), targets)
+    assert all(torch.equal(loss, losses[name]) for name, loss in usual.items())
+
+
+# ---- DAB-Deformable-DETR
+
+
+def test_the_content_scales_the_position_except_in_the_first_layer(randomise):
+    head = randomise(ScaledAnchorPosition(embed_dim=32), std=0.5)
+    queries = Queries(torch.randn(1, 4, 32), torch.rand(1, 4, 4))
+
+    def mlp(layers, x):
+        (w1, b1), (w2, b2) = ((layer.weight, layer.bias) for layer in layers)
+        return w2 @ (w1 @ x + b1).clamp(min=0) + b2
+
+    for i in range(4):
+        x, y, w, h = queries.reference[0, i].tolist()
+        position = mlp(head.mlp.layers, sines([y, x, w, h], 16))
+        scaled = position * mlp(head.scale.layers, queries.content[0, i])
+        for layer, expected in enumerate([position, scaled, scaled]):
+            torch.testing.assert_close(head(queries, layer)[0, i], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [DAB, DN])
+def test_learned_anchors_are_refined_from_the_first_layer_on(decoded, name):
+    model, calls, output = decoded(name)
+    anchors = model.query_selection.anchors.weight.sigmoid().expand(2, -1, -1)
+    expected = [anchors, *(layer.boxes for layer in output.layers[:-1])]
+    ratios = torch.ones(2, 4, 2)  # images without padding
+    for (_, _, reference, *_), boxes in zip(calls, expected, strict=True):
+        torch.testing.assert_close(reference, scale_to_levels(boxes, ratios))
+
+
+# ---- DN-Deformable-DETR
+
+
+def make_denoising(**options):
+    return IndicatorDenoising(num_classes=NUM_CLASSES, embed_dim=8, **options)
+
+
+def test_the_last_channel_of_a_matching_query_is_zero(make_memory):
+    selection = IndicatorQueries(num_queries=5, embed_dim=32, num_classes=NUM_CLASSES)
+    queries, _ = selection(make_memory())
+    assert queries.content.shape == (2, 5, 32) and not queries.content[..., -1].any()
+    assert torch.equal(queries.content[0, :, :-1], selection.content.weight)
+    assert torch.equal(queries.reference[1], selection.anchors.weight.sigmoid())
+
+
+def test_the_last_channel_of_a_denoising_query_tells_boxes_from_empty_slots(make_targets):
+    denoising = make_denoising(label_noise=0.0)
+    targets = make_targets(1, 3, 0)
+    content, reference, _ = denoising(targets).queries
+    expected = torch.tensor([[1.0, 0, 0], [1, 1, 1], [0, 0, 0]]).tile(5)
+    assert torch.equal(content[..., -1], expected)
+    labels = denoising.label_embed(targets[1].labels).tile(5, 1)
+    assert torch.equal(content[1, :, :-1], labels)
+    assert not content[expected == 0].any() and (reference[expected == 0] == 0.5).all()
+
+
+@pytest.mark.parametrize("counts", [(1,), (2, 0, 3), (60, 1)], ids=str)
+def test_the_number_of_groups_is_fixed(make_targets, counts):
+    noised = make_denoising()(make_targets(*counts))
+    assert noised.num_groups == 5
+    expected = [group for group in range(5) for _ in range(max(counts))]
+    assert noised.groups.tolist() == expected
+    assert len(noised.match.queries) == 5 * sum(counts)
+
+
+@pytest.mark.parametrize(("budget", "slots"), [(500, 100), (12, 2)])
+def test_groups_have_room_for_their_share_of_the_budget(make_targets, budget, slots):
+    noised = make_denoising(budget=budget)(make_targets(300, 1))
+    assert noised.groups.tolist() == [group for group in range(5) for _ in range(slots)]
+    assert len(noised.match.queries) == 5 * (slots + 1)
+
+
+@pytest.mark.parametrize("groups", [0, 5])
+def test_a_budget_without_room_for_a_box_in_every_group_is_refused(groups):
+    with pytest.raises(ValueError, match=f"{groups} groups .* budget of 4"):
+        make_denoising(groups=groups, budget=4)
+
+
+def test_centre_and_size_of_a_box_are_noised_by_themselves():
+    boxes = torch.tensor([0.4, 0.6, 0.2, 0.3]).repeat(100, 1)
+    noised = make_denoising()([Target(torch.zeros(100, dtype=torch.int64), boxes)])
+    reach = 0.4 * torch.tensor([0.1, 0.15, 0.2, 0.3])  # half the size, and the size
+    noise = (noised.queries.reference[0] - boxes[0]) / reach
+    assert noise.abs().max() <= 1 + 1e-4
+    # uniform in [-1, 1]: mean 0, mean distance 1/2, and none of the four knows of the others
+    assert noise.mean(0).abs().max() < 0.1
+    torch.testing.assert_close(noise.abs().mean(0), torch.full((4,), 0.5), atol=0.05, rtol=0)
+    assert (torch.corrcoef(noise.T) - torch.eye(4)).abs().max() < 0.15
+
+
+def test_noised_centres_and_sizes_stay_between_zero_and_one():
+    boxes = torch.tensor([0.98, 0.02, 1.0, 0.9]).repeat(100, 1)
+    noised = make_denoising()([Target(torch.zeros(100, dtype=torch.int64), boxes)])
+    reference = noised.queries.reference[0]
+    # the logits of the decoder end at 0.001 and 0.999; about half of the draws go beyond
+    beyond = torch.isclose(reference, torch.tensor([0.999, 0.001, 0.999, 0.999]), atol=1e-6)
+    assert (beyond.float().mean(0) > 0.2).all()
+    assert 0.001 - 1e-6 <= reference.min() and reference.max() <= 0.999 + 1e-6
+
+
+def test_a_fifth_of_the_labels_is_drawn_anew():
+    denoising = make_denoising(budget=50_000)
+    target = Target(torch.ones(10_000, dtype=torch.int64), torch.full((10_000, 4), 0.5))
+    content = denoising([target]).queries.content[0, :, :-1]
+    rates = [
+        (content == row).all(1).float().mean().item() for row in denoising.label_embed.weight[:3]
+    ]
+    # 0.2 among three classes, one of which is right; deviation sqrt(0.067 * 0.93 / 50000) = 0.001
+    assert rates == pytest.approx([0.2 / 3, 0.8 + 0.2 / 3, 0.2 / 3], abs=0.006)
+
+
+@pytest.mark.parametrize(("criterion", "matters"), [(BoxesOnly, False), (SetCriterion, True)])
+def test_empty_slots_are_not_supervised(make_predictions, make_targets, criterion, matters):
+    criterion, targets = criterion(matcher=HungarianMatcher()), make_targets(1, 3)
+    noised = make_denoising()(targets)
+    denoised = [make_predictions(2, num_queries=15) for _ in range(2)]
+    output = DetectorOutput([make_predictions(2)], None, denoised, noised)
+    losses = criterion(output, targets)
+    empty = torch.arange(15) % 3 > 0  # of the first image, which has one box for three slots
+    denoised[1].logits[0, empty] += 3
+    for name, loss in criterion(output, targets).items():
+        assert torch.equal(loss, losses[name]) == (not matters or name != "loss_class_dn")
+
+
+def test_denoising_losses_are_means_over_boxes_and_groups(make_targets):
+    targets = make_targets(1, 3)
+    noised = make_denoising()(targets)
+    boxes = torch.zeros(2, 15, 4)
+    boxes[0] = targets[0].boxes
+    boxes[1] = targets[1].boxes.tile(5, 1)
+    boxes[..., 0] += 0.1
+    logits = torch.full((2, 15, NUM_CLASSES), -1.0)
+    for image, target in enumerate(targets):
+        slots = torch.arange(15).view(5, 3)[:, : len(target.labels)]
+        logits[image, slots, target.labels] = 1.0
+    # as many predictions that fit as denoising queries; the empty slots would cost
+    logits[0, torch.arange(15) % 3 > 0] = 5.0
+    output = DetectorOutput(
+        [Predictions(logits, boxes)], None, [Predictions(logits, boxes)], noised
+    )
+    losses = BoxesOnly(matcher=HungarianMatcher())(output, targets)
+    # each box costs the same: its class is right, the others are not there, x is 0.1 off
+    expected = focal(1, True) + 2 * focal(-1, False)
+    assert losses["loss_class_dn"].item() == pytest.approx(expected, rel=1e-5)
+    assert losses["loss_bbox_dn"].item() == pytest.approx(5 * 0.1, rel=1e-5)
+
+
+def test_without_boxes_denoising_costs_nothing(make_predictions, make_targets):
+    targets = make_targets(0, 0)
+    noised = make_denoising()(targets)
+    denoised = [make_predictions(2, num_queries=1)]
+    output = DetectorOutput([make_predictions(2)], None, denoised, noised)
+    losses = BoxesOnly(matcher=HungarianMatcher())(output, targets)
+    assert noised.num_groups == 1 and all(loss.isfinite() for loss in losses.values())
+    assert [losses[f"loss_{kind}_dn"].item() for kind in ("class", "bbox", "giou")] == [0, 0, 0]
