@@ -1,0 +1,326 @@
+"""Weights of other implementations, as pure functions from their state dicts to ours and back.
+
+    official     IDEA-Research/DINO
+    detrex       IDEA-Research/detrex, projects/dino
+    mmdet        open-mmlab/mmdetection 3, configs/dino
+    model_zoo    a detector of Detectron2's model zoo, of which the backbone is taken
+    torchvision  an ImageNet ResNet of torchvision
+
+The first three compute the same function under different names, with some tensors twice or left
+out. Reading files and loading models is the business of `checkpointer.py`.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from torch import Tensor
+
+State = dict[str, Tensor]
+ClassNames = Sequence[str | None]
+
+# What the class indices of the published weights stand for: Detectron2's 80 contiguous ones, or
+# the category ids of COCO, of which 11 below 91 stand for nothing.
+_THINGS = {x["id"]: x["name"] for x in COCO_CATEGORIES if x["isthing"]}
+COCO_80: ClassNames = tuple(_THINGS.values())
+COCO_91: ClassNames = tuple(map(_THINGS.get, range(91)))
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be had, cannot be read or does not fit; said in one sentence."""
+
+
+def _resnet(prefix: str) -> str:
+    """torchvision's names, which the official one and mmdetection use."""
+    stages = "".join(
+        f"""
+    backbone.res{i + 1}.#.conv#.norm             {prefix}.layer{i}.#.bn#
+    backbone.res{i + 1}.#.shortcut.norm          {prefix}.layer{i}.#.downsample.1
+    backbone.res{i + 1}.#.shortcut               {prefix}.layer{i}.#.downsample.0
+    backbone.res{i + 1}                          {prefix}.layer{i}"""
+        for i in (1, 2, 3, 4)
+    )
+    return f"""
+    backbone.stem.conv1.norm              {prefix}.bn1
+    backbone.stem.conv1                   {prefix}.conv1{stages}"""
+
+
+# Names: ours, theirs. `#` is a number, the first line whose name a key begins with counts, and
+# what no line knows keeps its name.
+_OFFICIAL = f"""{_resnet("backbone.0.body")}
+    backbone                              backbone.0
+    neck.downsamples                      input_proj.extra
+    neck.projections                      input_proj
+    encoder.level_embed.weight            transformer.level_embed
+    encoder.layers.#.ffn.layers.0         transformer.encoder.layers.#.linear1
+    encoder.layers.#.ffn.layers.1         transformer.encoder.layers.#.linear2
+    encoder                               transformer.encoder
+    query_selection.memory_proj           transformer.enc_output
+    query_selection.memory_norm           transformer.enc_output_norm
+    query_selection.class_head            transformer.enc_out_class_embed
+    query_selection.box_head              transformer.enc_out_bbox_embed
+    query_selection.content               transformer.tgt_embed
+    decoder.layers.#.norm1                transformer.decoder.layers.#.norm2
+    decoder.layers.#.norm2                transformer.decoder.layers.#.norm1
+    decoder.layers.#.ffn.layers.0         transformer.decoder.layers.#.linear1
+    decoder.layers.#.ffn.layers.1         transformer.decoder.layers.#.linear2
+    decoder.position_head.mlp             transformer.decoder.ref_point_head
+    decoder.class_heads                   transformer.decoder.class_embed
+    decoder.box_heads                     transformer.decoder.bbox_embed
+    decoder                               transformer.decoder
+    denoising.label_embed                 label_enc
+"""
+_DETREX = """
+    neck.projections.#.0                  neck.convs.#.conv
+    neck.projections.#.1                  neck.convs.#.norm
+    neck.downsamples.#.0                  neck.extra_convs.#.conv
+    neck.downsamples.#.1                  neck.extra_convs.#.norm
+    encoder.level_embed.weight            transformer.level_embeds
+    encoder.layers.#.self_attn            transformer.encoder.layers.#.attentions.0
+    encoder.layers.#.ffn.layers.0         transformer.encoder.layers.#.ffns.0.layers.0.0
+    encoder.layers.#.ffn.layers.1         transformer.encoder.layers.#.ffns.0.layers.1
+    encoder.layers.#.norm1                transformer.encoder.layers.#.norms.0
+    encoder.layers.#.norm2                transformer.encoder.layers.#.norms.1
+    query_selection.memory_proj           transformer.enc_output
+    query_selection.memory_norm           transformer.enc_output_norm
+    query_selection.content               transformer.tgt_embed
+    decoder.layers.#.self_attn            transformer.decoder.layers.#.attentions.0.attn
+    decoder.layers.#.cross_attn           transformer.decoder.layers.#.attentions.1
+    decoder.layers.#.ffn.layers.0         transformer.decoder.layers.#.ffns.0.layers.0.0
+    decoder.layers.#.ffn.layers.1         transformer.decoder.layers.#.ffns.0.layers.1
+    decoder.layers.#.norm1                transformer.decoder.layers.#.norms.0
+    decoder.layers.#.norm2                transformer.decoder.layers.#.norms.1
+    decoder.layers.#.norm3                transformer.decoder.layers.#.norms.2
+    decoder.norm                          transformer.decoder.norm
+    decoder.position_head.mlp             transformer.decoder.ref_point_head
+    decoder.class_heads                   transformer.decoder.class_embed
+    decoder.box_heads                     transformer.decoder.bbox_embed
+    denoising.label_embed                 label_enc
+"""
+_MMDET = f"""{_resnet("backbone")}
+    neck.projections.#.0                  neck.convs.#.conv
+    neck.projections.#.1                  neck.convs.#.gn
+    neck.downsamples.#.0                  neck.extra_convs.#.conv
+    neck.downsamples.#.1                  neck.extra_convs.#.gn
+    encoder.level_embed.weight            level_embed
+    encoder.layers.#.ffn.layers.0         encoder.layers.#.ffn.layers.0.0
+    encoder.layers.#.norm1                encoder.layers.#.norms.0
+    encoder.layers.#.norm2                encoder.layers.#.norms.1
+    query_selection.memory_proj           memory_trans_fc
+    query_selection.memory_norm           memory_trans_norm
+    query_selection.content               query_embedding
+    decoder.layers.#.self_attn            decoder.layers.#.self_attn.attn
+    decoder.layers.#.ffn.layers.0         decoder.layers.#.ffn.layers.0.0
+    decoder.layers.#.norm1                decoder.layers.#.norms.0
+    decoder.layers.#.norm2                decoder.layers.#.norms.1
+    decoder.layers.#.norm3                decoder.layers.#.norms.2
+    decoder.position_head.mlp             decoder.ref_point_head
+    decoder.class_heads                   bbox_head.cls_branches
+    decoder.box_heads.#.layers.0          bbox_head.reg_branches.#.0
+    decoder.box_heads.#.layers.1          bbox_head.reg_branches.#.2
+    decoder.box_heads.#.layers.2          bbox_head.reg_branches.#.4
+    denoising.label_embed                 dn_query_generator.label_embedding
+"""
+_HEAD = re.compile(r"decoder\.(class|box)_heads\.(\d+)\.(.*)")
+_CLASS_DEPENDENT = re.compile(r"(query_selection|decoder)\.class_heads?\.|denoising\.label_embed\.")
+
+
+def detect_format(state: State) -> str | None:
+    """One of the names above, "dino_d2" for our own, None for anything else."""
+    signs = {
+        "dino_d2": "encoder.level_embed.weight",
+        "official": "transformer.level_embed",
+        "detrex": "transformer.level_embeds",
+        "mmdet": "level_embed",
+        "torchvision": "layer1.0.conv1.weight",
+    }
+    for name, sign in signs.items():
+        if sign in state:
+            return name
+    return "model_zoo" if any(key.startswith("backbone.bottom_up.") for key in state) else None
+
+
+def from_official(state: State) -> State:
+    """Official DINO with a ResNet or a Swin transformer.
+
+    The last row of its label embedding is never looked up; here it stands for empty slots and
+    becomes zero.
+    """
+    state = _without_aliases(state)
+    extra = [key for key, x in state.items() if _is_downsample(key, x)]
+    first = min((_level(key) for key in extra), default=0)
+    levels = {f"input_proj.{_level(key)}.": _level(key) - first for key in extra}
+    for prefix, level in levels.items():
+        state = _move(state, prefix, f"input_proj.extra.{level}.")
+    return _with_empty_slot(_share_heads(_rename(state, _OFFICIAL)), unused=1)
+
+
+def from_detrex(state: State) -> State:
+    """detrex. Its label embedding has no row for empty slots: one of zeros is added."""
+    state = _rename(_without_aliases(state), _DETREX)
+    return _with_empty_slot(_share_heads(_with_encoder_heads(state)))
+
+
+def from_mmdet(state: State) -> State:
+    """mmdetection 3 with a ResNet. Its neck has no bias: here it has one of zeros.
+
+    Raises:
+        CheckpointError: the backbone is a Swin transformer, whose tensors are in another order
+    """
+    if any(key.startswith("backbone.stages.") for key in state):
+        raise CheckpointError("mmdetection's Swin transformers cannot be converted; use detrex's")
+    state = _rename(state, _MMDET)
+    biases = {
+        key.replace(".weight", ".bias"): x.new_zeros(len(x))
+        for key, x in state.items()
+        if re.fullmatch(r"neck\.\w+\.\d+\.0\.weight", key)
+    }
+    return _with_empty_slot(_share_heads(_with_encoder_heads(biases | state)))
+
+
+def from_model_zoo(state: State) -> State:
+    """The backbone of a detector, without the feature pyramid that it was part of."""
+    prefix = "backbone.bottom_up."
+    return _move({k: x for k, x in state.items() if k.startswith(prefix)}, prefix, "backbone.")
+
+
+def from_torchvision(state: State) -> State:
+    """The ResNet, without its classifier."""
+    backbone = {f"backbone.{k}": x for k, x in state.items() if not k.startswith("fc.")}
+    return _rename(backbone, _resnet("backbone"))
+
+
+def to_official(state: State) -> State:
+    """Our state dict as official DINO's, with the heads of all layers and all its aliases."""
+    state = _rename(state, _OFFICIAL, back=True)
+    levels = {_level(key) for key in state if re.match(r"input_proj\.\d", key)}
+    for key in [key for key in state if key.startswith("input_proj.extra.")]:
+        _, _, level, rest = key.split(".", 3)
+        state[f"input_proj.{int(level) + len(levels)}.{rest}"] = state.pop(key)
+
+    prefix = "transformer.decoder."
+    layers = {key.split(".")[3] for key in state if key.startswith(f"{prefix}layers.")}
+    for kind in ("class_embed", "bbox_embed"):
+        heads = {k: x for k, x in state.items() if k.startswith(f"{prefix}{kind}.")}
+        for layer in sorted(layers):
+            own = f"{prefix}{kind}.{layer}."
+            given = own if any(k.startswith(own) for k in heads) else f"{prefix}{kind}.0."
+            head = _move({k: x for k, x in heads.items() if k.startswith(given)}, given, own)
+            state |= head | _move(head, prefix, "")
+    return state
+
+
+def count_heads(state: State) -> int:
+    """How many class heads the decoder has."""
+    return len({match[2] for key in state if (match := _HEAD.match(key)) and match[1] == "class"})
+
+
+def repeat_heads(state: State, number: int) -> State:
+    """A state dict of one shared head with that head for each of `number` layers."""
+    heads = [match for key in state if (match := _HEAD.match(key))]
+    return state | {
+        f"decoder.{m[1]}_heads.{i}.{m[3]}": state[m[0]] for m in heads for i in range(number)
+    }
+
+
+def select_classes(
+    state: State, source: ClassNames | None, target: ClassNames | None, initial: State
+) -> tuple[State, int]:
+    """Weights for other classes: a class of the same name keeps its row, others start anew.
+
+    Args:
+        state: our state dict, of K classes
+        source: what its K classes are, None where a row stands for nothing; None: not known
+        target: the same of the model
+        initial: state dict of the model, from which new rows come
+
+    Returns:
+        a new state dict, and how many classes of the model it knows; without any it lacks the
+        tensors that depend on classes. Where names are not known, equally many classes are taken
+        to be the same ones.
+    """
+    keys = [key for key in state if _CLASS_DEPENDENT.match(key) and key in initial]
+    keys = [key for key in keys if state[key].shape[1:] == initial[key].shape[1:]]
+    if source is None or target is None or tuple(source) == tuple(target):
+        if all(state[key].shape == initial[key].shape for key in keys):
+            return state, len(initial["decoder.class_heads.0.bias"])
+        known = []
+    else:
+        rows = {name.casefold(): row for row, name in enumerate(source) if name}
+        pairs = [(i, rows.get(name.casefold())) for i, name in enumerate(target) if name]
+        known = [(new, old) for new, old in pairs if old is not None]
+    if not known:
+        return {key: x for key, x in state.items() if key not in keys}, 0
+    selected = {key: initial[key].detach().clone() for key in keys}
+    for key, x in selected.items():
+        for new, old in known:
+            x[new] = state[key][old]
+    return state | selected, len(known)
+
+
+def _rename(state: State, table: str, *, back: bool = False) -> State:
+    """From their names to ours, or `back`."""
+    rules = []
+    for line in table.strip().splitlines():
+        new, old = reversed(line.split()) if back else line.split()
+        pattern = re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"
+        numbers = iter(range(1, 1 + new.count("#")))
+        rules.append((re.compile(pattern), re.sub("#", lambda _, n=numbers: rf"\{next(n)}", new)))
+
+    def name(key: str) -> str:
+        hit = next(((p, new) for p, new in rules if p.match(key)), None)
+        return hit[0].sub(hit[1], key, count=1) if hit else key
+
+    return {name(key): x for key, x in state.items() if not key.endswith(".num_batches_tracked")}
+
+
+def _move(state: State, prefix: str, new: str) -> State:
+    """Another prefix for the keys that have the given one; the others stay as they are."""
+    return {
+        new + key.removeprefix(prefix) if key.startswith(prefix) else key: x
+        for key, x in state.items()
+    }
+
+
+def _without_aliases(state: State) -> State:
+    """The files of official DINO and detrex have the heads of the decoder twice."""
+    return {key: x for key, x in state.items() if not re.match(r"(class|bbox)_embed\.", key)}
+
+
+def _level(key: str) -> int:
+    return int(key.split(".")[1])
+
+
+def _is_downsample(key: str, x: Tensor) -> bool:
+    return key.startswith("input_proj.") and x.dim() == 4 and x.shape[-1] == 3
+
+
+def _with_encoder_heads(state: State) -> State:
+    """The head after those of the decoder's layers belongs to the encoder."""
+    number = len({key.split(".")[2] for key in state if key.startswith("decoder.layers.")})
+    state = _move(state, f"decoder.class_heads.{number}.", "query_selection.class_head.")
+    return _move(state, f"decoder.box_heads.{number}.", "query_selection.box_head.")
+
+
+def _with_empty_slot(state: State, unused: int = 0) -> State:
+    """The label embedding with a row of zeros for slots without a box, which replaces `unused`
+    rows; what is published for inference alone may have none."""
+    name = "denoising.label_embed.weight"
+    if name not in state:
+        return state
+    rows = state[name][: len(state[name]) - unused]
+    return state | {name: torch.cat([rows, rows.new_zeros(1, rows.shape[1])])}
+
+
+def _share_heads(state: State) -> State:
+    """One head instead of equal ones for every decoder layer."""
+    copies = defaultdict(list)
+    for key in state:
+        if match := _HEAD.match(key):
+            copies[match[1], match[3]].append(key)
+    if all(torch.equal(state[keys[0]], state[key]) for keys in copies.values() for key in keys):
+        repeated = {key for keys in copies.values() for key in keys[1:]}
+        return {key: x for key, x in state.items() if key not in repeated}
+    return state
