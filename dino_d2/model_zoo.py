@@ -1,19 +1,25 @@
-"""The configs of this project by name, as `detectron2.model_zoo` has those of Detectron2."""
+"""The configs of this project and the published checkpoints by name, as `detectron2.model_zoo`."""
 
 from difflib import get_close_matches
 from pathlib import Path
 
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+import torch
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
 from omegaconf import DictConfig
 
+from .checkpointer import Checkpointer
 from .config import add_dino_config
+from .modeling.dino import DINO
+from .releases import RELEASES, find
 
 # Inside the package where it is installed, beside it in a checkout.
 _PLACES = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+NUM_CLASSES = 80  # of COCO, on which all published checkpoints were trained
 
 
 def get_config_file(name: str) -> str:
-    """Path of a config such as "dino_R_50_4scale_12ep.py".
+    """Path of a config such as "dino_R_50_4scale_12ep.py", or of that of a published checkpoint.
 
     Args:
         name: relative to `configs/`; without a suffix the YAML twin is meant
@@ -21,21 +27,59 @@ def get_config_file(name: str) -> str:
     Raises:
         FileNotFoundError: no such config; names the nearest
     """
+    name = RELEASES[name].config if name in RELEASES else name
     root = next(place for place in _PLACES if place.is_dir())
     path = root / (name if name.endswith((".yaml", ".py")) else f"{name}.yaml")
     if not path.is_file():
         names = [str(x.relative_to(root)) for x in root.rglob("*") if x.suffix in (".yaml", ".py")]
-        nearest = ", ".join(get_close_matches(path.name, names)) or ", ".join(sorted(names))
+        nearest = ", ".join(get_close_matches(name, [*names, *RELEASES]) or sorted(names))
         raise FileNotFoundError(f"there is no config {name!r}; the nearest: {nearest}")
     return str(path)
 
 
-def get_config(name: str) -> CfgNode | DictConfig:
-    """A config by name: a CfgNode for YAML, an omegaconf DictConfig for LazyConfig (`.py`)."""
+def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
+    """A config by name: a CfgNode for YAML, an omegaconf DictConfig for LazyConfig (`.py`).
+
+    Args:
+        name: as for `get_config_file`
+        trained: whether its weights are to be those of the published checkpoint `name`, with
+            COCO's 80 classes, and not the ImageNet weights that training starts from
+
+    Raises:
+        FileNotFoundError: no such config, or no such published checkpoint
+    """
+    weights = f"dino_d2://{find(name).name}" if trained else None
     file = get_config_file(name)
     if file.endswith(".py"):
-        return LazyConfig.load(file)
+        cfg = LazyConfig.load(file)
+        if trained:
+            cfg.train.init_checkpoint, cfg.model.num_classes = weights, NUM_CLASSES
+        return cfg
     cfg = get_cfg()
     add_dino_config(cfg)
     cfg.merge_from_file(file)
+    if trained:
+        cfg.MODEL.WEIGHTS, cfg.MODEL.DINO.NUM_CLASSES = weights, NUM_CLASSES
     return cfg
+
+
+def get(name: str, device: str | None = None) -> DINO:
+    """A published checkpoint as a model, ready for inference: `model_zoo.get("detrex/dino_...")`.
+
+    Args:
+        name: of a published checkpoint, see `RELEASES`; downloaded once, into Detectron2's cache
+        device: by default the GPU if there is one
+
+    Raises:
+        FileNotFoundError: no such published checkpoint
+        CheckpointError: it cannot be downloaded
+    """
+    cfg = get_config(name, trained=True)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(cfg, CfgNode):
+        cfg.MODEL.DEVICE = device
+        model, weights = build_model(cfg), cfg.MODEL.WEIGHTS
+    else:
+        model, weights = instantiate(cfg.model).to(device), cfg.train.init_checkpoint
+    Checkpointer(model, complete=True).load(weights)
+    return model.eval()

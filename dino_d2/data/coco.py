@@ -48,7 +48,12 @@ def register(names: Iterable[str]) -> None:
 
 
 def num_classes(names: Iterable[str]) -> int:
-    """The number of classes of datasets that have the same ones.
+    """The number of classes of datasets that have the same ones; see `class_names`."""
+    return len(class_names(names))
+
+
+def class_names(names: Iterable[str]) -> list[str]:
+    """The classes of datasets that have the same ones.
 
     Args:
         names: dataset names (a single string is one name), registered if they are not yet.
@@ -56,7 +61,20 @@ def num_classes(names: Iterable[str]) -> int:
     Raises:
         DatasetError: a name is unknown, a dataset is invalid, or classes are absent or differ.
     """
-    return len(_common_classes(_as_list(names)))
+    names = _as_list(names)
+    if not names:
+        raise DatasetError("no dataset is given: name at least one")
+    classes = _classes(names[0])
+    for other in names[1:]:
+        pairs = zip_longest(classes, _classes(other), fillvalue="absent")
+        for index, (expected, found) in enumerate(pairs):
+            if expected != found:
+                raise DatasetError(
+                    f"'{names[0]}' and '{other}' must have the same categories in the same order, "
+                    f"but category number {index} is {expected} in the first and {found} in the "
+                    "second: make 'categories' equal"
+                )
+    return classes
 
 
 def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) -> int:
@@ -80,7 +98,7 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) ->
     for name in _as_list(test):
         if fault := MetadataCatalog.get(name).get("evaluation_fault"):
             raise DatasetError(f"test set '{name}': {fault}")
-    classes = _common_classes(names)
+    classes = class_names(names)
     if num_classes not in (None, len(classes)):
         raise DatasetError(
             f"the config says {num_classes} classes but '{names[0]}' has {len(classes)}: "
@@ -129,22 +147,6 @@ def _classes(name: str) -> list[str]:
             f"MetadataCatalog.get('{name}').thing_classes"
         )
     return metadata.thing_classes
-
-
-def _common_classes(names: list[str]) -> list[str]:
-    if not names:
-        raise DatasetError("no dataset is given: name at least one")
-    classes = _classes(names[0])
-    for other in names[1:]:
-        pairs = zip_longest(classes, _classes(other), fillvalue="absent")
-        for index, (expected, found) in enumerate(pairs):
-            if expected != found:
-                raise DatasetError(
-                    f"'{names[0]}' and '{other}' must have the same categories in the same order, "
-                    f"but category number {index} is {expected} in the first and {found} in the "
-                    "second: make 'categories' equal"
-                )
-    return classes
 
 
 def _register(name: str, json_file: str, image_root: str) -> None:

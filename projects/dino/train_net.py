@@ -4,6 +4,7 @@
 import argparse
 import os
 import sys
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -23,12 +24,16 @@ from detectron2.engine import (
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dino_d2 import add_dino_config, data
+from dino_d2 import DINO, add_dino_config, data
+from dino_d2.checkpoint import CheckpointError
+from dino_d2.checkpoint_io import fetch
+from dino_d2.checkpointer import Checkpointer
 from dino_d2.solver import ClippedAdamW, parameter_groups
 
 EPILOG = """
@@ -46,8 +51,9 @@ Change the config at the end of the command, YAML and LazyConfig:
     $ train_net.py --config-file configs/quickstart.yaml SOLVER.BASE_LR 0.001 OUTPUT_DIR out
     $ train_net.py --config-file configs/quickstart.py optimizer.lr=0.001 train.output_dir=out
 
-Evaluate a checkpoint, go on with an interrupted training:
+Evaluate a checkpoint, of one's own or a published one; go on with an interrupted training:
     $ train_net.py --config-file ... --eval-only MODEL.WEIGHTS out/model_final.pth
+    $ train_net.py --config-file ... --eval-only MODEL.WEIGHTS dino_d2://detrex/dino_R_50_4scale_24ep
     $ train_net.py --config-file ... --resume
 """
 
@@ -59,7 +65,14 @@ BAD_INPUT = (
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer for YAML configs, with DINO's optimizer and augmentation."""
+    """Detectron2's trainer for YAML configs, with DINO's optimizer, augmentation and weights."""
+
+    def build_hooks(self) -> list:
+        # Before the hook that saves takes hold of it.
+        self.checkpointer = make_checkpointer(
+            self.model, self.cfg.OUTPUT_DIR, self.cfg.DATASETS.TRAIN, trainer=weakref.proxy(self)
+        )
+        return super().build_hooks()
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
@@ -83,7 +96,10 @@ class Trainer(DefaultTrainer):
         if solver.OPTIMIZER == "SGD":
             return super().build_optimizer(cfg, model)
         groups = parameter_groups(
-            model, lr=solver.BASE_LR, backbone_multiplier=solver.BACKBONE_MULTIPLIER
+            model,
+            lr=solver.BASE_LR,
+            backbone_multiplier=solver.BACKBONE_MULTIPLIER,
+            offsets_multiplier=solver.OFFSETS_MULTIPLIER,
         )
         return ClippedAdamW(
             groups,
@@ -172,8 +188,11 @@ def check_data(
 def check_weights(args: argparse.Namespace, path: str, key: str) -> None:
     if args.eval_only and not path and not args.resume:
         raise ValueError(f"--eval-only needs a checkpoint: name one as {key}")
-    if path and not args.resume and "://" not in path and not os.path.isfile(path):
-        raise ValueError(f"{key} is {path!r}, which is no file")
+    if path and not args.resume:
+        try:
+            fetch(path)
+        except CheckpointError as error:
+            raise ValueError(f"{key}: {error}") from error
 
 
 def check_device(device: str, remedy: str) -> None:
@@ -185,16 +204,26 @@ def main(args: argparse.Namespace) -> None:
     """Train or evaluate; one process of `launch`. Results are in the output folder."""
     cfg = load_config(args)
     default_setup(cfg, args)
-    if isinstance(cfg, CfgNode):
-        run_yaml(cfg, args)
-    else:
-        run_lazy(cfg, args)
+    is_yaml = isinstance(cfg, CfgNode)
+    output_dir = cfg.OUTPUT_DIR if is_yaml else cfg.train.output_dir
+    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="dino_d2")
+    (run_yaml if is_yaml else run_lazy)(cfg, args)
+
+
+def make_checkpointer(
+    model: torch.nn.Module, output_dir: str, names: Sequence[str], **options
+) -> DetectionCheckpointer:
+    """For a model of the classes of the given data sets; `options` as of Checkpointer."""
+    if isinstance(getattr(model, "module", model), DINO):
+        return Checkpointer(model, output_dir, classes=data.class_names(names), **options)
+    options.pop("complete", None)
+    return DetectionCheckpointer(model, output_dir, **options)
 
 
 def run_yaml(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = make_checkpointer(model, cfg.OUTPUT_DIR, cfg.DATASETS.TEST, complete=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         Trainer.test(cfg, model)
         return
@@ -207,7 +236,8 @@ def run_lazy(cfg: DictConfig, args: argparse.Namespace) -> None:
     """As tools/lazyconfig_train_net.py of Detectron2."""
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.train.output_dir)
+        names = cfg.dataloader.test.dataset.names
+        checkpointer = make_checkpointer(model, cfg.train.output_dir, names, complete=True)
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         evaluate_lazy(cfg, model)
         return
@@ -216,7 +246,8 @@ def run_lazy(cfg: DictConfig, args: argparse.Namespace) -> None:
     loader = instantiate(cfg.dataloader.train)
     model = create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    names = cfg.dataloader.train.dataset.names
+    checkpointer = make_checkpointer(model, cfg.train.output_dir, names, trainer=trainer)
     writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
     is_main = comm.is_main_process()
     trainer.register_hooks(
@@ -262,14 +293,17 @@ def invoke_main() -> None:
         load_config(args)  # bad input ends here, before there are several processes
     except BAD_INPUT as error:
         sys.exit(f"{parser.prog}: {error.args[0] if isinstance(error, KeyError) else error}")
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except CheckpointError as error:
+        sys.exit(f"{parser.prog}: {error}")
 
 
 if __name__ == "__main__":

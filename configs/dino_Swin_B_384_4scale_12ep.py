@@ -1,0 +1,16 @@
+from .dino_Swin_L_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
+
+model.backbone.update(
+    embed_dim=128,
+    depths=[2, 2, 18, 2],
+    num_heads=[4, 8, 16, 32],
+    window_size=12,
+    pretrain_img_size=384,
+    drop_path_rate=0.2,
+)
+for i in range(4):
+    model.neck.input_shape[f"p{i}"].channels = 128 * 2**i
+train.init_checkpoint = (
+    "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+    "swin_base_patch4_window12_384_22kto1k.pth"
+)

@@ -1,0 +1,272 @@
+"""Loads and saves a DINO, with the weights of any of its implementations."""
+
+import logging
+import os
+from collections.abc import Callable, Set
+from typing import Any
+
+import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+
+from . import checkpoint as formats
+from .checkpoint import CheckpointError, ClassNames, State
+from .checkpoint_io import fetch, read, weights, write
+from .modeling.dino import DINO
+from .releases import RELEASES
+
+logger = logging.getLogger(__name__)
+
+CONVERTERS: dict[str, Callable[[State], State]] = {
+    "official": formats.from_official,
+    "detrex": formats.from_detrex,
+    "mmdet": formats.from_mmdet,
+    "model_zoo": formats.from_model_zoo,
+    "torchvision": formats.from_torchvision,
+}
+
+# What weights expect of the model around them, and no shape of a tensor tells.
+TORCHVISION = {
+    "pixel_mean": [123.675, 116.28, 103.53],
+    "pixel_std": [58.395, 57.12, 57.375],
+    "stride_in_1x1": False,
+}
+MSRA = {"pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1.0] * 3, "stride_in_1x1": True}
+EXPECTED = {
+    "official": {"position_temperature": 20.0, "position_offset": 0.0, **TORCHVISION},
+    "detrex": TORCHVISION,
+    "mmdet": TORCHVISION,
+}
+REMEDIES = {
+    "pixel_mean": "MODEL.PIXEL_MEAN and the colour order INPUT.FORMAT (model.pixel_mean and "
+    "image_format of the mapper)",
+    "pixel_std": "MODEL.PIXEL_STD (model.pixel_std)",
+    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1 (model.backbone.stages.stride_in_1x1)",
+    "position_temperature": "MODEL.DINO.POSITION_TEMPERATURE (model.encoder.position_temperature)",
+    "position_offset": "MODEL.DINO.POSITION_OFFSET (model.encoder.position_offset)",
+}
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, for DINO and for whatever weights there are of it.
+
+    The format of a file is detected, see `checkpoint.py`; what is none of DINO is taken for a
+    backbone, as Detectron2 does. The log says how many tensors were loaded, and which were missing,
+    unexpected or of another shape. Classes of the same name keep their weights, others start anew.
+    What weights expect of the model (see `settings`) is checked, and saved with our own.
+
+    Args:
+        model: to load and save
+        save_dir: where to save
+        classes: names of the model's classes; None: those of COCO if there are 80 or 91
+        complete: whether weights have to fill the model, as for evaluation; resuming a training
+            sets it
+        checkpointables: what else is saved, and loaded when a training is resumed
+    """
+
+    def __init__(
+        self,
+        model: DINO,
+        save_dir: str = "",
+        *,
+        classes: ClassNames | None = None,
+        complete: bool = False,
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, **checkpointables)
+        self.classes = classes or coco_classes(self.model.num_classes)
+        self.complete = complete
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """The file is complete or not there at all, also if the program ends meanwhile."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        state = {key: x.state_dict() for key, x in self.checkpointables.items()}
+        write({"model": self.model.state_dict(), **state, **self.description(), **kwargs}, path)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def description(self) -> dict:
+        """What is saved beside the weights, to be checked by `load`."""
+        return {"dino_d2": settings(self.model) | {"classes": self.classes and list(self.classes)}}
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        self.complete |= resume and self.has_checkpoint()
+        return super().resume_or_load(path, resume=resume)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
+        """
+        Raises:
+            CheckpointError: the file cannot be had or is damaged, nothing or (if it has to be
+                complete) not all of it fits, or the model has other settings than it needs
+        """
+        if path:
+            fetch(path)
+        elif self.complete:
+            raise CheckpointError("there is no checkpoint: all of the model would be random")
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # or another file could not be tried after an error
+
+    def _load_file(self, filename: str) -> dict:
+        checkpoint = read(filename)
+        state, form = weights(checkpoint, filename)
+        expected = checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(filename)
+        if form in ("detrex", "mmdet") and "position_offset" not in expected:
+            encoder = self.model.encoder
+            logger.warning(
+                f"'{filename}' does not say with which encoding of pixels it was trained: the "
+                f"model has temperature {encoder.position_temperature} and offset "
+                f"{encoder.position_offset}, most of detrex's were trained with 10000 and -0.5"
+            )
+        state = self.to_backbone(state) if form is None else to_ours(state, form)
+        return checkpoint | {"model": state, "from": (filename, form, expected)}
+
+    def _load_model(self, checkpoint: dict) -> Any:
+        filename, form, expected = checkpoint.pop("from")
+        state, known = checkpoint.pop("model"), None
+        checkpoint.pop("matching_heuristics", None)  # has been done
+        if "decoder.class_heads.0.bias" in state:
+            self.check(expected, filename)
+            initial = self.model.state_dict()
+            state = self.fit_heads(state, filename)
+            classes = expected.get("classes") or coco_classes(
+                len(state["decoder.class_heads.0.bias"])
+            )
+            state, known = formats.select_classes(state, classes, self.classes, initial)
+        shapes = {key: x.shape for key, x in self.model.state_dict().items()}
+        loaded = {key for key, x in state.items() if x.shape == shapes.get(key)}
+        incompatible = super()._load_model(checkpoint | {"model": state})
+        # More may be missing than the model says: it sets running statistics silently.
+        self.report(incompatible, shapes.keys() - loaded, filename, form, known)
+        if known is None and "backbone.stem.conv1.weight" in loaded:
+            self.check(pixels_of(self.model), filename)
+        return incompatible
+
+    def to_backbone(self, state: State) -> State:
+        """Names that nobody knows are matched with those of the backbone, as Detectron2 does."""
+        caffe2 = any(key.endswith("_w") for key in state)
+        backbone = {k: x for k, x in self.model.state_dict().items() if k.startswith("backbone.")}
+        try:
+            return align_and_update_state_dicts(backbone, state, c2_conversion=caffe2)
+        except ValueError:  # a name is the end of several: it says nothing
+            return state
+
+    def check(self, expected: dict, filename: str) -> None:
+        """Compares the settings of model and weights. A wrong encoding of pixels is always an
+        error; other pixels may be meant to be learned, but not for evaluation."""
+        for name, found in settings(self.model).items():
+            value = expected.get(name, found)
+            exact = name.startswith("position")
+            if np.allclose(found, value, rtol=1e-3 if exact else 0.05):
+                continue
+            message = (
+                f"the weights of '{filename}' go with {name} {value}, but the model has {found}: "
+                f"change {REMEDIES[name]}"
+            )
+            if self.complete or exact:
+                raise CheckpointError(message)
+            logger.warning(message)
+
+    def fit_heads(self, state: State, filename: str) -> State:
+        """One head for all layers is as good as the same for every one, but not the reverse."""
+        given, wanted = formats.count_heads(state), len(self.model.decoder.class_heads)
+        if given == 1:
+            return formats.repeat_heads(state, wanted)
+        if wanted == 1:
+            raise CheckpointError(
+                f"'{filename}' has heads for each of {given} decoder layers, but the model's are "
+                "shared: set MODEL.DINO.SHARED_HEADS (model.decoder.shared_heads) to False"
+            )
+        return state
+
+    def report(
+        self,
+        incompatible: Any,
+        missing: Set[str],
+        filename: str,
+        form: str | None,
+        known: int | None,
+    ) -> None:
+        """Says what was loaded; raises an error where that is not enough."""
+        _, unexpected, other_shape = incompatible
+        total = len(self.model.state_dict())
+        if len(missing) == total:
+            raise CheckpointError(
+                f"none of the {len(unexpected) + len(other_shape)} tensors of '{filename}' fits: "
+                "it is of another model, or the config is"
+            )
+        classes = (
+            "" if known is None else f"; {known} of {self.model.num_classes} classes are known"
+        )
+        logger.info(
+            f"{total - len(missing)} of {total} tensors are from '{filename}' "
+            f"({form or 'a backbone'}), {len(missing)} keep their initial values, "
+            f"{len(unexpected)} were not expected, {len(other_shape)} have another shape{classes}"
+        )
+        if known is not None and known < self.model.num_classes:
+            logger.warning(
+                f"'{filename}' knows {known} of the {self.model.num_classes} classes: the others "
+                "start anew in the class heads and the label embedding"
+            )
+        left = [
+            key
+            for key in sorted(missing)
+            if not key.startswith("denoising.") and not key.endswith(".num_batches_tracked")
+        ]
+        if self.complete and (left or known not in (None, self.model.num_classes)):
+            what = f"tensors such as {left[0]}" if left else "all of its classes"
+            raise CheckpointError(
+                f"'{filename}' does not fill the model: {what} would be random; the config has to "
+                "be that of the weights, and the classes have to be among theirs"
+            )
+
+
+def to_ours(state: State, form: str) -> State:
+    """From any format that `detect_format` knows."""
+    return CONVERTERS[form](state) if form in CONVERTERS else state
+
+
+def settings(model: DINO) -> dict:
+    """What a model and its weights have to agree on without a tensor's shape telling."""
+    found = {
+        "pixel_mean": [round(x, 3) for x in model.pixel_mean.flatten().tolist()],
+        "pixel_std": [round(x, 3) for x in model.pixel_std.flatten().tolist()],
+        "position_temperature": float(model.encoder.position_temperature),
+        "position_offset": float(model.encoder.position_offset),
+    }
+    block = next(iter(getattr(model.backbone, "res3", [])), None)
+    if isinstance(block, BottleneckBlock):
+        found["stride_in_1x1"] = block.conv1.stride != (1, 1)
+    return found
+
+
+def pixels_of(model: DINO) -> dict:
+    """What pixels a ResNet was trained with, told by how strongly its first layer answers.
+
+    Detectron2's model zoo and MSRA's weights take pixels as they are, with a standard deviation of
+    about 58; torchvision's take them divided by that.
+    """
+    conv = getattr(getattr(model.backbone, "stem", None), "conv1", None)
+    norm = getattr(conv, "norm", None)
+    if not hasattr(norm, "running_var"):
+        return {}
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    response = (conv.weight.flatten(1).norm(dim=1) * scale.abs()).median()
+    return MSRA if response < 0.06 else TORCHVISION  # theirs are 0.02 and 0.2
+
+
+def encoding_of(filename: str) -> dict:
+    """The encoding of pixels that a published file needs."""
+    for release in RELEASES.values():
+        if release.file == os.path.basename(filename):
+            temperature, offset = release.encoding
+            return {"position_temperature": temperature, "position_offset": offset}
+    return {}
+
+
+def coco_classes(number: int) -> ClassNames | None:
+    return {80: formats.COCO_80, 91: formats.COCO_91}.get(number)

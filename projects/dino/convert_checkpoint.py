@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Convert a published checkpoint of DINO to this project's layout, or one of ours to the official.
+
+Training and evaluation read every layout as it is; converting is for keeping or sharing one.
+"""
+
+import argparse
+import os
+import sys
+
+from dino_d2.checkpoint import CheckpointError, to_official
+from dino_d2.checkpoint_io import fetch, read, weights, write
+from dino_d2.checkpointer import EXPECTED, coco_classes, encoding_of, to_ours
+
+EPILOG = """
+Examples:
+
+From official DINO, detrex or mmdetection, which is detected:
+    $ convert_checkpoint.py checkpoint0011_4scale.pth dino.pth
+    $ convert_checkpoint.py dino_d2://detrex/dino_R_50_4scale_24ep dino.pth
+
+Back to the layout of official DINO:
+    $ convert_checkpoint.py output/model_final.pth official.pth --to official
+"""
+
+
+def convert(source: str, to: str) -> dict:
+    """The converted checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is of a layout that is not known
+    """
+    path = fetch(source)
+    checkpoint = read(path)
+    state, form = weights(checkpoint, path)
+    if form not in ("dino_d2", "official", "detrex", "mmdet"):
+        raise CheckpointError(f"'{source}' is no DINO of a known layout")
+    state = to_ours(state, form)
+    if to == "official":
+        return {"model": to_official(state)}
+    description = checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(path)
+    classes = coco_classes(len(state["decoder.class_heads.0.bias"]))
+    return {"model": state, "dino_d2": {"classes": classes and list(classes), **description}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="a file, a URL or dino_d2://NAME of the model zoo")
+    parser.add_argument("target", help="the file to write")
+    parser.add_argument("--to", choices=("dino_d2", "official"), default="dino_d2")
+    args = parser.parse_args()
+    if os.path.exists(args.target):
+        sys.exit(f"{parser.prog}: '{args.target}' exists, and is not overwritten")
+    try:
+        converted = convert(args.source, args.to)
+    except CheckpointError as error:
+        sys.exit(f"{parser.prog}: {error}")
+    try:
+        write(converted, args.target)
+    except OSError as error:
+        sys.exit(f"{parser.prog}: '{args.target}' cannot be written: {error}")
+    print(f"{len(converted['model'])} tensors are in '{args.target}', in the layout of {args.to}")
+
+
+if __name__ == "__main__":
+    main()
