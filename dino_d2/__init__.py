@@ -1,9 +1,10 @@
 """DINO (DETR with Improved DeNoising Anchor Boxes) for Detectron2.
 
-Importing the package registers the meta-architecture `DINO`.
+Importing the package registers the meta-architecture `DINO`; `load` gives a trained one.
 """
 
 from .config import add_dino_config
 from .modeling.dino import DINO
+from .predictor import Predictor, load
 
-__all__ = ["DINO", "add_dino_config"]
+__all__ = ["DINO", "Predictor", "add_dino_config", "load"]

@@ -2,12 +2,14 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
+from detectron2.structures import Instances
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 PALETTE = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46c8d0", "#f032e6", "#9a6324"]
 
@@ -60,6 +62,28 @@ def draw_detections(
     legend = [Patch(color=colours[c], label=name) for c, name in names.items()]
     figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 8))
     figure.savefig(output, dpi=110)
+
+
+def draw_instances(image: Image.Image, instances: Instances, classes: Sequence[str]) -> Image.Image:
+    """A copy of the image with boxes, classes and scores.
+
+    Args:
+        image: of any mode
+        instances: with pred_boxes in pixels, scores and pred_classes
+        classes: names of all classes
+    """
+    picture = image.convert("RGB")
+    canvas = ImageDraw.Draw(picture)
+    width = max(2, round(min(picture.size) / 250))
+    font = ImageFont.load_default(max(10, 6 * width))
+    found = zip(instances.pred_boxes, instances.scores, instances.pred_classes, strict=True)
+    for box, score, label in list(found)[::-1]:  # the surest on top
+        colour = PALETTE[int(label) % len(PALETTE)]
+        canvas.rectangle(box.tolist(), outline=colour, width=width)
+        text, place = f"{classes[label]} {score:.2f}", box[:2].tolist()
+        canvas.rectangle(canvas.textbbox(place, text, font), fill=colour)
+        canvas.text(place, text, "white", font)
+    return picture
 
 
 def _draw_boxes(axes: Axes, boxes: list[dict], colours: dict[int, str]) -> None:

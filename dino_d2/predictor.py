@@ -1,0 +1,147 @@
+"""Detections of images in one call: `dino_d2.load(...)(image)`."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import convert_PIL_to_numpy, read_image
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from omegaconf import DictConfig
+from PIL import Image
+
+from . import checkpoint as formats
+from . import model_zoo
+from .checkpoint import CheckpointError
+from .checkpoint_io import fetch, read, weights
+from .checkpointer import CONVERTERS, Checkpointer
+from .config import add_dino_config
+from .modeling.dino import DINO
+from .releases import RELEASES
+
+Picture = str | os.PathLike | Image.Image | np.ndarray
+
+
+class Predictor:
+    """
+    Args:
+        model: in evaluation mode
+        classes: names of its classes
+        augmentations: what resizes an image as in evaluation
+        image_format: "RGB" or "BGR", what the model takes
+    """
+
+    def __init__(
+        self,
+        model: DINO,
+        *,
+        classes: Sequence[str],
+        augmentations: Sequence[T.Augmentation],
+        image_format: str,
+    ):
+        self.model = model
+        self.classes = list(classes)
+        self.augmentation = T.AugmentationList(augmentations)
+        self.image_format = image_format
+
+    @torch.inference_mode()
+    def __call__(self, images: Picture | Sequence[Picture]) -> Instances | list[Instances]:
+        """
+        Args:
+            images: a path, a PIL image or an RGB array (H, W, 3) of uint8; or a list of them
+
+        Returns:
+            pred_boxes in pixels of the image, scores (falling) and pred_classes, of each image
+        """
+        if isinstance(images, list | tuple):
+            return [x["instances"].to("cpu") for x in self.model([self.prepare(x) for x in images])]
+        return self([images])[0]
+
+    def prepare(self, image: Picture) -> dict:
+        """Detectron2's input of one image."""
+        array = self.read(image)
+        height, width = array.shape[:2]
+        resized = T.AugInput(array)
+        self.augmentation(resized)
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
+        return {"image": tensor, "height": height, "width": width}
+
+    def read(self, image: Picture) -> np.ndarray:
+        if isinstance(image, np.ndarray):
+            return image[:, :, ::-1] if self.image_format == "BGR" else image
+        if isinstance(image, Image.Image):
+            return convert_PIL_to_numpy(image, self.image_format)
+        return read_image(os.fspath(image), self.image_format)
+
+
+def load(config: str, weights: str = "", device: str | None = None) -> Predictor:
+    """A model and its weights.
+
+    Args:
+        config: name of a published checkpoint or of a config, see `model_zoo`, or a config file
+        weights: file, URL or `dino_d2://NAME`; by default those of the published checkpoint, or
+            those that the config names
+        device: by default the GPU if there is one
+
+    Raises:
+        FileNotFoundError: no such config
+        CheckpointError: the weights cannot be had, or are not all that the model needs
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = read_config(config)
+    if isinstance(cfg, CfgNode):
+        path = weights or cfg.MODEL.WEIGHTS
+        classes = classes_of(path)
+        cfg.MODEL.DINO.NUM_CLASSES, cfg.MODEL.DEVICE = len(classes), device
+        model, image_format = build_model(cfg), cfg.INPUT.FORMAT
+        sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        augmentations = [T.ResizeShortestEdge(*sizes)]
+    else:
+        path = weights or cfg.train.init_checkpoint
+        classes = classes_of(path)
+        cfg.model.num_classes = len(classes)
+        model = instantiate(cfg.model).to(device)
+        mapper = cfg.dataloader.test.mapper
+        augmentations, image_format = instantiate(mapper.augmentations), mapper.image_format
+    Checkpointer(model, classes=classes, complete=True).load(path)
+    return Predictor(
+        model.eval(), classes=classes, augmentations=augmentations, image_format=image_format
+    )
+
+
+def read_config(config: str) -> CfgNode | DictConfig:
+    """By name or from a file."""
+    if not os.path.isfile(config):
+        return model_zoo.get_config(config, trained=config in RELEASES)
+    if config.endswith(".py"):
+        return LazyConfig.load(config)
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    cfg.merge_from_file(config)
+    return cfg
+
+
+def classes_of(path: str) -> list[str]:
+    """Names of the classes that a checkpoint knows: its own or, where it has none, COCO's.
+
+    Raises:
+        CheckpointError: the weights are of a backbone, or not there
+    """
+    if not path:
+        raise CheckpointError("there are no weights: name a file, a URL or dino_d2://NAME")
+    file = fetch(path)
+    checkpoint = read(file)
+    named = checkpoint.get("dino_d2", {}).get("classes")
+    if named:
+        return named
+    state, form = weights(checkpoint, file)
+    state = CONVERTERS[form](state) if form in CONVERTERS else state
+    bias = state.get("decoder.class_heads.0.bias")
+    if bias is None:
+        raise CheckpointError(f"'{path}' has no weights of a trained DINO, so it detects nothing")
+    if len(bias) in (80, 91):
+        return list(formats.COCO_80)
+    return [f"class {i}" for i in range(len(bias))]

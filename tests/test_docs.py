@@ -1,0 +1,60 @@
+"""What the pages for people say is so: names exist, tables are those of the code."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino_d2.modeling import ContrastiveDenoising, HungarianMatcher, SetCriterion
+from dino_d2.releases import table
+from dino_d2.structures import DetectorOutput, Predictions
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "dino_d2" / "README.md").read_text()
+
+
+def names_in(path):
+    tree = ast.parse(path.read_text())
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
+
+
+@pytest.mark.parametrize("file", sorted(set(re.findall(r"`(test_\w+\.py)`", PAGE))))
+def test_the_tests_that_the_page_names_exist(file):
+    mentions = re.findall(rf"`{file}`: ((?:`\w+`[,;]?\s*)+)", PAGE)
+    names = {name for mention in mentions for name in re.findall(r"`(test_\w+)`", mention)}
+    assert names <= names_in(ROOT / "tests" / file)
+
+
+def test_the_code_that_the_page_names_exists():
+    table = [line.split("|")[3] for line in PAGE.splitlines() if line.startswith("| ")][1:]
+    places = [cell for cell in table if "](" in cell]
+    places.append(PAGE[PAGE.index("The predecessors: ") : PAGE.index("[configs/README.md]")])
+    assert len(places) > 15
+    for place in places:
+        for link, names in re.findall(r"\]\(([\w/.]+\.py)\)((?:[\s,]*`\w+`)+)", place):
+            assert set(re.findall(r"`(\w+)`", names)) <= names_in(ROOT / "dino_d2" / link), place
+
+
+def test_the_table_of_published_checkpoints_is_that_of_the_model_zoo():
+    assert table() in (ROOT / "README.md").read_text()
+
+
+def test_negatives_are_taught_that_they_are_nothing(make_targets):
+    # One box, a budget of one: query 0 is the positive, query 1 the negative.
+    targets = make_targets(1)
+    denoising = ContrastiveDenoising(num_classes=3, embed_dim=8, budget=1)(targets)
+    denoised = Predictions(torch.zeros(1, 2, 3), torch.full((1, 2, 4), 0.5))
+    matching = Predictions(torch.zeros(1, 1, 3), torch.full((1, 1, 4), 0.5))
+    for x in denoised:
+        x.requires_grad_()
+    criterion = SetCriterion(matcher=HungarianMatcher())
+    losses = criterion(DetectorOutput([matching], None, [denoised], denoising), targets)
+
+    sum(loss for name, loss in losses.items() if "_dn" in name).backward()
+    logits, boxes = (x.grad[0] for x in denoised)
+    label = targets[0].labels[0]
+    assert logits[0, label] < 0 and (logits[1] > 0).all()  # descending: up, and all down
+    assert boxes[0].any() and not boxes[1].any()
