@@ -212,8 +212,11 @@ def training(model, token_order, images, targets, recorded_training):
 
 
 @pytest.fixture(scope="module")
-def one_empty(model, token_order, images, targets):
+def one_empty(model, token_order, images, targets, recorded_training):
     """Losses where the first image has no boxes."""
+    recorded = recorded_draws(recorded_training)
+    if not all(map(torch.equal, official_draws(len(recorded[0])), recorded)):
+        pytest.skip("this version of PyTorch draws other numbers from a seed")
     targets = [without_boxes(targets[0]), targets[1]]
     # seven boxes: 14 groups of 2 copies
     with drawn(official_draws(14 * 2 * 7), counts=[0, 7]), torch.no_grad():
@@ -491,18 +494,8 @@ def test_all_losses_are_the_official_ones(training, recorded_training):
 
 
 def test_losses_with_an_empty_image_are_the_official_ones(one_empty, recorded_training):
-    losses = {name: x for name, x in one_empty.losses.items() if "_dn" not in name}
-    assert len(losses) == 21
-    assert_losses(losses, recorded_training, case="one_empty/")
-
-
-def test_denoising_losses_with_an_empty_image_are_the_official_ones(one_empty, recorded_training):
-    recorded = recorded_draws(recorded_training)
-    if not all(map(torch.equal, official_draws(len(recorded[0])), recorded)):
-        pytest.skip("this version of PyTorch draws other numbers from a seed")
-    losses = {name: x for name, x in one_empty.losses.items() if "_dn" in name}
-    assert len(losses) == 18
-    assert_losses(losses, recorded_training, case="one_empty/")
+    assert len(one_empty.losses) == 39
+    assert_losses(one_empty.losses, recorded_training, case="one_empty/")
 
 
 def test_losses_without_any_box_are_the_official_ones(all_empty, recorded_training):
@@ -548,11 +541,6 @@ def gradients(model, training):
     return to_official(gradients)
 
 
-def gradient_tolerance(name: str) -> float:
-    """Bilinear interpolation has knots: what lies at one in float32 may be beside it in float64."""
-    return 2e-3 if "sampling_offsets" in name else 1e-3
-
-
 @pytest.mark.slow
 def test_the_same_parameters_are_trained(keys, gradients, recorded_training):
     trained = {x["key"] for x in keys["keys"] if x["trained"]}
@@ -562,13 +550,17 @@ def test_the_same_parameters_are_trained(keys, gradients, recorded_training):
     assert norms == trained - aliases and len(norms) == 315
 
 
+# Bilinear interpolation has knots at the centres of pixels: by rounding, a sampling point may be on
+# either side of one, where its gradient is another. A single point can be 1 % of what is recorded.
+
+
 @pytest.mark.slow
 def test_gradient_norms_are_the_official_ones(gradients, recorded_training):
     for key, expected in recorded_training.items():
         kind, _, name = key.partition("/")
         if kind == "grad_norm":
-            ours = gradients[name].norm()
-            assert (ours - expected).abs() <= gradient_tolerance(name) * expected, name
+            error = (gradients[name].norm() - expected).abs() / expected
+            assert error <= (2e-3 if "sampling_offsets" in name else 1e-3), name
 
 
 @pytest.mark.slow
@@ -576,6 +568,5 @@ def test_gradients_are_the_official_ones(gradients, recorded_training):
     for key, expected in recorded_training.items():
         kind, _, name = key.partition("/")
         if kind == "grad":
-            # errors add up here, where in norms they cancel
             error = (gradients[name] - expected).norm() / expected.norm()
-            assert error <= 2 * gradient_tolerance(name), name
+            assert error <= (2e-2 if "sampling_offsets" in name else 1e-3), name
