@@ -27,7 +27,7 @@ def refine(reference: Tensor, delta: Tensor) -> Tensor:
     """Move boxes (..., 4) in [0, 1] by `delta` (..., 4), both seen through a sigmoid.
 
     A reference point (..., 2) is moved likewise and gets the size that `delta` says. Deformable
-    DETR, equation 4 and "iterative bounding box refinement" in the appendix.
+    DETR, appendix A.3 and "iterative bounding box refinement" in A.4.
     """
     known = F.pad(inverse_sigmoid(reference), (0, delta.shape[-1] - reference.shape[-1]))
     return (known + delta).sigmoid()

@@ -38,7 +38,7 @@ def add_dino_config(cfg: CN) -> None:
 
     c.QUERY_SELECTION = "MixedQuerySelection"  # or PureQuerySelection, StaticQueries
     c.NUM_QUERIES = 900
-    c.LOOK_FORWARD = 2  # 2 is look forward twice, 1 is once
+    c.LOOK_FORWARD = 2  # 2 is look forward twice, 1 is once, 0 does not refine boxes
     c.SHARED_HEADS = True  # one class and one box head for all decoder layers
 
     c.DENOISING = CN()

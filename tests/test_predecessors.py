@@ -7,13 +7,14 @@ import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
 
 from dino_d2 import model_zoo
-from dino_d2.modeling import Denoising, HungarianMatcher, SetCriterion
+from dino_d2.modeling import Denoising, HungarianMatcher, SetCriterion, StaticQueries
 from dino_d2.modeling.decoder import scale_to_levels
 from dino_d2.modeling.predecessors import (
     AllProposals,
     BoxesOnly,
     IndicatorDenoising,
     IndicatorQueries,
+    LearnedPosition,
     PointQueries,
     ProposalQueries,
     ScaledAnchorPosition,
@@ -41,18 +42,13 @@ def load(name, *overrides):
     return LazyConfig.apply_overrides(cfg, list(overrides))
 
 
-@pytest.fixture
-def make_small():
+def make_small(name):
     """The model of a config, of 64 channels, 1 + 3 layers and 10 queries."""
-
-    def make(name):
-        return instantiate(load(name, *SMALL))
-
-    return make
+    return instantiate(load(name, *SMALL))
 
 
 @pytest.fixture
-def decoded(make_small, make_batch, randomise):
+def decoded(make_batch, randomise):
     """What the layers of a small model's decoder are given, and the predictions."""
 
     def run(name):
@@ -100,6 +96,30 @@ def test_models_have_as_many_parameters_as_published(name, count):
 
 
 @pytest.mark.parametrize(
+    ("name", "selection", "position", "denoising", "criterion", "look_forward", "size_biases"),
+    [
+        (PLAIN, PointQueries, LearnedPosition, None, SetCriterion, 0, [-2]),
+        (REFINE, PointQueries, LearnedPosition, None, SetCriterion, 1, [-2, 0, 0]),
+        (TWO_STAGE, ProposalQueries, LearnedPosition, None, AllProposals, 1, [0, 0, 0]),
+        (DAB, StaticQueries, ScaledAnchorPosition, None, SetCriterion, 1, [-2, 0, 0]),
+        (DN, IndicatorQueries, ScaledAnchorPosition, IndicatorDenoising, BoxesOnly, 1, [-2, 0, 0]),
+    ],
+)
+def test_models_are_composed_as_published(
+    name, selection, position, denoising, criterion, look_forward, size_biases
+):
+    model = make_small(name)
+    decoder = model.decoder
+    assert type(model.query_selection) is selection and type(model.criterion) is criterion
+    assert type(decoder.position_head) is position and decoder.look_forward == look_forward
+    assert type(model.denoising) is (denoising or type(None))
+    biases = [head.layers[-1].bias.tolist() for head in decoder.box_heads]
+    assert biases == [[0, 0, bias, bias] for bias in size_biases]
+    assert len(decoder.class_heads) == len(size_biases)  # one for all layers, or one for each
+    assert model.max_detections == 100
+
+
+@pytest.mark.parametrize(
     ("name", "batch", "lr", "offsets_lr", "class_weight", "dropout"),
     [
         (PLAIN, 32, 2e-4, 2e-5, 2.0, 0.1),
@@ -126,7 +146,7 @@ def test_models_are_trained_as_published(name, batch, lr, offsets_lr, class_weig
 
 
 @CONFIGS
-def test_every_parameter_is_trained_whether_there_are_boxes_or_not(make_small, make_batch, name):
+def test_every_parameter_is_trained_whether_there_are_boxes_or_not(make_batch, name):
     model = make_small(name)
     for counts in [(2, 1), (2, 0), (0, 0)]:
         model.zero_grad()
@@ -139,7 +159,17 @@ def test_every_parameter_is_trained_whether_there_are_boxes_or_not(make_small, m
 
 
 @CONFIGS
-def test_every_model_detects(make_small, make_batch, name):
+def test_a_training_step_under_autocast_is_finite(make_batch, name, device):
+    model = make_small(name).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = sum(model(make_batch(2, 0)).values())
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@CONFIGS
+def test_every_model_detects(make_batch, name):
     model = make_small(name).eval()
     with torch.no_grad():
         results = model(make_batch(1, 0, sizes=[(64, 64), (48, 80)]))
@@ -151,7 +181,7 @@ def test_every_model_detects(make_small, make_batch, name):
 
 
 @CONFIGS
-def test_losses_are_those_of_the_paper(make_small, make_batch, name):
+def test_losses_of_every_stage_are_there(make_batch, name):
     losses = make_small(name)(make_batch(2, 1))
     suffixes = ["", "_0", "_1"]
     suffixes += ["_enc"] * (name == TWO_STAGE) + ["_dn", "_dn_0", "_dn_1"] * (name == DN)
@@ -179,6 +209,18 @@ def test_queries_that_look_at_points_are_the_same_for_all_images(make_memory):
         assert torch.equal(part[0], part[2]) and torch.equal(part, other)
     assert torch.equal(queries.content[0], selection.content.weight)
     assert torch.equal(queries.position[0], selection.position.weight)
+
+
+def test_every_part_of_a_query_that_looks_at_a_point_is_learned(make_memory):
+    selection = PointQueries(num_queries=5, embed_dim=32)
+    queries, _ = selection(make_memory(batch=3))
+    for part, learned in [
+        (queries.content, selection.content.weight),
+        (queries.position, selection.position.weight),
+        (queries.reference, selection.position.weight),
+        (queries.reference, selection.reference_points.weight),
+    ]:
+        assert torch.autograd.grad(part.sum(), learned, retain_graph=True)[0].all()
 
 
 def test_a_point_is_a_linear_function_of_the_position(make_memory, randomise):
@@ -210,10 +252,9 @@ def test_refinement_makes_boxes_of_the_points_after_the_first_layer(decoded):
     assert all(torch.equal(x[0], model.query_selection.position.weight) for x in positions)
 
 
-@pytest.mark.parametrize(("name", "heads"), [(PLAIN, 1), (REFINE, 3)])
-def test_boxes_start_at_the_points_with_an_eighth_of_the_image(make_small, make_batch, name, heads):
+@pytest.mark.parametrize("name", [PLAIN, REFINE])
+def test_boxes_start_at_the_points_with_an_eighth_of_the_image(make_batch, name):
     model = make_small(name)
-    assert len(model.decoder.box_heads) == len(model.decoder.class_heads) == heads
     first, *_ = model.detect(model.preprocess_images(make_batch(1))).layers
     selection = model.query_selection
     points = selection.reference_points(selection.position.weight).sigmoid()
@@ -345,7 +386,10 @@ def test_learned_anchors_are_refined_from_the_first_layer_on(decoded, name):
 
 
 def make_denoising(**options):
-    return IndicatorDenoising(num_classes=NUM_CLASSES, embed_dim=8, **options)
+    """That of the config, with 8 channels."""
+    cfg = load(DN, f"num_classes={NUM_CLASSES}", "encoder.embed_dim=8").denoising
+    cfg.update(options)
+    return instantiate(cfg)
 
 
 def test_the_last_channel_of_a_matching_query_is_zero(make_memory):
