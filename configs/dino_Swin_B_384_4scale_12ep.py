@@ -1,13 +1,6 @@
 from .dino_Swin_L_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
-model.backbone.update(
-    embed_dim=128,
-    depths=[2, 2, 18, 2],
-    num_heads=[4, 8, 16, 32],
-    window_size=12,
-    pretrain_img_size=384,
-    drop_path_rate=0.2,
-)
+model.backbone.update(embed_dim=128, num_heads=[4, 8, 16, 32])
 for i in range(4):
     model.neck.input_shape[f"p{i}"].channels = 128 * 2**i
 train.init_checkpoint = (

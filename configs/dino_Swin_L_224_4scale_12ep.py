@@ -1,15 +1,6 @@
 from .dino_Swin_L_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
-model.backbone.update(
-    embed_dim=192,
-    depths=[2, 2, 18, 2],
-    num_heads=[6, 12, 24, 48],
-    window_size=7,
-    pretrain_img_size=224,
-    drop_path_rate=0.2,
-)
-for i in range(4):
-    model.neck.input_shape[f"p{i}"].channels = 192 * 2**i
+model.backbone.update(window_size=7, pretrain_img_size=224)
 train.init_checkpoint = (
     "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
     "swin_large_patch4_window7_224_22kto1k.pth"

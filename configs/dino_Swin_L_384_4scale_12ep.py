@@ -5,5 +5,5 @@ from .common.train import train
 
 train.init_checkpoint = (
     "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-    "swin_large_patch4_window12_384_22kto1k.pth"
+    "swin_large_patch4_window12_384_22k.pth"
 )

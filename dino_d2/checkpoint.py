@@ -128,16 +128,23 @@ _CLASS_DEPENDENT = re.compile(r"(query_selection|decoder)\.class_heads?\.|denois
 
 
 def detect_format(state: State) -> str | None:
-    """One of the names above, "dino_d2" for our own, None for anything else."""
+    """One of the names above, "dino_d2" for our own, None for anything else.
+
+    Raises:
+        CheckpointError: it is another model of the same families, such as Deformable DETR
+    """
+    # Which level a token is of, and what only DINO has: learned content without a position.
     signs = {
-        "dino_d2": "encoder.level_embed.weight",
-        "official": "transformer.level_embed",
-        "detrex": "transformer.level_embeds",
-        "mmdet": "level_embed",
-        "torchvision": "layer1.0.conv1.weight",
+        "dino_d2": ("encoder.level_embed.weight", ""),
+        "official": ("transformer.level_embed", "transformer.tgt_embed.weight"),
+        "detrex": ("transformer.level_embeds", "transformer.tgt_embed.weight"),
+        "mmdet": ("level_embed", "memory_trans_fc.weight"),
+        "torchvision": ("layer1.0.conv1.weight", ""),
     }
-    for name, sign in signs.items():
+    for name, (sign, of_dino) in signs.items():
         if sign in state:
+            if of_dino and of_dino not in state:
+                raise CheckpointError(f"this is another model than DINO, with the names of {name}")
             return name
     return "model_zoo" if any(key.startswith("backbone.bottom_up.") for key in state) else None
 
@@ -226,38 +233,52 @@ def repeat_heads(state: State, number: int) -> State:
 
 
 def select_classes(
-    state: State, source: ClassNames | None, target: ClassNames | None, initial: State
-) -> tuple[State, int]:
+    state: State, source: ClassNames | None, target: ClassNames, initial: State
+) -> tuple[State, list[str]]:
     """Weights for other classes: a class of the same name keeps its row, others start anew.
 
     Args:
         state: our state dict, of K classes
-        source: what its K classes are, None where a row stands for nothing; None: not known
-        target: the same of the model
+        source: what its K classes are, None where a row stands for nothing; None: not known, and
+            equally many classes are taken to be the same ones
+        target: the classes of the model
         initial: state dict of the model, from which new rows come
 
     Returns:
-        a new state dict, and how many classes of the model it knows; without any it lacks the
-        tensors that depend on classes. Where names are not known, equally many classes are taken
-        to be the same ones.
+        a new state dict, and the classes of the model that are new to it; if all are, it lacks
+        the tensors that depend on classes
     """
     keys = [key for key in state if _CLASS_DEPENDENT.match(key) and key in initial]
     keys = [key for key in keys if state[key].shape[1:] == initial[key].shape[1:]]
-    if source is None or target is None or tuple(source) == tuple(target):
+    if source is None or tuple(source) == tuple(target):
         if all(state[key].shape == initial[key].shape for key in keys):
-            return state, len(initial["decoder.class_heads.0.bias"])
-        known = []
-    else:
-        rows = {name.casefold(): row for row, name in enumerate(source) if name}
-        pairs = [(i, rows.get(name.casefold())) for i, name in enumerate(target) if name]
-        known = [(new, old) for new, old in pairs if old is not None]
+            return state, []
+        source = ()
+    known = _same_names(source, target)
+    new = [name for i, name in enumerate(target) if name and i not in known]
     if not known:
-        return {key: x for key, x in state.items() if key not in keys}, 0
+        return {key: x for key, x in state.items() if key not in keys}, new
     selected = {key: initial[key].detach().clone() for key in keys}
     for key, x in selected.items():
-        for new, old in known:
-            x[new] = state[key][old]
-    return state | selected, len(known)
+        for to, row in known.items():
+            x[to] = state[key][row]
+    return state | selected, new
+
+
+def _same_names(source: ClassNames, target: ClassNames) -> dict[int, int]:
+    """Which row of the source is that of a target; upper and lower case count only where names
+    would be the same without."""
+    exact = {name: row for row, name in enumerate(source) if name}
+    folded = [name.casefold() for name in exact]
+    alike = {n.casefold(): row for n, row in exact.items() if folded.count(n.casefold()) == 1}
+    wanted = [name.casefold() for name in target if name]
+    rows = {}
+    for i, name in enumerate(target):
+        if name in exact:
+            rows[i] = exact[name]
+        elif name and name.casefold() in alike and wanted.count(name.casefold()) == 1:
+            rows[i] = alike[name.casefold()]
+    return rows
 
 
 def _rename(state: State, table: str, *, back: bool = False) -> State:

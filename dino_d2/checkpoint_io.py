@@ -3,8 +3,10 @@
 import os
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlparse
 from zipfile import is_zipfile
 
@@ -53,6 +55,7 @@ def fetch(path: str) -> str:
     Raises:
         CheckpointError: there is no such file, or no connection
     """
+    path = os.path.expanduser(path)
     try:
         local = PathManager.get_local_path(urlparse(path)._replace(query="").geturl())
     except FileNotFoundError as error:  # says itself what to do
@@ -78,7 +81,7 @@ def read(path: str) -> dict:
     except Exception as error:  # a damaged file can fail in any way
         # PyTorch hides the reason in advice to load it unsafely, which is not passed on.
         cause = error.__context__ or error
-        reason = re.split(r"\. |\n", str(cause))[0] or type(cause).__name__
+        reason = _obvious(path) or re.split(r"\. |\n", str(cause))[0] or type(cause).__name__
         raise CheckpointError(f"'{path}' is damaged or no checkpoint: {reason}") from error
     if not isinstance(data, dict):
         kind = type(data).__name__.lstrip("_")
@@ -103,21 +106,45 @@ def weights(checkpoint: dict, filename: str) -> tuple[State, str | None]:
     }
     if not state:
         raise CheckpointError(f"'{filename}' has no weights in it")
-    return state, detect_format(state)
+    try:
+        return state, detect_format(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"'{filename}': {error}") from error
 
 
 def _is_numeric(x: Any) -> bool:
     return isinstance(x, Tensor) or (isinstance(x, np.ndarray) and x.dtype.kind in "biuf")
 
 
-def write(data: dict, path: str) -> None:
-    """Saves a checkpoint under a temporary name first: what has the name is complete."""
+def _obvious(path: str) -> str:
+    """What a file is that is taken for a checkpoint most often, if it is one of these."""
+    with open(path, "rb") as file:
+        start = file.read(100).lstrip()
+    if not start:
+        return "it is empty"
+    return "it is a web page, so its download has failed" if start.startswith(b"<") else ""
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """A file to write that gets its name when it is complete; until then, whatever had it stays."""
     temporary = f"{path}.incomplete"
-    with open(temporary, "wb") as file:
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def write(data: dict, path: str) -> None:
+    """Saves a checkpoint, completely or not at all."""
+    with replacing(path) as file:
         torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class _ForeignObject:

@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Set
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
@@ -12,7 +12,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 
 from . import checkpoint as formats
 from .checkpoint import CheckpointError, ClassNames, State
-from .checkpoint_io import fetch, read, weights, write
+from .checkpoint_io import fetch, read, replacing, weights, write
 from .modeling.dino import DINO
 from .releases import RELEASES
 
@@ -38,6 +38,7 @@ EXPECTED = {
     "detrex": TORCHVISION,
     "mmdet": TORCHVISION,
 }
+USUAL_ENCODING = {"dino_d2": (20.0, 0.0), "detrex": (10000.0, -0.5), "mmdet": (20.0, 0.0)}
 REMEDIES = {
     "pixel_mean": "MODEL.PIXEL_MEAN and the colour order INPUT.FORMAT (model.pixel_mean and "
     "image_format of the mapper)",
@@ -46,6 +47,14 @@ REMEDIES = {
     "position_temperature": "MODEL.DINO.POSITION_TEMPERATURE (model.encoder.position_temperature)",
     "position_offset": "MODEL.DINO.POSITION_OFFSET (model.encoder.position_offset)",
 }
+
+
+class Source(NamedTuple):
+    """Where weights come from."""
+
+    file: str
+    form: str | None  # as `detect_format` has it
+    expected: dict  # the settings of a model that they go with
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -59,7 +68,8 @@ class Checkpointer(DetectionCheckpointer):
     Args:
         model: to load and save
         save_dir: where to save
-        classes: names of the model's classes; None: those of COCO if there are 80 or 91
+        classes: names of the model's classes; None: those of COCO if there are 80 or 91, numbers
+            otherwise
         complete: whether weights have to fill the model, as for evaluation; resuming a training
             sets it
         checkpointables: what else is saved, and loaded when a training is resumed
@@ -75,7 +85,8 @@ class Checkpointer(DetectionCheckpointer):
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, **checkpointables)
-        self.classes = classes or coco_classes(self.model.num_classes)
+        number = self.model.num_classes
+        self.classes = classes or coco_classes(number) or [f"class {i}" for i in range(number)]
         self.complete = complete
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -88,9 +99,29 @@ class Checkpointer(DetectionCheckpointer):
         write({"model": self.model.state_dict(), **state, **self.description(), **kwargs}, path)
         self.tag_last_checkpoint(os.path.basename(path))
 
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename.encode())
+
+    def get_checkpoint_file(self) -> str:
+        """
+        Raises:
+            CheckpointError: `last_checkpoint` names no file
+        """
+        place = os.path.join(self.save_dir, "last_checkpoint")
+        with open(place, "rb") as file:
+            name = file.read().decode(errors="replace").strip()
+        path = os.path.join(self.save_dir, name)
+        if not os.path.isfile(path):
+            raise CheckpointError(
+                f"'{place}' says to resume from {name!r}, which is no file there: write the name "
+                "of the checkpoint to resume from into it"
+            )
+        return path
+
     def description(self) -> dict:
         """What is saved beside the weights, to be checked by `load`."""
-        return {"dino_d2": settings(self.model) | {"classes": self.classes and list(self.classes)}}
+        return {"dino_d2": settings(self.model) | {"classes": list(self.classes)}}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         self.complete |= resume and self.has_checkpoint()
@@ -115,35 +146,33 @@ class Checkpointer(DetectionCheckpointer):
         checkpoint = read(filename)
         state, form = weights(checkpoint, filename)
         expected = checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(filename)
-        if form in ("detrex", "mmdet") and "position_offset" not in expected:
-            encoder = self.model.encoder
+        encoder = self.model.encoder
+        encoding = encoder.position_temperature, encoder.position_offset
+        usual = USUAL_ENCODING.get(form, encoding)
+        if "position_offset" not in expected and encoding != usual:
             logger.warning(
                 f"'{filename}' does not say with which encoding of pixels it was trained: the "
-                f"model has temperature {encoder.position_temperature} and offset "
-                f"{encoder.position_offset}, most of detrex's were trained with 10000 and -0.5"
+                f"model has temperature and offset {encoding}, most of {form} have {usual}"
             )
         state = self.to_backbone(state) if form is None else to_ours(state, form)
-        return checkpoint | {"model": state, "from": (filename, form, expected)}
+        return checkpoint | {"model": state, "source": Source(filename, form, expected)}
 
     def _load_model(self, checkpoint: dict) -> Any:
-        filename, form, expected = checkpoint.pop("from")
-        state, known = checkpoint.pop("model"), None
+        source, state = checkpoint.pop("source"), checkpoint.pop("model")
         checkpoint.pop("matching_heuristics", None)  # has been done
-        if "decoder.class_heads.0.bias" in state:
-            self.check(expected, filename)
-            initial = self.model.state_dict()
-            state = self.fit_heads(state, filename)
-            classes = expected.get("classes") or coco_classes(
-                len(state["decoder.class_heads.0.bias"])
-            )
-            state, known = formats.select_classes(state, classes, self.classes, initial)
+        is_dino, new_classes = "decoder.class_heads.0.bias" in state, []
+        if is_dino:
+            self.check(source)
+            state, new_classes = self.fit_classes(self.fit_heads(state, source), source)
         shapes = {key: x.shape for key, x in self.model.state_dict().items()}
         loaded = {key for key, x in state.items() if x.shape == shapes.get(key)}
         incompatible = super()._load_model(checkpoint | {"model": state})
         # More may be missing than the model says: it sets running statistics silently.
-        self.report(incompatible, shapes.keys() - loaded, filename, form, known)
-        if known is None and "backbone.stem.conv1.weight" in loaded:
-            self.check(pixels_of(self.model), filename)
+        missing = sorted(shapes.keys() - loaded)
+        self.report(incompatible, missing, new_classes, source)
+        self.refuse(missing, new_classes, source)
+        if not is_dino and "backbone.stem.conv1.weight" in loaded:
+            self.check(source._replace(expected=pixels_of(self.model)))
         return incompatible
 
     def to_backbone(self, state: State) -> State:
@@ -155,77 +184,85 @@ class Checkpointer(DetectionCheckpointer):
         except ValueError:  # a name is the end of several: it says nothing
             return state
 
-    def check(self, expected: dict, filename: str) -> None:
+    def check(self, source: Source) -> None:
         """Compares the settings of model and weights. A wrong encoding of pixels is always an
         error; other pixels may be meant to be learned, but not for evaluation."""
         for name, found in settings(self.model).items():
-            value = expected.get(name, found)
+            value = source.expected.get(name, found)
             exact = name.startswith("position")
             if np.allclose(found, value, rtol=1e-3 if exact else 0.05):
                 continue
             message = (
-                f"the weights of '{filename}' go with {name} {value}, but the model has {found}: "
-                f"change {REMEDIES[name]}"
+                f"the weights of '{source.file}' go with {name} {value}, but the model has "
+                f"{found}: change {REMEDIES[name]}"
             )
             if self.complete or exact:
                 raise CheckpointError(message)
             logger.warning(message)
 
-    def fit_heads(self, state: State, filename: str) -> State:
+    def fit_heads(self, state: State, source: Source) -> State:
         """One head for all layers is as good as the same for every one, but not the reverse."""
         given, wanted = formats.count_heads(state), len(self.model.decoder.class_heads)
         if given == 1:
             return formats.repeat_heads(state, wanted)
         if wanted == 1:
             raise CheckpointError(
-                f"'{filename}' has heads for each of {given} decoder layers, but the model's are "
-                "shared: set MODEL.DINO.SHARED_HEADS (model.decoder.shared_heads) to False"
+                f"'{source.file}' has heads for each of {given} decoder layers, but those of "
+                "the model are shared: set MODEL.DINO.SHARED_HEADS "
+                "(model.decoder.shared_heads) to False"
             )
         return state
 
+    def fit_classes(self, state: State, source: Source) -> tuple[State, list[str]]:
+        """Rows for the model's classes, and those of them that are new."""
+        number = len(state["decoder.class_heads.0.bias"])
+        given = source.expected.get("classes") or coco_classes(number)
+        if given is None and number == self.model.num_classes:
+            logger.warning(
+                f"'{source.file}' does not name its classes: they are taken to be, in this order, "
+                + ", ".join(self.classes)
+            )
+        return formats.select_classes(state, given, self.classes, self.model.state_dict())
+
     def report(
-        self,
-        incompatible: Any,
-        missing: Set[str],
-        filename: str,
-        form: str | None,
-        known: int | None,
+        self, incompatible: Any, missing: list[str], new_classes: list[str], source: Source
     ) -> None:
-        """Says what was loaded; raises an error where that is not enough."""
         _, unexpected, other_shape = incompatible
         total = len(self.model.state_dict())
-        if len(missing) == total:
-            raise CheckpointError(
-                f"none of the {len(unexpected) + len(other_shape)} tensors of '{filename}' fits: "
-                "it is of another model, or the config is"
-            )
-        classes = (
-            "" if known is None else f"; {known} of {self.model.num_classes} classes are known"
-        )
         logger.info(
-            f"{total - len(missing)} of {total} tensors are from '{filename}' "
-            f"({form or 'a backbone'}), {len(missing)} keep their initial values, "
-            f"{len(unexpected)} were not expected, {len(other_shape)} have another shape{classes}"
+            f"{total - len(missing)} of {total} tensors are from '{source.file}' "
+            f"({source.form or 'a backbone'}), {len(missing)} keep their initial values, "
+            f"{len(unexpected)} were not expected, {len(other_shape)} have another shape"
         )
-        if known is not None and known < self.model.num_classes:
+        if new_classes:
             logger.warning(
-                f"'{filename}' knows {known} of the {self.model.num_classes} classes: the others "
-                "start anew in the class heads and the label embedding"
+                f"{len(new_classes)} of {len(self.classes)} classes are new to '{source.file}' and "
+                f"start anew in the class heads and the label embedding: {', '.join(new_classes)}"
+            )
+
+    def refuse(self, missing: list[str], new_classes: list[str], source: Source) -> None:
+        """
+        Raises:
+            CheckpointError: nothing was loaded, or less than has to be
+        """
+        if len(missing) == len(self.model.state_dict()):
+            raise CheckpointError(
+                f"no tensor of '{source.file}' fits: it is of another model, or the config is"
             )
         left = [
             key
-            for key in sorted(missing)
+            for key in missing
             if not key.startswith("denoising.") and not key.endswith(".num_batches_tracked")
         ]
-        if self.complete and (left or known not in (None, self.model.num_classes)):
-            what = f"tensors such as {left[0]}" if left else "all of its classes"
+        if self.complete and (new_classes or left):
+            what = f"the class {new_classes[0]}" if new_classes else f"tensors such as {left[0]}"
             raise CheckpointError(
-                f"'{filename}' does not fill the model: {what} would be random; the config has to "
-                "be that of the weights, and the classes have to be among theirs"
+                f"'{source.file}' does not fill the model: {what} would be random; the config has "
+                "to be that of the weights, and the classes have to be among theirs"
             )
 
 
-def to_ours(state: State, form: str) -> State:
+def to_ours(state: State, form: str | None) -> State:
     """From any format that `detect_format` knows."""
     return CONVERTERS[form](state) if form in CONVERTERS else state
 
@@ -247,8 +284,8 @@ def settings(model: DINO) -> dict:
 def pixels_of(model: DINO) -> dict:
     """What pixels a ResNet was trained with, told by how strongly its first layer answers.
 
-    Detectron2's model zoo and MSRA's weights take pixels as they are, with a standard deviation of
-    about 58; torchvision's take them divided by that.
+    MSRA's weights, on which most of Detectron2's model zoo is built, take pixels as they are, with
+    a standard deviation of about 58. Others take them divided by it, in an order nothing tells.
     """
     conv = getattr(getattr(model.backbone, "stem", None), "conv1", None)
     norm = getattr(conv, "norm", None)
@@ -256,7 +293,8 @@ def pixels_of(model: DINO) -> dict:
         return {}
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     response = (conv.weight.flatten(1).norm(dim=1) * scale.abs()).median()
-    return MSRA if response < 0.06 else TORCHVISION  # theirs are 0.02 and 0.2
+    divided = {"pixel_std": TORCHVISION["pixel_std"]}
+    return MSRA if response < 0.06 else divided  # they have 0.02 and 0.2
 
 
 def encoding_of(filename: str) -> dict:

@@ -4,7 +4,10 @@ LazyConfig users compose the same classes directly, see configs/common/models/di
 """
 
 from detectron2.config import CfgNode as CN
+from detectron2.config import LazyConfig, get_cfg
 from detectron2.layers import ShapeSpec
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig
 
 from .data import num_classes
 from .modeling import (
@@ -56,6 +59,28 @@ def add_dino_config(cfg: CN) -> None:
 
     # Short sides before the crop of DETR's augmentation; see dino_d2/data/augmentation.py.
     cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
+
+
+def read_config(file: str) -> CN | DictConfig:
+    """A config of either style: `.py` files and what a training with one of them saves as
+    `config.yaml` are LazyConfigs, other YAML files become a CfgNode with the keys of DINO.
+
+    Raises:
+        ValueError: a YAML file without keys
+    """
+    if file.endswith(".py"):
+        return LazyConfig.load(file)
+    with PathManager.open(file) as opened:
+        is_lazy = "_target_:" in opened.read()
+    if is_lazy:
+        return LazyConfig.load(file)
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    try:
+        cfg.merge_from_file(file)
+    except AttributeError as error:  # yacs expects a dict
+        raise ValueError(f"'{file}' is no config: it has no keys") from error
+    return cfg
 
 
 def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict:

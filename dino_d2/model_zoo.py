@@ -4,12 +4,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from omegaconf import DictConfig
 
 from .checkpointer import Checkpointer
-from .config import add_dino_config
+from .config import read_config
 from .modeling.dino import DINO
 from .releases import RELEASES, find
 
@@ -43,23 +43,18 @@ def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
     Args:
         name: as for `get_config_file`
         trained: whether its weights are to be those of the published checkpoint `name`, with
-            COCO's 80 classes, and not the ImageNet weights that training starts from
+            COCO's 80 classes, and not the ImageNet weights that training starts from; they are
+            for `Checkpointer`, Detectron2's own does not know their layouts
 
     Raises:
         FileNotFoundError: no such config, or no such published checkpoint
     """
     weights = f"dino_d2://{find(name).name}" if trained else None
-    file = get_config_file(name)
-    if file.endswith(".py"):
-        cfg = LazyConfig.load(file)
-        if trained:
-            cfg.train.init_checkpoint, cfg.model.num_classes = weights, NUM_CLASSES
-        return cfg
-    cfg = get_cfg()
-    add_dino_config(cfg)
-    cfg.merge_from_file(file)
-    if trained:
+    cfg = read_config(get_config_file(name))
+    if trained and isinstance(cfg, CfgNode):
         cfg.MODEL.WEIGHTS, cfg.MODEL.DINO.NUM_CLASSES = weights, NUM_CLASSES
+    elif trained:
+        cfg.train.init_checkpoint, cfg.model.num_classes = weights, NUM_CLASSES
     return cfg
 
 
@@ -75,11 +70,40 @@ def get(name: str, device: str | None = None) -> DINO:
         CheckpointError: it cannot be downloaded
     """
     cfg = get_config(name, trained=True)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(cfg, CfgNode):
-        cfg.MODEL.DEVICE = device
-        model, weights = build_model(cfg), cfg.MODEL.WEIGHTS
-    else:
-        model, weights = instantiate(cfg.model).to(device), cfg.train.init_checkpoint
-    Checkpointer(model, complete=True).load(weights)
+    model = build(cfg, NUM_CLASSES, device)
+    Checkpointer(model, complete=True).load(weights_of(cfg))
     return model.eval()
+
+
+def build(cfg: CfgNode | DictConfig, num_classes: int, device: str | None = None) -> DINO:
+    """The model of a config of either style.
+
+    Args:
+        cfg: its own device is not used
+        num_classes: K
+        device: by default the GPU if there is one
+
+    Raises:
+        ValueError: there is no such device, or the config is of another model
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"the device is {device!r}, but PyTorch finds no GPU here")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"the device is {device!r}, which PyTorch does not know") from error
+    if isinstance(cfg, CfgNode):
+        cfg.MODEL.DINO.NUM_CLASSES, cfg.MODEL.DEVICE = num_classes, device
+        model = build_model(cfg)
+    else:
+        cfg.model.num_classes = num_classes
+        model = instantiate(cfg.model).to(device)
+    if not isinstance(model, DINO):
+        raise ValueError(f"the config is that of a {type(model).__name__}, not of a DINO")
+    return model
+
+
+def weights_of(cfg: CfgNode | DictConfig) -> str:
+    """Which weights a config of either style names."""
+    return cfg.MODEL.WEIGHTS if isinstance(cfg, CfgNode) else cfg.train.init_checkpoint

@@ -5,20 +5,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy, read_image
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from omegaconf import DictConfig
 from PIL import Image
 
-from . import checkpoint as formats
 from . import model_zoo
-from .checkpoint import CheckpointError
+from .checkpoint import COCO_80, CheckpointError
 from .checkpoint_io import fetch, read, weights
-from .checkpointer import CONVERTERS, Checkpointer
-from .config import add_dino_config
+from .checkpointer import Checkpointer, to_ours
+from .config import read_config
 from .modeling.dino import DINO
 from .releases import RELEASES
 
@@ -55,6 +52,9 @@ class Predictor:
 
         Returns:
             pred_boxes in pixels of the image, scores (falling) and pred_classes, of each image
+
+        Raises:
+            ValueError: an array is something else
         """
         if isinstance(images, list | tuple):
             return [x["instances"].to("cpu") for x in self.model([self.prepare(x) for x in images])]
@@ -71,13 +71,20 @@ class Predictor:
 
     def read(self, image: Picture) -> np.ndarray:
         if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ValueError(
+                    "an array has to be an RGB image (H, W, 3) of uint8, but this one is "
+                    f"{image.shape} of {image.dtype}"
+                )
             return image[:, :, ::-1] if self.image_format == "BGR" else image
         if isinstance(image, Image.Image):
             return convert_PIL_to_numpy(image, self.image_format)
         return read_image(os.fspath(image), self.image_format)
 
 
-def load(config: str, weights: str = "", device: str | None = None) -> Predictor:
+def load(
+    config: str, weights: str = "", device: str | None = None, overrides: Sequence[str] = ()
+) -> Predictor:
     """A model and its weights.
 
     Args:
@@ -85,43 +92,33 @@ def load(config: str, weights: str = "", device: str | None = None) -> Predictor
         weights: file, URL or `dino_d2://NAME`; by default those of the published checkpoint, or
             those that the config names
         device: by default the GPU if there is one
+        overrides: of the config, as on the command line of train_net.py
 
     Raises:
         FileNotFoundError: no such config
+        ValueError: no such device, or a config of another model
         CheckpointError: the weights cannot be had, or are not all that the model needs
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = read_config(config)
-    if isinstance(cfg, CfgNode):
-        path = weights or cfg.MODEL.WEIGHTS
-        classes = classes_of(path)
-        cfg.MODEL.DINO.NUM_CLASSES, cfg.MODEL.DEVICE = len(classes), device
-        model, image_format = build_model(cfg), cfg.INPUT.FORMAT
-        sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-        augmentations = [T.ResizeShortestEdge(*sizes)]
+    if os.path.isfile(config):
+        cfg = read_config(config)
     else:
-        path = weights or cfg.train.init_checkpoint
-        classes = classes_of(path)
-        cfg.model.num_classes = len(classes)
-        model = instantiate(cfg.model).to(device)
+        cfg = model_zoo.get_config(config, trained=config in RELEASES)
+    if isinstance(cfg, CfgNode):
+        cfg.merge_from_list(list(overrides))
+        image_format = cfg.INPUT.FORMAT
+        resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        augmentations = [resize]
+    else:
+        cfg = LazyConfig.apply_overrides(cfg, list(overrides))
         mapper = cfg.dataloader.test.mapper
         augmentations, image_format = instantiate(mapper.augmentations), mapper.image_format
+    path = weights or model_zoo.weights_of(cfg)
+    classes = classes_of(path)
+    model = model_zoo.build(cfg, len(classes), device)
     Checkpointer(model, classes=classes, complete=True).load(path)
     return Predictor(
         model.eval(), classes=classes, augmentations=augmentations, image_format=image_format
     )
-
-
-def read_config(config: str) -> CfgNode | DictConfig:
-    """By name or from a file."""
-    if not os.path.isfile(config):
-        return model_zoo.get_config(config, trained=config in RELEASES)
-    if config.endswith(".py"):
-        return LazyConfig.load(config)
-    cfg = get_cfg()
-    add_dino_config(cfg)
-    cfg.merge_from_file(config)
-    return cfg
 
 
 def classes_of(path: str) -> list[str]:
@@ -136,12 +133,10 @@ def classes_of(path: str) -> list[str]:
     checkpoint = read(file)
     named = checkpoint.get("dino_d2", {}).get("classes")
     if named:
-        return named
-    state, form = weights(checkpoint, file)
-    state = CONVERTERS[form](state) if form in CONVERTERS else state
-    bias = state.get("decoder.class_heads.0.bias")
+        return [name for name in named if name]
+    bias = to_ours(*weights(checkpoint, file)).get("decoder.class_heads.0.bias")
     if bias is None:
         raise CheckpointError(f"'{path}' has no weights of a trained DINO, so it detects nothing")
     if len(bias) in (80, 91):
-        return list(formats.COCO_80)
+        return list(COCO_80)
     return [f"class {i}" for i in range(len(bias))]

@@ -2,18 +2,22 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import transforms as T
+from omegaconf import DictConfig
 from PIL import Image
 
 import dino_d2
 from dino_d2.checkpoint import CheckpointError
 from dino_d2.checkpoint_io import write
 from dino_d2.checkpointer import Checkpointer
+from dino_d2.config import read_config
 from dino_d2.model_zoo import get_config, get_config_file
 from dino_d2.predictor import Predictor
 
@@ -129,6 +133,96 @@ def test_without_weights_there_is_nothing_to_load():
         dino_d2.load("quickstart")
 
 
+# ---- the config of a training
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quickstart.py",
+        "dino_R_50_5scale_12ep.py",
+        "detrex/dino_R_50_4scale_12ep.py",
+        "dino_Swin_T_224_4scale_12ep.py",
+        "Predecessors/deformable_detr_R_50_two_stage_50ep.py",
+        "Predecessors/dn_deformable_detr_R_50_50ep.py",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+def test_what_a_lazy_training_saves_as_its_config_is_read_as_one(name, tmp_path, monkeypatch):
+    # Swin reads its rates from a tensor while it is built
+    monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
+    original = get_config(name)
+    LazyConfig.save(original, str(tmp_path / "config.yaml"))
+    read = read_config(str(tmp_path / "config.yaml"))
+    assert isinstance(read, DictConfig)
+    read.model.num_classes = original.model.num_classes = 3
+    with torch.device("meta"):
+        models = [instantiate(cfg.model) for cfg in (read, original)]
+    shapes = [{key: x.shape for key, x in x.state_dict().items()} for x in models]
+    assert shapes[0] == shapes[1] and type(models[0].criterion) is type(models[1].criterion)
+    augmentations = instantiate(read.dataloader.test.mapper.augmentations)
+    assert isinstance(augmentations[0], T.ResizeShortestEdge)
+
+
+def test_the_config_that_a_lazy_training_saved_detects(trained, image, tmp_path):
+    file = str(tmp_path / "config.yaml")
+    LazyConfig.save(get_config("quickstart.py"), file)
+    first, second = (
+        dino_d2.load(config, str(trained), device="cpu")(image)
+        for config in (file, "quickstart.py")
+    )
+    assert torch.equal(first.pred_boxes.tensor, second.pred_boxes.tensor)
+
+
+def test_the_config_that_a_yaml_training_saved_detects(trained, image, tmp_path):
+    cfg = get_config("quickstart")
+    cfg.MODEL.WEIGHTS = str(trained)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    predictor = dino_d2.load(str(tmp_path / "config.yaml"), device="cpu")
+    assert predictor.classes == CLASSES and len(predictor(image)) > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        ("quickstart", ["TEST.DETECTIONS_PER_IMAGE", "7", "INPUT.MIN_SIZE_TEST", "40"]),
+        (
+            "quickstart.py",
+            [
+                "model.max_detections=7",
+                "dataloader.test.mapper.augmentations.0.short_edge_length=40",
+            ],
+        ),
+    ],
+)
+def test_overrides_change_the_config(config, overrides, trained, image):
+    predictor = dino_d2.load(config, str(trained), "cpu", overrides)
+    assert len(predictor(image)) == 7
+    assert predictor.prepare(image)["image"].shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ((60, 90, 3), np.float32),
+        ((60, 90, 3), np.uint16),
+        ((60, 90, 3), bool),
+        ((60, 90), np.uint8),
+        ((60, 90, 4), np.uint8),
+        ((3, 60, 90), np.uint8),
+        ((1, 60, 90, 3), np.uint8),
+        ((0, 90, 3), np.uint8),
+        ((60, 0, 3), np.uint8),
+        ((0,), np.uint8),
+    ],
+)
+def test_an_array_that_is_no_image_is_one_sentence(make_predictor, shape, kind):
+    with pytest.raises(ValueError, match=r"RGB image \(H, W, 3\) of uint8") as caught:
+        make_predictor()([np.zeros(shape, kind)])
+    message = str(caught.value)
+    assert message.endswith(f"{shape} of {np.dtype(kind)}") and "\n" not in message
+
+
 # ---- the program
 
 
@@ -149,18 +243,18 @@ def folder(image, tmp_path):
 
 def test_folders_patterns_and_files_are_found(folder):
     found = demo.find_images([f"{folder}", f"{folder}/more/*", f"{folder}/a.png"])
-    assert found == [folder / "a.png", folder / "b.jpg", folder / "more/a.png", folder / "a.png"]
+    assert found == [folder / "a.png", folder / "b.jpg", folder / "more/a.png"]  # each once
 
 
 def test_the_demo_draws_and_writes_what_it_detects(folder, trained, tmp_path, monkeypatch, capsys):
     output, file = tmp_path / "pictures", tmp_path / "detections.json"
     run_demo(
         monkeypatch,
-        *("--config", "quickstart", "--weights", trained, "--device", "cpu"),
+        *("--config-file", "quickstart", "--weights", trained, "--device", "cpu"),
         *("--input", folder, folder / "more", "--output", output, "--json", file),
         *("--confidence-threshold", "0.001", "--batch-size", "2"),
     )
-    assert {x.name for x in output.iterdir()} == {"a_0.png", "b.png", "a_2.png"}
+    assert {x.name for x in output.iterdir()} == {"a.png", "b.png", "a_1.png"}
     assert Image.open(output / "b.png").size == (90, 60)
     detections = json.loads(file.read_text())
     assert {x["image"] for x in detections} == {str(x) for x in folder.rglob("*.[jp][pn]g")}
@@ -172,7 +266,16 @@ def test_the_demo_draws_and_writes_what_it_detects(folder, trained, tmp_path, mo
 
 def test_the_threshold_of_the_demo_is_kept(folder, trained, tmp_path, monkeypatch):
     file = tmp_path / "detections.json"
-    options = ("--config", "quickstart", "--weights", trained, "--device", "cpu", "--json", file)
+    options = (
+        "--config-file",
+        "quickstart",
+        "--weights",
+        trained,
+        "--device",
+        "cpu",
+        "--json",
+        file,
+    )
     run_demo(monkeypatch, *options, "--input", folder, "--confidence-threshold", "1.1")
     assert json.loads(file.read_text()) == []
 
@@ -180,26 +283,154 @@ def test_the_threshold_of_the_demo_is_kept(folder, trained, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config", "quickstart", "--input", "nowhere/*.jpg"], "nowhere"),
-        (["--config", "quickstrt", "--input", "{folder}"], "quickstart"),
-        (["--config", "quickstart", "--weights", "nowhere.pth", "--input", "{folder}"], "nowhere"),
-        (["--config", "quickstart", "--weights", "{bad}", "--input", "{folder}"], "notes.txt"),
-        (["--config", "quickstart", "--weights", "{trained}", "--input", "{fake}"], "fake.png"),
+        (["--config-file", "quickstart", "--input", "nowhere/*.jpg"], "nowhere"),
+        (["--config-file", "quickstrt", "--input", "{folder}"], "quickstart"),
+        (
+            ["--config-file", "quickstart", "--weights", "nowhere.pth", "--input", "{folder}"],
+            "nowhere",
+        ),
+        (["--config-file", "quickstart", "--weights", "{bad}", "--input", "{folder}"], "notes.txt"),
     ],
 )
-def test_bad_input_of_the_demo_is_one_sentence(
-    words, message, folder, trained, tmp_path, monkeypatch
-):
-    (tmp_path / "fake.png").write_text("no image")
-    places = {"folder": folder, "bad": folder / "notes.txt", "trained": trained}
-    words = [word.format(**places, fake=tmp_path / "fake.png") for word in words]
+def test_bad_input_of_the_demo_is_one_sentence(words, message, folder, tmp_path, monkeypatch):
+    words = [word.format(folder=folder, bad=folder / "notes.txt") for word in words]
     with pytest.raises(SystemExit) as end:
         run_demo(monkeypatch, *words, "--json", tmp_path / "out.json", "--device", "cpu")
     assert message in str(end.value) and "\n" not in str(end.value)
 
 
+def options(trained, *more):
+    return ("--config-file", "quickstart", "--weights", trained, "--device", "cpu", *more)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_done(
+    folder, trained, tmp_path, monkeypatch, capsys, batch_size
+):
+    (folder / "a2.png").write_text("no image")
+    picture = (folder / "b.jpg").read_bytes()
+    (folder / "c.jpg").write_bytes(picture[: len(picture) // 2])  # begins as one
+    (folder / "d.png").touch()
+    output, file = tmp_path / "pictures", tmp_path / "detections.json"
+    words = ("--input", folder, "--output", output, "--json", file, "--batch-size", batch_size)
+    run_demo(monkeypatch, *options(trained, *words, "--confidence-threshold", "0.001"))
+    assert {x.name for x in output.iterdir()} == {"a.png", "b.png"}
+    found = {x["image"] for x in json.loads(file.read_text())}
+    assert found == {str(folder / "a.png"), str(folder / "b.jpg")}
+    lines = [x for x in capsys.readouterr().err.splitlines() if "left out" in x]
+    assert len(lines) == 3
+    for line, name in zip(lines, ("a2.png", "c.jpg", "d.png"), strict=True):
+        assert line.startswith(f"'{folder / name}' cannot be read, and is left out: ")
+
+
+def test_an_image_of_a_size_that_cannot_be_is_left_out(folder, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert demo.read([folder / "a.png"]) == {}
+    assert "a.png' cannot be read, and is left out: " in capsys.readouterr().err
+
+
+def test_a_run_without_a_readable_image_detects_nothing(folder, trained, tmp_path, monkeypatch):
+    (folder / "a2.png").write_text("no image")
+    file = tmp_path / "detections.json"
+    run_demo(monkeypatch, *options(trained, "--input", folder / "a2.png", "--json", file))
+    assert json.loads(file.read_text()) == []
+
+
+def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(folder):
+    name = folder / "a[1].png"
+    (folder / "a.png").rename(name)
+    (folder / "a1.png").touch()
+    assert demo.find_images([str(name)]) == [name]
+    name.unlink()
+    assert demo.find_images([str(name)]) == [folder / "a1.png"]
+
+
+@pytest.mark.parametrize(
+    ("stems", "names"),
+    [
+        (["a", "b", "a", "a"], ["a", "b", "a_1", "a_2"]),
+        (["a", "a_1", "a"], ["a", "a_1", "a_2"]),
+        (["a", "a", "a_1"], ["a", "a_1", "a_1_1"]),
+    ],
+)
+def test_no_picture_of_a_run_replaces_another(stems, names, tmp_path):
+    taken = set()
+    found = [demo.free_name(tmp_path, stem, taken) for stem in stems]
+    assert found == [tmp_path / f"{name}.png" for name in names]
+    assert taken == set(found)
+
+
+def test_overrides_of_the_demo_reach_the_config(folder, trained, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(demo, "run", lambda predictor, *_: seen.append(predictor) or [])
+    words = options(trained, "--input", folder, "--json", tmp_path / "out.json")
+    run_demo(monkeypatch, *words, "--opts", "TEST.DETECTIONS_PER_IMAGE", "7")
+    assert seen[0].model.max_detections == 7
+
+
+NO_CONFIGS = {
+    "text.yaml": b"hello",
+    "list.yaml": b"- 1\n- 2\n",
+    "other.yaml": b"FOO: 1",
+    "broken.yaml": b"MODEL: [",
+    "target.yaml": b"a: {_target_: builtins.dict}",
+    "bytes.yaml": b"\xff\xfe\x00\x01",
+    "empty.py": b"",
+    "broken.py": b"model = (",
+    "name.py": b"model = nowhere",
+    "import.py": b"import nowhere_at_all",
+    "detector.yaml": b"MODEL: {META_ARCHITECTURE: ProposalNetwork, WEIGHTS: a.pth}",
+}
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    def fail(*_):
+        raise AssertionError("an image was looked at")
+
+    monkeypatch.setattr(demo, "run", fail)
+
+
+@pytest.mark.parametrize("name", NO_CONFIGS)
+def test_a_config_that_is_none_is_one_sentence(
+    name, folder, trained, tmp_path, monkeypatch, no_work
+):
+    (tmp_path / name).write_bytes(NO_CONFIGS[name])
+    words = ("--weights", trained, "--device", "cpu", "--input", folder)
+    with pytest.raises(SystemExit) as end:
+        run_demo(monkeypatch, "--config-file", tmp_path / name, *words, "--json", tmp_path / "out")
+    message = str(end.value)
+    assert message.startswith("demo.py: ") and "\n" not in message and len(message) > 20
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output", "{tmp}/file"], "file"),
+        (["--output", "{tmp}/file/more"], "file"),
+        (["--json", "{tmp}/nowhere/out.json"], "nowhere"),
+        (["--json", "{tmp}/folder"], "folder"),
+        (["--json", "{tmp}/out.json", "--device", "foo"], "foo"),
+        (["--json", "{tmp}/out.json", "--device", "cuda"], "no GPU"),
+        (["--json", "{tmp}/out.json", "--opts", "FOO.BAR", "1"], "FOO"),
+        (["--json", "{tmp}/out.json", "--opts", "TEST.DETECTIONS_PER_IMAGE"], "odd length"),
+    ],
+)
+def test_what_the_demo_cannot_do_is_one_sentence_before_it_begins(
+    words, message, folder, trained, tmp_path, monkeypatch, no_work
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    words = [word.format(tmp=tmp_path) for word in words]
+    with pytest.raises(SystemExit) as end:
+        run_demo(monkeypatch, *options(trained, "--input", folder, *words))
+    text = str(end.value)
+    assert text.startswith("demo.py: ") and message in text and "\n" not in text
+
+
 @pytest.mark.parametrize("words", [[], ["--json", "out.json", "--batch-size", "0"]])
 def test_the_demo_refuses_options_that_say_nothing(words, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run_demo(monkeypatch, "--config", "quickstart", "--input", "x.png", *words)
+        run_demo(monkeypatch, "--config-file", "quickstart", "--input", "x.png", *words)
     assert "--output" in capsys.readouterr().err

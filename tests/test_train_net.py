@@ -7,10 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import layouts
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
 
+from dino_d2.checkpointer import Checkpointer
 from dino_d2.data import generate
 from dino_d2.model_zoo import get_config_file
 
@@ -159,6 +164,110 @@ def test_a_checkpoint_that_is_not_there_is_refused(style, data, monkeypatch):
 
 
 @pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("option", [[], ["--eval-only"]])
+def test_a_published_checkpoint_to_download_by_hand_is_asked_for(
+    style, option, data, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    options = overrides(style, weights="dino_d2://official/dino_R_50_4scale_12ep")
+    message = complaint(monkeypatch, *config(style), *data, *option, *options)
+    assert message.startswith("train_net.py: ") and "\n" not in message
+    place = str(tmp_path / "dino_d2" / "checkpoint0011_4scale.pth")
+    assert KEYS[style]["weights"] in message and place in message and "https://" in message
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Programs of this process leave logging and random numbers as they are."""
+    monkeypatch.setattr(train_net, "default_setup", lambda cfg, args: None)
+    monkeypatch.setattr(train_net, "setup_logger", lambda *args, **options: None)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("option", [[], ["--eval-only"]])
+def test_a_damaged_checkpoint_is_one_sentence(
+    style, option, data, monkeypatch, in_process, tmp_path
+):
+    (tmp_path / "a.pth").write_text("<!DOCTYPE html>")
+    options = overrides(style, output=tmp_path / "output", weights=tmp_path / "a.pth")
+    message = complaint(monkeypatch, *config(style), *data, *option, *options)
+    assert message.startswith("train_net.py: ") and "\n" not in message
+    assert f"'{tmp_path / 'a.pth'}' is damaged or no checkpoint" in message
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_evaluation_of_a_training_that_never_was_is_refused(
+    style, data, monkeypatch, in_process, tmp_path
+):
+    options = overrides(style, output=tmp_path)
+    words = [*config(style), *data, "--eval-only", "--resume", *options]
+    assert "no checkpoint" in complaint(monkeypatch, *words)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The models with which trainings and evaluations of both styles begin."""
+    models = []
+    monkeypatch.setattr(train_net.Trainer, "train", lambda self: models.append(self.model))
+    monkeypatch.setattr(train_net.Trainer, "test", lambda cfg, model: models.append(model))
+    monkeypatch.setattr(
+        train_net.SimpleTrainer, "train", lambda self, *_: models.append(self.model)
+    )
+    monkeypatch.setattr(train_net, "evaluate_lazy", lambda cfg, model: models.append(model))
+    return models
+
+
+def model_of(cfg):
+    return build_model(cfg) if hasattr(cfg, "MODEL") else instantiate(cfg.model)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("option", [[], ["--eval-only"]])
+@pytest.mark.parametrize("layout", ["official", "detrex", "mmdet"])
+def test_weights_of_every_layout_are_where_training_and_evaluation_begin(
+    style, option, layout, data, in_process, started, tmp_path
+):
+    words = [*config(style), *data, *option]
+    options = overrides(style, output=tmp_path, weights=tmp_path / "theirs.pth", iterations=1)
+    torch.save({}, tmp_path / "theirs.pth")
+    expected = model_of(train_net.load_config(parse(*words, *options))).state_dict()
+    torch.save({"model": getattr(layouts, layout)(expected)}, tmp_path / "theirs.pth")
+    train_net.main(parse(*words, *options))
+    (model,) = started
+    assert not [k for k, x in model.state_dict().items() if not torch.equal(x, expected[k])]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_checkpoint_says_which_classes_it_was_trained_with(
+    style, data, in_process, started, tmp_path
+):
+    options = overrides(style, output=tmp_path, iterations=1)
+    cfg = train_net.load_config(parse(*config(style), *data, *options))
+    names = cfg.DATASETS.TRAIN if style == ".yaml" else cfg.dataloader.train.dataset.names
+    checkpointer = train_net.make_checkpointer(model_of(cfg), str(tmp_path), names)
+    assert type(checkpointer) is Checkpointer and not checkpointer.complete
+    assert checkpointer.description()["dino_d2"]["classes"] == MetadataCatalog.get(names[0]).get(
+        "thing_classes"
+    )
+
+
+def test_trainings_save_with_what_belongs_to_the_weights(data, in_process, started, tmp_path):
+    options = overrides(".yaml", output=tmp_path, iterations=1)
+    trainer = train_net.Trainer(train_net.load_config(parse(*config(".yaml"), *data, *options)))
+    (saver,) = [x for x in trainer._hooks if isinstance(x, train_net.hooks.PeriodicCheckpointer)]
+    assert saver.checkpointer is trainer.checkpointer
+    assert type(trainer.checkpointer) is Checkpointer
+    assert trainer.checkpointer.checkpointables.keys() == {"trainer"}
+
+
+@pytest.mark.parametrize("complete", [{}, {"complete": True}])
+def test_other_models_keep_the_checkpointer_of_detectron2(complete, tmp_path):
+    model = torch.nn.Linear(1, 1)
+    checkpointer = train_net.make_checkpointer(model, str(tmp_path), ["no data set"], **complete)
+    assert type(checkpointer) is DetectionCheckpointer and checkpointer.save_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(("option", "missing"), [([], "train"), (["--eval-only"], "val")])
 def test_data_that_is_needed_and_not_given(style, option, missing, data, shapes, monkeypatch):
     given = data[4:] if missing == "train" else data[:4]
@@ -243,6 +352,40 @@ def test_bad_data_ends_before_training_with_one_sentence(
 def test_a_number_of_classes_that_contradicts_the_data(style, number, data, monkeypatch):
     message = complaint(monkeypatch, *config(style), *data, *overrides(style), *number)
     assert "9 classes" in message and "has 4" in message
+
+
+@pytest.mark.parametrize("name", ["quickstart", "Predecessors/dab_deformable_detr_R_50_50ep"])
+def test_the_config_that_a_lazy_training_saved_trains(name, data, tmp_path):
+    words = [*data, *overrides(".py", output=tmp_path), "train.init_checkpoint=''"]
+    first = train_net.load_config(parse(*config(".py", name), *words))
+    LazyConfig.save(first, str(tmp_path / "config.yaml"))
+    # without the data, which the config has written down
+    second = train_net.load_config(parse("--config-file", tmp_path / "config.yaml"))
+    assert second.model.num_classes == 4 and second.train.output_dir == str(tmp_path)
+    assert second.dataloader.train.dataset.names == first.dataloader.train.dataset.names
+    shapes = [
+        {key: x.shape for key, x in model_of(cfg).state_dict().items()} for cfg in (first, second)
+    ]
+    assert shapes[0] == shapes[1]
+    model = model_of(second)
+    second.optimizer.params.model = model
+    assert isinstance(instantiate(second.optimizer), torch.optim.AdamW)
+    assert len(next(iter(instantiate(second.dataloader.train)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("text.yaml", "hello", "text.yaml"),
+        ("broken.py", "model = (", "broken.py"),
+        ("name.py", "model = nowhere", "nowhere"),
+        ("other.yaml", "FOO: 1", ": Non-existent config key: FOO"),
+    ],
+)
+def test_a_config_that_is_none_is_one_sentence(name, content, part, monkeypatch, tmp_path):
+    (tmp_path / name).write_text(content)
+    message = complaint(monkeypatch, "--config-file", tmp_path / name)
+    assert message.startswith("train_net.py: ") and part in message and "\n" not in message
 
 
 def test_a_config_of_no_known_style(monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from ..boxes import xyxy_to_cxcywh
+from ..checkpoint import CheckpointError, detect_format
 from ..config import build_parts
 from ..structures import DetectorOutput, Target, prepend, split_predictions
 from .denoising import denoising_attn_mask
@@ -65,6 +66,7 @@ class DINO(nn.Module):
         self.max_detections = max_detections
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
     @classmethod
     def from_config(cls, cfg):
@@ -172,6 +174,16 @@ def padding_mask(images: ImageList) -> Tensor:
     for image, (height, width) in zip(mask, images.image_sizes, strict=True):
         image[:height, :width] = False
     return mask
+
+
+def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_) -> None:
+    """Detectron2's own checkpointer would load the few tensors whose names happen to fit."""
+    layout = detect_format(state)
+    if layout in ("official", "detrex", "mmdet"):
+        raise CheckpointError(
+            f"these weights have the layout of {layout}, which Detectron2's checkpointer does not "
+            "know: load them with dino_d2.checkpointer.Checkpointer(model).load(path)"
+        )
 
 
 def rescale(instances: Instances, x: dict) -> Instances:

@@ -4,8 +4,10 @@
     DAB-Deformable-DETR    StaticQueries, ScaledAnchorPosition
     DN-Deformable-DETR     as DAB, IndicatorQueries, IndicatorDenoising, BoxesOnly
 
-`configs/Predecessors` puts them together. One deviation from their code: the inverse sigmoid is
-cut off at 1e-3, as in DAB- and DN-Deformable-DETR and in DINO, where Deformable DETR has 1e-5.
+`configs/Predecessors` puts them together. Deviations from their code: the inverse sigmoid is cut
+off at 1e-3, as in DAB- and DN-Deformable-DETR and in DINO, where Deformable DETR has 1e-5; the
+boxes that are denoised have a limit, and their number is averaged over workers, where DN-DETR's is
+not.
 """
 
 import torch
@@ -174,8 +176,7 @@ class IndicatorDenoising(Denoising):
 
 
 class BoxesOnly(SetCriterion):
-    """Criterion of DN-DETR: the empty slots of denoising are not supervised. (The number of boxes
-    is averaged over workers here; theirs is the worker's own.)"""
+    """Criterion of DN-DETR: the empty slots of denoising are not supervised."""
 
     def denoising_losses(
         self,

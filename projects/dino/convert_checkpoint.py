@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Convert a published checkpoint of DINO to this project's layout, or one of ours to the official.
 
-Training and evaluation read every layout as it is; converting is for keeping or sharing one.
+Training and evaluation read every layout as it is; converting is for keeping or sharing one. The
+number of classes stays: official DINO has the 91 category ids of COCO, and a model of 80 picks its.
 """
 
 import argparse
@@ -33,14 +34,16 @@ def convert(source: str, to: str) -> dict:
     path = fetch(source)
     checkpoint = read(path)
     state, form = weights(checkpoint, path)
-    if form not in ("dino_d2", "official", "detrex", "mmdet"):
-        raise CheckpointError(f"'{source}' is no DINO of a known layout")
     state = to_ours(state, form)
-    if to == "official":
-        return {"model": to_official(state)}
-    description = checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(path)
+    if "decoder.class_heads.0.bias" not in state:
+        raise CheckpointError(f"'{source}' is no DINO of a known layout")
     classes = coco_classes(len(state["decoder.class_heads.0.bias"]))
-    return {"model": state, "dino_d2": {"classes": classes and list(classes), **description}}
+    description = {
+        "classes": classes and list(classes),
+        **(checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(path)),
+    }
+    # Beside the official layout too: other settings than the official ones would be lost otherwise.
+    return {"model": to_official(state) if to == "official" else state, "dino_d2": description}
 
 
 def main() -> None:

@@ -5,16 +5,15 @@ import argparse
 import glob
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
+from train_net import BAD_INPUT
 
 import dino_d2
-from dino_d2.checkpoint import CheckpointError
 from dino_d2.visualize import draw_instances
 
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -22,16 +21,17 @@ EPILOG = """
 Examples:
 
 A published checkpoint by name, see the README:
-    $ demo.py --config detrex/dino_R_50_4scale_24ep --input photos/ cat.jpg --output detected
+    $ demo.py --config-file detrex/dino_R_50_4scale_24ep --input photos/ cat.jpg --output detected
 
 A training of one's own:
-    $ demo.py --config output/quickstart/config.yaml --weights output/quickstart/model_final.pth \\
+    $ demo.py --config-file output/quickstart/config.yaml \\
+        --weights output/quickstart/model_final.pth \\
         --input "output/quickstart/data/images/val_*.jpg" --output detected --json detected.json
 """
 
 
 def find_images(inputs: list[str]) -> list[Path]:
-    """The images that paths, folders and patterns mean.
+    """The images that paths, folders and patterns mean, each once.
 
     Raises:
         FileNotFoundError: one of them means none
@@ -39,6 +39,9 @@ def find_images(inputs: list[str]) -> list[Path]:
     images = []
     for name in inputs:
         path = Path(name)
+        if path.is_file():
+            images.append(path)
+            continue
         found = path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
         found = sorted(x for x in found if x.suffix.lower() in SUFFIXES and x.is_file())
         if not found:
@@ -46,7 +49,7 @@ def find_images(inputs: list[str]) -> list[Path]:
                 f"--input '{name}' is no image, nor a folder or pattern of some"
             )
         images += found
-    return images
+    return list(dict.fromkeys(images))
 
 
 def to_json(path: Path, instances: Instances, classes: list[str]) -> list[dict]:
@@ -60,11 +63,45 @@ def to_json(path: Path, instances: Instances, classes: list[str]) -> list[dict]:
     ]
 
 
-def main() -> None:
+def read(paths: list[Path]) -> dict:
+    """The images that can be read; what is wrong with the others is printed."""
+    pictures = {}
+    for path in paths:
+        try:
+            pictures[path] = read_image(str(path), "RGB")
+        except (OSError, Image.DecompressionBombError) as error:
+            tqdm.write(f"'{path}' cannot be read, and is left out: {error}", file=sys.stderr)
+    return pictures
+
+
+def free_name(folder: Path, stem: str, taken: set[Path]) -> Path:
+    """A name for a picture that no other of this run has."""
+    names = (folder / f"{stem}{f'_{i}' if i else ''}.png" for i in range(len(taken) + 1))
+    name = next(name for name in names if name not in taken)
+    taken.add(name)
+    return name
+
+
+def run(predictor: dino_d2.Predictor, paths: list[Path], args: argparse.Namespace) -> list[dict]:
+    """Pictures go to the output folder, detections are returned."""
+    detections, drawn = [], set()
+    for start in tqdm(range(0, len(paths), args.batch_size), unit="batch", disable=None):
+        pictures = read(paths[start : start + args.batch_size])
+        found = predictor(list(pictures.values()))
+        for (path, picture), instances in zip(pictures.items(), found, strict=True):
+            instances = instances[instances.scores >= args.confidence_threshold]
+            detections += to_json(path, instances, predictor.classes)
+            if args.output:
+                picture = draw_instances(Image.fromarray(picture), instances, predictor.classes)
+                picture.save(free_name(args.output, path.stem, drawn))
+    return detections
+
+
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="a file, or a name of the model zoo")
+    parser.add_argument("--config-file", required=True, help="a file, or a name of the model zoo")
     parser.add_argument("--weights", default="", help="file or URL; default: the config's")
     parser.add_argument("--input", nargs="+", required=True, help="images, folders, patterns")
     parser.add_argument("--output", type=Path, help="folder for annotated pictures")
@@ -72,40 +109,32 @@ def main() -> None:
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="default: 0.5")
     parser.add_argument("--batch-size", type=int, default=1, help="default: 1")
     parser.add_argument("--device", help="cpu, cuda, mps; default: cuda if there is one")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
+    return parser
+
+
+def main() -> None:
+    parser = argument_parser()
     args = parser.parse_args()
     if not args.output and not args.json:
         parser.error("say where to: --output FOLDER, --json FILE or both")
     if args.batch_size < 1:
         parser.error("--batch-size has to be 1 or more")
     try:
-        images = find_images(args.input)
-        predictor = dino_d2.load(args.config, args.weights, args.device)
-        detections = run(predictor, images, args)
-    except (CheckpointError, FileNotFoundError, UnidentifiedImageError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+        paths = find_images(args.input)
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+        if args.json:
+            args.json.open("a").close()
+        predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts)
+    except BAD_INPUT as error:
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        sys.exit(f"{parser.prog}: {' '.join(map(str.strip, text.splitlines()))}")
+    detections = run(predictor, paths, args)
     if args.json:
         args.json.write_text(json.dumps(detections, indent=1))
     places = " and ".join(f"'{x}'" for x in (args.output, args.json) if x)
-    print(f"{len(detections)} detections in {len(images)} images: see {places}")
-
-
-def run(predictor: dino_d2.Predictor, images: list[Path], args: argparse.Namespace) -> list[dict]:
-    """Pictures go to the output folder, detections are returned."""
-    detections = []
-    stems = Counter(path.stem for path in images)
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-    for start in tqdm(range(0, len(images), args.batch_size), unit="batch", disable=None):
-        batch = images[start : start + args.batch_size]
-        for path, instances in zip(batch, predictor(batch), strict=True):
-            instances = instances[instances.scores >= args.confidence_threshold]
-            detections += to_json(path, instances, predictor.classes)
-            if args.output:
-                picture = Image.fromarray(read_image(str(path), "RGB"))
-                picture = draw_instances(picture, instances, predictor.classes)
-                number = "" if stems[path.stem] == 1 else f"_{images.index(path)}"
-                picture.save(args.output / f"{path.stem}{number}.png")
-    return detections
+    print(f"{len(detections)} detections in {len(paths)} images: see {places}")
 
 
 if __name__ == "__main__":

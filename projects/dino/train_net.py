@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.engine import (
     AMPTrainer,
@@ -30,10 +30,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dino_d2 import DINO, add_dino_config, data
+from dino_d2 import DINO, data
 from dino_d2.checkpoint import CheckpointError
 from dino_d2.checkpoint_io import fetch
 from dino_d2.checkpointer import Checkpointer
+from dino_d2.config import read_config
 from dino_d2.solver import ClippedAdamW, parameter_groups
 
 EPILOG = """
@@ -59,7 +60,7 @@ Evaluate a checkpoint, of one's own or a published one; go on with an interrupte
 
 # What reading a config raises: Detectron2, yacs, omegaconf and hydra have their own ways.
 BAD_INPUT = (
-    *(ValueError, AssertionError, KeyError, ImportError, OSError),
+    *(ValueError, AssertionError, KeyError, ImportError, OSError, SyntaxError, NameError),
     *(YAMLError, OmegaConfBaseException, OverrideParseException),
 )
 
@@ -117,17 +118,13 @@ def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     """
     if "://" not in args.config_file and not os.path.isfile(args.config_file):
         raise ValueError(f"--config-file is {args.config_file!r}, which is no file")
-    if args.config_file.endswith(".py"):
-        return load_lazy(args)
-    if args.config_file.endswith((".yaml", ".yml")):
-        return load_yaml(args)
-    raise ValueError(f"--config-file is {args.config_file!r}; it has to be a .yaml or a .py file")
+    if not args.config_file.endswith((".yaml", ".yml", ".py")):
+        raise ValueError(f"--config-file is {args.config_file!r}, neither a .yaml nor a .py file")
+    cfg = read_config(args.config_file)
+    return load_yaml(cfg, args) if isinstance(cfg, CfgNode) else load_lazy(cfg, args)
 
 
-def load_yaml(args: argparse.Namespace) -> CfgNode:
-    cfg = get_cfg()
-    add_dino_config(cfg)
-    cfg.merge_from_file(args.config_file)
+def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg.merge_from_list(args.opts)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = datasets(args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     is_dino = cfg.MODEL.META_ARCHITECTURE == "DINO"
@@ -147,8 +144,8 @@ def load_yaml(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def load_lazy(args: argparse.Namespace) -> DictConfig:
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
+    cfg = LazyConfig.apply_overrides(cfg, args.opts)
     train, test = cfg.dataloader.train.dataset, cfg.dataloader.test.dataset
     train.names, test.names = datasets(args, train.names, test.names)
     number = cfg.model.num_classes if isinstance(cfg.model.num_classes, int) else None
