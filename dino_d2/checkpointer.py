@@ -86,7 +86,8 @@ class Checkpointer(DetectionCheckpointer):
     ):
         super().__init__(model, save_dir, **checkpointables)
         number = self.model.num_classes
-        self.classes = classes or coco_classes(number) or [f"class {i}" for i in range(number)]
+        self.names = classes or coco_classes(number)
+        self.classes = self.names or [f"class {i}" for i in range(number)]
         self.complete = complete
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -121,7 +122,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def description(self) -> dict:
         """What is saved beside the weights, to be checked by `load`."""
-        return {"dino_d2": settings(self.model) | {"classes": list(self.classes)}}
+        return {"dino_d2": settings(self.model) | {"classes": self.names and list(self.names)}}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         self.complete |= resume and self.has_checkpoint()
@@ -217,7 +218,7 @@ class Checkpointer(DetectionCheckpointer):
         """Rows for the model's classes, and those of them that are new."""
         number = len(state["decoder.class_heads.0.bias"])
         given = source.expected.get("classes") or coco_classes(number)
-        if given is None and number == self.model.num_classes:
+        if given is None and self.names and number == self.model.num_classes:
             logger.warning(
                 f"'{source.file}' does not name its classes: they are taken to be, in this order, "
                 + ", ".join(self.classes)

@@ -172,7 +172,7 @@ def test_the_log_counts_what_is_missing_unexpected_and_of_another_shape(make_mod
     before = copied(model)
     Checkpointer(model).load(path)
     total = len(before)
-    _, line = messages(log)
+    (line,) = messages(log)
     assert line.startswith(f"{total - 3} of {total} tensors are from '{path}' (dino_d2), 3 keep")
     assert "4 were not expected, 1 have another shape" in line
     content = "query_selection.content.weight"
@@ -735,7 +735,17 @@ def test_a_checkpoint_of_a_resnet_says_where_its_stride_is(make_resnet_dino):
 def test_classes_without_names_are_those_of_coco_by_their_number(make_model, number, expected):
     checkpointer = Checkpointer(make_model(number))
     assert list(checkpointer.classes) == list(expected)
-    assert checkpointer.description()["dino_d2"]["classes"] == list(expected)
+    saved = checkpointer.description()["dino_d2"]["classes"]
+    assert saved == (None if expected is UNNAMED else list(expected))  # numbers are no names
+
+
+def test_weights_saved_without_names_are_taken_in_their_order(make_model, file):
+    bare = make_model(3)
+    checkpoint = {"model": bare.state_dict()} | Checkpointer(bare).description()
+    model = make_model(3)
+    Checkpointer(model, classes=["a", "b", "c"], complete=True).load(file(checkpoint))
+    ours, theirs = (x.decoder.class_heads[0].weight for x in (model, bare))
+    assert torch.equal(ours, theirs)
 
 
 def test_without_a_folder_nothing_is_saved(make_model, tmp_path, monkeypatch):
