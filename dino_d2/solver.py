@@ -42,7 +42,8 @@ def parameter_groups(
     backbone_multiplier: float = 0.1,
     offsets_multiplier: float = 1.0,
 ) -> list:
-    """The parameters that are not frozen, in groups of one learning rate.
+    """The parameters that are not frozen, in groups by what they are: the rest, the backbone and,
+    where it has a rate of its own, what says where to look.
 
     Weight decay is the same for all, as in official DINO.
 
@@ -53,16 +54,16 @@ def parameter_groups(
         offsets_multiplier: of the linear layers that say where to look, `sampling_offsets` and
             `reference_points`; Deformable DETR has 0.1, DINO 1
     """
-    groups = {1.0: [], backbone_multiplier: [], offsets_multiplier: []}
+    others, backbone, offsets = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        multiplier = 1.0
+        says_where = "sampling_offsets" in name or "reference_points" in name
         if name.startswith("backbone."):
-            multiplier = backbone_multiplier
-        elif "sampling_offsets" in name or "reference_points" in name:
-            multiplier = offsets_multiplier
-        groups[multiplier].append(parameter)
-    return [
-        {"params": params, "lr": lr * multiplier} for multiplier, params in groups.items() if params
-    ]
+            backbone.append(parameter)
+        elif says_where and offsets_multiplier != 1:
+            offsets.append(parameter)
+        else:
+            others.append(parameter)
+    rates = (others, 1.0), (backbone, backbone_multiplier), (offsets, offsets_multiplier)
+    return [{"params": params, "lr": lr * rate} for params, rate in rates if params]

@@ -114,7 +114,7 @@ def rates(model, **options):
 
 @pytest.mark.parametrize(
     ("backbone", "offsets", "count"),
-    [(0.5, 0.1, 3), (0.1, 0.1, 2), (1.0, 0.1, 2), (0.1, 1.0, 2), (1.0, 1.0, 1)],
+    [(0.5, 0.1, 3), (0.1, 0.1, 3), (1.0, 0.1, 3), (0.1, 1.0, 2), (1.0, 1.0, 2)],
 )
 def test_linear_layers_that_say_where_to_look_have_a_learning_rate_of_their_own(
     make_dino, backbone, offsets, count
