@@ -74,10 +74,14 @@ def read(path: str) -> dict:
     """The content of a `.pkl` or a PyTorch file: tensors, arrays and plain Python values.
 
     Raises:
-        CheckpointError: it is truncated, or no checkpoint
+        CheckpointError: it cannot be opened, is truncated, or no checkpoint
     """
     try:
         data = _read_pickle(path) if path.endswith(".pkl") else _read_torch(path)
+    except MemoryError:  # not the fault of the file
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error}") from error
     except Exception as error:  # a damaged file can fail in any way
         # PyTorch hides the reason in advice to load it unsafely, which is not passed on.
         cause = error.__context__ or error
@@ -135,10 +139,9 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
 
 
 def write(data: dict, path: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import HTTPURLHandler
 
+from dino_d2 import checkpoint_io
 from dino_d2.checkpoint import CheckpointError
 from dino_d2.checkpoint_io import fetch, read, replacing, weights, write
 from dino_d2.releases import RELEASES
@@ -454,3 +455,21 @@ def test_a_file_in_a_folder_that_is_not_there_is_not_written(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(str(tmp_path / "nowhere" / "a.txt")):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(checkpoint_io, "_read_torch", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read.*Permission denied"):
+        checkpoint_io.read(str(tmp_path / "a.pth"))
+
+
+def test_a_lack_of_memory_is_not_the_fault_of_the_file(tmp_path, monkeypatch):
+    def fail(path):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint_io, "_read_torch", fail)
+    with pytest.raises(MemoryError):
+        checkpoint_io.read(str(tmp_path / "a.pth"))
