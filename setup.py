@@ -1,4 +1,27 @@
-from setuptools import find_packages, setup
+import runpy
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+OPS = "dino_d2/ops"
+
+
+class BuildKernels(build_ext):
+    """Compiles the CPU kernels if it can; never fails, and leaves a note in their place."""
+
+    def run(self):
+        folder = Path(OPS) if self.inplace else Path(self.build_lib, OPS)
+        reason = runpy.run_path(f"{OPS}/build.py")["build"](folder)
+        if reason:
+            print(f"dino_d2 is installed without compiled CPU kernels, because {reason}")
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
 
 setup(
     name="dino_d2",
@@ -26,5 +49,8 @@ setup(
     # dino_d2/configs, where dino_d2.model_zoo finds it.
     packages=[*find_packages(include=["dino_d2*"]), "dino_d2.configs"],
     package_dir={"dino_d2.configs": "configs"},
-    package_data={"dino_d2.configs": ["**/*.yaml", "**/*.py"]},
+    package_data={"dino_d2.configs": ["**/*.yaml", "**/*.py"], "dino_d2.ops": ["csrc/*"]},
+    # What is in it is up to BuildKernels: the name only tells setuptools that there is something.
+    ext_modules=[Extension("dino_d2.ops.ms_deform_attn_cpu", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildKernels},
 )

@@ -13,6 +13,7 @@ from dino_d2.layers import (
     encode_pixels,
 )
 from dino_d2.layers.position import encode
+from dino_d2.ops.reference import resolve
 
 
 def test_mlp_has_relu_between_its_layers_and_none_at_the_end():
@@ -96,11 +97,12 @@ def sampled(monkeypatch):
     """The locations and weights of every call of the operator."""
     calls = []
 
-    def record(value, shapes, locations, weights):
-        calls.append((locations, weights))
-        return value.new_zeros(*locations.shape[:2], value.shape[2] * value.shape[3])
+    def record(value, shapes, places, offsets, logits):
+        flat_shapes = [side for shape in shapes for side in shape]
+        calls.append(resolve(flat_shapes, offsets, logits, places))
+        return value.new_zeros(*offsets.shape[:2], value.shape[2] * value.shape[3])
 
-    monkeypatch.setattr(deformable_attention, "ms_deform_attn", record)
+    monkeypatch.setattr(deformable_attention, "ms_deform_attn_from_offsets", record)
     return calls
 
 

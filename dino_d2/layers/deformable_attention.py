@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops import ms_deform_attn
+from ..ops import ms_deform_attn_from_offsets
 from ..structures import FeaturePyramid
 
 
@@ -67,16 +67,8 @@ class DeformableAttention(nn.Module):
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
         value = self.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0)
         value = value.unflatten(-1, (heads, -1))  # (B, S, H, D)
-        weights = self.attention_weights(query).unflatten(-1, (heads, -1)).softmax(-1)
-        weights = weights.unflatten(-1, (levels, points))  # (B, Q, H, L, P)
         offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
-        offsets = offsets * self.offset_unit(reference, memory)[:, :, None, :, None]
-        locations = reference[:, :, None, :, None, :2] + offsets  # (B, Q, H, L, P, 2)
-        return self.output_proj(ms_deform_attn(value, memory.shapes, locations, weights))
-
-    def offset_unit(self, reference: Tensor, memory: FeaturePyramid) -> Tensor:
-        """How far an offset of one reaches, (B, Q, L, 2): a pixel from a point; from a box half
-        its size, shared by the points."""
-        if reference.shape[-1] == 4:
-            return reference[..., 2:] * (0.5 / self.num_points)
-        return 1 / reference.new_tensor([(w, h) for h, w in memory.shapes]).expand_as(reference)
+        logits = self.attention_weights(query).unflatten(-1, (heads, levels, points))
+        return self.output_proj(
+            ms_deform_attn_from_offsets(value, memory.shapes, reference, offsets, logits)
+        )

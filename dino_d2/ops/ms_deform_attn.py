@@ -1,7 +1,11 @@
 """`dino_d2::ms_deform_attn`, multi-scale deformable attention as a PyTorch operator.
 
-The operator is declared here with its shapes and gradient; its kernels are registered per device
-and PyTorch's dispatcher chooses among them. `reference.py` serves every device.
+The operator is declared here, with its shapes, gradient and behaviour under autocast; what
+computes it is chosen in `dispatch.py`.
+
+It has two forms. Without a reference, points are locations and weights are weights. With one,
+points are offsets from the reference and weights are logits: softmax and arithmetic happen inside
+the kernels, which saves several passes over memory.
 """
 
 from collections.abc import Sequence
@@ -9,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch
+from .reference import offset_unit
 
 
 def ms_deform_attn(
@@ -18,68 +23,154 @@ def ms_deform_attn(
     """Sum over levels and points of weight times value at location (Deformable DETR, eq. 3).
 
     Args:
-        value: (B, S, H, D), the levels one after the other; may be of lower precision than the
-            others, which decide what is computed in
+        value: (B, S, H, D), the levels one after the other
         shapes: ((H_0, W_0), ...), whose areas add up to S
         locations: (B, Q, H, L, P, 2), (x, y) in [0, 1] on each level, where 0 and 1 are the outer
             edges of the border pixels; zero is sampled outside
         weights: (B, Q, H, L, P)
 
     Returns:
-        (B, Q, H * D) in the dtype of value. Once differentiable in all three tensors.
+        (B, Q, H * D) in the dtype of value, computed in float32 (float64 if locations are).
+        Once differentiable in all three tensors.
 
     Raises:
         ValueError: a shape does not fit the others
     """
+    return _checked(value, shapes, locations, weights, None)
+
+
+def ms_deform_attn_from_offsets(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> Tensor:
+    """The same from what a network predicts (Deformable DETR, section 4.1 and appendix A.4).
+
+    Args:
+        value, shapes: as of `ms_deform_attn`
+        reference: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes (cx, cy, w, h), in [0, 1] on
+            each level
+        offsets: (B, Q, H, L, P, 2) from the reference: in pixels of the level from a point; from
+            the centre of a box in half its size, divided by P
+        logits: (B, Q, H, L, P), to be softmaxed over the L * P points
+
+    Returns:
+        as `ms_deform_attn`; once differentiable in all four tensors
+
+    Raises:
+        ValueError: a shape does not fit the others
+    """
+    return _checked(value, shapes, offsets, logits, reference)
+
+
+def _checked(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    points: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+) -> Tensor:
     batch, tokens, heads, _ = value.shape
     if sum(h * w for h, w in shapes) != tokens:
         raise ValueError(f"levels of {tuple(shapes)} do not make up the {tokens} tokens of value")
-    _, queries, _, _, points, _ = locations.shape
-    expected = (batch, queries, heads, len(shapes), points)
-    if locations.shape != (*expected, 2) or weights.shape != expected:
+    _, queries, _, _, num_points, _ = points.shape
+    expected = (batch, queries, heads, len(shapes), num_points)
+    if points.shape != (*expected, 2) or weights.shape != expected:
+        names = ("locations", "weights") if reference is None else ("offsets", "logits")
         raise ValueError(
-            f"for value {tuple(value.shape)} and {len(shapes)} levels, locations "
-            f"{tuple(locations.shape)} should be {(*expected, 2)} and weights "
+            f"for value {tuple(value.shape)} and {len(shapes)} levels, {names[0]} "
+            f"{tuple(points.shape)} should be {(*expected, 2)} and {names[1]} "
             f"{tuple(weights.shape)} should be {expected}"
         )
+    boxes = (batch, queries, len(shapes), 4)
+    if reference is not None and reference.shape not in (boxes, (*boxes[:3], 2)):
+        raise ValueError(
+            f"reference {tuple(reference.shape)} should be {boxes} or {(*boxes[:3], 2)}"
+        )
     flat_shapes = [side for shape in shapes for side in shape]
-    return _forward(value, flat_shapes, locations, weights)
+    points, weights, reference = _widened(points, weights, reference)
+    return torch.ops.dino_d2.ms_deform_attn(value, flat_shapes, points, weights, reference)
 
 
-@torch.library.custom_op("dino_d2::ms_deform_attn", mutates_args=())
-def _forward(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    return reference.forward(value, shapes, locations, weights)
+def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
+    """In float32 at least: bfloat16 coordinates would be off by a third of a pixel."""
+    return [x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
-@_forward.register_fake
-def _(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+ARGUMENTS = "Tensor value, int[] shapes, Tensor points, Tensor weights, Tensor? reference"
+library = torch.library.Library("dino_d2", "FRAGMENT")
+library.define(f"ms_deform_attn({ARGUMENTS}) -> Tensor")
+library.define(f"ms_deform_attn_backward(Tensor grad, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+
+
+def _forward(value, shapes, points, weights, reference):
+    kernels = dispatch.kernels_for(value, points)
+    return kernels.forward(value, shapes, points, weights, reference)
+
+
+def _backward(grad, value, shapes, points, weights, reference):
+    kernels = dispatch.kernels_for(value, points)
+    return kernels.backward(grad, value, shapes, points, weights, reference)
+
+
+def _fake_forward(value, shapes, points, weights, reference):
     batch, _, heads, channels = value.shape
-    return value.new_empty(batch, locations.shape[1], heads * channels)
+    return value.new_empty(batch, points.shape[1], heads * channels)
 
 
-@torch.library.custom_op("dino_d2::ms_deform_attn_backward", mutates_args=())
-def _backward(
-    grad: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.backward(grad, value, shapes, locations, weights)
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (value, locations, weights))
+def _fake_backward(grad, value, shapes, points, weights, reference):
+    return tuple(x.new_empty(x.shape) for x in (value, points, weights))
 
 
 def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
-    value, ctx.shapes, locations, weights = inputs
-    ctx.save_for_backward(value, locations, weights)
+    value, ctx.shapes, points, weights, reference = inputs
+    ctx.save_for_backward(value, points, weights, reference)
 
 
-def _differentiate(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-    value, locations, weights = ctx.saved_tensors
-    grads = _backward(grad, value, ctx.shapes, locations, weights)
-    return grads[0], None, grads[1], grads[2]
+def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    value, points, weights, reference = ctx.saved_tensors
+    grad_value, grad_locations, grad_weights = torch.ops.dino_d2.ms_deform_attn_backward(
+        grad, value, ctx.shapes, points, weights, reference
+    )
+    if reference is None:
+        return grad_value, None, grad_locations, grad_weights, None
+    unit = offset_unit(ctx.shapes, reference, points.shape[-2])[:, :, None, :, None]
+    grad_offsets = grad_locations * unit
+    grad_reference = None
+    if ctx.needs_input_grad[4]:
+        grad_reference = grad_locations.sum((2, 4))
+        if reference.shape[-1] == 4:  # the unit is a share of the size
+            share = 0.5 / points.shape[-2]
+            grad_size = (grad_locations * points).sum((2, 4)) * share
+            grad_reference = torch.cat([grad_reference, grad_size], -1)
+    return grad_value, None, grad_offsets, grad_weights, grad_reference
 
 
-_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+def _refuse_to_differentiate(ctx, *grads):
+    raise NotImplementedError("ms_deform_attn can be differentiated only once")
+
+
+def _autocast(value, shapes, points, weights, reference):
+    """Of the tensors only value gets narrower: places and weights stay exact."""
+    device = value.device.type
+    if value.dtype != torch.float64:
+        value = value.to(torch.get_autocast_dtype(device))
+    points, weights, reference = _widened(points, weights, reference)
+    with torch.autocast(device, enabled=False):
+        return torch.ops.dino_d2.ms_deform_attn(value, shapes, points, weights, reference)
+
+
+library.impl("ms_deform_attn", _forward, "CompositeExplicitAutograd")
+library.impl("ms_deform_attn_backward", _backward, "CompositeExplicitAutograd")
+for key in ("AutocastCPU", "AutocastCUDA"):
+    library.impl("ms_deform_attn", _autocast, key)
+torch.library.register_fake("dino_d2::ms_deform_attn", _fake_forward, lib=library)
+torch.library.register_fake("dino_d2::ms_deform_attn_backward", _fake_backward, lib=library)
+torch.library.register_autograd(
+    "dino_d2::ms_deform_attn", _differentiate, setup_context=_save_for_backward, lib=library
+)
+torch.library.register_autograd(
+    "dino_d2::ms_deform_attn_backward", _refuse_to_differentiate, lib=library
+)

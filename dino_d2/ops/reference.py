@@ -1,7 +1,7 @@
-"""The definition of multi-scale deformable attention in plain PyTorch, for every device.
+"""The definition of multi-scale deformable attention in plain PyTorch, for every device and dtype.
 
-Other kernels are tested against this one. The backward pass is written out because autograd
-does not run inside a custom operator.
+Other kernels are tested against this one, and have the same two functions. The backward pass is
+written out because autograd does not run inside a custom operator.
 """
 
 from collections.abc import Iterator
@@ -14,19 +14,28 @@ from torch.nn import functional as F
 BILINEAR, ZERO_PADDING, ALIGN_CORNERS = 0, 0, False
 
 
-def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+def forward(
+    value: Tensor,
+    shapes: list[int],
+    points: Tensor,
+    weights: Tensor,
+    reference: Tensor | None = None,
+) -> Tensor:
     """
     Args:
         value: (B, S, H, D), the levels one after the other
         shapes: H_0, W_0, H_1, W_1, ...; L pairs
-        locations: (B, Q, H, L, P, 2), (x, y) in [0, 1] on each level; zero is sampled outside
-        weights: (B, Q, H, L, P)
+        points: (B, Q, H, L, P, 2), locations (x, y) in [0, 1] on each level, zero is sampled
+            outside; or, with a reference, offsets from it
+        weights: (B, Q, H, L, P), or, with a reference, their logits
+        reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes, or None
 
     Returns:
-        (B, Q, H * D) in the dtype of value, computed in that of locations
+        (B, Q, H * D) in the dtype of value, computed in that of points
     """
     batch, _, heads, channels = value.shape
-    queries = locations.shape[1]
+    queries = points.shape[1]
+    locations, weights = resolve(shapes, points, weights, reference)
     out = locations.new_zeros(batch * heads, channels, queries)
     for image, grid, weight in levels(value, shapes, locations, weights):
         out += (sample(image, grid) * weight[:, None]).sum(-1)
@@ -35,16 +44,23 @@ def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
 
 
 def backward(
-    grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
+    grad: Tensor,
+    value: Tensor,
+    shapes: list[int],
+    points: Tensor,
+    weights: Tensor,
+    reference: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
     Args:
         grad: (B, Q, H * D), gradient of the output; the others as in `forward`
 
     Returns:
-        the gradients of value, locations and weights, contiguous, each in its own dtype
+        the gradients of value, of the *locations*, with a reference as well, and of weights, with
+        a reference of their logits; contiguous, in the dtype of value and in that of points
     """
     batch, _, heads, channels = value.shape
+    locations, weights = resolve(shapes, points, weights, reference)
     grad = grad.to(locations.dtype).transpose(1, 2).reshape(batch * heads, channels, -1, 1)
     grads = []
     for image, grid, weight in levels(value, shapes, locations, weights):
@@ -65,11 +81,35 @@ def backward(
         torch.stack(x, 2).unflatten(0, (batch, heads)).transpose(1, 2)
         for x in (grids, level_weights)
     )
+    if reference is not None:  # of a softmax
+        mean = (grad_weights * weights).sum((-2, -1), keepdim=True)
+        grad_weights = weights * (grad_weights - mean)
     return (
         grad_value.to(value.dtype).contiguous(),
         grad_locations.contiguous(),
-        grad_weights.to(weights.dtype).contiguous(),
+        grad_weights.contiguous(),
     )
+
+
+def resolve(
+    shapes: list[int], points: Tensor, weights: Tensor, reference: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The locations and weights that offsets from a reference and logits stand for."""
+    if reference is None:
+        return points, weights
+    unit = offset_unit(shapes, reference, points.shape[-2])[:, :, None, :, None]
+    locations = reference[:, :, None, :, None, :2] + points * unit
+    return locations, weights.flatten(-2).softmax(-1).view_as(weights)
+
+
+def offset_unit(shapes: list[int], reference: Tensor, num_points: int) -> Tensor:
+    """How far an offset of one reaches, (B, Q, L, 2): a pixel from a point; from a box half its
+    size, shared by the points (Deformable DETR, appendix A.4)."""
+    if reference.shape[-1] == 4:
+        return reference[..., 2:] * (0.5 / num_points)
+    # built on the device: a copy from the host would wait for it
+    sides = torch.cat([reference.new_full((1,), 1 / side) for side in shapes])
+    return sides.view(-1, 2).flip(-1).expand_as(reference)
 
 
 def levels(

@@ -62,21 +62,22 @@ def main(scratch):
     if subprocess.call([sys.executable, "-m", "pip", "--version"], stdout=subprocess.DEVNULL):
         subprocess.call([sys.executable, "-m", "ensurepip"])
 
-    # Naming the versions that are there makes pip keep them, or fail where it cannot.
-    torch = installed("torch") + installed("torchvision")
-    if torch:
-        print("Installing dino_d2 beside", *torch, flush=True)
-    else:
+    if not installed("torch"):
         print(
-            "Installing PyTorch and dino_d2. On Linux PyTorch comes with CUDA: 2.7 GB to download\n"
-            "and 6 GB on disk, about two minutes on a fast line.",
+            "Installing PyTorch. On Linux it comes with CUDA: 2.7 GB to download, 6 GB on disk,\n"
+            "about two minutes on a fast line.",
             flush=True,
         )
-    requirements = ["--quiet", *torch] if torch else PYTORCH
+        pip("install", *PYTORCH)
+
+    # Naming the versions that are there makes pip keep them, or fail where it cannot.
+    requirements = installed("torch") + installed("torchvision")
+    print("Installing dino_d2 beside", *requirements, flush=True)
     has_detectron2 = find_spec("detectron2") is not None
     if not has_detectron2 or ORIGIN.exists():
         requirements += ["--requirement", "requirements.txt"]
-    pip("install", *requirements, "--editable", ".[dev]")
+    # After PyTorch, whose headers the CPU kernels are compiled with.
+    pip("install", "--quiet", *requirements, "--editable", ".[dev]")
     if not has_detectron2:
         print("Adding Detectron2 (7 MB)", flush=True)
         add_detectron2(scratch)

@@ -1,0 +1,96 @@
+"""Compile the CPU kernels. Installing dino_d2 does it, and finishes all the same where it is not
+possible: everything works without, slower. `python -m dino_d2.ops --build` makes up for it.
+
+setup.py runs this file by itself, so it imports nothing but the standard library.
+"""
+
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+LIBRARY = "ms_deform_attn_cpu.so"
+REASON = "ms_deform_attn_cpu.txt"  # written in place of the library: why there is none
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Per instruction set: floats in a vector, options. Chosen among at run time, not here.
+INSTRUCTION_SETS = {"baseline": (4, [])}
+if X86:
+    INSTRUCTION_SETS["avx2"] = 8, ["-mavx2", "-mfma"]
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = 16, avx512
+
+OPTIONS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"),
+    *("-fno-math-errno", "-fno-trapping-math"),
+    # PyTorch's stable ABI as of 2.10, the first with everything that is used
+    "-DTORCH_TARGET_VERSION=0x020A000000000000",
+    *(["-DX86"] if X86 else []),
+]
+
+
+def build(folder: Path = FOLDER) -> str:
+    """Put the compiled library into `folder`, or a text that says why there is none.
+
+    Returns:
+        that text, empty if the library was built
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        reason = compile_library(Path(scratch))
+        if not reason:  # not copied over one that may be in use
+            shutil.copy(Path(scratch, LIBRARY), folder / (LIBRARY + ".new"))
+            os.replace(folder / (LIBRARY + ".new"), folder / LIBRARY)
+    (folder / REASON).unlink(missing_ok=True)
+    if reason:
+        (folder / LIBRARY).unlink(missing_ok=True)
+        (folder / REASON).write_text(reason)
+    return reason
+
+
+def compile_library(scratch: Path) -> str:
+    """Compile in `scratch`; returns why it failed, or an empty text."""
+    if sys.platform == "win32":
+        return "the kernels are written for GCC and Clang"
+    torch = find_torch()
+    if torch is None:
+        return "PyTorch was not installed when dino_d2 was"
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(compiler[0]) is None:
+        return f"there is no C++ compiler called {compiler[0]}"
+
+    compile_, csrc = [*compiler, *OPTIONS, "-c"], FOLDER / "csrc"
+    commands = [
+        [*compile_, f"-DISA={name}", f"-DLANES={lanes}", *options]
+        + [str(csrc / "kernels.cpp"), "-o", f"{name}.o"]
+        for name, (lanes, options) in INSTRUCTION_SETS.items()
+    ]
+    include = f"-I{torch / 'include'}"
+    commands.append([*compile_, include, str(csrc / "operators.cpp"), "-o", "operators.o"])
+    objects = [command[-1] for command in commands]
+    # PyTorch's own library has been loaded before this one, so its place is not written down.
+    link = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    commands.append([*compiler, "-shared", *objects, *link, "-o", LIBRARY])
+    for command in commands:
+        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        if result.returncode:
+            error = (result.stderr.strip().splitlines() or ["no message"])[0]
+            return f"compiling failed ({shlex.join(command[:1])}: {error})"
+    return ""
+
+
+def find_torch() -> Path | None:
+    """The folder of the installed PyTorch. An isolated build, pip's default, cannot import it, but
+    may see where it is."""
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin:
+        return Path(spec.origin).parent
+    folder = Path(sysconfig.get_path("platlib"), "torch")
+    return folder if (folder / "include").exists() else None

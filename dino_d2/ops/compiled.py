@@ -1,0 +1,52 @@
+"""The CPU kernels in C++ (csrc/), where they were compiled."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .build import FOLDER, LIBRARY, REASON
+
+DTYPES = (torch.float32, torch.bfloat16)  # of value; everything else is float32
+# Which instruction set; PyTorch's own ATEN_CPU_CAPABILITY lowers it.
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+
+
+def load(folder: Path = FOLDER) -> str:
+    """Load the library; returns why that is not possible, or an empty text."""
+    library, reason = folder / LIBRARY, folder / REASON
+    if not library.exists():
+        return reason.read_text() if reason.exists() else "they were never compiled"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library} cannot be loaded ({error.__cause__ or error})"
+    return ""
+
+
+def forward(
+    value: Tensor, shapes: list[int], points: Tensor, weights: Tensor, reference: Tensor | None
+) -> Tensor:
+    """As `reference.forward`, for a value of one of `DTYPES` and float32 otherwise."""
+    tensors = (x.contiguous() for x in (points, weights))
+    reference = None if reference is None else reference.contiguous()
+    return torch.ops.dino_d2_cpu.forward(
+        value.contiguous(), shapes, *tensors, reference, CAPABILITY
+    )
+
+
+def backward(
+    grad: Tensor,
+    value: Tensor,
+    shapes: list[int],
+    points: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.backward`, for a value of one of `DTYPES` and float32 otherwise. Deterministic
+    for a given number of threads."""
+    tensors = (x.contiguous() for x in (points, weights))
+    reference = None if reference is None else reference.contiguous()
+    return torch.ops.dino_d2_cpu.backward(
+        grad.contiguous(), value.contiguous(), shapes, *tensors, reference, CAPABILITY
+    )

@@ -1,0 +1,53 @@
+"""Which kernels serve which tensors, and why a faster one does not."""
+
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import compiled, embedding_bag, reference
+
+WHY_NOT_COMPILED = compiled.load()
+
+
+class Backend(NamedTuple):
+    """What runs on a device."""
+
+    device: str
+    kernels: str
+    why_not_faster: str  # empty where nothing faster exists
+
+
+def backends() -> list[Backend]:
+    """The kernels that are live, one line per device; `python -m dino_d2.ops` prints them.
+
+    float64, which only tests need, is always served by plain PyTorch, and so are other devices.
+    """
+    cpu = f"C++ ({compiled.CAPABILITY})" if not WHY_NOT_COMPILED else "embedding_bag, grid_sample"
+    return [Backend("cpu", cpu, WHY_NOT_COMPILED), Backend("cuda", "grid_sample", "")]
+
+
+def kernels_for(value: Tensor, points: Tensor) -> ModuleType:
+    """The module whose `forward` and `backward` serve these tensors."""
+    device = value.device.type
+    if points.dtype != torch.float32:
+        return reference
+    if device == "cpu":
+        if not WHY_NOT_COMPILED and value.dtype in compiled.DTYPES:
+            return compiled
+        if WHY_NOT_COMPILED:
+            warn_once("CPU", WHY_NOT_COMPILED, "`python -m dino_d2.ops --build` compiles them")
+        return embedding_bag
+    return reference
+
+
+@cache
+def warn_once(device: str, reason: str, remedy: str) -> None:
+    warnings.warn(
+        f"deformable attention runs without its {device} kernels, several times slower, because "
+        f"{reason}; {remedy}",
+        stacklevel=2,
+    )
