@@ -29,7 +29,9 @@ def refine(reference: Tensor, delta: Tensor) -> Tensor:
     A reference point (..., 2) is moved likewise and gets the size that `delta` says. Deformable
     DETR, appendix A.3 and "iterative bounding box refinement" in A.4.
     """
-    known = F.pad(inverse_sigmoid(reference), (0, delta.shape[-1] - reference.shape[-1]))
+    known, unknown = inverse_sigmoid(reference), delta.shape[-1] - reference.shape[-1]
+    if unknown:
+        known = F.pad(known, (0, unknown))
     return (known + delta).sigmoid()
 
 

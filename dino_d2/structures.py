@@ -108,20 +108,14 @@ def stack_predictions(stages: list[Predictions]) -> Predictions:
     return Predictions(logits.to(torch.promote_types(logits.dtype, torch.float32)), boxes)
 
 
-def pad_targets(targets: list[Target], slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ground truth of a batch as rectangular tensors.
+def send(x: Tensor, like: Tensor) -> Tensor:
+    """`x` on the device of `like`, without waiting for that: CUDA copies from pinned memory alone
+    while the program goes on."""
+    if like.is_cuda and x.is_cpu:
+        x = x.pin_memory()
+    return x.to(like.device, non_blocking=True)
 
-    Returns:
-        labels (B, slots) padded with 0, boxes (B, slots, 4) padded with (.5, .5, .5, .5), and
-        a mask (B, slots), True where a slot holds a box
-    """
-    first = targets[0]
-    labels = first.labels.new_zeros(len(targets), slots)
-    boxes = first.boxes.new_full((len(targets), slots, 4), 0.5)
-    real = torch.zeros_like(labels, dtype=torch.bool)
-    for i, target in enumerate(targets):
-        count = len(target.labels)
-        labels[i, :count] = target.labels
-        boxes[i, :count] = target.boxes
-        real[i, :count] = True
-    return labels, boxes, real
+
+def join_targets(targets: list[Target]) -> Target:
+    """Ground truth of a batch as that of one image, in the order that `Match` counts in."""
+    return Target(*(torch.cat(parts) for parts in zip(*targets, strict=True)))

@@ -2,12 +2,13 @@ from math import log
 
 import pytest
 import torch
+from fvcore.nn import sigmoid_focal_loss as fvcore_loss
 from torch import distributed, multiprocessing
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from dino_d2.boxes import cxcywh_to_xyxy
 from dino_d2.modeling import ContrastiveDenoising, HungarianMatcher, SetCriterion
-from dino_d2.modeling.criterion import average_over_workers, comm
+from dino_d2.modeling.criterion import BackgroundLoss, average_over_workers, comm
 from dino_d2.structures import DetectorOutput, Predictions, Target
 
 NUM_CLASSES = 3
@@ -116,6 +117,56 @@ def test_losses_are_those_of_a_loop_over_stages_and_images(make_targets, make_ou
         for name, expected in slow_losses(stage, targets, pairs, 2 * sum(counts)).items():
             torch.testing.assert_close(losses.pop(name + suffix), expected)
     assert not losses
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+def test_the_loss_of_background_and_its_gradient_are_those_of_the_focal_loss(gamma):
+    logits = 10 * torch.randn(3, 2, 5, 4)
+    logits[0, 0, 0] = torch.tensor([-200.0, -30.0, 30.0, 200.0])  # where naive formulas overflow
+    results = []
+    for loss in (
+        lambda x: BackgroundLoss.apply(x, gamma),
+        lambda x: fvcore_loss(x, torch.zeros_like(x), alpha=-1, gamma=gamma).sum((1, 2, 3)),
+    ):
+        x = logits.clone().requires_grad_()
+        value = loss(x)
+        results.append((value.detach(), *torch.autograd.grad(value @ torch.arange(1.0, 4), x)))
+    torch.testing.assert_close(*results)
+
+
+def test_the_gradient_of_the_loss_of_background_is_its_derivative():
+    logits = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(BackgroundLoss.apply, (logits, 2.0))
+
+
+def test_the_loss_of_background_keeps_nothing_but_the_logits(make_predictions):
+    logits, kept = make_predictions(2, 3).logits.requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        BackgroundLoss.apply(logits, 2.0)
+    assert len(kept) == 1 and kept[0].data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("alpha", [-1, 1.5])
+def test_a_weight_of_objects_against_background_is_a_share(alpha):
+    with pytest.raises(ValueError, match=f"alpha of the focal loss is {alpha}"):
+        make_criterion(alpha=alpha)
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 1.0)])
+def test_gradients_are_those_of_the_loop(make_targets, make_output, alpha, gamma):
+    targets = make_targets(2, 3)
+    output = make_output(targets, proposals=False, denoising=False)
+    stage = output.layers[0]
+    stage.logits.requires_grad_()
+    criterion = make_criterion(alpha=alpha, gamma=gamma)
+    one_hot = torch.zeros_like(stage.logits)
+    for image, query, box in matched_pairs(Predictions(*map(torch.detach, stage)), targets):
+        one_hot[image, query, targets[image].labels[box]] = 1
+    expected = fvcore_loss(stage.logits, one_hot, alpha, gamma, "sum") / 5
+    ours = criterion(output, targets)["loss_class_0"]
+    torch.testing.assert_close(ours, expected)
+    gradients = (torch.autograd.grad(loss, stage.logits) for loss in (ours, expected))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -325,6 +325,20 @@ def test_without_a_final_norm_predictions_see_what_the_layer_put_out(traced):
         torch.testing.assert_close(stage.boxes, reference)
 
 
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 2 * NUM_LAYERS - 1),
+        ({"final_norm": False}, NUM_LAYERS),
+        ({"look_forward": 0}, NUM_LAYERS),
+    ],
+)
+def test_box_heads_compute_nothing_twice_and_nothing_for_nobody(traced, options, count):
+    """Per layer a prediction and, but for the last, a refinement; without norm they are one."""
+    *_, calls = traced(**options)
+    assert len(calls["box_heads"]) == count
+
+
 def test_a_decoder_without_layers_is_refused():
     with pytest.raises(ValueError, match="0 layers"):
         Decoder(num_classes=3, num_layers=0)

@@ -3,8 +3,10 @@ from math import exp, log
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dino_d2.modeling import HungarianMatcher
+from dino_d2.modeling import HungarianMatcher, matcher
 from dino_d2.structures import Match, Predictions
 
 NUM_QUERIES = 4
@@ -84,9 +86,40 @@ def test_every_stage_and_image_has_its_own_cheapest_assignment(
 
 def test_costs_are_those_of_the_paper(make_predictions, make_targets):
     predictions, (target,) = make_predictions(1, 1), make_targets(3)
-    cost = HungarianMatcher().cost(predictions, target.labels[None], target.boxes[None])
+    (cost,) = HungarianMatcher().costs(predictions, [target])
     expected = torch.tensor(cost_table(predictions, target, 0, 0))
-    torch.testing.assert_close(cost[0, 0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cost, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_box_is_weighed_against_the_queries_of_its_own_image(
+    make_predictions, make_targets, monkeypatch
+):
+    monkeypatch.setattr(matcher, "BOXES_AT_ONCE", 2)  # the five boxes are looked at in three parts
+    predictions, targets = make_predictions(2, 3), make_targets(5, 0, 1)
+    costs = HungarianMatcher().costs(predictions, targets)
+    for stage, cost in enumerate(costs):
+        tables = [cost_table(predictions, target, stage, i) for i, target in enumerate(targets)]
+        expected = torch.cat([torch.tensor(table) for table in tables], 1)
+        torch.testing.assert_close(cost, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_takes_more_memory_than_the_costs_themselves(
+    make_predictions, make_targets, monkeypatch
+):
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.extend(x.untyped_storage().nbytes() for x in tree_leaves(result))
+            return result
+
+    monkeypatch.setattr(matcher, "BOXES_AT_ONCE", 20)
+    predictions, targets = make_predictions(2, 2), make_targets(200, 1)
+    with Sizes():
+        costs = HungarianMatcher().costs(predictions, targets)
+    # of two stages, five queries and 201 boxes, in float32
+    assert costs.untyped_storage().nbytes() == max(sizes) == 2 * 5 * 201 * 4
 
 
 @pytest.mark.parametrize("only", ["class_cost", "bbox_cost", "giou_cost"])
@@ -94,9 +127,7 @@ def test_each_weight_scales_its_own_cost(make_predictions, make_targets, only):
     predictions, (target,) = make_predictions(1, 1), make_targets(3)
     off = {"class_cost": 0.0, "bbox_cost": 0.0, "giou_cost": 0.0}
     one, three = (
-        HungarianMatcher(**(off | {only: weight})).cost(
-            predictions, target.labels[None], target.boxes[None]
-        )
+        HungarianMatcher(**(off | {only: weight})).costs(predictions, [target])
         for weight in (1.0, 3.0)
     )
     torch.testing.assert_close(three, 3 * one)

@@ -4,9 +4,9 @@ import torch
 from dino_d2.structures import (
     Predictions,
     Queries,
-    Target,
-    pad_targets,
+    join_targets,
     prepend,
+    send,
     split_predictions,
     stack_predictions,
 )
@@ -65,12 +65,16 @@ def test_stacked_logits_are_never_narrower_than_float32(given, expected):
     assert stack_predictions([stage]).logits.dtype == expected
 
 
-def test_padded_targets_are_rectangular():
-    a, b = [0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]
-    full = Target(torch.tensor([2, 1]), torch.tensor([a, b]))
-    empty = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
-    labels, boxes, real = pad_targets([full, empty], slots=3)
-    assert labels.tolist() == [[2, 1, 0], [0, 0, 0]]
-    middle = [0.5] * 4
-    torch.testing.assert_close(boxes, torch.tensor([[a, b, middle], [middle] * 3]))
-    assert real.tolist() == [[True, True, False], [False] * 3]
+def test_joined_targets_are_those_of_the_images_one_after_the_other(make_targets):
+    targets = make_targets(2, 0, 3)
+    joined = join_targets(targets)
+    assert torch.equal(joined.labels[2:], targets[2].labels)
+    assert torch.equal(joined.boxes[:2], targets[0].boxes)
+    assert joined.boxes.shape == (5, 4)
+
+
+def test_what_is_sent_is_on_the_device_of_the_other_and_keeps_its_type(device):
+    x = torch.arange(3)
+    sent = send(x, like=torch.zeros(2, device=device))
+    assert sent.device.type == device.type
+    assert torch.equal(sent.cpu(), x) and sent.dtype == x.dtype

@@ -17,7 +17,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = self.dropout(layer(x).relu())
+            x = self.dropout(layer(x).relu_())  # in place: the layer's backward does not need it
         return self.layers[-1](x)
 
 

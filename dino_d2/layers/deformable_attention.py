@@ -65,7 +65,7 @@ class DeformableAttention(nn.Module):
             (B, Q, C)
         """
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
-        value = self.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0)
+        value = self.value_proj(memory.tokens).masked_fill_(memory.padding[..., None], 0)
         value = value.unflatten(-1, (heads, -1))  # (B, S, H, D)
         offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
         logits = self.attention_weights(query).unflatten(-1, (heads, levels, points))

@@ -2,8 +2,8 @@
 
 import torch
 from detectron2.utils import comm
-from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou
 from ..structures import (
@@ -12,9 +12,10 @@ from ..structures import (
     Match,
     Predictions,
     Target,
+    join_targets,
     stack_predictions,
 )
-from .matcher import HungarianMatcher
+from .matcher import HungarianMatcher, focal_change
 
 
 class SetCriterion(nn.Module):
@@ -28,7 +29,7 @@ class SetCriterion(nn.Module):
     Args:
         matcher: assigns predictions to ground truth
         class_weight, bbox_weight, giou_weight: of the losses, the same for every stage
-        alpha, gamma: of the focal loss
+        alpha, gamma: of the focal loss; alpha, the weight of objects against background, in [0, 1]
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class SetCriterion(nn.Module):
         gamma: float = 2.0,
     ):
         super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha of the focal loss is {alpha}; it has to be between 0 and 1")
         self.matcher = matcher
         self.weights = {
             "loss_class": class_weight,
@@ -52,8 +55,8 @@ class SetCriterion(nn.Module):
 
     def forward(self, output: DetectorOutput, targets: list[Target]) -> dict[str, Tensor]:
         """The weighted losses of all stages, each a scalar; their sum is to be minimised."""
-        truth = Target(*(torch.cat(parts) for parts in zip(*targets, strict=True)))
-        num_boxes = average_over_workers(truth.boxes.new_tensor(float(len(truth.boxes))))
+        truth = join_targets(targets)
+        num_boxes = average_over_workers(truth.boxes.new_full((), len(truth.boxes)))
 
         stages, suffixes = list(output.layers), layer_suffixes(len(output.layers))
         if output.proposals is not None:
@@ -96,13 +99,12 @@ class SetCriterion(nn.Module):
         stages = torch.arange(len(logits), device=logits.device)[:, None]
         matched = stages, match.images, match.queries  # (N, n) when broadcast
 
-        one_hot = torch.zeros_like(logits)
-        one_hot[(*matched, truth.labels[match.targets])] = 1
+        classes = logits[(*matched, truth.labels[match.targets])]  # of the boxes, (N, n)
         predicted, expected = boxes[matched], truth.boxes[match.targets]
         giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected))
-        focal = sigmoid_focal_loss(logits, one_hot, self.alpha, self.gamma)
+        background = (1 - self.alpha) * BackgroundLoss.apply(logits, self.gamma)
         losses = {
-            "loss_class": focal.sum((1, 2, 3)),
+            "loss_class": background + focal_change(classes, self.alpha, self.gamma).sum(1),
             "loss_bbox": (predicted - expected).abs().sum((1, 2)),
             "loss_giou": (1 - giou).sum(1),
         }
@@ -113,6 +115,28 @@ class SetCriterion(nn.Module):
                 suffixes, (self.weights[name] * values / num_boxes).unbind(), strict=True
             )
         }
+
+
+class BackgroundLoss(torch.autograd.Function):
+    """Focal loss without alpha (RetinaNet, equation 4) of logits (N, ...) where nothing is: (N,).
+
+    For the probability p of a logit x it is p^gamma * softplus(x), with the derivative
+    p^gamma * (gamma * (1 - p) * softplus(x) + p). Autograd would keep several tensors of the size
+    of the logits, the largest there are where classes are many; this keeps the logits alone.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, gamma: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.gamma = gamma
+        return (logits.sigmoid() ** gamma * F.softplus(logits)).flatten(1).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        p = logits.sigmoid()
+        slope = p**ctx.gamma * (ctx.gamma * (1 - p) * F.softplus(logits) + p)
+        return slope * grad.view(-1, *[1] * (logits.dim() - 1)), None
 
 
 def layer_suffixes(num_layers: int, stage: str = "") -> list[str]:

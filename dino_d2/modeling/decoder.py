@@ -163,10 +163,11 @@ class Decoder(nn.Module):
             where = self.position_head(Queries(x, scaled[:, :, 0], position), i)
             x = layer(x, where, scaled, memory, attn_mask)
             y = self.norm(x)
-            predictions.append(Predictions(to_class(y), refine(anchor, to_box(y))))
-            if self.look_forward:
+            delta = to_box(y)
+            predictions.append(Predictions(to_class(y), refine(anchor, delta)))
+            if self.look_forward and layer is not self.layers[-1]:
                 # Without the norm: the published weights were trained with boxes refined like this.
-                refined = refine(reference, to_box(x))
+                refined = refine(reference, delta if y is x else to_box(x))
                 reference = refined.detach()
                 anchor = refined if self.look_forward == 2 else reference
         return predictions

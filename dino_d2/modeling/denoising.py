@@ -13,9 +13,10 @@ import torch
 from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
-from ..structures import DenoisingBatch, Match, Queries, Target, pad_targets
+from ..structures import DenoisingBatch, Match, Queries, Target, join_targets
 
 DENOISING_REGISTRY = Registry("DENOISING")
 
@@ -71,18 +72,16 @@ class Denoising(nn.Module):
 
     def forward(self, targets: list[Target]) -> DenoisingBatch:
         """Noises the ground truth of a batch; without any box it is one group of empty slots."""
-        chosen = [choose(len(target.labels), self.max_boxes) for target in targets]
-        slots = max(1, *map(len, chosen))
-        num_groups = self.num_groups(slots) if any(map(len, chosen)) else 1
+        counts = [min(len(target.labels), self.max_boxes) for target in targets]
+        slots = max(1, *counts)
+        num_groups = self.num_groups(slots) if any(counts) else 1
         copies = num_groups * self.copies_per_group
 
-        kept = [
-            Target(*(x[index.to(x.device)] for x in target))
-            for target, index in zip(targets, chosen, strict=True)
-        ]
-        labels, boxes, real = (
-            x.repeat(1, copies, *[1] * (x.dim() - 2)) for x in pad_targets(kept, slots)
-        )
+        index = self.choose(targets, slots).repeat(1, copies)  # (B, T)
+        real = index >= 0
+        truth = join_targets(targets)  # with another row for empty slots, which -1 finds
+        labels = F.pad(truth.labels, (0, 1))[index]
+        boxes = F.pad(truth.boxes, (0, 0, 0, 1))[index]
         copy = torch.arange(copies, device=labels.device).repeat_interleave(slots)  # (T,)
         labels = noise_labels(labels, self.num_classes, self.label_noise / 2)
         labels = torch.where(real, labels, self.num_classes)
@@ -92,9 +91,19 @@ class Denoising(nn.Module):
         return DenoisingBatch(
             queries=Queries(self.content_of(labels), reference),
             groups=copy // self.copies_per_group,
-            match=self.match(targets, chosen, slots, num_groups),
+            match=self.match(index, counts, num_groups),
             num_groups=num_groups,
         )
+
+    def choose(self, targets: list[Target], slots: int) -> Tensor:
+        """Which boxes take part, counted through the batch, -1 in empty slots: (B, slots)."""
+        index = targets[0].labels.new_full((len(targets), slots), -1)
+        start = 0
+        for row, (labels, _) in zip(index, targets, strict=True):
+            part = subset(len(labels), self.max_boxes, labels.device)
+            row[: len(part)] = start + part
+            start += len(labels)
+        return index
 
     @property
     def max_boxes(self) -> int:
@@ -117,20 +126,22 @@ class Denoising(nn.Module):
         """Whether the queries of the given copies are to be told apart from objects."""
         return torch.zeros_like(copy, dtype=torch.bool)
 
-    def match(
-        self, targets: list[Target], chosen: list[Tensor], slots: int, num_groups: int
-    ) -> Match:
-        """The first copy of each group is positive: its i-th query stands for the i-th box."""
-        group_start = torch.arange(num_groups)[:, None] * slots * self.copies_per_group
-        images, queries, boxes, offset = [], [], [], 0
-        for image, (target, index) in enumerate(zip(targets, chosen, strict=True)):
-            query = (group_start + torch.arange(len(index))).flatten()
-            images.append(torch.full_like(query, image))
-            queries.append(query)
-            boxes.append(offset + index.repeat(num_groups))
-            offset += len(target.labels)
-        device = targets[0].labels.device
-        return Match(*(torch.cat(x).to(device) for x in (images, queries, boxes)))
+    def match(self, index: Tensor, counts: list[int], num_groups: int) -> Match:
+        """The first copy of each group is positive: its i-th query stands for the i-th box.
+
+        Args:
+            index: (B, T), which box is in a slot
+            counts: of the images, how many boxes take part
+            num_groups: of all T queries
+        """
+        size = index.shape[1] // num_groups
+        group_start = torch.arange(num_groups, device=index.device)[:, None] * size
+        queries = [
+            (group_start + torch.arange(count, device=index.device)).flatten() for count in counts
+        ]
+        images = torch.cat([torch.full_like(query, i) for i, query in enumerate(queries)])
+        queries = torch.cat(queries)
+        return Match(images, queries, index[images, queries])
 
 
 @DENOISING_REGISTRY.register()
@@ -143,9 +154,11 @@ class ContrastiveDenoising(Denoising):
         return copy % 2 == 1
 
 
-def choose(count: int, budget: int) -> Tensor:
-    """Which of `count` boxes take part: all of them, or a random subset of `budget`."""
-    return torch.arange(count) if count <= budget else torch.randperm(count)[:budget]
+def subset(count: int, budget: int, device: torch.device) -> Tensor:
+    """All of `count` boxes or, where they are more, a random `budget` of them."""
+    if count <= budget:
+        return torch.arange(count, device=device)
+    return torch.rand(count, device=device).topk(budget).indices
 
 
 def noise_labels(labels: Tensor, num_classes: int, probability: float) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..boxes import xyxy_to_cxcywh
 from ..checkpoint import CheckpointError, detect_format
 from ..config import build_parts
-from ..structures import DetectorOutput, Target, prepend, split_predictions
+from ..structures import DetectorOutput, Target, prepend, send, split_predictions
 from .denoising import denoising_attn_mask
 from .postprocess import postprocess
 
@@ -136,7 +136,7 @@ class DINO(nn.Module):
         """Normalises, and pads to a common size with zeros."""
         if not batched_inputs:
             raise ValueError("a training batch has no images; is the data loader's batch size 0?")
-        images = [x["image"].to(self.device) for x in batched_inputs]
+        images = [send(x["image"], like=self.pixel_mean) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(
             images,
@@ -162,9 +162,9 @@ class DINO(nn.Module):
                     "set the number of classes to that of the data"
                 )
             height, width = instances.image_size
-            boxes = xyxy_to_cxcywh(instances.gt_boxes.tensor.to(self.device))
-            size = boxes.new_tensor([width, height] * 2)
-            targets.append(Target(classes.to(self.device), boxes / size))
+            boxes = xyxy_to_cxcywh(instances.gt_boxes.tensor)
+            boxes = boxes / boxes.new_tensor([width, height] * 2)
+            targets.append(Target(*(send(x, like=self.pixel_mean) for x in (classes, boxes))))
         return targets
 
 

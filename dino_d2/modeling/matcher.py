@@ -7,7 +7,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou
-from ..structures import Match, Predictions, Target, pad_targets
+from ..structures import Match, Predictions, Target, send
+
+# A crowded image is looked at in parts, so that only its costs grow with its boxes and not the many
+# intermediate results too.
+BOXES_AT_ONCE = 256
 
 
 class HungarianMatcher:
@@ -32,7 +36,7 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: list[Target]) -> Match:
-        """Matches every stage and image by itself, with a single transfer from the device.
+        """Matches every stage and image by itself; the device is waited for once.
 
         Args:
             predictions: of N stages, (N, B, Q, .)
@@ -41,38 +45,70 @@ class HungarianMatcher:
         Raises:
             FloatingPointError: a cost is not finite, i.e. a prediction is not
         """
-        counts = [len(target.labels) for target in targets]
-        labels, boxes, _ = pad_targets(targets, slots=max(counts))
-        costs = self.cost(predictions, labels, boxes).cpu().numpy()
-        if not np.isfinite(costs).all():
-            raise FloatingPointError(
-                "predictions or boxes are NaN or infinite: if training has diverged, resume from "
-                "an earlier checkpoint with a lower learning rate"
-            )
-        images, queries, matched, offset = [], [], [], 0
-        for image, count in enumerate(counts):
-            pairs = [linear_sum_assignment(stage[:, :count]) for stage in costs[:, image]]
-            query, box = np.stack(pairs, axis=1)  # (N, n) each
-            images.append(np.full(query.shape[1], image))
-            queries.append(query)
-            matched.append(box + offset)
-            offset += count
-        parts = np.concatenate(images), np.concatenate(queries, 1), np.concatenate(matched, 1)
-        return Match(*(torch.from_numpy(x).to(boxes.device) for x in parts))
+        costs = self.costs(predictions, targets)
+        packed = assign(costs.cpu(), [len(target.labels) for target in targets])
+        images, queries, matched = send(packed, like=costs)
+        return Match(images[0], queries, matched)
+
+    def costs(self, predictions: Predictions, targets: list[Target]) -> Tensor:
+        """Costs (N, Q, M) of all boxes of the batch, each for the queries of its own image."""
+        stages, _, queries, _ = predictions.boxes.shape
+        total = sum(len(target.labels) for target in targets)
+        costs = predictions.logits.new_empty(stages, queries, total)
+        start = 0
+        for image, target in enumerate(targets):
+            own = Predictions(*(x[:, image] for x in predictions))
+            for labels, boxes in zip(*(x.split(BOXES_AT_ONCE) for x in target), strict=True):
+                costs[..., start : start + len(labels)] = self.cost(own, labels, boxes)
+                start += len(labels)
+        return costs
 
     def cost(self, predictions: Predictions, labels: Tensor, boxes: Tensor) -> Tensor:
-        """Cost (N, B, Q, M) of giving each query each of the boxes (B, M, 4), labels (B, M)."""
-        index = labels[None, :, None].expand(*predictions.logits.shape[:-1], -1)
-        logits = predictions.logits.gather(-1, index)
-        object_cost, background_cost = (
-            sigmoid_focal_loss(logits, torch.full_like(logits, is_object), self.alpha, self.gamma)
-            for is_object in (1.0, 0.0)
-        )
+        """Cost (..., Q, M) of giving each query of an image each of the boxes (M, 4), labels (M,).
+
+        The predictions are those of the image, (..., Q, .).
+        """
+        class_cost = focal_change(predictions.logits[..., labels], self.alpha, self.gamma)
         giou = generalized_iou(
-            cxcywh_to_xyxy(predictions.boxes)[..., None, :], cxcywh_to_xyxy(boxes)[:, None]
+            cxcywh_to_xyxy(predictions.boxes)[..., None, :], cxcywh_to_xyxy(boxes)
         )
         return (
-            self.class_cost * (object_cost - background_cost)
+            self.class_cost * class_cost
             + self.bbox_cost * torch.cdist(predictions.boxes, boxes, p=1)
             - self.giou_cost * giou
         )
+
+
+def focal_change(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    """By how much the focal loss of each logit is more for an object than for background."""
+    there, absent = (
+        sigmoid_focal_loss(logits, torch.full_like(logits, is_object), alpha, gamma)
+        for is_object in (1.0, 0.0)
+    )
+    return there - absent
+
+
+def assign(costs: Tensor, counts: list[int]) -> Tensor:
+    """The cheapest assignment of every stage and image, on the CPU.
+
+    Args:
+        costs: (N, Q, M) of all boxes of the batch, each for the queries of its own image
+        counts: how many of the boxes each image has
+
+    Returns:
+        (3, N, n) int64, of each of n pairs its image, its query and its box, counted through the
+        batch; every stage has the same images
+    """
+    table = costs.numpy()
+    if not np.isfinite(table).all():
+        raise FloatingPointError(
+            "predictions or boxes are NaN or infinite: if training has diverged, resume from "
+            "an earlier checkpoint with a lower learning rate"
+        )
+    packed, end = [], 0
+    for image, count in enumerate(counts):
+        start, end = end, end + count
+        pairs = [linear_sum_assignment(stage) for stage in table[..., start:end]]
+        queries, boxes = np.stack(pairs, axis=1)  # (N, n) each
+        packed.append(np.stack([np.full_like(queries, image), queries, start + boxes]))
+    return torch.from_numpy(np.concatenate(packed, axis=-1))

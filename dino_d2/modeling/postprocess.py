@@ -22,16 +22,15 @@ def postprocess(
     num_classes = predictions.logits.shape[-1]
     scores = predictions.logits.flatten(1).sigmoid()
     scores, indices = scores.topk(min(max_detections, scores.shape[1]), dim=1)
+    queries, classes = indices // num_classes, indices % num_classes
     corners = cxcywh_to_xyxy(predictions.boxes)
     results = []
-    for score, index, box, (height, width) in zip(
-        scores, indices, corners, image_sizes, strict=True
+    for score, query, label, box, (height, width) in zip(
+        scores, queries, classes, corners, image_sizes, strict=True
     ):
-        boxes = Boxes(box[index // num_classes])
+        boxes = Boxes(box[query])
         boxes.scale(scale_x=width, scale_y=height)
         results.append(
-            Instances(
-                (height, width), pred_boxes=boxes, scores=score, pred_classes=index % num_classes
-            )
+            Instances((height, width), pred_boxes=boxes, scores=score, pred_classes=label)
         )
     return results

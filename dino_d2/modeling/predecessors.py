@@ -187,6 +187,6 @@ class BoxesOnly(SetCriterion):
     ) -> dict[str, Tensor]:
         images, queries, targets = denoising.match
         boxes = Predictions(*(x[:, images, queries][:, None] for x in predictions))
-        match = Match(torch.zeros_like(images), torch.arange(len(images)).to(images), targets)
-        denoising = denoising._replace(match=match)
+        places = torch.arange(len(images), device=images.device)
+        denoising = denoising._replace(match=Match(torch.zeros_like(places), places, targets))
         return super().denoising_losses(boxes, denoising, truth, num_boxes)

@@ -1,0 +1,79 @@
+"""From the backbone's features to predictions everything is one graph for torch.compile."""
+
+import pytest
+import torch
+
+from dino_d2 import modeling
+from dino_d2.modeling.denoising import denoising_attn_mask
+from dino_d2.structures import prepend
+
+SHAPES = [(8, 8), (4, 4), (2, 2)]
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs():
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def make_inputs():
+    """Features of two images of 64 x 64 pixels, the second padded."""
+
+    def make(model):
+        channels = {name: x.channels for name, x in model.backbone.output_shape().items()}
+        features = {
+            name: torch.randn(2, count, *shape)
+            for (name, count), shape in zip(channels.items(), SHAPES, strict=True)
+        }
+        padding = torch.zeros(2, 64, 64, dtype=torch.bool)
+        padding[1, 48:] = True
+        return features, padding
+
+    return make
+
+
+def detect(model, features, padding):
+    memory = model.encoder(model.neck(features), padding)
+    queries, proposals = model.query_selection(memory)
+    return model.decoder(queries, memory), proposals
+
+
+def compiled(function):
+    """Fails where the graph breaks."""
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"query_selection": modeling.StaticQueries, "look_forward": 1, "final_norm": False},
+    ],
+    ids=["DINO", "static queries, no final norm"],
+)
+def test_inference_is_one_graph(make_dino, make_inputs, randomise, options):
+    model = randomise(make_dino(denoising=None, **options), std=0.1).eval()
+    features, padding = make_inputs(model)
+    with torch.no_grad():
+        expected = detect(model, features, padding)
+        torch.testing.assert_close(compiled(detect)(model, features, padding), expected)
+
+
+def test_training_on_denoising_queries_is_one_graph(
+    make_dino, make_inputs, make_targets, randomise
+):
+    model = randomise(make_dino(), std=0.1)
+    features, padding = make_inputs(model)
+    memory = model.encoder(model.neck(features), padding)
+    matching, _ = model.query_selection(memory)
+    noised = model.denoising(make_targets(3, 1))
+    queries = prepend(noised.queries, matching)
+    mask = denoising_attn_mask(noised.groups, matching.content.shape[1])
+    results = []
+    for decoder in (model.decoder, compiled(model.decoder)):
+        layers = decoder(queries, memory, mask)
+        loss = sum(layer.logits.sum() + layer.boxes.sum() for layer in layers)
+        inputs = [*model.decoder.parameters(), queries.content, memory.tokens]
+        results.append((layers, torch.autograd.grad(loss, inputs, retain_graph=True)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
