@@ -44,6 +44,10 @@ def add_dino_config(cfg: CN) -> None:
     c.LOOK_FORWARD = 2  # 2 is look forward twice, 1 is once, 0 does not refine boxes
     c.SHARED_HEADS = True  # one class and one box head for all decoder layers
 
+    # Stages, of "backbone", "encoder" and "decoder", whose activations are computed again in the
+    # backward pass instead of being kept: less memory, more time.
+    c.CHECKPOINT = []
+
     c.DENOISING = CN()
     c.DENOISING.NAME = "ContrastiveDenoising"  # or Denoising, or "" to train without
     c.DENOISING.BUDGET = 100  # boxes noised per image (in pairs if contrastive)

@@ -17,6 +17,7 @@ from .checkpoint_io import fetch, read, weights
 from .checkpointer import Checkpointer, to_ours
 from .config import read_config
 from .modeling.dino import DINO
+from .modeling.inference import fold_norms
 from .releases import RELEASES
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
@@ -29,6 +30,8 @@ class Predictor:
         classes: names of its classes
         augmentations: what resizes an image as in evaluation
         image_format: "RGB" or "BGR", what the model takes
+        dtype: of matrix products and convolutions, by autocast; bfloat16 more than doubles the
+            speed of processors and GPUs that have instructions for it, and moves scores a little
     """
 
     def __init__(
@@ -38,11 +41,13 @@ class Predictor:
         classes: Sequence[str],
         augmentations: Sequence[T.Augmentation],
         image_format: str,
+        dtype: torch.dtype = torch.float32,
     ):
         self.model = model
         self.classes = list(classes)
         self.augmentation = T.AugmentationList(augmentations)
         self.image_format = image_format
+        self.dtype = dtype
 
     @torch.inference_mode()
     def __call__(self, images: Picture | Sequence[Picture]) -> Instances | list[Instances]:
@@ -57,7 +62,10 @@ class Predictor:
             ValueError: an array is something else
         """
         if isinstance(images, list | tuple):
-            return [x["instances"].to("cpu") for x in self.model([self.prepare(x) for x in images])]
+            narrow = self.dtype != torch.float32
+            with torch.autocast(self.model.device.type, self.dtype, enabled=narrow):
+                results = self.model([self.prepare(image) for image in images])
+            return [x["instances"].to("cpu") for x in results]
         return self([images])[0]
 
     def prepare(self, image: Picture) -> dict:
@@ -83,7 +91,11 @@ class Predictor:
 
 
 def load(
-    config: str, weights: str = "", device: str | None = None, overrides: Sequence[str] = ()
+    config: str,
+    weights: str = "",
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> Predictor:
     """A model and its weights.
 
@@ -93,6 +105,7 @@ def load(
             those that the config names
         device: by default the GPU if there is one
         overrides: of the config, as on the command line of train_net.py
+        dtype: of matrix products and convolutions, see `Predictor`
 
     Raises:
         FileNotFoundError: no such config
@@ -117,7 +130,11 @@ def load(
     model = model_zoo.build(cfg, len(classes), device)
     Checkpointer(model, classes=classes, complete=True).load(path)
     return Predictor(
-        model.eval(), classes=classes, augmentations=augmentations, image_format=image_format
+        fold_norms(model.eval()),
+        classes=classes,
+        augmentations=augmentations,
+        image_format=image_format,
+        dtype=dtype,
     )
 
 

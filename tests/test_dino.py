@@ -5,10 +5,13 @@ from itertools import product
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
+from torch import nn
 
 from dino_d2 import add_dino_config, modeling
+from dino_d2.modeling.inference import fold_norms
 from dino_d2.solver import ClippedAdamW, parameter_groups
 
 SELECTIONS = (modeling.StaticQueries, modeling.PureQuerySelection, modeling.MixedQuerySelection)
@@ -126,6 +129,73 @@ def test_an_empty_batch_is_refused_in_training(make_dino):
 
 def test_an_empty_batch_gives_no_detections(make_dino):
     assert make_dino().eval()([]) == []
+
+
+# ---- memory and speed
+
+
+def test_checkpointed_stages_change_no_loss_and_no_gradient(make_dino, make_batch):
+    model, batch = make_dino(dropout=0.1), make_batch(2, 0)
+
+    def step(*stages):
+        model.checkpoint_backbone = "backbone" in stages
+        model.encoder.checkpoint = "encoder" in stages
+        model.decoder.checkpoint = "decoder" in stages
+        torch.manual_seed(1)
+        losses = model(batch)
+        return losses, torch.autograd.grad(sum(losses.values()), list(model.parameters()))
+
+    losses, grads = step()
+    for stages in (["backbone"], ["encoder"], ["decoder"], ["backbone", "encoder", "decoder"]):
+        again, new_grads = step(*stages)
+        assert all(torch.equal(losses[name], again[name]) for name in losses)
+        assert all(map(torch.equal, grads, new_grads))
+
+
+@pytest.mark.parametrize("stage", ["backbone", "encoder", "decoder"])
+def test_a_checkpointed_stage_keeps_less_for_the_backward_pass(small_cfg, make_batch, stage):
+    def kept(stages):
+        small_cfg.MODEL.DINO.CHECKPOINT = stages
+        torch.manual_seed(0)
+        model, sizes = build_model(small_cfg).train(), {}
+
+        def note(x):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            losses = model(make_batch(2, 1, sizes=[(96, 128)] * 2))
+        assert losses
+        return sum(sizes.values())
+
+    assert kept([stage]) < kept([])
+
+
+def test_a_stage_that_cannot_be_checkpointed_is_named(small_cfg):
+    small_cfg.MODEL.DINO.CHECKPOINT = ["encoder", "neck"]
+    with pytest.raises(ValueError, match=r"checkpoint names \['neck'\]; it can be of backbone"):
+        build_model(small_cfg)
+
+
+def test_folded_norms_change_nothing_but_the_time(small_cfg):
+    model = build_model(small_cfg).eval()
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            for buffer in module.buffers():
+                buffer.uniform_(0.5, 1.5)
+    image = torch.randn(1, 3, 96, 128)
+    expected = model.backbone(image)
+    assert fold_norms(model) is model
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
+    for name, feature in model.backbone(image).items():
+        torch.testing.assert_close(feature, expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_norms_that_are_being_trained_are_not_folded():
+    trained, fixed, group = nn.BatchNorm2d(4), nn.BatchNorm2d(4).eval(), nn.GroupNorm(2, 4)
+    convs = [Conv2d(3, 4, 1, norm=norm, bias=False) for norm in (trained, fixed, group)]
+    fold_norms(nn.ModuleList(convs))
+    assert [conv.norm is None for conv in convs] == [False, True, False]
 
 
 @pytest.mark.parametrize("label", [3, 90, -1])

@@ -57,6 +57,19 @@ def trained(tmp_path_factory):
     return folder / "model.pth"
 
 
+def test_a_narrow_dtype_computes_by_autocast_and_finds_the_same(make_predictor, image):
+    predictor = make_predictor()
+    exact = predictor(image)
+    seen = []
+    predictor.model.encoder.register_forward_hook(lambda *x: seen.append(x[-1].tokens.dtype))
+    predictor.dtype = torch.bfloat16
+    narrow = predictor(image)
+    predictor.model.encoder.layers[0].ffn.register_forward_hook(lambda *x: seen.append(x[-1].dtype))
+    predictor(image)
+    assert torch.bfloat16 in seen
+    torch.testing.assert_close(narrow.scores[:5], exact.scores[:5], rtol=0.1, atol=0.02)
+
+
 def test_detections_are_in_pixels_of_the_image(make_predictor, image):
     instances = make_predictor(size=32)(image)
     assert instances.image_size == (60, 90)

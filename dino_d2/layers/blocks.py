@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class MLP(nn.Module):
@@ -35,6 +36,11 @@ def box_head(embed_dim: int) -> nn.Module:
     nn.init.zeros_(head.layers[-1].weight)
     nn.init.zeros_(head.layers[-1].bias)
     return head
+
+
+def recompute(module: nn.Module, *args):
+    """Call `module`; its activations are not kept but computed again in the backward pass."""
+    return checkpoint(module, *args, use_reentrant=False)
 
 
 def xavier_uniform_(module: nn.Module) -> None:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from ..boxes import refine
 from ..layers import MLP, DeformableAttention, box_head, class_head, encode_boxes
-from ..layers.blocks import xavier_uniform_
+from ..layers.blocks import recompute, xavier_uniform_
 from ..structures import FeaturePyramid, Predictions, Queries
 
 
@@ -96,6 +96,8 @@ class Decoder(nn.Module):
         size_bias: where the first box head starts with width and height, before the sigmoid
     """
 
+    checkpoint = False  # DINO(checkpoint=["decoder"]) sets it
+
     def __init__(
         self,
         *,
@@ -155,13 +157,14 @@ class Decoder(nn.Module):
         x, reference, position = queries
         anchor = reference  # what the next prediction is relative to
         predictions = []
+        call = recompute if self.checkpoint else nn.Module.__call__
         for i, layer in enumerate(self.layers):
             to_class, to_box = (
                 heads[min(i, len(heads) - 1)] for heads in (self.class_heads, self.box_heads)
             )
             scaled = scale_to_levels(reference, memory.valid_ratios)
             where = self.position_head(Queries(x, scaled[:, :, 0], position), i)
-            x = layer(x, where, scaled, memory, attn_mask)
+            x = call(layer, x, where, scaled, memory, attn_mask)
             y = self.norm(x)
             delta = to_box(y)
             predictions.append(Predictions(to_class(y), refine(anchor, delta)))

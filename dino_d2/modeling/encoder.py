@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import MLP, DeformableAttention, encode_pixels
-from ..layers.blocks import xavier_uniform_
+from ..layers.blocks import recompute, xavier_uniform_
 from ..structures import FeaturePyramid
 
 
@@ -52,6 +52,8 @@ class Encoder(nn.Module):
         num_points: P, per head and level
         position_temperature, position_offset: of the encoding of pixels, see `encode_pixels`
     """
+
+    checkpoint = False  # DINO(checkpoint=["encoder"]) sets it
 
     def __init__(
         self,
@@ -100,8 +102,9 @@ class Encoder(nn.Module):
             offset=self.position_offset,
         )
         reference = token_centers(pyramid)[:, :, None] * pyramid.valid_ratios[:, None]
+        call = recompute if self.checkpoint else nn.Module.__call__
         for layer in self.layers:
-            pyramid = layer(pyramid, reference)
+            pyramid = call(layer, pyramid, reference)
         return pyramid
 
 

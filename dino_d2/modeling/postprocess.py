@@ -1,5 +1,6 @@
 """From the predictions of the last layer to Detectron2's instances."""
 
+import torch
 from detectron2.structures import Boxes, Instances
 
 from ..boxes import cxcywh_to_xyxy
@@ -20,7 +21,9 @@ def postprocess(
         instances with pred_boxes, scores (falling) and pred_classes
     """
     num_classes = predictions.logits.shape[-1]
-    scores = predictions.logits.flatten(1).sigmoid()
+    # Probabilities in bfloat16 would tie where logits do not.
+    logits = predictions.logits.to(torch.promote_types(predictions.logits.dtype, torch.float32))
+    scores = logits.flatten(1).sigmoid()
     scores, indices = scores.topk(min(max_detections, scores.shape[1]), dim=1)
     queries, classes = indices // num_classes, indices % num_classes
     corners = cxcywh_to_xyxy(predictions.boxes)

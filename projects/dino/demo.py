@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from PIL import Image
@@ -109,6 +110,12 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="default: 0.5")
     parser.add_argument("--batch-size", type=int, default=1, help="default: 1")
     parser.add_argument("--device", help="cpu, cuda, mps; default: cuda if there is one")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="of matrix products; bfloat16 is several times faster on hardware that knows it",
+    )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
     return parser
 
@@ -126,7 +133,8 @@ def main() -> None:
             args.output.mkdir(parents=True, exist_ok=True)
         if args.json:
             args.json.open("a").close()
-        predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts)
+        dtype = getattr(torch, args.dtype)
+        predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts, dtype)
     except BAD_INPUT as error:
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         sys.exit(f"{parser.prog}: {' '.join(map(str.strip, text.splitlines()))}")
