@@ -4,6 +4,7 @@ import re
 import runpy
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,24 @@ def test_the_compiled_kernels_are_chosen_for_what_they_can_do(with_compiled):
     assert dispatch.kernels_for(*double) is reference
 
 
+def on_cuda(dtype=torch.float32):
+    return SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+
+
+def test_a_gpu_gets_triton_where_it_is_installed(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "WHY_NOT_TRITON", "")
+    assert dispatch.kernels_for(on_cuda(), on_cuda()).__name__ == "dino_d2.ops.triton_kernels"
+    assert dispatch.kernels_for(on_cuda(), on_cuda(torch.float64)) is reference
+
+
+def test_a_gpu_without_triton_is_warned_about(monkeypatch):
+    monkeypatch.setattr(dispatch, "WHY_NOT_TRITON", "Triton is not installed")
+    dispatch.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="its CUDA kernels.*not installed; install triton"):
+        assert dispatch.kernels_for(on_cuda(), on_cuda()) is reference
+
+
 def test_other_devices_get_plain_pytorch(with_compiled):
     assert dispatch.kernels_for(*tensors("meta")) is reference
 
@@ -106,7 +125,8 @@ def test_missing_kernels_are_warned_about_once_with_the_remedy(without_compiled)
 def test_backends_says_what_is_live_and_why_nothing_faster_is(without_compiled):
     cpu, cuda = backends()
     assert cpu == ("cpu", "embedding_bag, grid_sample", "nobody compiled them")
-    assert cuda == ("cuda", "grid_sample", "")
+    if not torch.cuda.is_available():
+        assert cuda == ("cuda", "grid_sample", "there is no CUDA device")
 
 
 def test_backends_names_the_instruction_set(with_compiled, monkeypatch):

@@ -2,6 +2,8 @@
 
 import warnings
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -11,6 +13,13 @@ from torch import Tensor
 from . import compiled, embedding_bag, reference
 
 WHY_NOT_COMPILED = compiled.load()
+WHY_NOT_TRITON = (
+    "there is no CUDA device"
+    if not torch.cuda.is_available()
+    else "Triton is not installed"
+    if find_spec("triton") is None
+    else ""
+)
 
 
 class Backend(NamedTuple):
@@ -27,7 +36,8 @@ def backends() -> list[Backend]:
     float64, which only tests need, is always served by plain PyTorch, and so are other devices.
     """
     cpu = f"C++ ({compiled.CAPABILITY})" if not WHY_NOT_COMPILED else "embedding_bag, grid_sample"
-    return [Backend("cpu", cpu, WHY_NOT_COMPILED), Backend("cuda", "grid_sample", "")]
+    cuda = "Triton" if not WHY_NOT_TRITON else "grid_sample"
+    return [Backend("cpu", cpu, WHY_NOT_COMPILED), Backend("cuda", cuda, WHY_NOT_TRITON)]
 
 
 def kernels_for(value: Tensor, points: Tensor) -> ModuleType:
@@ -35,6 +45,10 @@ def kernels_for(value: Tensor, points: Tensor) -> ModuleType:
     device = value.device.type
     if points.dtype != torch.float32:
         return reference
+    if device == "cuda":
+        if not WHY_NOT_TRITON:
+            return import_module(".triton_kernels", __package__)  # importing Triton takes a while
+        warn_once("CUDA", WHY_NOT_TRITON, "install triton")
     if device == "cpu":
         if not WHY_NOT_COMPILED and value.dtype in compiled.DTYPES:
             return compiled

@@ -1,0 +1,524 @@
+"""Multi-scale deformable attention for NVIDIA GPUs, in Triton.
+
+A program computes one head of a block of queries. A thread owns eight channels of a query: rows
+of `value` are read in vectors, and what a sampling point needs is worked out once per thread.
+Coordinates, weights and sums are float32 whatever the dtype of `value`.
+Where the queries are the tokens themselves, a block is a square of a level instead of a run of
+queries: neighbours sample the same rows, which then are in the L1 cache.
+
+Shapes in the kernels: BLOCK queries; the channels of a head are CHUNKS x LANES x VECTOR. Lanes
+are the neighbouring threads that share a query. What belongs to a query or to one of its points
+is (BLOCK, LANES), the same in all lanes: it then is where it is needed, and nothing has to move
+through shared memory (but with a number of channels that is no multiple of four).
+
+Figures in comments are those of code compiled for an H100 (sm_90), not of time measured.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_ELEMENTS = 2**31  # offsets inside an image are int32
+CHANNELS_PER_THREAD = 8
+KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
+SQUARE = tl.constexpr(8)
+
+
+def forward(
+    value: Tensor,
+    shapes: list[int],
+    points: Tensor,
+    weights: Tensor,
+    reference: Tensor | None = None,
+) -> Tensor:
+    """Sum over levels and points of weight times value at location (Deformable DETR, eq. 3).
+
+    A location that is NaN makes its query NaN. A value that is not finite may do so to all
+    queries that sample within two pixels of it.
+
+    Args:
+        value: (B, S, H, D) float32, float16 or bfloat16, the levels one after the other
+        shapes: H_0, W_0, H_1, W_1, ...; L pairs of at least 1, whose areas add up to S
+        points: (B, Q, H, L, P, 2) float32. Without reference, locations (x, y) in [0, 1] on each
+            level; zero is sampled outside. With reference, offsets from it
+        weights: (B, Q, H, L, P) float32. Without reference, attention weights. With reference,
+            logits: the weights are their softmax over all L * P points
+        reference: (B, Q, L, 2) points (x, y) in [0, 1], an offset being in pixels of the level;
+            or (B, Q, L, 4) boxes (cx, cy, w, h), an offset being in units of (w, h) / 2P; float32
+
+    Returns:
+        (B, Q, H * D) in the dtype of value, contiguous
+
+    Raises:
+        ValueError: value is of another dtype, an image of it has 2**31 elements or more, or a
+            level is empty
+    """
+    check(value, shapes)
+    batch, _, heads, channels = value.shape
+    out = value.new_empty(batch, points.shape[1], heads * channels)
+    if out.numel():
+        inputs = (value, shapes, points, weights, reference)
+        launch(forward_kernel, *inputs, out, vector=16 // value.itemsize)
+    return out
+
+
+def backward(
+    grad: Tensor,
+    value: Tensor,
+    shapes: list[int],
+    points: Tensor,
+    weights: Tensor,
+    reference: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward`. That of value is added up by float32 atomics in any order, so its
+    last bits differ from run to run.
+
+    Args:
+        grad: (B, Q, H * D), gradient of the output; the others as in `forward`
+
+    Returns:
+        the gradients of value, (B, S, H, D) in its dtype; of the locations, (B, Q, H, L, P, 2)
+        float32, also where they were given as offsets from a reference; and of weights,
+        (B, Q, H, L, P) float32. All contiguous
+
+    Raises:
+        ValueError: as `forward`
+    """
+    check(value, shapes)
+    grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+    grad_points, grad_weights = (
+        torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (points, weights)
+    )
+    if grad.numel():
+        inputs = (value, shapes, points, weights, reference)
+        grads = (aligned(grad), grad_value, grad_points, grad_weights)
+        # Four channels at once, as the gradient of value is float32. The compiler would take up
+        # to 99 registers; with 80 three programs of 256 threads fit on a multiprocessor, not two.
+        launch(backward_kernel, *inputs, *grads, vector=4, maxnreg=80)
+    return grad_value.to(value.dtype), grad_points, grad_weights
+
+
+def check(value: Tensor, shapes: list[int]) -> None:
+    """Refuse what the kernels cannot do."""
+    if value.dtype not in DTYPES:
+        raise ValueError(f"value is {value.dtype}; convert it to one of {DTYPES}")
+    if value[:1].numel() >= MAX_ELEMENTS:
+        raise ValueError(
+            f"value {tuple(value.shape)} has {value[:1].numel()} elements per image; "
+            f"the GPU kernels take fewer than {MAX_ELEMENTS}: use smaller images"
+        )
+    if min(shapes) < 1:
+        raise ValueError(f"levels of height and width {shapes} include an empty one: leave it out")
+
+
+def launch(
+    kernel: triton.JITFunction,
+    value: Tensor,
+    shapes: list[int],
+    points: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+    *others: Tensor,
+    vector: int,
+    **options: int,
+) -> None:
+    """Start a program for every block of queries, head and image.
+
+    Args:
+        others: further tensors of the kernel, aligned
+        vector: channels of one memory access
+        options: those of the compiler
+    """
+    tensors = [x if x is None else aligned(x) for x in (points, weights, reference)]
+    table = level_table(value.device, *shapes)
+    sizes = points.shape[1], value.shape[1]
+    grid, constants = plan(value, shapes, points, reference, vector)
+    with torch.cuda.device_of(value):
+        kernel[grid](aligned(value), table, *tensors, *others, *sizes, **constants, **options)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous and at a multiple of 16 bytes, which vector accesses need."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+@lru_cache(maxsize=1024)
+def level_table(device: torch.device, *shapes: int) -> Tensor:
+    """(L, 4) int32: height, width, first token, first square. Kept, as copying it would make the
+    CPU wait, and is impossible while a CUDA graph is captured."""
+    heights, widths = shapes[::2], shapes[1::2]
+    areas = [h * w for h, w in zip(heights, widths, strict=True)]
+    starts = (accumulate(x, initial=0) for x in (areas, squares_of_levels(shapes)))
+    table = zip(heights, widths, *starts, strict=False)
+    return torch.tensor(list(table), dtype=torch.int32, device=device)
+
+
+def squares_of_levels(shapes: Sequence[int]) -> list[int]:
+    """How many squares of queries cover each level."""
+    side = SQUARE.value
+    sides = zip(shapes[::2], shapes[1::2], strict=True)
+    return [triton.cdiv(h, side) * triton.cdiv(w, side) for h, w in sides]
+
+
+def plan(
+    value: Tensor, shapes: list[int], points: Tensor, reference: Tensor | None, vector: int
+) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
+    """The grid of programs, and what the kernel is compiled for."""
+    batch, tokens, heads, channels = value.shape
+    _, queries, _, levels, num_points, _ = points.shape
+    regions = queries == tokens
+    # A decoder has few queries for the many multiprocessors: small blocks.
+    block = SQUARE.value**2 if regions else 32
+    blocks = sum(squares_of_levels(shapes)) if regions else triton.cdiv(queries, block)
+    padded = triton.next_power_of_2(channels)
+    chunks = max(min(CHANNELS_PER_THREAD, padded) // vector, 1)
+    lanes = max(padded // (chunks * vector), 1)
+    constants = {
+        "HEADS": heads,
+        "CHANNELS": channels,
+        "LEVELS": levels,
+        "POINTS": num_points,
+        "REFERENCE": 0 if reference is None else reference.shape[-1],
+        "REGIONS": regions,
+        "BLOCK": block,
+        "CHUNKS": chunks,
+        "LANES": lanes,
+        "VECTOR": vector,
+        "num_warps": min(block * lanes // 32, 16),
+        "enable_fp_fusion": True,
+    }
+    return (blocks, heads, batch), constants
+
+
+@triton.jit
+def queries_of_program(
+    levels,
+    num_queries,
+    LEVELS: tl.constexpr,
+    REGIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """(BLOCK, LANES): indices of queries in the batch, and which of them exist. The indices of
+    those that do not exist are of others: whatever is done for these is not stored."""
+    block = tl.program_id(0)
+    if REGIONS:
+        query, exists = queries_of_square(levels, block, LEVELS)
+    else:
+        query = block * BLOCK + tl.arange(0, BLOCK)
+        exists = query < num_queries
+    query = tl.minimum(query, num_queries - 1) + tl.program_id(2).to(tl.int64) * num_queries
+    shape: tl.constexpr = [BLOCK, LANES]
+    return tl.broadcast_to(query[:, None], shape), tl.broadcast_to(exists[:, None], shape)
+
+
+@triton.jit
+def queries_of_square(levels, block, LEVELS: tl.constexpr):
+    """The tokens of a square, (BLOCK,), and which of them are inside the level."""
+    level = 0
+    for i in range(1, LEVELS):
+        level += (block >= tl.load(levels + 4 * i + 3)).to(tl.int32)
+    height, width = tl.load(levels + 4 * level), tl.load(levels + 4 * level + 1)
+    square = block - tl.load(levels + 4 * level + 3)
+    across = tl.cdiv(width, SQUARE)
+    index = tl.arange(0, SQUARE * SQUARE)
+    y = square // across * SQUARE + index // SQUARE
+    x = square % across * SQUARE + index % SQUARE
+    return tl.load(levels + 4 * level + 2) + y * width + x, (y < height) & (x < width)
+
+
+@triton.jit
+def channels_of_row(
+    CHANNELS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
+):
+    """(CHUNKS, 1, LANES, VECTOR): channels, and which of them exist."""
+    chunk = tl.arange(0, CHUNKS)[:, None, None, None]
+    lane = tl.arange(0, LANES)[None, None, :, None]
+    channel = (chunk * LANES + lane) * VECTOR + tl.arange(0, VECTOR)[None, None, None, :]
+    return channel, channel < CHANNELS
+
+
+@triton.jit
+def per_channel(x):
+    """(BLOCK, LANES) as (1, BLOCK, LANES, 1)."""
+    return x[None, :, :, None]
+
+
+@triton.jit
+def softmax_terms(logits, COUNT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Largest of COUNT logits and the sum of exponentials relative to it, (BLOCK, 1)."""
+    lane = tl.arange(0, LANES)[None, :]
+    peaks = tl.full([BLOCK, LANES], float("-inf"), tl.float32)
+    for i in tl.static_range(0, COUNT, LANES):
+        logit = tl.load(logits + lane + i, mask=lane + i < COUNT, other=float("-inf"))
+        peaks = tl.maximum(peaks, logit)
+    peak = tl.max(peaks, 1, keep_dims=True)
+    totals = tl.full([BLOCK, LANES], 0.0, tl.float32)
+    for i in tl.static_range(0, COUNT, LANES):
+        logit = tl.load(logits + lane + i, mask=lane + i < COUNT, other=float("-inf"))
+        totals += tl.exp(logit - peak)
+    return peak, tl.sum(totals, 1, keep_dims=True)
+
+
+@triton.jit
+def subtract_mean(
+    products, logits, peak, total, mean, exists, COUNT: tl.constexpr, LANES: tl.constexpr
+):
+    """The gradient of softmax: weight times what the gradient of a weight is above their mean.
+
+    In `products` are weights times gradients, written by any thread of the program.
+    """
+    tl.debug_barrier()
+    lane = tl.arange(0, LANES)[None, :]
+    for i in tl.static_range(0, COUNT, LANES):
+        mask = exists & (lane + i < COUNT)
+        weight = tl.exp(tl.load(logits + lane + i, mask=mask) - peak) / total
+        product = tl.load(products + lane + i, mask=mask)
+        tl.store(products + lane + i, product - weight * mean, mask=mask)
+
+
+@triton.jit
+def open_level(levels, level, reference, POINTS: tl.constexpr, REFERENCE: tl.constexpr):
+    """Height, width, and the tokens from a pixel to the next of its row and of its column, which
+    are none where there is no next one; and the rest of what `sample` has to know of a level.
+
+    In pixels a point is origin + unit * point, along x and y.
+    """
+    rows, columns = tl.load(levels + 4 * level), tl.load(levels + 4 * level + 1)
+    right, down = tl.minimum(columns - 1, 1), tl.minimum(rows - 1, 1) * columns
+    height, width = rows.to(tl.float32), columns.to(tl.float32)
+    x_origin, y_origin, x_unit, y_unit = -0.5, -0.5, width, height
+    if REFERENCE != 0:
+        reference += level * REFERENCE
+        x_origin += tl.load(reference) * width
+        y_origin += tl.load(reference + 1) * height
+        x_unit, y_unit = 1.0, 1.0
+    if REFERENCE == 4:
+        x_unit = tl.load(reference + 2) * width * (0.5 / POINTS)
+        y_unit = tl.load(reference + 3) * height * (0.5 / POINTS)
+    first_token = tl.load(levels + 4 * level + 2)
+    return height, width, right, down, (first_token, columns, x_origin, y_origin, x_unit, y_unit)
+
+
+@triton.jit
+def sample(pair, height, width, frame):
+    """The token of the upper left corner around a point, and the signed distances in pixels of
+    the point from the columns and the rows of the corners: token, x0, x1, y0, y1."""
+    first_token, columns, x_origin, y_origin, x_unit, y_unit = frame
+    both = tl.load(pair)  # two floats by one access
+    x = both.to(tl.int32).to(tl.float32, bitcast=True)
+    y = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    column, x0, x1 = neighbours(x_origin + x_unit * x, width)
+    row, y0, y1 = neighbours(y_origin + y_unit * y, height)
+    return first_token + row * columns + column, x0, x1, y0, y1
+
+
+@triton.jit
+def pack_pair(first, second):
+    """Two floats for one access."""
+    first, second = first.to(tl.int32, bitcast=True), second.to(tl.int32, bitcast=True)
+    return (first.to(tl.int64) & 0xFFFFFFFF) | (second.to(tl.int64) << 32)
+
+
+@triton.jit
+def neighbours(pixel, size):
+    """Of the two pixels that are interpolated along an axis: the index of the first, and the
+    signed distances to both.
+
+    They are inside the image wherever the point is, NaN included. Where an axis has one pixel
+    only, that stands in for the second one, infinitely far away.
+    """
+    first = tl.maximum(tl.minimum(tl.floor(pixel), size - 2.0), 0.0)
+    distance = pixel - first
+    return first.to(tl.int32), distance, tl.where(size > 1.0, distance - 1.0, float("inf"))
+
+
+@triton.jit
+def hat(distance):
+    """Share of a pixel in the interpolation: 1 - |distance|, from one pixel on 0."""
+    return tl.maximum(1.0 - tl.abs(distance), 0.0, propagate_nan=KEEP_NAN)
+
+
+@triton.jit
+def hat_slope(distance):
+    """Its derivative; at the three kinks that from the right."""
+    rising = tl.where(distance >= -1.0, 1.0, 0.0)
+    falling = tl.where(distance < 1.0, -1.0, 0.0)
+    return tl.where(distance < 0.0, rising, falling)
+
+
+@triton.jit
+def dot(x, y):
+    """(BLOCK, LANES): sums over the channels of a lane. The lanes remain to be added up."""
+    return tl.sum(tl.sum(x * y, 3), 0)
+
+
+@triton.jit
+def sum_lanes(x):
+    """(BLOCK, LANES), every lane with the sum."""
+    return tl.broadcast_to(tl.sum(x, 1, keep_dims=True), x.shape)
+
+
+@triton.jit
+def point_gradients(dot00, dot01, dot10, dot11, x0, x1, y0, y1):
+    """Of the interpolation, from those of its corners: along x, along y, and its value."""
+    upper_dot = hat(x0) * dot00 + hat(x1) * dot01
+    lower_dot = hat(x0) * dot10 + hat(x1) * dot11
+    left_dot = hat(y0) * dot00 + hat(y1) * dot10
+    right_dot = hat(y0) * dot01 + hat(y1) * dot11
+    along_x = hat_slope(x0) * left_dot + hat_slope(x1) * right_dot
+    along_y = hat_slope(y0) * upper_dot + hat_slope(y1) * lower_dot
+    result = hat(y0) * upper_dot + hat(y1) * lower_dot
+    return sum_lanes(along_x), sum_lanes(along_y), sum_lanes(result)
+
+
+@triton.jit
+def load_rows(rows, is_channel):
+    """(CHUNKS, BLOCK, LANES, VECTOR) float32, zero in channels that do not exist."""
+    return tl.load(rows, mask=is_channel, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def add_rows(rows, share, grad, exists, is_channel):
+    """Add the gradient of a corner to that of value."""
+    # A corner outside the image has no share; adding its zeros would crowd the border pixels.
+    mask = per_channel(exists & (share != 0.0)) & is_channel
+    tl.atomic_add(rows, per_channel(share) * grad, mask=mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_tokens"])
+def forward_kernel(
+    value,
+    levels,
+    points,
+    weights,
+    reference,
+    out,
+    num_queries,
+    num_tokens,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    REGIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    TOKEN: tl.constexpr = HEADS * CHANNELS
+    query, exists = queries_of_program(levels, num_queries, LEVELS, REGIONS, BLOCK, LANES)
+    item = query * HEADS + tl.program_id(1)
+    channel, is_channel = channels_of_row(CHANNELS, CHUNKS, LANES, VECTOR)
+    value += tl.program_id(2).to(tl.int64) * num_tokens * TOKEN + tl.program_id(1) * CHANNELS
+    pairs = points.to(tl.pointer_type(tl.int64)) + item * (LEVELS * POINTS)
+    weights += item * (LEVELS * POINTS)
+    if REFERENCE != 0:
+        reference += query * (LEVELS * REFERENCE)
+        peak, total = softmax_terms(weights, LEVELS * POINTS, BLOCK, LANES)
+
+    result = tl.full([CHUNKS, BLOCK, LANES, VECTOR], 0.0, tl.float32)
+    for level in range(LEVELS):
+        height, width, right, down, frame = open_level(levels, level, reference, POINTS, REFERENCE)
+        for point in tl.static_range(POINTS):
+            index = level * POINTS + point
+            weight = tl.load(weights + index)
+            if REFERENCE != 0:
+                weight = tl.exp(weight - peak)
+            token, x0, x1, y0, y1 = sample(pairs + index, height, width, frame)
+            upper = per_channel(value + token * TOKEN) + channel
+            lower = upper + down * TOKEN
+            y0, y1 = weight * hat(y0), weight * hat(y1)
+            result += per_channel(y0 * hat(x0)) * load_rows(upper, is_channel)
+            result += per_channel(y0 * hat(x1)) * load_rows(upper + right * TOKEN, is_channel)
+            result += per_channel(y1 * hat(x0)) * load_rows(lower, is_channel)
+            result += per_channel(y1 * hat(x1)) * load_rows(lower + right * TOKEN, is_channel)
+    if REFERENCE != 0:
+        result *= per_channel(1.0 / total)
+    out = per_channel(out + item * CHANNELS) + channel
+    tl.store(out, result.to(out.dtype.element_ty), mask=per_channel(exists) & is_channel)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_tokens"])
+def backward_kernel(
+    value,
+    levels,
+    points,
+    weights,
+    reference,
+    grad,
+    grad_value,
+    grad_points,
+    grad_weights,
+    num_queries,
+    num_tokens,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    REGIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    TOKEN: tl.constexpr = HEADS * CHANNELS
+    query, exists = queries_of_program(levels, num_queries, LEVELS, REGIONS, BLOCK, LANES)
+    item = query * HEADS + tl.program_id(1)
+    first_lane = exists & (tl.arange(0, LANES)[None, :] == 0)
+    channel, is_channel = channels_of_row(CHANNELS, CHUNKS, LANES, VECTOR)
+    start = tl.program_id(2).to(tl.int64) * num_tokens * TOKEN + tl.program_id(1) * CHANNELS
+    value += start
+    grad_value += start
+    pairs = points.to(tl.pointer_type(tl.int64)) + item * (LEVELS * POINTS)
+    grad_pairs = grad_points.to(tl.pointer_type(tl.int64)) + item * (LEVELS * POINTS)
+    weights += item * (LEVELS * POINTS)
+    grad_weights += item * (LEVELS * POINTS)
+    grad = load_rows(per_channel(grad + item * CHANNELS) + channel, is_channel)
+    if REFERENCE != 0:
+        reference += query * (LEVELS * REFERENCE)
+        peak, total = softmax_terms(weights, LEVELS * POINTS, BLOCK, LANES)
+        grad *= per_channel(1.0 / total)  # once, rather than every weight
+        mean = tl.full([BLOCK, LANES], 0.0, tl.float32)
+
+    for level in range(LEVELS):
+        height, width, right, down, frame = open_level(levels, level, reference, POINTS, REFERENCE)
+        for point in tl.static_range(POINTS):
+            index = level * POINTS + point
+            weight = tl.load(weights + index)
+            if REFERENCE != 0:
+                weight = tl.exp(weight - peak)
+            token, x0, x1, y0, y1 = sample(pairs + index, height, width, frame)
+            upper = per_channel(value + token * TOKEN) + channel
+            lower = upper + down * TOKEN
+            dot00 = dot(grad, load_rows(upper, is_channel))
+            dot01 = dot(grad, load_rows(upper + right * TOKEN, is_channel))
+            dot10 = dot(grad, load_rows(lower, is_channel))
+            dot11 = dot(grad, load_rows(lower + right * TOKEN, is_channel))
+            grad_x, grad_y, grad_weight = point_gradients(
+                dot00, dot01, dot10, dot11, x0, x1, y0, y1
+            )
+            pair = pack_pair(weight * width * grad_x, weight * height * grad_y)
+            tl.store(grad_pairs + index, pair, mask=first_lane)
+            if REFERENCE != 0:
+                grad_weight *= weight
+                mean += grad_weight
+            tl.store(grad_weights + index, grad_weight, mask=first_lane)
+            upper = per_channel(grad_value + token * TOKEN) + channel
+            lower = upper + down * TOKEN
+            y0, y1 = weight * hat(y0), weight * hat(y1)
+            add_rows(upper, y0 * hat(x0), grad, exists, is_channel)
+            add_rows(upper + right * TOKEN, y0 * hat(x1), grad, exists, is_channel)
+            add_rows(lower, y1 * hat(x0), grad, exists, is_channel)
+            add_rows(lower + right * TOKEN, y1 * hat(x1), grad, exists, is_channel)
+    if REFERENCE != 0:
+        subtract_mean(grad_weights, weights, peak, total, mean, exists, LEVELS * POINTS, LANES)
