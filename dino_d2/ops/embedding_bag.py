@@ -10,6 +10,8 @@ from .reference import backward, resolve
 
 __all__ = ["backward", "forward"]
 
+QUERIES_AT_ONCE = 512  # what is computed of them then stays in the cache
+
 
 def forward(
     value: Tensor,
@@ -20,46 +22,54 @@ def forward(
 ) -> Tensor:
     """As `reference.forward`, computed in float32."""
     batch, _, heads, channels = value.shape
-    locations, weights = resolve(shapes, points, weights, reference)
-    table, starts = with_borders(value.float(), shapes)
-    rows, shares = [], []
-    for level, start in enumerate(starts):
-        height, width = shapes[2 * level : 2 * level + 2]
-        x, right = between_pixels(locations[:, :, :, level, :, 0], width)
-        y, below = between_pixels(locations[:, :, :, level, :, 1], height)
-        row = (start + y * (width + 2) + x) * heads
-        weight = weights[:, :, :, level]
-        upper, lower = weight * (1 - below), weight * below
-        rows += row, row + heads, row + (width + 2) * heads, row + (width + 3) * heads
-        shares += upper * (1 - right), upper * right, lower * (1 - right), lower * right
-    row, share = torch.cat(rows, -1), torch.cat(shares, -1)  # (B, Q, H, L * 4 * P)
-    row += torch.arange(heads, dtype=row.dtype)[:, None]
-    row += torch.arange(batch, dtype=row.dtype).view(-1, 1, 1, 1) * (table.shape[1] * heads)
-    out = F.embedding_bag(
-        row.flatten(0, 2),
-        table.view(-1, channels),
-        per_sample_weights=share.flatten(0, 2),
-        mode="sum",
-    )
-    return out.view(batch, -1, heads * channels).to(value.dtype)
+    table = with_borders(value.float(), shapes).flatten(1, 2)  # (B, S' * H, D)
+    out = table.new_empty(batch, points.shape[1], heads * channels)
+    for image in range(batch):
+        for start in range(0, points.shape[1], QUERIES_AT_ONCE):
+            part = slice(image, image + 1), slice(start, start + QUERIES_AT_ONCE)
+            given = (x if x is None else x[part] for x in (points, weights, reference))
+            rows, shares = corners(shapes, *resolve(shapes, *given))
+            sums = F.embedding_bag(rows, table[image], per_sample_weights=shares, mode="sum")
+            out[part] = sums.view(1, -1, heads * channels)
+    return out.to(value.dtype)
 
 
-def with_borders(value: Tensor, shapes: list[int]) -> tuple[Tensor, list[int]]:
-    """A border of zeros around every level, so that no point needs a mask: (B, S', H, D) and the
-    token at which each level starts."""
+def with_borders(value: Tensor, shapes: list[int]) -> Tensor:
+    """A border of zeros around every level, so that no point needs a mask: (B, S', H, D)."""
     pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
     images = value.split([h * w for h, w in pairs], 1)
     padded = [
         F.pad(image.unflatten(1, shape), (0, 0, 0, 0, 1, 1, 1, 1)).flatten(1, 2)
         for image, shape in zip(images, pairs, strict=True)
     ]
-    ends = torch.tensor([image.shape[1] for image in padded]).cumsum(0).tolist()
-    return torch.cat(padded, 1), [0, *ends[:-1]]
+    return torch.cat(padded, 1)
 
 
-def between_pixels(location: Tensor, side: int) -> tuple[Tensor, Tensor]:
+def corners(shapes: list[int], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the four corners around all points of a query and head, the rows in the table of an image
+    and the shares: (Q * H, L * P * 4) each, for (1, Q, H, L, P, 2) and (1, Q, H, L, P)."""
+    heads = locations.shape[2]
+    height, width = torch.tensor(shapes).view(-1, 2, 1).unbind(1)  # (L, 1)
+    areas = (height + 2) * (width + 2)
+    start = (areas.cumsum(0) - areas).int()
+    x, right = between_pixels(locations[..., 0], width)
+    y, below = between_pixels(locations[..., 1], height)
+    to_next, to_row = heads, ((width + 2) * heads).int()
+    head = torch.arange(heads, dtype=torch.int32).view(-1, 1, 1)
+    row = (start + x) * heads + y * to_row + head
+    rows = torch.stack([row, row + to_next, row + to_row, row + to_row + to_next], -1)
+    lower = weights * below
+    upper = weights - lower
+    lower_right, upper_right = lower * right, upper * right
+    shares = [upper - upper_right, upper_right, lower - lower_right, lower_right]
+    return rows.view(rows.shape[1] * heads, -1), torch.stack(shares, -1).view(
+        rows.shape[1] * heads, -1
+    )
+
+
+def between_pixels(location: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
     """The pixel before a location, counted with the border, and how far behind it the location is,
     in [0, 1]. NaN keeps its place there, next to a valid pixel."""
-    pixel = (location * side + 0.5).clamp(0, side + 1)
-    before = pixel.nan_to_num(0).int().clamp(max=side)
+    pixel = (location * side + 0.5).clamp_(min=0).minimum(side + 1)
+    before = pixel.nan_to_num(0).int().minimum(side.int())
     return before, pixel - before

@@ -261,12 +261,12 @@ void differentiate(const Samples& p, const Slice<T>& s, int64_t query) {
 }
 
 // Asks for the rows of a query before they are needed.
-template <typename T>
-void fetch(const Samples& p, const Slice<T>& s) {
+template <typename R>
+void fetch(const Samples& p, const R* rows, int64_t stride) {
   for (int i = 0; i < 4 * p.n; i++) {
-    const T* row = s.value + p.row[0][i] * s.value_stride;
+    const char* row = reinterpret_cast<const char*>(rows + p.row[0][i] * stride);
     __builtin_prefetch(row);
-    __builtin_prefetch(reinterpret_cast<const char*>(row) + 64);
+    __builtin_prefetch(row + 64);
   }
 }
 
@@ -274,14 +274,15 @@ void fetch(const Samples& p, const Slice<T>& s) {
 
 template <typename T>
 void forward(const Geometry& g, const Slice<T>& s) {
-  Samples samples[2] = {Samples(g), Samples(g)};
+  Samples samples[2] = {Samples(g), Samples(g)};  // of this query and of the next one
   float wide[BLOCK];
   T out[BLOCK];
   if (s.first < s.last) samples[s.first % 2].prepare(s, s.first);
   for (int64_t query = s.first; query < s.last; query++) {
     const Samples& p = samples[query % 2];
-    if (query + 1 < s.last) samples[(query + 1) % 2].prepare(s, query + 1);
-    if (query + 1 < s.last && s.prefetch) fetch(samples[(query + 1) % 2], s);
+    Samples& next = samples[(query + 1) % 2];
+    if (query + 1 < s.last) next.prepare(s, query + 1);
+    if (query + 1 < s.last && s.prefetch) fetch(next, s.value, s.value_stride);
     for (int channel = 0; channel < s.channels; channel += BLOCK) {
       Floats sums[CHAINS][VECTORS] = {};
       for (int i = 0; i < p.n; i++)
@@ -307,9 +308,16 @@ void forward(const Geometry& g, const Slice<T>& s) {
 
 template <typename T>
 void backward(const Geometry& g, const Slice<T>& s) {
-  Samples p(g);
+  Samples samples[2] = {Samples(g), Samples(g)};
+  if (s.first < s.last) samples[s.first % 2].prepare(s, s.first);
   for (int64_t query = s.first; query < s.last; query++) {
-    p.prepare(s, query);
+    const Samples& p = samples[query % 2];
+    Samples& next = samples[(query + 1) % 2];
+    if (query + 1 < s.last) next.prepare(s, query + 1);
+    if (query + 1 < s.last && s.prefetch) {
+      fetch(next, s.value, s.value_stride);
+      fetch(next, s.grad_value, s.grad_value_stride);
+    }
     std::memset(p.dot, 0, 4 * p.n * sizeof(float));
     for (int channel = 0; channel < s.channels; channel += BLOCK) {
       float grad[BLOCK] = {};

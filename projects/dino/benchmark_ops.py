@@ -1,0 +1,294 @@
+#!/usr/bin/env python3
+"""Time multi-scale deformable attention, beside its published form and other packages.
+
+The problem is that of DINO on one image of 800 x 1333 pixels: four levels, 8 heads of 32 channels,
+4 points. All sides take turns in one run; before, all are checked to compute the same.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from benchmarking import (
+    find_device,
+    headline,
+    interleave,
+    is_installed,
+    machine,
+    markdown,
+    positive,
+    published_form,
+    published_form_from_offsets,
+    save,
+    timer,
+)
+from torch import Tensor
+
+from dino_d2.ops import dispatch, embedding_bag, ms_deform_attn, ms_deform_attn_from_offsets
+from dino_d2.ops.reference import resolve
+
+EPILOG = """
+Examples:
+
+What this machine can do, on the CPU and, if there is one, the GPU:
+    $ benchmark_ops.py
+
+The CPU alone, on one thread, for a smaller image:
+    $ benchmark_ops.py --device cpu --threads 1 --size 480 640 --output out
+
+Other packages take part where they are installed: torch-ms-deform-attn, on a GPU deformops too.
+"""
+
+HEADS, CHANNELS, POINTS = 8, 32, 4
+STRIDES = 8, 16, 32, 64
+HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Relative to the published form in float32, of the whole tensor in the Euclidean norm
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+class Problem(NamedTuple):
+    """The arguments of `ms_deform_attn_from_offsets`."""
+
+    value: Tensor
+    shapes: tuple[tuple[int, int], ...]
+    reference: Tensor
+    offsets: Tensor
+    logits: Tensor
+
+
+class Side(NamedTuple):
+    """One way to compute `function(*inputs)`, and its gradients from that of the result."""
+
+    name: str
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, Tensor, Tensor]  # value, and locations and weights, or what makes them
+    grad: Tensor
+    context: Callable[[], AbstractContextManager] = nullcontext
+
+    def forward(self) -> Tensor:
+        with torch.no_grad(), self.context():
+            return self.function(*self.inputs)
+
+    def forward_backward(self) -> tuple[Tensor, ...]:
+        with self.context():
+            out = self.function(*self.inputs)
+            return out.detach(), *torch.autograd.grad(out, self.inputs, self.grad)
+
+
+def make_problem(
+    shapes: tuple[tuple[int, int], ...], batch: int, num_boxes: int, device: torch.device
+) -> Problem:
+    """Of an encoder, where pixels look a few pixels around themselves, or, with a number of boxes,
+    of a decoder, where boxes look into and around themselves."""
+    reference = torch.cat([centers(*shape) for shape in shapes])[None, :, None]
+    if num_boxes:
+        box = torch.rand(1, num_boxes, 1, 2), 0.05 + 0.4 * torch.rand(1, num_boxes, 1, 2)
+        reference = torch.cat(box, -1)
+    points = batch, reference.shape[1], HEADS, len(shapes), POINTS
+    tokens = sum(height * width for height, width in shapes)
+    return Problem(
+        torch.randn(batch, tokens, HEADS, CHANNELS).to(device),
+        shapes,
+        reference.expand(batch, -1, len(shapes), -1).contiguous().to(device),
+        2 * torch.randn(*points, 2).to(device),
+        torch.randn(points).to(device),
+    )
+
+
+def centers(height: int, width: int) -> Tensor:
+    """Of the pixels of a level, (x, y) in [0, 1]: (H_l * W_l, 2)."""
+    y, x = (torch.arange(n) + 0.5 for n in (height, width))
+    return torch.cartesian_prod(y / height, x / width).flip(-1)
+
+
+def make_sides(problem: Problem) -> tuple[list[Side], list[Side]]:
+    """Sides that are given locations and weights, and sides that make them of offsets and logits,
+    which is more work. The first of either is the published form."""
+    value, shapes, reference, offsets, logits = problem
+    places = resolve([side for shape in shapes for side in shape], offsets, logits, reference)
+    grad = torch.randn(*offsets.shape[:2], HEADS * CHANNELS).to(value.device)
+    is_cuda = value.device.type == "cuda"
+
+    def from_locations(value, locations, weights):
+        return ms_deform_attn(value, shapes, locations, weights)
+
+    def from_offsets(value, offsets, logits):
+        return ms_deform_attn_from_offsets(value, shapes, reference, offsets, logits)
+
+    def published(value, locations, weights):
+        return published_form(value, shapes, locations, weights)
+
+    def published_from_offsets(value, offsets, logits):
+        return published_form_from_offsets(value, shapes, reference, offsets, logits)
+
+    def located(name, function, dtype=torch.float32):
+        half = f", {HALF[dtype]}" if dtype in HALF else ""
+        return Side(name + half, function, leaves(value.to(dtype), *places), grad.to(dtype))
+
+    def predicted(name, function, dtype=torch.float32, context=nullcontext):
+        half = f", {HALF[dtype]}" if dtype in HALF else ""
+        tensors = leaves(value.to(dtype), offsets, logits)
+        return Side(name + half, function, tensors, grad.to(dtype), context)
+
+    dtypes = [torch.float32, *(HALF if is_cuda else [torch.bfloat16])]
+    by_locations = [
+        located("published form", published),
+        located("dino_d2, from locations", from_locations),
+        *(
+            located(name, function, dtype)
+            for name, function in other_packages(shapes, value.device)
+            for dtype in (dtypes if is_cuda else dtypes[:1])
+        ),
+    ]
+    by_offsets = [
+        predicted("published form, from offsets", published_from_offsets),
+        *(predicted("dino_d2, from offsets", from_offsets, dtype) for dtype in dtypes),
+    ]
+    if not is_cuda:
+        name = "dino_d2, from offsets, without a compiler"
+        by_offsets.append(predicted(name, from_offsets, context=without_compiler))
+    return by_locations, by_offsets
+
+
+def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.detach().requires_grad_() for x in tensors)
+
+
+def without_compiler() -> AbstractContextManager:
+    """What is left of the CPU kernels where they could not be compiled."""
+    return mock.patch.object(dispatch, "kernels_for", lambda *_: embedding_bag)
+
+
+def other_packages(shapes: Sequence, device: torch.device) -> Iterator[tuple[str, Callable]]:
+    """Those that are installed, under their names, as functions of value, locations, weights."""
+    sizes = torch.tensor(shapes, device=device)
+    starts = sizes.prod(1).cumsum(0) - sizes.prod(1)
+    if is_installed("torch_ms_deform_attn"):
+        from torch_ms_deform_attn import ms_deform_attn as original
+
+        def in_float32(value, *places):  # as under autocast, halves are cast
+            return original(value.float(), sizes, starts, *places).to(value.dtype)
+
+        yield f"torch-ms-deform-attn {version('torch-ms-deform-attn')}", in_float32
+    if device.type == "cuda" and is_installed("deformops"):
+        from deformops.registry import msda
+
+        def with_weights_like_value(value, locations, weights):
+            return msda(value, sizes, starts, locations, weights.to(value.dtype))
+
+        yield f"deformops {version('deformops')}", with_weights_like_value
+
+
+def check(sides: list[Side]) -> dict[str, float]:
+    """By how much the output and the gradients of each side differ from those of the first, which
+    is measured relative to these: the largest of the four.
+
+    Raises:
+        ArithmeticError: it is more than rounding explains
+    """
+    expected = sides[0].forward_backward()
+    found = {}
+    for side in sides:
+        pairs = zip(side.forward_backward(), expected, strict=True)
+        found[side.name] = max(float((x - y).norm() / y.norm()) for x, y in pairs)
+        if not found[side.name] <= TOLERANCE[side.inputs[0].dtype]:
+            raise ArithmeticError(
+                f"{side.name} differs from {sides[0].name} by {found[side.name]:.1e}, which is no "
+                "rounding: report it, or leave that package out"
+            )
+    return found
+
+
+def measure(problem: Problem, repeats: int) -> list[dict]:
+    """A row for each side: medians, and how many times faster than the published form it is."""
+    groups = make_sides(problem)
+    difference = {name: found for group in groups for name, found in check(group).items()}
+    sides = [*groups[0], *groups[1][1:]]
+    device = problem.value.device
+    rows = [{"side": side.name, "difference": difference[side.name]} for side in sides]
+    for step in ("forward", "forward_backward"):
+        timers = {side.name: timer(getattr(side, step), device) for side in sides}
+        times = interleave(timers, repeats)
+        baseline = median(times[sides[0].name])
+        for row in rows:
+            row[f"{step}_ms"] = median(times[row["side"]])
+            row[f"{step}_ratio"] = baseline / row[f"{step}_ms"]
+            row[f"{step}_samples_ms"] = times[row["side"]]
+    return rows
+
+
+def run(device: torch.device, args: argparse.Namespace) -> tuple[str, list[dict]]:
+    """A page about a device, and what is on it."""
+    shapes = tuple(tuple(-(-side // stride) for side in args.size) for stride in STRIDES)
+    problems = {
+        "encoder, batch 1": (1, 0),
+        "encoder, batch 2": (2, 0),
+        f"decoder, {args.queries:,} queries": (1, args.queries),
+    }
+    results = []
+    for name, (batch, boxes) in problems.items():
+        rows = measure(make_problem(shapes, batch, boxes, device), args.repeats)
+        results += [{"device": device.type, "problem": name, **row} for row in rows]
+    columns = (
+        "problem",
+        "side",
+        "forward, ms",
+        "faster",
+        "with backward, ms",
+        "faster",
+        "differs by",
+    )
+    table = [
+        (
+            *(row["problem"], row["side"], row["forward_ms"], f"{row['forward_ratio']:.1f} x"),
+            *(row["forward_backward_ms"], f"{row['forward_backward_ratio']:.1f} x"),
+            f"{row['difference']:.0e}",
+        )
+        for row in results
+    ]
+    height, width = args.size
+    title = (
+        f"Multi-scale deformable attention, an image of {height} x {width} pixels, on "
+        f"{device.type}. Medians of {args.repeats} rounds; float32 where nothing else is said."
+    )
+    return "\n\n".join([title, headline(machine(device)), markdown(columns, table)]), results
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", nargs="+", default=devices, help="default: all there are")
+    parser.add_argument("--size", nargs=2, type=positive, default=[800, 1333], metavar=("H", "W"))
+    parser.add_argument("--queries", type=positive, default=1100, help="decoder; default: 1100")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds; default: 5")
+    parser.add_argument("--threads", type=positive, help="of the CPU; default: PyTorch's")
+    parser.add_argument("--output", type=Path, default=Path("output/benchmark_ops"))
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argument_parser()
+    args = parser.parse_args(words)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    try:
+        devices = [find_device(name) for name in args.device]
+        pages, results = zip(*(run(device, args) for device in devices), strict=True)
+    except (ValueError, ArithmeticError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    facts = {device.type: machine(device) for device in devices}
+    save(args.output, "\n\n".join(pages), {"machines": facts, "results": sum(results, [])})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""What the two benchmarks share: the published form of the operator, clocks, tables, plots."""
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import linear_regression
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from torch import Tensor
+from torch.nn import functional as F
+
+from dino_d2.ops import backends
+from dino_d2.ops.reference import resolve
+
+MIB = 2**20
+STATUS = Path("/proc/self/status")
+REPLAYS = 20  # of a CUDA graph between two events
+Shapes = Sequence[tuple[int, int]]
+
+
+def published_form(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Multi-scale deformable attention as Deformable DETR, DINO and what is derived from them
+    compute it where their CUDA kernel does not run: all samples by grid_sample, then one weighted
+    sum; differentiated by autograd. Arguments and result as of `dino_d2.ops.ms_deform_attn`."""
+    batch, _, heads, channels = value.shape
+    images = value.split([height * width for height, width in shapes], 1)
+    samples = [
+        F.grid_sample(
+            image.permute(0, 2, 3, 1).reshape(batch * heads, channels, *shape),
+            grid.transpose(1, 2).flatten(0, 1),
+            align_corners=False,
+        )
+        for image, grid, shape in zip(images, (2 * locations - 1).unbind(3), shapes, strict=True)
+    ]  # of each level (B * H, D, Q, P)
+    weights = weights.transpose(1, 2).flatten(0, 1).flatten(-2)[:, None]
+    out = (torch.stack(samples, -2).flatten(-2) * weights).sum(-1)
+    return out.view(batch, heads * channels, -1).transpose(1, 2).contiguous()
+
+
+def published_form_from_offsets(
+    value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """The same from what the network predicts, as `dino_d2.ops.ms_deform_attn_from_offsets`.
+    Under autocast in float32, as the published models do it."""
+    sides = [side for shape in shapes for side in shape]
+    locations, weights = resolve(sides, offsets.float(), logits.float(), reference)
+    return published_form(value.float(), shapes, locations, weights).to(value.dtype)
+
+
+def find_device(name: str) -> torch.device:
+    """
+    Raises:
+        ValueError: it is not there, or nothing that can be measured
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}, which PyTorch does not know") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}, but only cpu and cuda can be measured")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}, but PyTorch finds no GPU here")
+    return device
+
+
+def positive(text: str) -> int:
+    """For argparse: a number from 1 on."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the figures were measured with."""
+    kernels = next(x.kernels for x in backends() if x.device == device.type)
+    gpu = {"GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {
+        "CPU": cpu_name(),
+        "cores": str(os.cpu_count()),
+        **gpu,
+        "threads": str(torch.get_num_threads()),
+        "PyTorch": torch.__version__,
+        "kernels": kernels,
+        "date": date.today().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    """As the kernel of Linux calls it, elsewhere as Python does."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def interleave(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list]:
+    """What each side returns, `repeats` times. The sides take turns, so that what else happens on
+    the machine hits all of them; a first round warms up and is not counted."""
+    rounds = [{name: side() for name, side in sides.items()} for _ in range(repeats + 1)]
+    return {name: [results[name] for results in rounds[1:]] for name in sides}
+
+
+def timer(call: Callable, device: torch.device) -> Callable[[], float]:
+    """A function that calls and returns the milliseconds that it took. On a GPU these are of the
+    kernels alone: they are replayed, without Python in between."""
+
+    def on_cpu() -> float:
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+
+    if device.type == "cpu":
+        return on_cpu
+    graph = capture(call)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def on_gpu() -> float:
+        start.record()
+        for _ in range(REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / REPLAYS
+
+    return on_gpu
+
+
+def capture(call: Callable) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles and tunes what is to be captured
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+class Stopwatch:
+    """Splits time into laps without waiting for a GPU: there it leaves events between the work."""
+
+    def __init__(self, device: torch.device):
+        self.is_cuda = device.type == "cuda"
+        self.laps: list[tuple[str, object]] = []
+
+    def lap(self, name: str) -> None:
+        """`name` is what the time since the last lap went to; that of the first is not used."""
+        if self.is_cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self.laps.append((name, mark))
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds by name, summed over the laps of a name; forgets them."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        spent: dict[str, float] = {}
+        for (_, start), (name, end) in zip(self.laps, self.laps[1:], strict=False):
+            lasted = start.elapsed_time(end) if self.is_cuda else 1e3 * (end - start)
+            spent[name] = spent.get(name, 0.0) + lasted
+        self.laps.clear()
+        return spent
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A table; floats with three digits, None as a dash."""
+    lines = [columns, ["---"] * len(columns), *([cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def save(output: Path, page: str, results: Mapping[str, object]) -> None:
+    """Print a page, and leave it as table.md in the folder `output`, with results.json."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "table.md").write_text(page + "\n")
+    (output / "results.json").write_text(json.dumps(results, indent=1))
+    print(page)
+
+
+def headline(facts: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in facts.items())
+
+
+class PeakMemory:
+    """MiB that memory has grown by, at most, since this was made; on the CPU that of the process,
+    as Linux counts it, and None elsewhere.
+
+    `resource.getrusage` would not do: its peak includes that of the process which started this.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device) / MIB
+        elif STATUS.exists():
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again
+            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+            self.before = resident("VmRSS")
+
+    def read(self) -> float | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / MIB - self.before
+        return resident("VmHWM") - self.before if STATUS.exists() else None
+
+
+def resident(key: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM at most so far."""
+    line = next(x for x in STATUS.read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def in_new_process(function: Callable, *arguments: object) -> object:
+    """What a function returns in a process that has imported dino_d2 and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dino_d2"])  # importing takes seconds: once for all of them
+    with context.Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def draw_growth(
+    points: Sequence[Mapping], label: str, expected: Sequence[int], title: str, path: Path
+) -> None:
+    """Time and memory of points with "mode", "value", "total_ms" and "memory_mib", both axes
+    logarithmic. Dashed is growth from the first value on with the `expected` power of each."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    panels = ("total_ms", "time of a step, ms"), ("memory_mib", "memory of a step, MiB")
+    for axes, exponent, (key, unit) in zip(figure.subplots(1, 2), expected, panels, strict=True):
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel=unit)
+        for mode in dict.fromkeys(point["mode"] for point in points):
+            pairs = [(p["value"], p[key]) for p in points if p["mode"] == mode and p[key]]
+            draw_curve(axes, mode, pairs, exponent)
+        measured = [point[key] for point in points if point[key]] or [1]
+        axes.set_ylim(min(measured) / 2, 2 * max(measured))
+        values = sorted({point["value"] for point in points})
+        axes.set_xticks(values, [f"{value:,}" for value in values])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curve(axes: Axes, name: str, pairs: Sequence[tuple[float, float]], exponent: int) -> None:
+    """A line through (value, measured) pairs, and one that grows with an exponent."""
+    x = [value for value, _ in pairs]
+    label = f"{name}, power {power(pairs):.2f} at the end" if len(pairs) > 1 else name
+    (line,) = axes.plot(*zip(*pairs, strict=True), "o-", label=label)
+    start = pairs[0][1]
+    grown = [start * (value / x[0]) ** exponent for value in x]
+    axes.plot(x, grown, "--", color=line.get_color(), alpha=0.5, label=f"power {exponent}")
+
+
+def power(pairs: Sequence[tuple[float, float]]) -> float:
+    """The p of y = c x^p through the last three of (x, y), where what is constant weighs least."""
+    x, y = zip(*pairs[-3:], strict=True)
+    return linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope

@@ -1,0 +1,367 @@
+"""The programs benchmark_ops.py and benchmark_model.py, on problems of a blink."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
+import benchmark_model  # noqa: E402
+import benchmark_ops  # noqa: E402
+import benchmarking  # noqa: E402
+
+from dino_d2.layers import deformable_attention  # noqa: E402
+from dino_d2.ops import dispatch, reference  # noqa: E402
+
+TINY = {
+    "yaml": [
+        *("MODEL.DINO.ENCODER_LAYERS", "1", "MODEL.DINO.DECODER_LAYERS", "1"),
+        *("MODEL.DINO.EMBED_DIM", "64", "MODEL.DINO.FFN_DIM", "32", "MODEL.DINO.NUM_QUERIES", "10"),
+    ],
+    "py": [
+        *("model.encoder.num_layers=1", "model.decoder.num_layers=1", "model.encoder.embed_dim=64"),
+        *("model.encoder.ffn_dim=32", "model.query_selection.num_queries=10"),
+    ],
+}
+SHAPES = (6, 8), (3, 4), (2, 1)
+
+
+def run_ops(output, *words):
+    size = "--size", "48", "80", "--queries", "7", "--repeats", "2", "--device", "cpu"
+    benchmark_ops.main([*size, "--output", str(output), *words])
+    return json.loads((output / "results.json").read_text())
+
+
+def run_model(output, *words, style="yaml"):
+    config = "--config-file", f"dino_R_50_4scale_12ep.{style}"
+    size = "--size", "64", "96", "--repeats", "1", "--device", "cpu", "--threads", "1"
+    words = *config, *size, "--output", str(output), *words, "--opts", *TINY[style]
+    benchmark_model.main(list(words))
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    output = tmp_path_factory.mktemp("model")
+    run_model(output, "--precision", "bf16")
+    return output
+
+
+@pytest.mark.parametrize("boxes", [0, 5])
+def test_the_published_form_is_our_reference(boxes):
+    problem = benchmark_ops.make_problem(SHAPES, 2, boxes, torch.device("cpu"))
+    value, shapes, where, offsets, logits = problem
+    sides = [side for shape in shapes for side in shape]
+    expected = reference.forward(value, sides, offsets, logits, where)
+    found = benchmarking.published_form_from_offsets(value, shapes, where, offsets, logits)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_pixel_of_an_encoder_looks_around_itself():
+    problem = benchmark_ops.make_problem(SHAPES, 1, 0, torch.device("cpu"))
+    # the second pixel of the first row of 6 x 8; the last token is the lower of 2 x 1
+    torch.testing.assert_close(problem.reference[0, 1, 0], torch.tensor([1.5 / 8, 0.5 / 6]))
+    torch.testing.assert_close(problem.reference[0, -1, 0], torch.tensor([0.5, 0.75]))
+    assert problem.reference.shape == (1, 62, 3, 2)
+
+
+def test_all_sides_are_measured_on_all_problems(tmp_path):
+    results = run_ops(tmp_path)["results"]
+    problems = [row["problem"] for row in results]
+    sides = {row["side"] for row in results}
+    assert len(results) == len(sides) * 3 and len(set(problems)) == 3
+    assert {
+        "published form",
+        "dino_d2, from locations",
+        "dino_d2, from offsets",
+        "dino_d2, from offsets, bf16",
+        "dino_d2, from offsets, without a compiler",
+    } <= sides
+
+
+def test_problems_are_encoders_of_one_and_two_images_and_a_decoder(tmp_path, monkeypatch):
+    made = []
+    make = benchmark_ops.make_problem
+    monkeypatch.setattr(benchmark_ops, "make_problem", lambda *x: made.append(make(*x)) or made[-1])
+    run_ops(tmp_path)
+    levels = (6, 10), (3, 5), (2, 3), (1, 2)  # of 48 x 80 pixels at strides 8, 16, 32 and 64
+    assert {problem.shapes for problem in made} == {levels}
+    assert [tuple(problem.reference.shape) for problem in made] == [
+        (1, 60 + 15 + 6 + 2, 4, 2),
+        (2, 60 + 15 + 6 + 2, 4, 2),
+        (1, 7, 4, 4),
+    ]
+
+
+def test_ratios_of_operators_are_of_medians_of_their_problem(tmp_path):
+    for row in run_ops(tmp_path)["results"]:
+        if row["side"] == "published form":
+            baseline = row
+        for step in ("forward", "forward_backward"):
+            samples = sorted(row[f"{step}_samples_ms"])
+            assert row[f"{step}_ms"] == (samples[0] + samples[1]) / 2
+            ratio = baseline[f"{step}_ms"] / row[f"{step}_ms"]
+            assert row[f"{step}_ratio"] == pytest.approx(ratio)
+
+
+def test_the_page_about_operators_names_the_machine_and_has_all_rows(tmp_path, capsys):
+    results = run_ops(tmp_path)
+    page = (tmp_path / "table.md").read_text()
+    assert capsys.readouterr().out == page
+    for fact in results["machines"]["cpu"].values():
+        assert fact in page
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(results["results"])
+
+
+def test_a_side_that_computes_something_else_ends_the_program(tmp_path, monkeypatch):
+    twisted = lambda value, *places: reference.forward(value, *places).flip(-1)  # noqa: E731
+    monkeypatch.setattr(dispatch.compiled, "forward", twisted)
+    monkeypatch.setattr(dispatch.embedding_bag, "forward", twisted)
+    with pytest.raises(SystemExit, match="dino_d2, from locations differs from published form"):
+        run_ops(tmp_path)
+
+
+def test_without_a_compiler_is_without_a_compiler(monkeypatch):
+    problem = benchmark_ops.make_problem(SHAPES, 1, 0, torch.device("cpu"))
+    *_, side = benchmark_ops.make_sides(problem)[1]
+    calls = []
+    forward = dispatch.embedding_bag.forward
+    monkeypatch.setattr(
+        dispatch.embedding_bag, "forward", lambda *x: calls.append(1) or forward(*x)
+    )
+    side.forward()
+    assert "without a compiler" in side.name and calls
+
+
+@pytest.mark.parametrize("program", [benchmark_ops, benchmark_model])
+@pytest.mark.parametrize("device", ["fpga", "meta"])
+def test_an_unknown_device_is_one_sentence(program, device, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        program.main(["--device", device, "--output", str(tmp_path)])
+    assert f"--device is '{device}'" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_sentence():
+    with pytest.raises(ValueError, match="PyTorch finds no GPU here"):
+        benchmarking.find_device("cuda")
+
+
+@pytest.mark.parametrize("words", [[], ["--growth", "area"]])
+def test_an_unknown_config_is_one_sentence(words, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        benchmark_model.main(["--config-file", "dimo", "--output", str(tmp_path), *words])
+    assert "there is no config 'dimo'" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", [["--batch", "0"], ["--size", "64", "-1"], ["--repeats", "x"]])
+def test_a_number_below_one_is_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_model.main(words)
+    assert "is no number from 1 on" in capsys.readouterr().err
+
+
+def test_every_setting_of_a_model_is_measured_beside_its_published_form(compared):
+    rows = json.loads((compared / "results.json").read_text())["results"]
+    assert [(row["mode"], row["precision"], row["variant"]) for row in rows] == [
+        ("inference", "bf16", "published form"),
+        ("inference", "bf16", "plain"),
+        ("training", "bf16", "published form"),
+        ("training", "bf16", "plain"),
+    ]
+    assert all(row["memory_mib"] > 0 for row in rows if sys.platform == "linux")
+    page = (compared / "table.md").read_text()
+    assert page.count("| published form |") == 2 and page.count("| plain |") == 4
+
+
+def test_what_the_command_line_lists_is_measured_in_all_combinations(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark_model, "measure", lambda settings, _: seen.extend(settings) or [])
+    monkeypatch.setattr(benchmark_model, "page", lambda *_: "")
+    run_model(tmp_path, "--batch", "1", "2", "--size", "32", "32", "--precision", "fp32", "bf16")
+    assert {(x.batch, x.size, x.precision) for x in seen} == {
+        (batch, size, precision)
+        for batch in (1, 2)
+        for size in ((64, 96), (32, 32))
+        for precision in ("fp32", "bf16")
+    }
+    assert len(seen) == 2**5  # modes, and the published form beside each
+
+
+def test_the_stages_of_a_step_add_up_to_it(compared):
+    shared = {"backbone", "neck", "encoder", "query_selection", "decoder", "rest"}
+    training = {"denoising", "criterion", "backward", "optimizer"}
+    for row in json.loads((compared / "results.json").read_text())["results"]:
+        stages = row["stages_ms"]
+        assert set(stages) == shared | (training if row["mode"] == "training" else set())
+        assert sum(stages.values()) == pytest.approx(row["total_ms"])
+
+
+def test_what_lies_before_a_stage_is_not_counted_as_part_of_it():
+    stopwatch, stage = benchmarking.Stopwatch(torch.device("cpu")), torch.nn.Identity()
+    benchmark_model.time_stage("stage", stage, stopwatch)
+    stopwatch.lap("start")
+    stage(0)
+    assert [name for name, _ in stopwatch.laps] == ["start", "rest", "stage"]
+
+
+def test_an_operator_is_of_the_kind_of_what_it_is_part_of():
+    attention = SimpleNamespace(name="dino_d2::ms_deform_attn", cpu_parent=None)
+    part = SimpleNamespace(name="aten::mul", cpu_parent=attention)
+    alone = SimpleNamespace(name="aten::mul", cpu_parent=None)
+    assert benchmark_model.kind_of(part) == "deformable attention"
+    assert benchmark_model.kind_of(alone) == "rest"
+
+
+def test_shares_of_operators_are_all_there_and_add_up(compared):
+    rows = json.loads((compared / "results.json").read_text())["results"]
+    for row in rows[1::2]:
+        assert len(row["shares"]) == 4 and all(share > 0 for share in row["shares"].values())
+        assert sum(row["shares"].values()) == pytest.approx(1)
+
+
+@pytest.fixture
+def make_workload():
+    def make(variant, mode="inference", style="yaml", precision="fp32"):
+        setting = benchmark_model.Setting(
+            config_file=f"dino_R_50_4scale_12ep.{style}",
+            opts=tuple(TINY[style]),
+            device="cpu",
+            threads=1,
+            mode=mode,
+            batch=1,
+            size=(64, 64),
+            precision=precision,
+            variant=variant,
+        )
+        return benchmark_model.Workload(setting)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "variant, calls", [("published form", 2), ("plain", 0)], ids=["published form", "plain"]
+)
+def test_only_the_published_side_runs_on_the_published_form(
+    variant, calls, make_workload, monkeypatch
+):
+    counted = []
+    function = benchmark_model.published_form_from_offsets
+    monkeypatch.setattr(
+        benchmark_model,
+        "published_form_from_offsets",
+        lambda *x: counted.append(1) or function(*x),
+    )
+    before = deformable_attention.ms_deform_attn_from_offsets
+    workload = make_workload(variant)
+    workload.step(workload.batch)
+    assert len(counted) == calls  # one layer each in encoder and decoder
+    assert deformable_attention.ms_deform_attn_from_offsets is before
+
+
+def test_a_step_of_training_changes_the_model(make_workload):
+    workload = make_workload("plain", "training", style="py")
+    before = workload.model.encoder.level_embed.weight.clone()
+    workload.step(workload.batch)
+    assert not workload.model.encoder.level_embed.weight.equal(before)
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_is_that_of_the_model(precision, dtype, make_workload):
+    workload = make_workload("plain", precision=precision)
+    seen = []
+    layer = workload.model.encoder.layers[0].ffn
+    layer.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    workload.step(workload.batch)
+    assert seen == [dtype]
+
+
+def test_a_variant_is_what_is_measured(make_workload, monkeypatch):
+    made = lambda model: model.requires_grad_(False)  # noqa: E731
+    monkeypatch.setitem(benchmark_model.VARIANTS["inference"], "frozen", made)
+    assert not any(p.requires_grad for p in make_workload("frozen").model.parameters())
+
+
+def test_growth_has_a_point_for_each_value_and_a_plot_for_each_quantity(tmp_path, monkeypatch):
+    values = {"area": (64,), "boxes": (1, 4)}
+    for quantity, few in values.items():
+        monkeypatch.setitem(benchmark_model.GROWTH, quantity, few)
+    run_model(tmp_path, "--growth", *values)
+    points = json.loads((tmp_path / "growth.json").read_text())["points"]
+    assert [(point["quantity"], point["mode"], point["value"]) for point in points] == [
+        ("area", "inference", 64**2),
+        ("area", "training", 64**2),
+        ("boxes", "training", 1),
+        ("boxes", "training", 4),
+    ]
+    for quantity in values:
+        picture = np.asarray(Image.open(tmp_path / f"growth_{quantity}.png").convert("RGB"))
+        assert picture.std() > 5
+
+
+@pytest.mark.parametrize("style", ["yaml", "py"])
+def test_every_quantity_changes_what_is_measured(style, tmp_path):
+    config = "--config-file", f"dino_R_50_4scale_12ep.{style}"
+    args = benchmark_model.argument_parser().parse_args(config)
+    base = benchmark_model.first_setting(args, 64)
+    for quantity, (first, *_, last) in benchmark_model.GROWTH.items():
+        settings = [benchmark_model.with_value(base, quantity, x) for x in (first, last)]
+        assert settings[0] != settings[1]
+    few = benchmark_model.with_value(base, "queries", 5)
+    model = benchmark_model.Workload(few._replace(mode="inference")).model
+    assert model.query_selection.num_queries == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux")
+def test_peak_memory_is_what_was_there_at_once():
+    memory = benchmarking.PeakMemory(torch.device("cpu"))
+    for _ in range(3):  # each freed before the next
+        torch.ones(64 * 2**20 // 4)
+    assert 60 < memory.read() < 100
+
+
+def test_sides_take_turns_and_a_first_round_is_not_counted():
+    calls = []
+    sides = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
+    assert benchmarking.interleave(sides, 2) == {"a": [3, 5], "b": [4, 6]}
+    assert calls == list("ababab")
+
+
+def test_proportional_growth_has_power_one():
+    assert benchmarking.power([(0.1, 9.0), (1, 5.0), (10, 50.0), (100, 500.0)]) == pytest.approx(1)
+
+
+def test_laps_of_one_name_are_summed_and_the_first_only_starts(monkeypatch):
+    ticks = iter([1.0, 3.0, 4.0, 8.0])
+    monkeypatch.setattr(benchmarking.time, "perf_counter", lambda: next(ticks))
+    stopwatch = benchmarking.Stopwatch(torch.device("cpu"))
+    for name in ("start", "a", "b", "a"):
+        stopwatch.lap(name)
+    assert stopwatch.read() == {"a": 6000.0, "b": 1000.0}
+
+
+def test_a_table_marks_what_was_not_measured():
+    table = benchmarking.markdown(["a", "b"], [(1234.5, None)])
+    assert table.splitlines() == ["| a | b |", "| --- | --- |", "| 1,234 | – |"]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_measured_beside_the_plain_one(tmp_path, monkeypatch):
+    memory = {"memory_mib": None}  # would compile once more, in a process of its own
+    monkeypatch.setattr(benchmark_model, "alone", lambda *_: memory)
+    run_model(tmp_path, "--mode", "inference", "--compile")
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [row["variant"] for row in rows] == ["published form", "plain", "compiled"]
+    assert set(rows[1]["stages_ms"]) == set(rows[2]["stages_ms"])
