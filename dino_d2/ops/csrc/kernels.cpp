@@ -122,10 +122,9 @@ inline float exponential(float x) {
 // The sampling points of one query in one head, and where they are in the image.
 class Samples {
  public:
-  explicit Samples(const Geometry& geometry) : g(geometry), n(geometry.points), floats(20 * n), rows(4 * n) {
+  explicit Samples(const Geometry& geometry) : g(geometry), n(geometry.points), floats(16 * n), rows(4 * n) {
     float* next = floats.data();
-    for (float** array : {&x_scale, &x_shift, &y_scale, &y_shift, &x_part, &y_part, &attention,
-                          &grad_attention})
+    for (float** array : {&x_part, &y_part, &attention, &grad_attention})
       *array = next, next += n;
     for (int corner = 0; corner < 4; corner++) {
       inside[corner] = next, next += n;
@@ -133,27 +132,21 @@ class Samples {
       row[corner] = rows.data() + corner * n;
     }
     dot = next;
-    for (int i = 0; i < n; i++) {  // of locations
-      x_scale[i] = g.width[i], y_scale[i] = g.height[i];
-      x_shift[i] = y_shift[i] = -0.5f;
-    }
   }
 
   template <typename T>
   void prepare(const Slice<T>& s, int64_t query) {
-    if (g.reference_size) {
-      scale_offsets(s.reference + query * g.levels * g.reference_size);
+    if (g.logits) {
       softmax(s.weights + query * s.weights_stride);
     } else {
       std::memcpy(attention, s.weights + query * s.weights_stride, n * sizeof(float));
     }
-    locate(s.points + query * s.weights_stride * 2);
+    locate(s.points + query * s.weights_stride * 2, s.frame + query * s.frame_stride);
   }
 
   const Geometry& g;
   const int n;
-  float *x_scale, *x_shift, *y_scale, *y_shift;  // pixel = points * scale + shift
-  float *x_part, *y_part;                        // how far between two pixels
+  float *x_part, *y_part;  // how far between two pixels
   float *attention, *grad_attention;
   float* inside[4];  // corners: 1 inside the image, 0 outside
   float* share[4];   // of the corner in the value of the point
@@ -163,26 +156,6 @@ class Samples {
  private:
   std::vector<float> floats;
   std::vector<int32_t> rows;
-
-  void scale_offsets(const float* reference) {
-    const int per_level = n / g.levels;
-    const auto fill = [&](int count) {  // inlined with a constant, a vector store each
-      for (int level = 0; level < g.levels; level++, reference += g.reference_size) {
-        const int at = level * count;
-        const float width = g.width[at], height = g.height[at];
-        float x = 1.0f, y = 1.0f;  // pixels an offset of one is
-        if (g.reference_size == 4) {
-          x = reference[2] * (0.5f / count) * width;
-          y = reference[3] * (0.5f / count) * height;
-        }
-        for (int i = at; i < at + count; i++) {
-          x_scale[i] = x, x_shift[i] = reference[0] * width - 0.5f;
-          y_scale[i] = y, y_shift[i] = reference[1] * height - 0.5f;
-        }
-      }
-    };
-    per_level == 4 ? fill(4) : fill(per_level);
-  }
 
   void softmax(const float* logits) {
     float* __restrict to = attention;
@@ -195,10 +168,11 @@ class Samples {
     for (int i = 0; i < n; i++) to[i] *= scale;
   }
 
-  void locate(const float* points) {
+  void locate(const float* points, const float* frame) {
     const float *width = g.width.data(), *height = g.height.data();
     const int32_t *columns = g.columns.data(), *lines = g.rows.data(), *start = g.start.data();
-    const float *xs = x_scale, *x_0 = x_shift, *ys = y_scale, *y_0 = y_shift, *a = attention;
+    const float *xs = frame, *x_0 = frame + n, *ys = frame + 2 * n, *y_0 = frame + 3 * n;
+    const float* a = attention;
     float *xp = x_part, *yp = y_part;
     float *in0 = inside[0], *in1 = inside[1], *in2 = inside[2], *in3 = inside[3];
     float *s0 = share[0], *s1 = share[1], *s2 = share[2], *s3 = share[3];
@@ -250,7 +224,7 @@ void differentiate(const Samples& p, const Slice<T>& s, int64_t query) {
     grad_locations[2 * i] = attention[i] * width[i] * ((1 - y) * (b - a) + y * (d - c));
     grad_locations[2 * i + 1] = attention[i] * height[i] * ((1 - x) * (c - a) + x * (d - b));
   }
-  if (!g.reference_size) {
+  if (!g.logits) {
     std::memcpy(grad_weights, grad_attention, p.n * sizeof(float));
     return;
   }

@@ -13,7 +13,7 @@ struct Geometry {
   std::vector<float> width, height;           // of the point's level
   std::vector<int32_t> columns, rows, start;  // the same as integers; its first token
   int levels, points;                         // L; L * P
-  int reference_size;                         // 0: points are locations; 2 or 4: they are offsets
+  bool logits;                                // whether weights are to be softmaxed
 };
 
 // Some queries of one head of one image. Strides are in elements, from one token or query to the
@@ -22,7 +22,11 @@ template <typename T>
 struct Slice {
   const T* value;
   int64_t value_stride;
-  const float *points, *weights, *reference;
+  const float *points, *weights;
+  // Where points are in pixels: points * scale + shift, x and y. Per query x scales, x shifts,
+  // y scales and y shifts of all points; queries are frame_stride apart, 0 if all have the same.
+  const float* frame;
+  int64_t frame_stride;
   int64_t weights_stride;  // that of points is twice as much
   bool prefetch;
   int64_t first, last;     // the queries

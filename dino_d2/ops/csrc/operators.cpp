@@ -42,7 +42,9 @@ struct Call {
   int64_t batch, tokens, heads, channels, queries, padded;
   Geometry geometry;
   const T* value;
-  const float *points, *weights, *reference;
+  const float *points, *weights;
+  std::vector<float> frames;  // see Slice
+  int64_t frame_stride;
   // Neighbouring queries read the same tokens again and again: where there are many, a copy of one
   // head's tokens, one after the other, is worth its time, as it stays in the cache.
   bool packed;
@@ -55,8 +57,7 @@ struct Call {
         padded((channels + BLOCK - 1) / BLOCK * BLOCK),
         value(static_cast<const T*>(value_.const_data_ptr())),
         points(static_cast<const float*>(points_.const_data_ptr())),
-        weights(static_cast<const float*>(weights_.const_data_ptr())),
-        reference(reference_ ? static_cast<const float*>(reference_->const_data_ptr()) : nullptr) {
+        weights(static_cast<const float*>(weights_.const_data_ptr())) {
     const int per_level = int(points_.size(4));
     int32_t start = 0;
     for (size_t level = 0; level < shapes.size(); level += 2) {
@@ -70,7 +71,8 @@ struct Call {
     }
     geometry.levels = int(shapes.size() / 2);
     geometry.points = geometry.levels * per_level;
-    geometry.reference_size = reference_ ? int(reference_->size(3)) : 0;
+    geometry.logits = reference_.has_value();
+    make_frames(reference_);
 
     packed = channels % BLOCK != 0 || queries * geometry.points > 4 * tokens;
     const int64_t threads = torch::stable::get_num_threads(), slices = batch * heads;
@@ -78,6 +80,32 @@ struct Call {
   }
 
   int64_t tasks() const { return batch * heads * parts; }
+
+  void make_frames(const std::optional<Tensor>& reference) {
+    const int n = geometry.points, per_level = n / geometry.levels;
+    frame_stride = reference ? 4 * n : 0;
+    frames.resize(reference ? batch * queries * frame_stride : 4 * n, -0.5f);
+    if (!reference) {
+      std::copy(geometry.width.begin(), geometry.width.end(), frames.begin());
+      std::copy(geometry.height.begin(), geometry.height.end(), frames.begin() + 2 * n);
+      return;
+    }
+    const int64_t size = reference->size(3);  // 2 for points, 4 for boxes
+    const float* places = static_cast<const float*>(reference->const_data_ptr());
+    torch::stable::parallel_for(0, batch * queries, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t query = begin; query < end; query++)
+        for (int i = 0; i < n; i++) {
+          const float* place = places + (query * geometry.levels + i / per_level) * size;
+          const float width = geometry.width[i], height = geometry.height[i];
+          const float share = 0.5f / per_level;
+          float* frame = frames.data() + query * frame_stride + i;
+          frame[0] = size == 4 ? place[2] * share * width : 1.0f;
+          frame[n] = place[0] * width - 0.5f;
+          frame[2 * n] = size == 4 ? place[3] * share * height : 1.0f;
+          frame[3 * n] = place[1] * height - 0.5f;
+        }
+    });
+  }
 
   // Runs `task(index, image, head, slice, buffer)` for every head of every image and part of its
   // queries; tasks of one thread get the same buffer.
@@ -103,8 +131,7 @@ struct Call {
         const int64_t first = (image * queries * heads + head) * geometry.points;
         s.points = points + first * 2, s.weights = weights + first;
         s.weights_stride = heads * geometry.points;
-        if (reference)
-          s.reference = reference + image * queries * geometry.levels * geometry.reference_size;
+        s.frame = frames.data() + image * queries * frame_stride, s.frame_stride = frame_stride;
         s.prefetch = !packed;
         s.out_stride = heads * channels;
         task(index, image, head, s, buffer);
