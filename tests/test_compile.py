@@ -77,3 +77,17 @@ def test_training_on_denoising_queries_is_one_graph(
         inputs = [*model.decoder.parameters(), queries.content, memory.tokens]
         results.append((layers, torch.autograd.grad(loss, inputs, retain_graph=True)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_the_whole_detector_is_one_graph(make_dino, make_batch, training):
+    model, batch = make_dino().train(training), make_batch(2)
+    images = model.preprocess_images(batch)
+    targets = model.prepare_targets(batch) if training else None
+    compiled = torch.compile(model.detect, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    expected = model.detect(images, targets)
+    torch.manual_seed(1)
+    actual = compiled(images, targets)
+    torch.testing.assert_close(actual.layers, expected.layers)
+    torch.testing.assert_close(actual.denoised, expected.denoised)

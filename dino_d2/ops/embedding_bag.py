@@ -10,7 +10,7 @@ from .reference import backward, resolve
 
 __all__ = ["backward", "forward"]
 
-QUERIES_AT_ONCE = 512  # what is computed of them then stays in the cache
+QUERIES_AT_ONCE = 2048  # what is computed of them then stays in the cache
 
 
 def forward(
