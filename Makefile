@@ -34,7 +34,7 @@ clean:
 	rm -rf output/quickstart build dist *.egg-info .coverage .pytest_cache .ruff_cache
 	find configs dino_d2 projects tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): Makefile setup.py requirements.txt projects/dino/install.py | $(BIN)/python
+$(READY): Makefile setup.py requirements.txt projects/dino/install.py $(wildcard dino_d2/ops/csrc/*) | $(BIN)/python
 	@$(BIN)/python projects/dino/install.py
 	@touch $@
 

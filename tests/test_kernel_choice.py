@@ -39,9 +39,10 @@ def test_without_a_compiler_a_note_takes_the_place_of_the_library(
     compiler, reason, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("CXX", compiler)
-    (tmp_path / build.LIBRARY).write_text("of an older version")
+    for name in (build.LIBRARY, "ms_deform_attn_cpu.01234567.so"):
+        (tmp_path / name).write_text("of an older version")
     build.build(tmp_path)
-    assert not (tmp_path / build.LIBRARY).exists()
+    assert [x.name for x in tmp_path.iterdir()] == [build.REASON]
     assert re.search(reason, compiled.load(tmp_path))
 
 
@@ -61,8 +62,9 @@ def test_windows_is_told_what_the_kernels_need(monkeypatch, tmp_path):
 # ---- loading
 
 
-def test_a_library_that_was_never_compiled_is_missing(tmp_path):
-    assert compiled.load(tmp_path) == "they were never compiled"
+def test_a_library_of_other_sources_is_not_loaded(tmp_path):
+    (tmp_path / "ms_deform_attn_cpu.01234567.so").write_text("of an older version")
+    assert compiled.load(tmp_path) == "they have not been compiled"
 
 
 def test_a_damaged_library_is_named(tmp_path):

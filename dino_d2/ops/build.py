@@ -4,6 +4,7 @@ possible: everything works without, slower. `python -m dino_d2.ops --build` make
 setup.py runs this file by itself, so it imports nothing but the standard library.
 """
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -16,7 +17,9 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-LIBRARY = "ms_deform_attn_cpu.so"
+# After a change of the sources a library compiled before is not found any more.
+VERSION = hashlib.sha256(b"".join(x.read_bytes() for x in sorted(FOLDER.glob("csrc/*"))))
+LIBRARY = f"ms_deform_attn_cpu.{VERSION.hexdigest()[:8]}.so"
 REASON = "ms_deform_attn_cpu.txt"  # written in place of the library: why there is none
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -43,14 +46,13 @@ def build(folder: Path = FOLDER) -> str:
         that text, empty if the library was built
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for old in [*folder.glob("ms_deform_attn_cpu.*.so"), folder / REASON]:
+        old.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         reason = compile_library(Path(scratch))
-        if not reason:  # not copied over one that may be in use
-            shutil.copy(Path(scratch, LIBRARY), folder / (LIBRARY + ".new"))
-            os.replace(folder / (LIBRARY + ".new"), folder / LIBRARY)
-    (folder / REASON).unlink(missing_ok=True)
+        if not reason:
+            shutil.copy(Path(scratch, LIBRARY), folder)
     if reason:
-        (folder / LIBRARY).unlink(missing_ok=True)
         (folder / REASON).write_text(reason)
     return reason
 

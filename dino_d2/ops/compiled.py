@@ -16,7 +16,7 @@ def load(folder: Path = FOLDER) -> str:
     """Load the library; returns why that is not possible, or an empty text."""
     library, reason = folder / LIBRARY, folder / REASON
     if not library.exists():
-        return reason.read_text() if reason.exists() else "they were never compiled"
+        return reason.read_text() if reason.exists() else "they have not been compiled"
     try:
         torch.ops.load_library(library)
     except OSError as error:
