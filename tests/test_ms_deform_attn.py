@@ -220,6 +220,8 @@ def test_it_compiles_to_one_graph(device):
     [
         (lambda v, s, loc, w: (v, s[:2], loc, w), r"\(\(3, 5\), \(1, 2\)\).* 25 tokens"),
         (lambda v, s, loc, w: (v[:, 1:], s, loc, w), "24 tokens"),
+        (lambda v, s, loc, w: (v, [*s, (0, 4)], loc, w), "include an empty one"),
+        (lambda v, s, loc, w: (v, [*s, (-1, -1)], loc, w), "include an empty one"),
         (lambda v, s, loc, w: (v, s, loc[:1], w), r"\(1, 3, 2, 3, 2, 2\) should be \(2, 3, 2, 3,"),
         (lambda v, s, loc, w: (v[:, :, :1], s, loc, w), r"should be \(2, 3, 1, 3, 2, 2\)"),
         (lambda v, s, loc, w: (v, s, loc[:, :, :, :2], w), r"3 levels.*\(2, 3, 2, 2, 2, 2\)"),

@@ -73,6 +73,8 @@ def _checked(
     reference: Tensor | None,
 ) -> Tensor:
     batch, tokens, heads, _ = value.shape
+    if any(h < 1 or w < 1 for h, w in shapes):
+        raise ValueError(f"levels of {tuple(shapes)} include an empty one: leave it out")
     if sum(h * w for h, w in shapes) != tokens:
         raise ValueError(f"levels of {tuple(shapes)} do not make up the {tokens} tokens of value")
     _, queries, _, _, num_points, _ = points.shape
