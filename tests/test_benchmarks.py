@@ -294,6 +294,7 @@ def test_a_variant_is_what_is_measured(make_workload, monkeypatch):
     assert not any(p.requires_grad for p in make_workload("frozen").model.parameters())
 
 
+@pytest.mark.slow
 def test_growth_has_a_point_for_each_value_and_a_plot_for_each_quantity(tmp_path, monkeypatch):
     values = {"area": (64,), "boxes": (1, 4)}
     for quantity, few in values.items():

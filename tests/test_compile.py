@@ -79,6 +79,7 @@ def test_training_on_denoising_queries_is_one_graph(
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_the_whole_detector_is_one_graph(make_dino, make_batch, training):
     model, batch = make_dino().train(training), make_batch(2)
