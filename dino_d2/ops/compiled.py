@@ -28,11 +28,8 @@ def forward(
     value: Tensor, shapes: list[int], points: Tensor, weights: Tensor, reference: Tensor | None
 ) -> Tensor:
     """As `reference.forward`, for a value of one of `DTYPES` and float32 otherwise."""
-    tensors = (x.contiguous() for x in (points, weights))
-    reference = None if reference is None else reference.contiguous()
-    return torch.ops.dino_d2_cpu.forward(
-        value.contiguous(), shapes, *tensors, reference, CAPABILITY
-    )
+    inputs = contiguous(value, shapes, points, weights, reference)
+    return torch.ops.dino_d2_cpu.forward(*inputs, CAPABILITY)
 
 
 def backward(
@@ -45,8 +42,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`, for a value of one of `DTYPES` and float32 otherwise. Deterministic
     for a given number of threads."""
-    tensors = (x.contiguous() for x in (points, weights))
-    reference = None if reference is None else reference.contiguous()
-    return torch.ops.dino_d2_cpu.backward(
-        grad.contiguous(), value.contiguous(), shapes, *tensors, reference, CAPABILITY
-    )
+    inputs = contiguous(grad, value, shapes, points, weights, reference)
+    return torch.ops.dino_d2_cpu.backward(*inputs, CAPABILITY)
+
+
+def contiguous(*inputs: Tensor | list[int] | None) -> list[Tensor | list[int] | None]:
+    """The arguments as the library takes them."""
+    return [x.contiguous() if isinstance(x, Tensor) else x for x in inputs]
