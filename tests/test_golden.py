@@ -46,6 +46,15 @@ pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"there is no {GOLDE
 # ---- what was recorded
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """How sums are divided among threads moves a logit in 100,000 by a little more than 1e-4."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def rule():
     """`fill.py`, which makes the weights, the images and the targets."""
