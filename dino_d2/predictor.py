@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import convert_PIL_to_numpy, read_image
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Instances
 from PIL import Image
 
@@ -16,6 +16,8 @@ from .checkpoint import COCO_80, CheckpointError
 from .checkpoint_io import fetch, read, weights
 from .checkpointer import Checkpointer, to_ours
 from .config import read_config
+from .data.augmentation import ResizeShortestEdge
+from .data.mapper import check_mode, read_image
 from .modeling.dino import DINO
 from .modeling.inference import fold_norms
 from .releases import RELEASES
@@ -53,13 +55,16 @@ class Predictor:
     def __call__(self, images: Picture | Sequence[Picture]) -> Instances | list[Instances]:
         """
         Args:
-            images: a path, a PIL image or an RGB array (H, W, 3) of uint8; or a list of them
+            images: a path, a PIL image (which is not turned, whatever its EXIF orientation) or an
+                RGB array (H, W, 3) of uint8; or a list of them. Grey values and palettes become
+                colours, transparency is left out
 
         Returns:
             pred_boxes in pixels of the image, scores (falling) and pred_classes, of each image
 
         Raises:
             ValueError: an array is something else
+            DatasetError: a file cannot be read, or an image has more than 8 bits per channel
         """
         if isinstance(images, list | tuple):
             narrow = self.dtype != torch.float32
@@ -86,6 +91,7 @@ class Predictor:
                 )
             return image[:, :, ::-1] if self.image_format == "BGR" else image
         if isinstance(image, Image.Image):
+            check_mode(image.mode, "a PIL image")
             return convert_PIL_to_numpy(image, self.image_format)
         return read_image(os.fspath(image), self.image_format)
 
@@ -119,7 +125,7 @@ def load(
     if isinstance(cfg, CfgNode):
         cfg.merge_from_list(list(overrides))
         image_format = cfg.INPUT.FORMAT
-        resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         augmentations = [resize]
     else:
         cfg = LazyConfig.apply_overrides(cfg, list(overrides))

@@ -7,7 +7,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from omegaconf import OmegaConf
 
-from dino_d2.data import detr_augmentation
+from dino_d2.data import ResizeShortestEdge, detr_augmentation
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,36 @@ def test_an_image_smaller_than_the_crop_is_cropped_to_what_it_has():
     *_, branch, _ = detr_augmentation(crop_min_sizes=(40,), crop_prob=1.0)
     assert set(sizes_after([branch], 20, 20, times=10)) == {(40, 40)}
     assert {height for height, _ in sizes_after([branch], 20, 300, times=10)} == {40}
+
+
+def test_a_strip_does_not_fill_the_memory_before_it_is_cropped():
+    strip = np.zeros((1, 20_000, 3), dtype=np.uint8)  # 400 pixels high it would be 8,000,000 wide
+    *_, branch, _ = detr_augmentation(crop_prob=1.0)
+    data = T.AugInput(strip)
+    resize, _ = T.AugmentationList([branch])(data).transforms
+    assert (resize.new_h, resize.new_w) == (1, 10_000)
+    assert 384 <= data.image.shape[1] <= 600
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 10_000), (10_000, 1), (2, 9000)])
+def test_no_side_vanishes(height, width):
+    (size,) = sizes_after([ResizeShortestEdge(800, 1333)], height, width, times=1)
+    assert sorted(size) == [1, 1333]
+    (size,) = set(sizes_after(detr_augmentation(crop_prob=0.0), height, width, times=3))
+    assert sorted(size) == [1, 1333]
+
+
+@pytest.mark.parametrize("size", [(480, 640), (100, 1000), (1, 1), (999, 3), (640, 59)])
+def test_what_does_not_vanish_is_resized_as_by_detectron2(size):
+    ours, theirs = (
+        sizes_after([kind(480, 1333)], *size, times=1)
+        for kind in (ResizeShortestEdge, T.ResizeShortestEdge)
+    )
+    assert ours == theirs
+
+
+def test_a_short_side_of_nothing_stands_for_no_resize():
+    assert sizes_after([ResizeShortestEdge(0, 1333)], 20, 30, times=1) == [(20, 30)]
 
 
 def test_without_a_crop_size_nothing_is_cropped():

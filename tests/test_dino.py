@@ -256,6 +256,19 @@ def test_batching_never_changes_a_detection_nor_the_order(make_dino, make_batch,
     assert not torch.equal(together[1][1], together[3][1])  # same size, another image
 
 
+def test_a_detection_is_the_same_in_every_run(make_dino, make_batch, randomise):
+    model, batch = randomise(make_dino(), std=0.1), make_batch(0, 0, 0, 0, sizes=SIZES)
+    for first, second in zip(detect(model, batch), detect(model, batch), strict=True):
+        assert all(map(torch.equal, first, second))
+
+
+def test_inference_draws_no_random_number(make_dino, make_batch):
+    model, batch = make_dino(dropout=0.5), make_batch(2)
+    state = torch.get_rng_state()
+    detect(model, batch)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_detections_are_in_the_resolution_that_is_asked_for(make_dino, make_batch):
     model, (x,) = make_dino(), make_batch(0, sizes=[(48, 80)])
     ((boxes, scores, _),) = detect(model, [x])

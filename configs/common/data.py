@@ -1,21 +1,19 @@
 from detectron2.config import LazyCall as L
 from detectron2.data import (
-    DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data import transforms as T
 from detectron2.evaluation import COCOEvaluator
 from omegaconf import OmegaConf
 
-from dino_d2.data import detr_augmentation
+from dino_d2.data import Mapper, ResizeShortestEdge, detr_augmentation
 
 dataloader = OmegaConf.create()
 
 dataloader.train = L(build_detection_train_loader)(
     dataset=L(get_detection_dataset_dicts)(names=["coco_2017_train"], filter_empty=False),
-    mapper=L(DatasetMapper)(
+    mapper=L(Mapper)(
         is_train=True,
         augmentations=L(detr_augmentation)(
             min_sizes=[480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
@@ -33,9 +31,9 @@ dataloader.train = L(build_detection_train_loader)(
 
 dataloader.test = L(build_detection_test_loader)(
     dataset=L(get_detection_dataset_dicts)(names=["coco_2017_val"], filter_empty=False),
-    mapper=L(DatasetMapper)(
+    mapper=L(Mapper)(
         is_train=False,
-        augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
+        augmentations=[L(ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
         image_format="${...train.mapper.image_format}",
     ),
     num_workers=4,

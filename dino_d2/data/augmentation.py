@@ -2,9 +2,23 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from detectron2.data import transforms as T
 
 MIN_SIZES = tuple(range(480, 801, 32))
+# Of the long side before a crop, in pixels: a strip of 1 x 10,000 would become one of gigabytes.
+MAX_SIZE_BEFORE_CROP = 10_000
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's, except that no side vanishes: a strip of 1 x 10,000 that may have 1333 pixels
+    becomes one of 1 x 1333, not of 0 x 1333."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        resize = super().get_transform(image)
+        if isinstance(resize, T.ResizeTransform):  # a short side of 0 stands for no resize
+            resize.new_h, resize.new_w = max(resize.new_h, 1), max(resize.new_w, 1)
+        return resize
 
 
 def detr_augmentation(
@@ -15,10 +29,11 @@ def detr_augmentation(
     crop_prob: float = 0.5,
     flip: str = "horizontal",
 ) -> list[T.Augmentation]:
-    """Flip; with probability ``crop_prob`` resize and crop; resize. For ``DatasetMapper``.
+    """Flip; with probability ``crop_prob`` resize and crop; resize. For ``Mapper``.
 
-    As in DETR, the resize before the crop has no limit of its long side. An image smaller than
-    the crop is cropped to what it has (DETR's own crop fails there).
+    As in DETR, ``max_size`` does not limit the resize before the crop; what does, unlike there, is
+    `MAX_SIZE_BEFORE_CROP`, which only strips reach. An image smaller than the crop is cropped to
+    what it has (DETR's own crop fails there).
 
     Args:
         min_sizes: lengths of the short side to choose from, in pixels.
@@ -35,13 +50,13 @@ def detr_augmentation(
     crop = crop_size and T.RandomApply(
         T.AugmentationList(
             [
-                T.ResizeShortestEdge(tuple(crop_min_sizes), sample_style="choice"),
+                ResizeShortestEdge(tuple(crop_min_sizes), MAX_SIZE_BEFORE_CROP, "choice"),
                 T.RandomCrop("absolute_range", tuple(crop_size)),
             ]
         ),
         prob=crop_prob,
     )
-    resize = T.ResizeShortestEdge(tuple(min_sizes), max_size, sample_style="choice")
+    resize = ResizeShortestEdge(tuple(min_sizes), max_size, sample_style="choice")
     flips = {
         "horizontal": [T.RandomFlip(horizontal=True)],
         "vertical": [T.RandomFlip(horizontal=False, vertical=True)],

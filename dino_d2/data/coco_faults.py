@@ -10,6 +10,10 @@ KEYS = ("images", "annotations", "categories")
 class DatasetError(ValueError):
     """A dataset cannot be used; the message says what is wrong, where, and what to do."""
 
+    def __init__(self, message: str):
+        # From a worker of a data loader, PyTorch raises this again with its traceback as text.
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].rstrip())
+
 
 def read(json_file: str) -> dict[str, list]:
     """The content of a file of COCO annotations.

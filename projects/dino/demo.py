@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from PIL import Image
 from tqdm import tqdm
 from train_net import BAD_INPUT
 
 import dino_d2
+from dino_d2.data import DatasetError, read_image
 from dino_d2.visualize import draw_instances
 
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -70,8 +70,8 @@ def read(paths: list[Path]) -> dict:
     for path in paths:
         try:
             pictures[path] = read_image(str(path), "RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            tqdm.write(f"'{path}' cannot be read, and is left out: {error}", file=sys.stderr)
+        except DatasetError as error:
+            tqdm.write(f"{error}; it is left out", file=sys.stderr)
     return pictures
 
 
