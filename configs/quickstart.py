@@ -40,6 +40,7 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 
 train.init_checkpoint = ""
+train.reference_batch = 4
 train.max_iter = 2000
 train.eval_period = train.checkpointer.period = 500
 train.seed = 1

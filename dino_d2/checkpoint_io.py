@@ -70,11 +70,16 @@ def fetch(path: str) -> str:
     return local
 
 
+class DamagedCheckpoint(CheckpointError):
+    """What is in a file is not, or not all of, a checkpoint."""
+
+
 def read(path: str) -> dict:
     """The content of a `.pkl` or a PyTorch file: tensors, arrays and plain Python values.
 
     Raises:
-        CheckpointError: it cannot be opened, is truncated, or no checkpoint
+        DamagedCheckpoint: it is truncated, or no checkpoint
+        CheckpointError: it cannot be opened, or holds something else
     """
     try:
         data = _read_pickle(path) if path.endswith(".pkl") else _read_torch(path)
@@ -86,7 +91,7 @@ def read(path: str) -> dict:
         # PyTorch hides the reason in advice to load it unsafely, which is not passed on.
         cause = error.__context__ or error
         reason = _obvious(path) or re.split(r"\. |\n", str(cause))[0] or type(cause).__name__
-        raise CheckpointError(f"'{path}' is damaged or no checkpoint: {reason}") from error
+        raise DamagedCheckpoint(f"'{path}' is damaged or no checkpoint: {reason}") from error
     if not isinstance(data, dict):
         kind = type(data).__name__.lstrip("_")
         raise CheckpointError(f"'{path}' holds a {kind}, not a dict of weights")
@@ -145,9 +150,20 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 
 
 def write(data: dict, path: str) -> None:
-    """Saves a checkpoint, completely or not at all."""
-    with replacing(path) as file:
-        torch.save(data, file)
+    """Saves a checkpoint, completely or not at all.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written to
+    """
+    try:
+        with replacing(path) as file:
+            torch.save(data, file)
+    except (OSError, RuntimeError) as error:  # of files PyTorch makes a RuntimeError
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise CheckpointError(
+            f"'{path}' cannot be written: {reason}; make room or correct the rights, what was "
+            "saved before is complete"
+        ) from error
 
 
 class _ForeignObject:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from glob import escape, glob
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,11 +13,14 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 
 from . import checkpoint as formats
 from .checkpoint import CheckpointError, ClassNames, State
-from .checkpoint_io import fetch, read, replacing, weights, write
+from .checkpoint_io import DamagedCheckpoint, fetch, read, replacing, weights, write
+from .engine.distributed import gather, scatter
 from .modeling.dino import DINO
 from .releases import RELEASES
 
 logger = logging.getLogger(__name__)
+
+BEST = "model_best"  # the name of the checkpoint with the best evaluation
 
 CONVERTERS: dict[str, Callable[[State], State]] = {
     "official": formats.from_official,
@@ -91,14 +95,19 @@ class Checkpointer(DetectionCheckpointer):
         self.complete = complete
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """The file is complete or not there at all, also if the program ends meanwhile."""
+        """The file is complete or not there at all, also if the program ends meanwhile.
+
+        Of a sharded model, every worker has to call this; one writes.
+        """
+        state = {key: x.state_dict() for key, x in self.checkpointables.items()}
+        state = gather({"model": self.model.state_dict(), **state})
         if not self.save_dir or not self.save_to_disk:
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        state = {key: x.state_dict() for key, x in self.checkpointables.items()}
-        write({"model": self.model.state_dict(), **state, **self.description(), **kwargs}, path)
-        self.tag_last_checkpoint(os.path.basename(path))
+        write({**state, **self.description(), **kwargs}, path)
+        if name != BEST:  # kept to be used; a training goes on from where it was last
+            self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
@@ -125,8 +134,23 @@ class Checkpointer(DetectionCheckpointer):
         return {"dino_d2": settings(self.model) | {"classes": self.names and list(self.names)}}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
-        self.complete |= resume and self.has_checkpoint()
-        return super().resume_or_load(path, resume=resume)
+        """Loads a training's last checkpoint that is whole, or else the weights at `path`.
+
+        Raises:
+            CheckpointError: none of the checkpoints is whole, or does not fit
+        """
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
+        self.complete = True
+        last = self.get_checkpoint_file()
+        others = set(glob(os.path.join(escape(self.save_dir), "model_[0-9]*.pth"))) - {last}
+        files = [last, *sorted(others, reverse=True)]
+        for file in files[:-1]:
+            try:
+                return self.load(file)
+            except DamagedCheckpoint as error:
+                logger.warning(f"{error}; the training goes on from the checkpoint before it")
+        return self.load(files[-1])
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
         """
@@ -167,6 +191,7 @@ class Checkpointer(DetectionCheckpointer):
             state, new_classes = self.fit_classes(self.fit_heads(state, source), source)
         shapes = {key: x.shape for key, x in self.model.state_dict().items()}
         loaded = {key for key, x in state.items() if x.shape == shapes.get(key)}
+        state = scatter(state, self.model.state_dict())
         incompatible = super()._load_model(checkpoint | {"model": state})
         # More may be missing than the model says: it sets running statistics silently.
         missing = sorted(shapes.keys() - loaded)

@@ -3,20 +3,24 @@
 LazyConfig users compose the same classes directly, see configs/common/models/dino_R_50.py.
 """
 
+from difflib import get_close_matches
+
 from detectron2.config import CfgNode as CN
 from detectron2.config import LazyConfig, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.registry import Registry
 from omegaconf import DictConfig
 
 from .data import num_classes
 from .modeling import (
+    CLASS_LOSS_REGISTRY,
     DENOISING_REGISTRY,
+    MATCHER_REGISTRY,
     QUERY_SELECTION_REGISTRY,
     ChannelMapper,
     Decoder,
     Encoder,
-    HungarianMatcher,
     SetCriterion,
 )
 
@@ -55,11 +59,26 @@ def add_dino_config(cfg: CN) -> None:
     c.DENOISING.BOX_NOISE = 1.0
 
     c.MATCHER = CN({"CLASS_COST": 2.0, "BBOX_COST": 5.0, "GIOU_COST": 2.0})
+    c.MATCHER.NAME = "HungarianMatcher"  # or PositionModulatedMatcher
     c.LOSS = CN({"CLASS_WEIGHT": 1.0, "BBOX_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0})
+    c.LOSS.CLASS_LOSS = "FocalLoss"  # or VarifocalLoss, PositionSupervisedLoss, AlignLoss
+    # Of the denoising queries; None: as for the others.
+    c.LOSS.DENOISING_CLASS_LOSS = None
+    c.LOSS.DENOISING_CLASS_WEIGHT = None
 
     cfg.SOLVER.OPTIMIZER = "ADAMW"  # or "SGD", Detectron2's own, for other meta-architectures
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # learning rate of the backbone, relative to BASE_LR
     cfg.SOLVER.OFFSETS_MULTIPLIER = 1.0  # of sampling offsets; Deformable DETR has 0.1
+    cfg.SOLVER.AMP.DTYPE = "bfloat16"  # of AMP; float16 comes with a gradient scaler
+    cfg.SOLVER.ACCUMULATE = 1  # parts that the IMS_PER_BATCH images of a step are worked on in
+    cfg.SOLVER.NON_FINITE = "stop"  # what a loss that is not finite does; or "skip" the step
+    cfg.SOLVER.EMA = CN({"ENABLED": False, "DECAY": 0.9999})  # moving average of the weights
+    cfg.SOLVER.FSDP = False  # shards parameters, gradients and optimizer over the workers
+    # The batch for which BASE_LR and numbers of iterations are given; 0: IMS_PER_BATCH, whatever it
+    # is; see engine/schedule.py.
+    cfg.SOLVER.REFERENCE_BATCH = 0
+    cfg.SOLVER.EPOCHS = None  # length of the training, of its own data; None: MAX_ITER counts
+    cfg.TEST.BEST_METRIC = "bbox/AP"  # whose best value's checkpoint is kept; "": none is
 
     # Short sides before the crop of DETR's augmentation; see dino_d2/data/augmentation.py.
     cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
@@ -99,7 +118,8 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict:
         "num_levels": c.NUM_LEVELS,
         "num_points": c.NUM_POINTS,
     }
-    denoising = c.DENOISING.NAME and DENOISING_REGISTRY.get(c.DENOISING.NAME)
+    select = named(QUERY_SELECTION_REGISTRY, c.QUERY_SELECTION, "QUERY_SELECTION")
+    denoising = c.DENOISING.NAME and named(DENOISING_REGISTRY, c.DENOISING.NAME, "DENOISING.NAME")
     return {
         "num_classes": classes,
         "neck": ChannelMapper(
@@ -114,7 +134,7 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict:
             position_offset=c.POSITION_OFFSET,
             **transformer,
         ),
-        "query_selection": QUERY_SELECTION_REGISTRY.get(c.QUERY_SELECTION)(cfg, classes),
+        "query_selection": select(cfg, classes),
         "decoder": Decoder(
             num_classes=classes,
             num_layers=c.DECODER_LAYERS,
@@ -123,14 +143,40 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict:
             **transformer,
         ),
         "denoising": denoising(cfg, classes) if denoising else None,
-        "criterion": SetCriterion(
-            matcher=HungarianMatcher(
-                class_cost=c.MATCHER.CLASS_COST,
-                bbox_cost=c.MATCHER.BBOX_COST,
-                giou_cost=c.MATCHER.GIOU_COST,
-            ),
-            class_weight=c.LOSS.CLASS_WEIGHT,
-            bbox_weight=c.LOSS.BBOX_WEIGHT,
-            giou_weight=c.LOSS.GIOU_WEIGHT,
-        ),
+        "criterion": build_criterion(c),
     }
+
+
+def build_criterion(c: CN) -> SetCriterion:
+    """The criterion of the keys under MODEL.DINO."""
+    matcher = named(MATCHER_REGISTRY, c.MATCHER.NAME, "MATCHER.NAME")
+    class_loss = named(CLASS_LOSS_REGISTRY, c.LOSS.CLASS_LOSS, "LOSS.CLASS_LOSS")
+    denoising_class_loss = c.LOSS.DENOISING_CLASS_LOSS and named(
+        CLASS_LOSS_REGISTRY, c.LOSS.DENOISING_CLASS_LOSS, "LOSS.DENOISING_CLASS_LOSS"
+    )
+    return SetCriterion(
+        matcher=matcher(
+            class_cost=c.MATCHER.CLASS_COST,
+            bbox_cost=c.MATCHER.BBOX_COST,
+            giou_cost=c.MATCHER.GIOU_COST,
+        ),
+        class_loss=class_loss(),
+        denoising_class_loss=denoising_class_loss() if denoising_class_loss else None,
+        class_weight=c.LOSS.CLASS_WEIGHT,
+        bbox_weight=c.LOSS.BBOX_WEIGHT,
+        giou_weight=c.LOSS.GIOU_WEIGHT,
+        denoising_class_weight=c.LOSS.DENOISING_CLASS_WEIGHT,
+    )
+
+
+def named(registry: Registry, name: str, key: str) -> type:
+    """What is registered under a name that `key` of MODEL.DINO gives.
+
+    Raises:
+        ValueError: nothing is; says what is nearest
+    """
+    known = dict(registry)
+    if name not in known:
+        nearest = ", ".join(get_close_matches(str(name), known) or sorted(known))
+        raise ValueError(f"MODEL.DINO.{key} is {name!r}, which is unknown; the nearest: {nearest}")
+    return known[name]

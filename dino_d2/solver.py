@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
+from detectron2.solver import get_default_optimizer_params
 from torch import nn
 
 
@@ -39,31 +40,34 @@ def parameter_groups(
     model: nn.Module,
     *,
     lr: float,
+    weight_decay: float = 1e-4,
+    norm_weight_decay: float | None = None,
     backbone_multiplier: float = 0.1,
     offsets_multiplier: float = 1.0,
-) -> list:
-    """The parameters that are not frozen, in groups by what they are: the rest, the backbone and,
-    where it has a rate of its own, what says where to look.
-
-    Weight decay is the same for all, as in official DINO.
+) -> list[dict]:
+    """The parameters that are not frozen, in groups of the same learning rate and weight decay.
 
     Args:
         model: whose backbone is called `backbone`
         lr: of what has no multiplier
+        weight_decay: of all but normalisation layers
+        norm_weight_decay: of the parameters of normalisation layers; None: the same, as in official
+            DINO; detrex has 0
         backbone_multiplier: of the backbone
         offsets_multiplier: of the linear layers that say where to look, `sampling_offsets` and
             `reference_points`; Deformable DETR has 0.1, DINO 1
     """
-    others, backbone, offsets = [], [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        says_where = "sampling_offsets" in name or "reference_points" in name
+
+    def multiplier(name: str) -> float:
         if name.startswith("backbone."):
-            backbone.append(parameter)
-        elif says_where and offsets_multiplier != 1:
-            offsets.append(parameter)
-        else:
-            others.append(parameter)
-    rates = (others, 1.0), (backbone, backbone_multiplier), (offsets, offsets_multiplier)
-    return [{"params": params, "lr": lr * rate} for params, rate in rates if params]
+            return backbone_multiplier
+        says_where = "sampling_offsets" in name or "reference_points" in name
+        return offsets_multiplier if says_where else 1.0
+
+    return get_default_optimizer_params(
+        model,
+        base_lr=lr,
+        weight_decay=weight_decay,
+        weight_decay_norm=norm_weight_decay,
+        lr_factor_func=multiplier,
+    )

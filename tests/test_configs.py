@@ -1,7 +1,6 @@
 """Every config builds, and its two twins say the same."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,18 @@ from detectron2.solver import build_lr_scheduler
 
 from dino_d2 import add_dino_config, model_zoo
 from dino_d2.data import detr_augmentation
-from dino_d2.modeling import Denoising, PureQuerySelection, StaticQueries
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
-from train_net import Trainer  # noqa: E402
+from dino_d2.engine.plan import Plan, make_plan
+from dino_d2.modeling import (
+    AlignLoss,
+    Denoising,
+    FocalLoss,
+    HungarianMatcher,
+    PositionModulatedMatcher,
+    PositionSupervisedLoss,
+    PureQuerySelection,
+    StaticQueries,
+    VarifocalLoss,
+)
 
 CONFIGS = Path(model_zoo.get_config_file("Base-DINO.yaml")).parent
 NAMES = sorted(
@@ -53,11 +60,13 @@ def trainable(model):
 
 def test_there_is_a_config_for_every_promise():
     promised = {f"dino_R_50_{s}scale_{e}ep" for s in (4, 5) for e in (12, 24, 36)}
-    assert promised | {"dino_R_101_4scale_12ep", "quickstart"} <= set(NAMES)
+    others = {"dino_R_101_4scale_12ep", "dino_R_50_4scale_12ep_improved", "quickstart"}
+    assert promised | others <= set(NAMES)
     assert sum(name.startswith("Ablations/") for name in NAMES) == 4
+    assert sum(name.startswith("IoUAware/") for name in NAMES) == 3
 
 
-@pytest.mark.parametrize("folder", ["Ablations", "Predecessors"])
+@pytest.mark.parametrize("folder", ["Ablations", "IoUAware", "Predecessors"])
 def test_the_readme_lists_every_config_of_a_folder(folder):
     readme = (CONFIGS / "README.md").read_text()
     stems = {path.stem for path in (CONFIGS / folder).glob("*.py")}
@@ -70,7 +79,9 @@ def test_twins_build_the_same_model(name, on_meta_device):
     assert shapes(from_yaml) == shapes(lazy)
     assert trainable(from_yaml) == trainable(lazy)
     assert repr(from_yaml) == repr(lazy)
-    assert vars(from_yaml.criterion)["weights"] == vars(lazy.criterion)["weights"]
+    for weights in ("weights", "denoising_weights"):
+        assert getattr(from_yaml.criterion, weights) == getattr(lazy.criterion, weights)
+    assert type(from_yaml.criterion.matcher) is type(lazy.criterion.matcher)
     assert vars(from_yaml.criterion.matcher) == vars(lazy.criterion.matcher)
     assert from_yaml.decoder.look_forward == lazy.decoder.look_forward
     for encoding in ("position_temperature", "position_offset"):
@@ -118,14 +129,19 @@ def test_twins_feed_the_same_data(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_twins_have_the_same_schedule(name):
     cfg, lazy = yaml_config(name), lazy_config(name)
+    plan, twin = make_plan(cfg), make_plan(lazy)
+    functions = {field for field in Plan._fields if callable(getattr(plan, field))}
+    assert {"build_model", "build_optimizer", "evaluate"} < functions
+    own = functions | {"train_sets", "test_sets", "max_to_keep", "ddp"}  # a style's own types
+    compared = [field for field in Plan._fields if field not in own]
+    assert [getattr(plan, x) for x in compared] == [getattr(twin, x) for x in compared]
+
     solver, train = cfg.SOLVER, lazy.train
-    assert solver.MAX_ITER == train.max_iter
-    assert solver.CHECKPOINT_PERIOD == train.checkpointer.period
-    assert cfg.TEST.EVAL_PERIOD == train.eval_period
-    assert cfg.MODEL.WEIGHTS == train.init_checkpoint
-    assert cfg.SEED == train.get("seed", -1)
+    assert solver.REFERENCE_BATCH == train.reference_batch
+    assert solver.EPOCHS == train.epochs
     assert solver.BASE_LR == lazy.optimizer.lr
     assert solver.WEIGHT_DECAY == lazy.optimizer.weight_decay
+    assert solver.WEIGHT_DECAY_NORM == lazy.optimizer.params.norm_weight_decay
     assert solver.BACKBONE_MULTIPLIER == lazy.optimizer.params.backbone_multiplier
     assert solver.OFFSETS_MULTIPLIER == lazy.optimizer.params.offsets_multiplier
     assert solver.CLIP_GRADIENTS.CLIP_VALUE == lazy.optimizer.max_norm
@@ -145,9 +161,9 @@ def test_twins_give_every_parameter_the_same_learning_rate():
     lazy.optimizer.params.model = model = instantiate(lazy.model)
     groups, lazily = (
         [(group["lr"], group["params"]) for group in optimizer.param_groups]
-        for optimizer in (Trainer.build_optimizer(cfg, model), instantiate(lazy.optimizer))
+        for optimizer in (make_plan(cfg).build_optimizer(model), instantiate(lazy.optimizer))
     )
-    assert [lr for lr, _ in groups] == pytest.approx([1e-3, 5e-4, 1e-4])
+    assert sorted(lr for lr, _ in groups) == pytest.approx([1e-4, 5e-4, 1e-3])
     assert groups == lazily
 
 
@@ -171,6 +187,78 @@ def test_an_ablation_changes_one_key(name):
     assert sum(line.startswith("model.") for line in text) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "matcher", "class_loss", "denoising_class_loss", "weights"),
+    [
+        ("dino_R_50_4scale_12ep", HungarianMatcher, FocalLoss, FocalLoss, (1, 1)),
+        ("dino_R_50_4scale_12ep_improved", HungarianMatcher, FocalLoss, FocalLoss, (2, 1)),
+        (
+            "IoUAware/dino_R_50_4scale_12ep_varifocal",
+            HungarianMatcher,
+            VarifocalLoss,
+            VarifocalLoss,
+            (1, 1),
+        ),
+        (
+            "IoUAware/dino_R_50_4scale_12ep_position_supervised",
+            PositionModulatedMatcher,
+            PositionSupervisedLoss,
+            FocalLoss,
+            (6, 1),
+        ),
+        (
+            "IoUAware/dino_R_50_4scale_12ep_align",
+            HungarianMatcher,
+            AlignLoss,
+            AlignLoss,
+            (1, 1),
+        ),
+    ],
+)
+def test_a_config_names_the_class_loss_and_the_matcher(
+    name, matcher, class_loss, denoising_class_loss, weights, on_meta_device
+):
+    criterion = build_model(yaml_config(name)).criterion
+    assert type(criterion.matcher) is matcher
+    assert type(criterion.class_loss) is class_loss
+    assert type(criterion.denoising_class_loss) is denoising_class_loss
+    parts = criterion.weights, criterion.denoising_weights
+    assert tuple(part["loss_class"] for part in parts) == weights
+    assert all((part["loss_bbox"], part["loss_giou"]) == (5, 2) for part in parts)
+    costs = "class_cost", "bbox_cost", "giou_cost"
+    assert [getattr(criterion.matcher, cost) for cost in costs] == [2, 5, 2]
+
+
+def test_the_improved_recipe_is_that_of_detrex_and_mmdetection(on_meta_device):
+    name = "dino_R_50_4scale_12ep_improved"
+    cfg, lazy = yaml_config(name), lazy_config(name)
+    assert (cfg.SOLVER.BASE_LR, lazy.optimizer.lr) == (2e-4, 2e-4)
+    for key in ("backbone_multiplier", "offsets_multiplier"):
+        assert cfg.SOLVER[key.upper()] == lazy.optimizer.params[key] == 0.1
+    assert cfg.SOLVER.EMA.ENABLED is lazy.train.ema.enabled is True
+    model = build_model(cfg)
+    assert model.denoising.budget == 300
+    assert all(parameter.requires_grad for parameter in model.parameters())  # norms have buffers
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "nearest"),
+    [
+        ("LOSS.CLASS_LOSS", "VariFocalLoss", "VarifocalLoss"),
+        ("LOSS.DENOISING_CLASS_LOSS", "Focal", "FocalLoss"),
+        ("LOSS.CLASS_LOSS", "", "AlignLoss, FocalLoss, PositionSupervisedLoss, VarifocalLoss"),
+        ("MATCHER.NAME", "PositionModulated", "PositionModulatedMatcher"),
+        ("QUERY_SELECTION", "MixedSelection", "MixedQuerySelection"),
+        ("DENOISING.NAME", "ContrastiveDenoise", "ContrastiveDenoising"),
+    ],
+)
+def test_an_unknown_part_is_answered_with_the_nearest(key, name, nearest, on_meta_device):
+    cfg = yaml_config("dino_R_50_4scale_12ep", f"MODEL.DINO.{key}", name)
+    message = f"MODEL.DINO.{key} is {name!r}, which is unknown; the nearest: {nearest}"
+    with pytest.raises(ValueError, match=message):
+        build_model(cfg)
+
+
 def test_the_number_of_classes_comes_from_the_training_data(on_meta_device):
     cfg = model_zoo.get_config("dino_R_50_4scale_12ep")
     cfg.MODEL.DEVICE = "meta"
@@ -190,6 +278,14 @@ def test_the_number_of_classes_comes_from_the_training_data(on_meta_device):
         ),
         ("model.encoder.embed_dim=128", lambda model: model.decoder.norm.weight.shape == (128,)),
         ("model.num_classes=7", lambda model: model.decoder.class_heads[0].out_features == 7),
+        (
+            "model.criterion.class_loss._target_=dino_d2.modeling.AlignLoss",
+            lambda model: type(model.criterion.class_loss) is AlignLoss,
+        ),
+        (
+            "model.criterion.denoising_class_weight=3",
+            lambda model: model.criterion.denoising_weights["loss_class"] == 3,
+        ),
         (
             "model.encoder.position_temperature=10000.0",
             lambda model: model.encoder.position_temperature == 10000,

@@ -10,6 +10,7 @@ import torch
 from dino_d2 import modeling
 from dino_d2.checkpoint import COCO_80, CheckpointError
 from dino_d2.checkpointer import Checkpointer
+from dino_d2.engine.ema import EMA
 from dino_d2.releases import RELEASES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
@@ -216,6 +217,18 @@ def test_what_cannot_be_converted_is_one_sentence(run, content, complaint):
     message = run("theirs.pth", "ours.pth")
     assert message.startswith("convert_checkpoint.py: ") and complaint in message
     assert "\n" not in message and not Path("ours.pth").exists()
+
+
+def test_the_averaged_weights_of_a_training_are_taken_when_asked_for(make_trained, run, tmp_path):
+    model, average = make_trained(), make_trained()
+    ema = EMA(average, 0.9)
+    Checkpointer(model, str(tmp_path), ema=ema).save("trained")
+    assert run("trained.pth", "average.pth", "--ema") is None
+    assert_same(load("average.pth")["model"], average.state_dict())
+    assert load("average.pth").keys() == {"model", "dino_d2"}
+    assert run("trained.pth", "raw.pth") is None
+    assert_same(load("raw.pth")["model"], model.state_dict())
+    assert "no averaged weights" in run("raw.pth", "none.pth", "--ema")
 
 
 def test_a_folder_that_is_not_there_is_one_sentence(make_trained, run):

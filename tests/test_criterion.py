@@ -7,8 +7,17 @@ from torch import distributed, multiprocessing
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from dino_d2.boxes import cxcywh_to_xyxy
-from dino_d2.modeling import ContrastiveDenoising, HungarianMatcher, SetCriterion
-from dino_d2.modeling.criterion import BackgroundLoss, average_over_workers, comm
+from dino_d2.modeling import (
+    AlignLoss,
+    ContrastiveDenoising,
+    FocalLoss,
+    HungarianMatcher,
+    SetCriterion,
+    VarifocalLoss,
+)
+from dino_d2.modeling.class_losses import BackgroundLoss
+from dino_d2.modeling.criterion import average_over_workers, comm
+from dino_d2.modeling.predecessors import AllProposals, BoxesOnly
 from dino_d2.structures import DetectorOutput, Predictions, Target
 
 NUM_CLASSES = 3
@@ -146,19 +155,13 @@ def test_the_loss_of_background_keeps_nothing_but_the_logits(make_predictions):
     assert len(kept) == 1 and kept[0].data_ptr() == logits.data_ptr()
 
 
-@pytest.mark.parametrize("alpha", [-1, 1.5])
-def test_a_weight_of_objects_against_background_is_a_share(alpha):
-    with pytest.raises(ValueError, match=f"alpha of the focal loss is {alpha}"):
-        make_criterion(alpha=alpha)
-
-
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 1.0)])
 def test_gradients_are_those_of_the_loop(make_targets, make_output, alpha, gamma):
     targets = make_targets(2, 3)
     output = make_output(targets, proposals=False, denoising=False)
     stage = output.layers[0]
     stage.logits.requires_grad_()
-    criterion = make_criterion(alpha=alpha, gamma=gamma)
+    criterion = make_criterion(class_loss=FocalLoss(alpha=alpha, gamma=gamma))
     one_hot = torch.zeros_like(stage.logits)
     for image, query, box in matched_pairs(Predictions(*map(torch.detach, stage)), targets):
         one_hot[image, query, targets[image].labels[box]] = 1
@@ -179,6 +182,46 @@ def test_a_weight_scales_its_own_loss_at_every_stage(make_targets, make_output, 
     for key, loss in make_criterion(**weights)(output, targets).items():
         factor = 3 if key.startswith(name) else 1
         torch.testing.assert_close(loss, factor * before[key])
+
+
+def test_denoising_queries_may_have_another_weight_of_the_class_loss(make_targets, make_output):
+    targets = make_targets(2, 1)
+    output = make_output(targets)
+    before = make_criterion(class_weight=2.0)(output, targets)
+    criterion = make_criterion(class_weight=2.0, denoising_class_weight=0.5)
+    for name, loss in criterion(output, targets).items():
+        factor = 0.25 if name.startswith("loss_class_dn") else 1
+        torch.testing.assert_close(loss, factor * before[name])
+
+
+def test_the_weight_of_a_part_may_be_zero(make_targets, make_output):
+    targets = make_targets(2, 1)
+    losses = make_criterion(denoising_class_weight=0.0)(make_output(targets), targets)
+    for name, loss in losses.items():
+        assert (loss == 0) == name.startswith("loss_class_dn")
+
+
+def test_denoising_queries_may_have_another_class_loss(make_targets, make_output):
+    targets = make_targets(2, 1)
+    output = make_output(targets)
+    focal, align, both = (
+        make_criterion(**options)(output, targets)
+        for options in (
+            {"class_loss": FocalLoss()},
+            {"class_loss": AlignLoss()},
+            {"class_loss": AlignLoss(), "denoising_class_loss": FocalLoss()},
+        )
+    )
+    for name, loss in both.items():
+        assert torch.equal(loss, (focal if "_dn" in name else align)[name])
+        if name.startswith("loss_class"):
+            assert focal[name] != align[name]
+
+
+def test_class_losses_are_shown_and_have_no_parameters():
+    criterion = make_criterion(class_loss=VarifocalLoss(alpha=0.5))
+    assert "VarifocalLoss(alpha=0.5, gamma=2.0)" in repr(criterion)
+    assert not criterion.state_dict()
 
 
 @pytest.mark.parametrize("proposals", [True, False])
@@ -220,6 +263,74 @@ def test_without_boxes_every_prediction_still_gets_a_gradient(make_targets, make
     assert not any(x.grad.any() for stage in output.denoised for x in stage)
 
 
+# ---- what is not finite
+
+
+BROKEN = pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+CRITERIA = pytest.mark.parametrize("kind", [SetCriterion, AllProposals, BoxesOnly])
+
+
+@CRITERIA
+@BROKEN
+@pytest.mark.parametrize("field", [0, 1], ids=Predictions._fields)
+@pytest.mark.parametrize("counts", [(2, 3), (0, 0), (7, 0)], ids=str)
+def test_a_broken_prediction_breaks_the_loss_and_nothing_else(
+    make_targets, make_output, kind, value, field, counts
+):
+    targets = make_targets(*counts)
+    output = make_output(targets)
+    criterion = kind(matcher=HungarianMatcher())
+    assert sum(criterion(output, targets).values()).isfinite()
+    for stage in (output.layers[0], output.layers[-1], output.proposals):
+        of_query = stage[field][1]  # five queries: with and without a box
+        for query in range(len(of_query)):
+            kept = of_query[query, 2].clone()
+            of_query[query, 2] = value
+            losses = criterion(output, targets)
+            of_query[query, 2] = kept
+            assert not sum(losses.values()).isfinite()
+            assert sum(not loss.isfinite() for loss in losses.values()) <= 3  # its own stage
+
+
+@BROKEN
+@pytest.mark.parametrize("field", [0, 1], ids=Predictions._fields)
+def test_a_broken_denoising_query_breaks_the_loss(make_targets, make_output, value, field):
+    targets = make_targets(1, 3)
+    output = make_output(targets)
+    for query in range(len(output.denoising.groups)):  # positive, negative, empty
+        kept = output.denoised[1][field][0, query].clone()
+        output.denoised[1][field][0, query] = value
+        losses = make_criterion()(output, targets)
+        output.denoised[1][field][0, query] = kept
+        broken = {name for name, loss in losses.items() if not loss.isfinite()}
+        assert broken and all(name.endswith("_dn_1") for name in broken)
+
+
+@CRITERIA
+@BROKEN
+@pytest.mark.parametrize("counts", [(2, 3), (9, 1)], ids=str)  # more boxes than queries, too
+@pytest.mark.parametrize("denoising", [True, False])
+def test_a_broken_box_breaks_the_loss(make_targets, make_output, kind, value, counts, denoising):
+    targets = make_targets(*counts)
+    output = make_output(targets, denoising=denoising)
+    for box in range(counts[0]):
+        boxes = targets[0].boxes.clone()
+        boxes[box, 3] = value
+        broken = [targets[0]._replace(boxes=boxes), targets[1]]
+        losses = kind(matcher=HungarianMatcher())(output, broken)
+        assert not sum(losses.values()).isfinite()
+
+
+@pytest.mark.parametrize("broken", ["weights", "boxes"])
+def test_a_broken_training_step_gives_losses_that_are_not_finite(make_dino, make_batch, broken):
+    model, batch = make_dino(), make_batch(3, 2)
+    if broken == "weights":
+        torch.nn.init.constant_(model.encoder.level_embed.weight, torch.nan)
+    else:
+        batch[1]["instances"].gt_boxes.tensor[0, 2] = torch.nan
+    assert not sum(model(batch).values()).isfinite()
+
+
 # ---- workers
 
 
@@ -259,3 +370,13 @@ def test_losses_are_divided_by_the_mean_count_of_all_workers(
     monkeypatch.setattr(distributed, "all_reduce", lambda count: count.add_(9))
     for name, loss in make_criterion()(output, targets).items():
         torch.testing.assert_close(loss, alone[name] / 2)
+
+
+@CRITERIA
+def test_workers_talk_once_per_step(make_targets, make_output, monkeypatch, kind):
+    targets, counts = make_targets(2, 1), []
+    output = make_output(targets)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", lambda count: counts.append(count.item()))
+    kind(matcher=HungarianMatcher())(output, targets)
+    assert counts == [3]

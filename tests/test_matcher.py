@@ -1,22 +1,27 @@
 from itertools import permutations
-from math import exp, log
+from math import exp, log, sqrt
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dino_d2.modeling import HungarianMatcher, matcher
-from dino_d2.structures import Match, Predictions
+from dino_d2.modeling import HungarianMatcher, PositionModulatedMatcher, matcher
+from dino_d2.structures import Match, Predictions, Target
 
 NUM_QUERIES = 4
+EVERY = pytest.mark.parametrize("kind", [HungarianMatcher, PositionModulatedMatcher])
 
 
-def slow_cost(logits, box, label, target):
+def slow_cost(logits, box, label, target, modulation=1.0):
     """Of one query and one box: the formulas of Deformable DETR on Python numbers."""
-    p = 1 / (1 + exp(-logits[label]))
+    p = modulation / (1 + exp(-logits[label]))
     classes = 0.25 * (1 - p) ** 2 * -log(p) - 0.75 * p**2 * -log(1 - p)
     distance = sum(abs(a - b) for a, b in zip(box, target, strict=True))
+    return 2 * classes + 5 * distance - 2 * slow_giou(box, target)
+
+
+def slow_giou(box, target):
     (ax, ay, aw, ah), (bx, by, bw, bh) = box, target
     spans = [
         (sorted((a - s / 2, a + s / 2, b - t / 2, b + t / 2)), s + t)
@@ -28,22 +33,25 @@ def slow_cost(logits, box, label, target):
     overlaps = [min(o, *sides) for o, sides in zip(overlaps, ((aw, bw), (ah, bh)), strict=True)]
     overlap, hull = overlaps[0] * overlaps[1], hulls[0] * hulls[1]
     union = aw * ah + bw * bh - overlap
-    giou = overlap / union - (hull - union) / hull
-    return 2 * classes + 5 * distance - 2 * giou
+    return overlap / union - (hull - union) / hull
 
 
-def cost_table(predictions, target, stage, image):
+def cost_table(predictions, target, stage, image, kind=HungarianMatcher):
     """[query][box]"""
+    logits, boxes = (x[stage, image].tolist() for x in predictions)
+    labels, others = (x.tolist() for x in target)
+    fits = [[(slow_giou(box, other) + 1) / 2 for other in others] for box in boxes]
+    best = max((fit for row in fits for fit in row), default=1)
+
+    def modulation(query, box):
+        return sqrt(fits[query][box] / best) if kind is PositionModulatedMatcher else 1
+
     return [
         [
-            slow_cost(logits, box, label, other)
-            for label, other in zip(target.labels.tolist(), target.boxes.tolist(), strict=True)
+            slow_cost(logits[query], boxes[query], labels[box], others[box], modulation(query, box))
+            for box in range(len(labels))
         ]
-        for logits, box in zip(
-            predictions.logits[stage, image].tolist(),
-            predictions.boxes[stage, image].tolist(),
-            strict=True,
-        )
+        for query in range(len(boxes))
     ]
 
 
@@ -84,27 +92,32 @@ def test_every_stage_and_image_has_its_own_cheapest_assignment(
         assert {tuple(map(int, row)) for row in rows} == expected
 
 
-def test_costs_are_those_of_the_paper(make_predictions, make_targets):
+@EVERY
+def test_costs_are_those_of_the_paper(make_predictions, make_targets, kind):
     predictions, (target,) = make_predictions(1, 1), make_targets(3)
-    (cost,) = HungarianMatcher().costs(predictions, [target])
-    expected = torch.tensor(cost_table(predictions, target, 0, 0))
+    (cost,) = kind().costs(predictions, [target])
+    expected = torch.tensor(cost_table(predictions, target, 0, 0, kind))
     torch.testing.assert_close(cost, expected, rtol=1e-4, atol=1e-4)
 
 
+@EVERY
 def test_every_box_is_weighed_against_the_queries_of_its_own_image(
-    make_predictions, make_targets, monkeypatch
+    make_predictions, make_targets, monkeypatch, kind
 ):
     monkeypatch.setattr(matcher, "BOXES_AT_ONCE", 2)  # the five boxes are looked at in three parts
     predictions, targets = make_predictions(2, 3), make_targets(5, 0, 1)
-    costs = HungarianMatcher().costs(predictions, targets)
+    costs = kind().costs(predictions, targets)
     for stage, cost in enumerate(costs):
-        tables = [cost_table(predictions, target, stage, i) for i, target in enumerate(targets)]
+        tables = [
+            cost_table(predictions, target, stage, i, kind) for i, target in enumerate(targets)
+        ]
         expected = torch.cat([torch.tensor(table) for table in tables], 1)
         torch.testing.assert_close(cost, expected, rtol=1e-4, atol=1e-4)
 
 
+@EVERY
 def test_nothing_takes_more_memory_than_the_costs_themselves(
-    make_predictions, make_targets, monkeypatch
+    make_predictions, make_targets, monkeypatch, kind
 ):
     sizes = []
 
@@ -117,7 +130,7 @@ def test_nothing_takes_more_memory_than_the_costs_themselves(
     monkeypatch.setattr(matcher, "BOXES_AT_ONCE", 20)
     predictions, targets = make_predictions(2, 2), make_targets(200, 1)
     with Sizes():
-        costs = HungarianMatcher().costs(predictions, targets)
+        costs = kind().costs(predictions, targets)
     # of two stages, five queries and 201 boxes, in float32
     assert costs.untyped_storage().nbytes() == max(sizes) == 2 * 5 * 201 * 4
 
@@ -146,15 +159,117 @@ def test_a_batch_without_boxes_matches_nothing(make_predictions, make_targets):
     assert all(x.dtype == torch.int64 for x in match)
 
 
+# ---- costs that are not finite
+
+
+def is_one_to_one(match, num_pairs):
+    """Within a stage of one image."""
+    return all(
+        len(row) == len(set(row)) == num_pairs
+        for row in (*match.queries.tolist(), *match.targets.tolist())
+    )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("field", Predictions._fields)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_predictions_that_are_not_finite_stop_the_training(
-    make_predictions, make_targets, field, value
+def test_a_broken_query_is_matched_last(make_predictions, make_targets, field, value):
+    predictions, targets = make_predictions(2, 1, num_queries=6), make_targets(4)
+    others = [0, 2, 3, 4, 5]
+    without = Predictions(*(x[:, :, others] for x in predictions))
+    expected = HungarianMatcher()(without, targets)
+    getattr(predictions, field)[:, :, 1] = value
+    match = HungarianMatcher()(predictions, targets)
+    assert torch.equal(match.queries, torch.tensor(others)[expected.queries])
+    assert torch.equal(match.targets, expected.targets)
+
+
+@EVERY
+@pytest.mark.parametrize("num_boxes", [3, 5, 8])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_there_is_a_match_whatever_the_predictions_and_boxes_are(
+    make_predictions, make_targets, kind, num_boxes, value
 ):
-    predictions = make_predictions(1, 2)
-    getattr(predictions, field)[0, 1, 2] = value
-    with pytest.raises(FloatingPointError, match="training has diverged"):
-        HungarianMatcher()(predictions, make_targets(1, 2))
+    (target,), good = make_targets(num_boxes), make_predictions(2, 1)
+    for predictions, of_target in [
+        (good._replace(logits=torch.full_like(good.logits, value)), target),
+        (good._replace(boxes=torch.full_like(good.boxes, value)), target),
+        (good, target._replace(boxes=torch.full_like(target.boxes, value))),
+    ]:
+        assert is_one_to_one(kind()(predictions, [of_target]), min(num_boxes, 5))
+
+
+def test_one_broken_box_leaves_the_others_their_queries(make_predictions, make_targets):
+    predictions, (target,) = make_predictions(2, 1, num_queries=6), make_targets(4)
+    broken = target._replace(boxes=target.boxes.clone())
+    broken.boxes[2] = torch.nan
+    others = [0, 1, 3]
+    expected = HungarianMatcher()(predictions, [Target(*(x[others] for x in target))])
+    match = HungarianMatcher()(predictions, [broken])
+    for stage in range(2):
+        pairs = dict(zip(match.targets[stage].tolist(), match.queries[stage].tolist(), strict=True))
+        del pairs[2]
+        boxes = torch.tensor(others)[expected.targets[stage]].tolist()
+        assert pairs == dict(zip(boxes, expected.queries[stage].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_costs_that_are_not_finite_do_not_change_the_choice_among_the_others(value):
+    queries, boxes = [0, 1, 2, 4, 5, 6, 7], [0, 1, 3, 4]
+    tables = 4 * torch.rand(300, 8, 5)
+    tables[:, 3], tables[:, :, 2] = value, value
+    finite = tables[:, queries][:, :, boxes].contiguous()
+    _, query, box = matcher.assign(finite, [4])
+    expected = {
+        (i, queries[q], boxes[b]) for i in range(300) for q, b in zip(query[i], box[i], strict=True)
+    }
+    _, query, box = matcher.assign(tables, [5])
+    pairs = {(i, int(q), int(b)) for i in range(300) for q, b in zip(query[i], box[i], strict=True)}
+    assert {pair for pair in pairs if pair[2] != 2} == expected
+    assert all(pair[1] != 3 for pair in pairs if pair[2] != 2)
+
+
+# ---- modulated by position
+
+
+def test_a_probability_is_scaled_by_the_root_of_the_fit(make_predictions):
+    # GIoU of the first box 1, so u = 1; the second is half of the target: GIoU 0.5, u = 0.75
+    target = Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]))
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.2, 0.4]]).view(1, 1, 2, 4)
+    predictions = Predictions(torch.zeros(1, 1, 2, 1), boxes)
+    cost = PositionModulatedMatcher(class_cost=1.0, bbox_cost=0.0, giou_cost=0.0)
+    p = sqrt(0.75) / 2  # instead of 1/2
+    expected = 0.25 * (1 - p) ** 2 * -log(p) + 0.75 * p**2 * log(1 - p)
+    first, second = cost.costs(predictions, [target]).flatten().tolist()
+    assert first == pytest.approx((0.25 - 0.75) * 0.25 * log(2), rel=1e-5)
+    assert second == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_best_fit_of_an_image_counts_as_perfect(make_predictions):
+    # the same pair as above, now the best of its image; u of 0.75 is 1 relative to it
+    target = Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]))
+    predictions = Predictions(torch.zeros(1, 1, 1, 1), torch.tensor([[[[0.5, 0.5, 0.2, 0.4]]]]))
+    cost = PositionModulatedMatcher(bbox_cost=0.0, giou_cost=0.0).costs(predictions, [target])
+    assert cost.item() == pytest.approx(2 * (0.25 - 0.75) * 0.25 * log(2), rel=1e-5)
+
+
+def test_scaled_probabilities_are_exact_at_both_ends():
+    logits = torch.tensor([-1e4, -20.0, 0.0, 3.0, 20.0, 1e4], dtype=torch.float64)
+    halves = matcher.scale_probability(logits, torch.full_like(logits, 0.5))
+    p = 0.5 * logits.sigmoid()
+    torch.testing.assert_close(halves[1:], (p / (1 - p)).log()[1:])
+    assert halves[0].item() == pytest.approx(-1e4 - log(2))  # where p is 0 in float64, too
+    torch.testing.assert_close(matcher.scale_probability(logits, torch.ones_like(logits)), logits)
+
+
+@EVERY
+def test_costs_of_extreme_predictions_are_finite(make_predictions, make_targets, kind):
+    predictions, targets = make_predictions(2, 1), make_targets(3)
+    predictions.logits[0], predictions.logits[1] = 1e4, -1e4
+    predictions.boxes[:, :, 0] = torch.tensor([0.0, 0.0, 0.0, 0.0])
+    predictions.boxes[:, :, 1] = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    targets[0].boxes[1, 2:] = 0
+    costs = kind().costs(predictions, targets)
+    assert costs.isfinite().all() and costs.abs().max() < matcher.NOT_FINITE
 
 
 def test_matches_are_on_the_device_of_the_predictions(make_predictions, make_targets, device):

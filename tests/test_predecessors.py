@@ -7,7 +7,13 @@ import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
 
 from dino_d2 import model_zoo
-from dino_d2.modeling import Denoising, HungarianMatcher, SetCriterion, StaticQueries
+from dino_d2.modeling import (
+    Denoising,
+    HungarianMatcher,
+    PositionSupervisedLoss,
+    SetCriterion,
+    StaticQueries,
+)
 from dino_d2.modeling.decoder import scale_to_levels
 from dino_d2.modeling.predecessors import (
     AllProposals,
@@ -477,6 +483,17 @@ def test_empty_slots_are_not_supervised(make_predictions, make_targets, criterio
     denoised[1].logits[0, empty] += 3
     for name, loss in criterion(output, targets).items():
         assert torch.equal(loss, losses[name]) == (not matters or name != "loss_class_dn")
+
+
+def test_images_are_told_apart_where_empty_slots_are_not_supervised(make_predictions, make_targets):
+    # no slot is empty, so both criteria are the same, also where a loss looks at whole images
+    targets = make_targets(3, 3)
+    noised = make_denoising()(targets)
+    denoised = [make_predictions(2, num_queries=15) for _ in range(2)]
+    output = DetectorOutput([make_predictions(2)], None, denoised, noised)
+    options = {"matcher": HungarianMatcher(), "class_loss": PositionSupervisedLoss()}
+    losses = BoxesOnly(**options)(output, targets)
+    torch.testing.assert_close(losses, SetCriterion(**options)(output, targets))
 
 
 def test_denoising_losses_are_means_over_boxes_and_groups(make_targets):

@@ -96,7 +96,7 @@ def model():
 
 
 def test_the_backbone_has_a_learning_rate_of_its_own(model):
-    others, backbone = parameter_groups(model, lr=1e-4, backbone_multiplier=0.1)
+    backbone, others = parameter_groups(model, lr=1e-4, weight_decay=0, backbone_multiplier=0.1)
     assert others["lr"] == 1e-4 and backbone["lr"] == pytest.approx(1e-5)
     assert set(backbone["params"]) == set(model["backbone"].parameters())
     expected = {*model["decoder"].parameters(), *model["backbone_like"].parameters()}
@@ -105,7 +105,7 @@ def test_the_backbone_has_a_learning_rate_of_its_own(model):
 
 def rates(model, **options):
     """Learning rate of every parameter, and how many groups there are."""
-    groups = parameter_groups(model, lr=1.0, **options)
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.1, **options)
     of = [(parameter, group["lr"]) for group in groups for parameter in group["params"]]
     assert len(of) == len(dict(of)) == len(list(model.parameters()))  # each in one group
     of = dict(of)
@@ -114,7 +114,7 @@ def rates(model, **options):
 
 @pytest.mark.parametrize(
     ("backbone", "offsets", "count"),
-    [(0.5, 0.1, 3), (0.1, 0.1, 3), (1.0, 0.1, 3), (0.1, 1.0, 2), (1.0, 1.0, 2)],
+    [(0.5, 0.1, 3), (0.1, 0.1, 2), (1.0, 0.1, 2), (0.1, 1.0, 2), (1.0, 1.0, 1)],
 )
 def test_linear_layers_that_say_where_to_look_have_a_learning_rate_of_their_own(
     make_dino, backbone, offsets, count
@@ -142,10 +142,23 @@ def test_offsets_learn_like_the_rest_unless_told_otherwise(make_dino):
 def test_frozen_parameters_are_left_out(model):
     model["backbone"].weight.requires_grad_(False)
     model["decoder"].bias.requires_grad_(False)
-    groups = parameter_groups(model, lr=1e-4)
-    assert [len(group["params"]) for group in groups] == [3, 1]
+    groups = parameter_groups(model, lr=1e-4, weight_decay=0)
+    assert [len(group["params"]) for group in groups] == [1, 3]
 
 
 def test_a_frozen_backbone_has_no_group(model):
     model["backbone"].requires_grad_(False)
-    assert [group["lr"] for group in parameter_groups(model, lr=1e-4)] == [1e-4]
+    groups = parameter_groups(model, lr=1e-4, weight_decay=0)
+    assert [group["lr"] for group in groups] == [1e-4]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 0.1), (0.0, 0.0), (0.02, 0.02)])
+def test_normalisation_layers_have_a_weight_decay_of_their_own(make_dino, given, expected):
+    model = make_dino()
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.1, norm_weight_decay=given)
+    of = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    norms = [x for x in model.modules() if isinstance(x, (nn.LayerNorm, nn.GroupNorm))]
+    in_norms = {parameter for norm in norms for parameter in norm.parameters()}
+    assert len(in_norms) > 20
+    assert {of[parameter] for parameter in in_norms} == {expected}
+    assert {of[parameter] for parameter in of.keys() - in_norms} == {0.1}

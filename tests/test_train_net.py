@@ -17,6 +17,8 @@ from detectron2.modeling import build_model
 
 from dino_d2.checkpointer import Checkpointer
 from dino_d2.data import generate
+from dino_d2.engine import run
+from dino_d2.engine.plan import make_plan
 from dino_d2.model_zoo import get_config_file
 
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
@@ -82,7 +84,7 @@ def parse(*words):
     return train_net.argument_parser().parse_args([str(word) for word in words])
 
 
-def run(*words):
+def run_program(*words):
     """The output of train_net.py in a process of its own; it has to succeed."""
     command = [sys.executable, PROGRAMS / "train_net.py", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -105,10 +107,10 @@ def complaint(monkeypatch, *words):
 @pytest.mark.parametrize("style", STYLES)
 def test_train_stop_resume_evaluate(style, data, tmp_path):
     common = [*config(style), *data]
-    first = run(*common, *overrides(style, output=tmp_path, iterations=2))
+    first = run_program(*common, *overrides(style, output=tmp_path, iterations=2))
     assert "Starting training from iteration 0" in first
 
-    second = run(*common, "--resume", *overrides(style, output=tmp_path, iterations=4))
+    second = run_program(*common, "--resume", *overrides(style, output=tmp_path, iterations=4))
     assert "Starting training from iteration 2" in second
     metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     written = set().union(*metrics)
@@ -118,7 +120,7 @@ def test_train_stop_resume_evaluate(style, data, tmp_path):
 
     weights = tmp_path / "model_final.pth"
     options = overrides(style, output=tmp_path / "evaluation", weights=weights)
-    evaluation = run(*common, "--eval-only", *options)
+    evaluation = run_program(*common, "--eval-only", *options)
     (scores,) = re.findall(r"copypaste: (\d.*)", evaluation)
     assert float(scores.split(",")[0]) == pytest.approx(metrics[-1]["bbox/AP"], abs=1e-3)
 
@@ -208,12 +210,8 @@ def test_evaluation_of_a_training_that_never_was_is_refused(
 def started(monkeypatch):
     """The models with which trainings and evaluations of both styles begin."""
     models = []
-    monkeypatch.setattr(train_net.Trainer, "train", lambda self: models.append(self.model))
-    monkeypatch.setattr(train_net.Trainer, "test", lambda cfg, model: models.append(model))
-    monkeypatch.setattr(
-        train_net.SimpleTrainer, "train", lambda self, *_: models.append(self.model)
-    )
-    monkeypatch.setattr(train_net, "evaluate_lazy", lambda cfg, model: models.append(model))
+    monkeypatch.setattr(run.Trainer, "train", lambda self, *_: models.append(self.model))
+    monkeypatch.setattr(run, "evaluate", lambda plan, model, ema: models.append(model))
     return models
 
 
@@ -238,32 +236,21 @@ def test_weights_of_every_layout_are_where_training_and_evaluation_begin(
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_checkpoint_says_which_classes_it_was_trained_with(
-    style, data, in_process, started, tmp_path
-):
+def test_a_checkpoint_says_which_classes_it_was_trained_with(style, data, tmp_path):
     options = overrides(style, output=tmp_path, iterations=1)
     cfg = train_net.load_config(parse(*config(style), *data, *options))
-    names = cfg.DATASETS.TRAIN if style == ".yaml" else cfg.dataloader.train.dataset.names
-    checkpointer = train_net.make_checkpointer(model_of(cfg), str(tmp_path), names)
+    names = make_plan(cfg).train_sets
+    checkpointer = run.make_checkpointer(model_of(cfg), str(tmp_path), names)
     assert type(checkpointer) is Checkpointer and not checkpointer.complete
     assert checkpointer.description()["dino_d2"]["classes"] == MetadataCatalog.get(names[0]).get(
         "thing_classes"
     )
 
 
-def test_trainings_save_with_what_belongs_to_the_weights(data, in_process, started, tmp_path):
-    options = overrides(".yaml", output=tmp_path, iterations=1)
-    trainer = train_net.Trainer(train_net.load_config(parse(*config(".yaml"), *data, *options)))
-    (saver,) = [x for x in trainer._hooks if isinstance(x, train_net.hooks.PeriodicCheckpointer)]
-    assert saver.checkpointer is trainer.checkpointer
-    assert type(trainer.checkpointer) is Checkpointer
-    assert trainer.checkpointer.checkpointables.keys() == {"trainer"}
-
-
 @pytest.mark.parametrize("complete", [{}, {"complete": True}])
 def test_other_models_keep_the_checkpointer_of_detectron2(complete, tmp_path):
     model = torch.nn.Linear(1, 1)
-    checkpointer = train_net.make_checkpointer(model, str(tmp_path), ["no data set"], **complete)
+    checkpointer = run.make_checkpointer(model, str(tmp_path), ["no data set"], **complete)
     assert type(checkpointer) is DetectionCheckpointer and checkpointer.save_dir == str(tmp_path)
 
 
@@ -308,10 +295,7 @@ def test_a_config_that_is_not_there(style, monkeypatch):
 @pytest.mark.parametrize("style", STYLES)
 def test_training_without_validation_data_evaluates_nothing(style, data):
     cfg = train_net.load_config(parse(*config(style), *data[:4], *overrides(style)))
-    if style == ".py":
-        assert train_net.evaluate_lazy(cfg, torch.nn.Identity()) == {}
-    else:
-        assert train_net.Trainer.test(cfg, torch.nn.Identity()) == {}
+    assert make_plan(cfg).evaluate(torch.nn.Identity()) == {}
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -403,12 +387,12 @@ def test_other_models_of_detectron2_train_with_their_own_optimizer(data, tmp_pat
     file = tmp_path / "faster_rcnn.yaml"
     file.write_text("MODEL: {META_ARCHITECTURE: GeneralizedRCNN, DEVICE: cpu}")
     cfg = train_net.load_config(parse("--config-file", file, *data, "SOLVER.OPTIMIZER", "SGD"))
-    optimizer = train_net.Trainer.build_optimizer(cfg, torch.nn.Linear(1, 1))
+    optimizer = make_plan(cfg).build_optimizer(torch.nn.Linear(1, 1))
     assert isinstance(optimizer, torch.optim.SGD)
 
 
 def test_the_optimizer_of_the_config(data):
     cfg = train_net.load_config(parse(*config(".yaml"), *data, *overrides(".yaml")))
-    optimizer = train_net.Trainer.build_optimizer(cfg, torch.nn.Linear(1, 1))
+    optimizer = make_plan(cfg).build_optimizer(torch.nn.Linear(1, 1))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert (optimizer.defaults["max_norm"], optimizer.defaults["lr"]) == (0.1, cfg.SOLVER.BASE_LR)

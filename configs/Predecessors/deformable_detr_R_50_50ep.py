@@ -16,7 +16,7 @@ model.decoder.position_head = L(LearnedPosition)()
 model.criterion.class_weight = 2.0
 model.max_detections = 100
 
-dataloader.train.total_batch_size = 32
+dataloader.train.total_batch_size = train.reference_batch = 32
 optimizer.lr = 2e-4
 optimizer.params.offsets_multiplier = 0.1
 lr_multiplier.update(milestones=[40], num_updates=50)

@@ -6,6 +6,8 @@ from dino_d2.solver import ClippedAdamW, parameter_groups
 optimizer = L(ClippedAdamW)(
     params=L(parameter_groups)(  # train_net adds the model
         lr="${..lr}",
+        weight_decay="${..weight_decay}",
+        norm_weight_decay="${..weight_decay}",
         backbone_multiplier=0.1,
         offsets_multiplier=1.0,
     ),

@@ -1,10 +1,17 @@
 """The stages of the detector; `dino.py` joins them to a Detectron2 meta-architecture."""
 
+from .class_losses import (
+    CLASS_LOSS_REGISTRY,
+    AlignLoss,
+    FocalLoss,
+    PositionSupervisedLoss,
+    VarifocalLoss,
+)
 from .criterion import SetCriterion
 from .decoder import Decoder
 from .denoising import DENOISING_REGISTRY, ContrastiveDenoising, Denoising
 from .encoder import Encoder
-from .matcher import HungarianMatcher
+from .matcher import MATCHER_REGISTRY, HungarianMatcher, PositionModulatedMatcher
 from .neck import ChannelMapper
 from .query_selection import (
     QUERY_SELECTION_REGISTRY,
@@ -14,16 +21,23 @@ from .query_selection import (
 )
 
 __all__ = [
+    "CLASS_LOSS_REGISTRY",
     "DENOISING_REGISTRY",
+    "MATCHER_REGISTRY",
     "QUERY_SELECTION_REGISTRY",
+    "AlignLoss",
     "ChannelMapper",
     "ContrastiveDenoising",
     "Decoder",
     "Denoising",
     "Encoder",
+    "FocalLoss",
     "HungarianMatcher",
     "MixedQuerySelection",
+    "PositionModulatedMatcher",
+    "PositionSupervisedLoss",
     "PureQuerySelection",
     "SetCriterion",
     "StaticQueries",
+    "VarifocalLoss",
 ]

@@ -3,7 +3,6 @@
 import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou
 from ..structures import (
@@ -15,60 +14,79 @@ from ..structures import (
     join_targets,
     stack_predictions,
 )
-from .matcher import HungarianMatcher, focal_change
+from .class_losses import ClassLoss, FocalLoss, matched_iou
+from .matcher import HungarianMatcher
 
 
 class SetCriterion(nn.Module):
-    """Focal loss of the classes, L1 and generalized IoU loss of the boxes (Deformable DETR).
+    """A loss of the classes, L1 and generalized IoU loss of the boxes (Deformable DETR).
 
-    Queries without a box, negative denoising queries among them, have no class: only the focal
+    Queries without a box, negative denoising queries among them, have no class: only the class
     loss sees them. Losses are named after their stage: no suffix for the last decoder layer,
     `_0`, `_1`, ... for the layers before, `_enc` for the encoder's proposals; `_dn` and `_dn_0`,
     ... for the denoising queries.
 
+    All are sums over queries, divided by the number of boxes of the batch (for the denoising
+    queries, of which each box has one per group, by boxes times groups). The number is averaged
+    over workers, once per call, and at least 1: each box weighs the same wherever it is trained on.
+
+    Predictions and boxes that are NaN or infinite make losses that are, too (a logit of minus
+    infinity apart, which is sure that nothing is there), never an exception: a worker that raised
+    would leave the others waiting for it. Whoever trains looks at the losses.
+
     Args:
         matcher: assigns predictions to ground truth
+        class_loss: of every part but the denoising queries; None is :class:`FocalLoss`
+        denoising_class_loss: None is that of the other parts
         class_weight, bbox_weight, giou_weight: of the losses, the same for every stage
-        alpha, gamma: of the focal loss; alpha, the weight of objects against background, in [0, 1]
+        denoising_class_weight: None is `class_weight`
     """
 
     def __init__(
         self,
         *,
         matcher: HungarianMatcher,
+        class_loss: ClassLoss | None = None,
+        denoising_class_loss: ClassLoss | None = None,
         class_weight: float = 1.0,
         bbox_weight: float = 5.0,
         giou_weight: float = 2.0,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
+        denoising_class_weight: float | None = None,
     ):
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha of the focal loss is {alpha}; it has to be between 0 and 1")
         self.matcher = matcher
+        self.class_loss = class_loss or FocalLoss()
+        self.denoising_class_loss = denoising_class_loss or self.class_loss
         self.weights = {
             "loss_class": class_weight,
             "loss_bbox": bbox_weight,
             "loss_giou": giou_weight,
         }
-        self.alpha, self.gamma = alpha, gamma
+        self.denoising_weights = dict(self.weights)
+        if denoising_class_weight is not None:
+            self.denoising_weights["loss_class"] = denoising_class_weight
 
     def forward(self, output: DetectorOutput, targets: list[Target]) -> dict[str, Tensor]:
         """The weighted losses of all stages, each a scalar; their sum is to be minimised."""
         truth = join_targets(targets)
         num_boxes = average_over_workers(truth.boxes.new_full((), len(truth.boxes)))
+        losses = self.matching_losses(output, targets, num_boxes)
+        if output.denoising is not None:
+            predictions = stack_predictions(output.denoised)
+            losses |= self.denoising_losses(predictions, output.denoising, truth, num_boxes)
+        return losses
 
+    def matching_losses(
+        self, output: DetectorOutput, targets: list[Target], num_boxes: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of the decoder layers and, if any, of the proposals."""
         stages, suffixes = list(output.layers), layer_suffixes(len(output.layers))
         if output.proposals is not None:
             stages, suffixes = [*stages, output.proposals], [*suffixes, "_enc"]
         predictions = stack_predictions(stages)
         match = self.matcher(predictions, targets)
-        losses = self.losses(predictions, match, truth, num_boxes, suffixes)
-
-        if output.denoising is not None:
-            predictions = stack_predictions(output.denoised)
-            losses |= self.denoising_losses(predictions, output.denoising, truth, num_boxes)
-        return losses
+        sums = stage_sums(predictions, match, join_targets(targets), self.class_loss)
+        return weigh(sums, self.weights, num_boxes, suffixes)
 
     def denoising_losses(
         self,
@@ -78,65 +96,47 @@ class SetCriterion(nn.Module):
         num_boxes: Tensor,
     ) -> dict[str, Tensor]:
         """Losses of the denoising queries: predictions (N, B, T, .), matched by construction."""
-        suffixes = layer_suffixes(len(predictions.logits), stage="_dn")
-        num_boxes = num_boxes * denoising.num_groups
-        losses = self.losses(predictions, denoising.match, truth, num_boxes, suffixes)
+        sums = stage_sums(predictions, denoising.match, truth, self.denoising_class_loss)
         # A batch without boxes has nothing to denoise, yet its queries keep their place in the
         # backward pass: every parameter gets a gradient on every worker.
         share = float(len(truth.boxes) > 0)
-        return {name: share * loss for name, loss in losses.items()}
-
-    def losses(
-        self,
-        predictions: Predictions,
-        match: Match,
-        truth: Target,
-        num_boxes: Tensor,
-        suffixes: list[str],
-    ) -> dict[str, Tensor]:
-        """Losses of N stages at once: predictions (N, B, Q, .), `truth` of the whole batch."""
-        logits, boxes = predictions
-        stages = torch.arange(len(logits), device=logits.device)[:, None]
-        matched = stages, match.images, match.queries  # (N, n) when broadcast
-
-        classes = logits[(*matched, truth.labels[match.targets])]  # of the boxes, (N, n)
-        predicted, expected = boxes[matched], truth.boxes[match.targets]
-        giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected))
-        background = (1 - self.alpha) * BackgroundLoss.apply(logits, self.gamma)
-        losses = {
-            "loss_class": background + focal_change(classes, self.alpha, self.gamma).sum(1),
-            "loss_bbox": (predicted - expected).abs().sum((1, 2)),
-            "loss_giou": (1 - giou).sum(1),
-        }
-        return {
-            name + suffix: loss
-            for name, values in losses.items()
-            for suffix, loss in zip(
-                suffixes, (self.weights[name] * values / num_boxes).unbind(), strict=True
-            )
-        }
+        weights = {name: share * weight for name, weight in self.denoising_weights.items()}
+        suffixes = layer_suffixes(len(predictions.logits), stage="_dn")
+        return weigh(sums, weights, num_boxes * denoising.num_groups, suffixes)
 
 
-class BackgroundLoss(torch.autograd.Function):
-    """Focal loss without alpha (RetinaNet, equation 4) of logits (N, ...) where nothing is: (N,).
+def stage_sums(
+    predictions: Predictions, match: Match, truth: Target, class_loss: ClassLoss
+) -> dict[str, Tensor]:
+    """Each kind of loss, summed over the queries of N stages: predictions (N, B, Q, .), `truth` of
+    the whole batch, sums (N,)."""
+    logits, boxes = predictions
+    stages = torch.arange(len(logits), device=logits.device)[:, None]
+    matched = stages, match.images, match.queries  # (N, n) when broadcast
 
-    For the probability p of a logit x it is p^gamma * softplus(x), with the derivative
-    p^gamma * (gamma * (1 - p) * softplus(x) + p). Autograd would keep several tensors of the size
-    of the logits, the largest there are where classes are many; this keeps the logits alone.
-    """
+    predicted, expected = boxes[matched], truth.boxes[match.targets]
+    corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected)
+    matched_logits = *matched, truth.labels[match.targets]
+    # NaN if a box is not finite, matched or not, otherwise 0.
+    broken = 0 * (boxes.detach().sum((1, 2, 3)) + truth.boxes.sum())
+    return {
+        "loss_class": class_loss(logits, matched_logits, matched_iou(*corners)),
+        "loss_bbox": (predicted - expected).abs().sum((1, 2)) + broken,
+        "loss_giou": (1 - generalized_iou(*corners)).sum(1),
+    }
 
-    @staticmethod
-    def forward(ctx, logits: Tensor, gamma: float) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.gamma = gamma
-        return (logits.sigmoid() ** gamma * F.softplus(logits)).flatten(1).sum(1)
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (logits,) = ctx.saved_tensors
-        p = logits.sigmoid()
-        slope = p**ctx.gamma * (ctx.gamma * (1 - p) * F.softplus(logits) + p)
-        return slope * grad.view(-1, *[1] * (logits.dim() - 1)), None
+def weigh(
+    sums: dict[str, Tensor], weights: dict[str, float], num_boxes: Tensor, suffixes: list[str]
+) -> dict[str, Tensor]:
+    """Sums (N,) of each kind as one weighted mean over boxes per kind and stage."""
+    return {
+        name + suffix: loss
+        for name, values in sums.items()
+        for suffix, loss in zip(
+            suffixes, (weights[name] * values / num_boxes).unbind(), strict=True
+        )
+    }
 
 
 def layer_suffixes(num_layers: int, stage: str = "") -> list[str]:
@@ -144,8 +144,7 @@ def layer_suffixes(num_layers: int, stage: str = "") -> list[str]:
 
 
 def average_over_workers(count: Tensor) -> Tensor:
-    """Mean of a count over all workers, at least 1, so that each box weighs the same wherever it
-    is trained on."""
+    """Mean of a count over all workers, at least 1."""
     if comm.get_world_size() > 1:
         count = count.clone()
         torch.distributed.all_reduce(count)

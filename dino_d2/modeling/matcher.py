@@ -1,10 +1,14 @@
 """Optimal one-to-one assignment of predictions to ground truth (DETR, section 3.1)."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
+from detectron2.utils.registry import Registry
 from fvcore.nn import sigmoid_focal_loss
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou
 from ..structures import Match, Predictions, Target, send
@@ -12,8 +16,13 @@ from ..structures import Match, Predictions, Target, send
 # A crowded image is looked at in parts, so that only its costs grow with its boxes and not the many
 # intermediate results too.
 BOXES_AT_ONCE = 256
+# Above any cost that training meets, and small enough for the others to count beside it in float64.
+NOT_FINITE = 1e9
+
+MATCHER_REGISTRY = Registry("MATCHER")
 
 
+@MATCHER_REGISTRY.register()
 class HungarianMatcher:
     """A plain callable: it has no parameters.
 
@@ -38,12 +47,13 @@ class HungarianMatcher:
     def __call__(self, predictions: Predictions, targets: list[Target]) -> Match:
         """Matches every stage and image by itself; the device is waited for once.
 
+        Costs that are not finite, because a prediction or a box is not, are taken to be very high:
+        there is always a match. That the losses are not finite either is for the trainer to see, on
+        all workers at once; one that raised here would leave the others waiting.
+
         Args:
             predictions: of N stages, (N, B, Q, .)
             targets: of B images; those with more boxes than queries match their best Q
-
-        Raises:
-            FloatingPointError: a cost is not finite, i.e. a prediction is not
         """
         costs = self.costs(predictions, targets)
         packed = assign(costs.cpu(), [len(target.labels) for target in targets])
@@ -53,30 +63,74 @@ class HungarianMatcher:
     def costs(self, predictions: Predictions, targets: list[Target]) -> Tensor:
         """Costs (N, Q, M) of all boxes of the batch, each for the queries of its own image."""
         stages, _, queries, _ = predictions.boxes.shape
-        total = sum(len(target.labels) for target in targets)
-        costs = predictions.logits.new_empty(stages, queries, total)
-        start = 0
-        for image, target in enumerate(targets):
-            own = Predictions(*(x[:, image] for x in predictions))
-            for labels, boxes in zip(*(x.split(BOXES_AT_ONCE) for x in target), strict=True):
-                costs[..., start : start + len(labels)] = self.cost(own, labels, boxes)
-                start += len(labels)
+        counts = [len(target.labels) for target in targets]
+        costs = predictions.logits.new_empty(stages, queries, sum(counts))
+        for image, part in enumerate(costs.split(counts, -1)):
+            if counts[image]:
+                own = Predictions(*(x[:, image] for x in predictions))
+                self.fill(part, own, targets[image])
         return costs
 
-    def cost(self, predictions: Predictions, labels: Tensor, boxes: Tensor) -> Tensor:
-        """Cost (..., Q, M) of giving each query of an image each of the boxes (M, 4), labels (M,).
+    def fill(self, costs: Tensor, predictions: Predictions, target: Target) -> None:
+        """Writes the costs (N, Q, M) of an image with boxes, whose predictions are (N, Q, .)."""
+        for part, labels, boxes in in_parts(costs, target):
+            part.copy_(self.cost(predictions.logits[..., labels], predictions.boxes, boxes))
 
-        The predictions are those of the image, (..., Q, .).
+    def cost(self, logits: Tensor, predicted: Tensor, boxes: Tensor) -> Tensor:
+        """Cost (..., Q, M) of giving each query of an image each of M boxes.
+
+        Args:
+            logits: (..., Q, M), of each query for the class of each box
+            predicted: boxes (..., Q, 4)
+            boxes: (M, 4)
         """
-        class_cost = focal_change(predictions.logits[..., labels], self.alpha, self.gamma)
-        giou = generalized_iou(
-            cxcywh_to_xyxy(predictions.boxes)[..., None, :], cxcywh_to_xyxy(boxes)
-        )
         return (
-            self.class_cost * class_cost
-            + self.bbox_cost * torch.cdist(predictions.boxes, boxes, p=1)
-            - self.giou_cost * giou
+            self.class_cost * focal_change(logits, self.alpha, self.gamma)
+            + self.bbox_cost * torch.cdist(predicted, boxes, p=1)
+            - self.giou_cost * pairwise_giou(predicted, boxes)
         )
+
+
+@MATCHER_REGISTRY.register()
+class PositionModulatedMatcher(HungarianMatcher):
+    """The class counts for less where the box fits less (Stable-DINO, arXiv 2304.04742).
+
+    The focal cost is that of the probability p * u^0.5, where u = (GIoU + 1) / 2 is divided by the
+    largest u of the image, over all its queries and boxes in the same stage.
+    """
+
+    power = 0.5
+
+    def fill(self, costs: Tensor, predictions: Predictions, target: Target) -> None:
+        for part, _, boxes in in_parts(costs, target):
+            part.copy_(pairwise_giou(predictions.boxes, boxes) + 1)  # 2 u: a ratio is what counts
+        tiny = torch.finfo(costs.dtype).tiny
+        best = costs.amax((-2, -1), keepdim=True).clamp(min=tiny)
+        for part, labels, boxes in in_parts(costs, target):
+            factor = (part / best).clamp(min=tiny) ** self.power
+            logits = scale_probability(predictions.logits[..., labels], factor)
+            part.copy_(self.cost(logits, predictions.boxes, boxes))
+
+
+def in_parts(costs: Tensor, target: Target) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Costs (N, Q, m), labels (m,) and boxes (m, 4), of at most BOXES_AT_ONCE boxes at a time."""
+    return zip(
+        costs.split(BOXES_AT_ONCE, -1), *(x.split(BOXES_AT_ONCE) for x in target), strict=True
+    )
+
+
+def pairwise_giou(predicted: Tensor, boxes: Tensor) -> Tensor:
+    """Generalized IoU (..., Q, M) of boxes (..., Q, 4) with boxes (M, 4)."""
+    return generalized_iou(cxcywh_to_xyxy(predicted)[..., None, :], cxcywh_to_xyxy(boxes))
+
+
+def scale_probability(logits: Tensor, factor: Tensor) -> Tensor:
+    """Logits of probabilities that are `factor`, in (0, 1], times those of the given logits.
+
+    With p = sigmoid(x) it is log(p f) - log(1 - p f), where 1 - p f = (1 - p) + p (1 - f).
+    """
+    present, absent = F.logsigmoid(logits), F.logsigmoid(-logits)
+    return present + factor.log() - torch.logaddexp(absent, present + torch.log1p(-factor))
 
 
 def focal_change(logits: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -92,19 +146,15 @@ def assign(costs: Tensor, counts: list[int]) -> Tensor:
     """The cheapest assignment of every stage and image, on the CPU.
 
     Args:
-        costs: (N, Q, M) of all boxes of the batch, each for the queries of its own image
+        costs: (N, Q, M) of all boxes of the batch, each for the queries of its own image; those
+            that are not finite count as NOT_FINITE
         counts: how many of the boxes each image has
 
     Returns:
         (3, N, n) int64, of each of n pairs its image, its query and its box, counted through the
         batch; every stage has the same images
     """
-    table = costs.numpy()
-    if not np.isfinite(table).all():
-        raise FloatingPointError(
-            "predictions or boxes are NaN or infinite: if training has diverged, resume from "
-            "an earlier checkpoint with a lower learning rate"
-        )
+    table = np.nan_to_num(costs.numpy(), nan=NOT_FINITE, posinf=NOT_FINITE, neginf=NOT_FINITE)
     packed, end = [], 0
     for image, count in enumerate(counts):
         start, end = end, end + count

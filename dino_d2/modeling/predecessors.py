@@ -21,7 +21,6 @@ from ..structures import (
     DenoisingBatch,
     DetectorOutput,
     FeaturePyramid,
-    Match,
     Predictions,
     Queries,
     Target,
@@ -104,11 +103,13 @@ class AllProposals(SetCriterion):
     """Criterion of two-stage Deformable DETR: the proposals of all tokens are supervised, with
     class 0 for any object."""
 
-    def forward(self, output: DetectorOutput, targets: list[Target]) -> dict[str, Tensor]:
+    def matching_losses(
+        self, output: DetectorOutput, targets: list[Target], num_boxes: Tensor
+    ) -> dict[str, Tensor]:
         objects = [target._replace(labels=torch.zeros_like(target.labels)) for target in targets]
         proposals = DetectorOutput([output.proposals], None, [], None)
-        losses = super().forward(proposals, objects)
-        return super().forward(output._replace(proposals=None), targets) | {
+        losses = super().matching_losses(proposals, objects, num_boxes)
+        return super().matching_losses(output._replace(proposals=None), targets, num_boxes) | {
             f"{name}_enc": loss for name, loss in losses.items()
         }
 
@@ -185,8 +186,10 @@ class BoxesOnly(SetCriterion):
         truth: Target,
         num_boxes: Tensor,
     ) -> dict[str, Tensor]:
-        images, queries, targets = denoising.match
-        boxes = Predictions(*(x[:, images, queries][:, None] for x in predictions))
-        places = torch.arange(len(images), device=images.device)
-        denoising = denoising._replace(match=Match(torch.zeros_like(places), places, targets))
-        return super().denoising_losses(boxes, denoising, truth, num_boxes)
+        images, queries, _ = denoising.match
+        empty = predictions.logits.new_ones(predictions.logits.shape[1:3], dtype=torch.bool)
+        empty = empty.index_put((images, queries), torch.zeros_like(images, dtype=torch.bool))
+        # Where a logit is -inf nothing is lost and nothing is learned.
+        logits = predictions.logits.masked_fill(empty[..., None], -torch.inf)
+        predictions = predictions._replace(logits=logits)
+        return super().denoising_losses(predictions, denoising, truth, num_boxes)

@@ -22,17 +22,25 @@ From official DINO, detrex or mmdetection, which is detected:
 
 Back to the layout of official DINO:
     $ convert_checkpoint.py output/model_final.pth official.pth --to official
+
+The averaged weights of a training with EMA, which detect better; without its optimizer:
+    $ convert_checkpoint.py output/model_best.pth dino.pth --ema
 """
 
 
-def convert(source: str, to: str) -> dict:
-    """The converted checkpoint.
+def convert(source: str, to: str, *, ema: bool = False) -> dict:
+    """The converted checkpoint; with `ema` it has the averaged weights of a training.
 
     Raises:
-        CheckpointError: the file cannot be read, or is of a layout that is not known
+        CheckpointError: the file cannot be read, is of a layout that is not known, or has no
+            averaged weights
     """
     path = fetch(source)
     checkpoint = read(path)
+    if ema:
+        if "ema" not in checkpoint:
+            raise CheckpointError(f"'{source}' has no averaged weights: convert it without --ema")
+        checkpoint["model"] = checkpoint["ema"]["weights"]
     state, form = weights(checkpoint, path)
     state = to_ours(state, form)
     if "decoder.class_heads.0.bias" not in state:
@@ -53,17 +61,15 @@ def main() -> None:
     parser.add_argument("source", help="a file, a URL or dino_d2://NAME of the model zoo")
     parser.add_argument("target", help="the file to write")
     parser.add_argument("--to", choices=("dino_d2", "official"), default="dino_d2")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
     args = parser.parse_args()
     if os.path.exists(args.target):
         sys.exit(f"{parser.prog}: '{args.target}' exists, and is not overwritten")
     try:
-        converted = convert(args.source, args.to)
+        converted = convert(args.source, args.to, ema=args.ema)
+        write(converted, args.target)
     except CheckpointError as error:
         sys.exit(f"{parser.prog}: {error}")
-    try:
-        write(converted, args.target)
-    except OSError as error:
-        sys.exit(f"{parser.prog}: '{args.target}' cannot be written: {error}")
     print(f"{len(converted['model'])} tensors are in '{args.target}', in the layout of {args.to}")
 
 

@@ -2,40 +2,34 @@
 """Train and evaluate DINO with Detectron2, from a YAML or a LazyConfig file."""
 
 import argparse
+import logging
 import os
 import sys
-import weakref
+import tempfile
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, LazyConfig, instantiate
-from detectron2.data import DatasetMapper, build_detection_train_loader
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    SimpleTrainer,
-    default_argument_parser,
-    default_setup,
-    default_writers,
-    hooks,
-    launch,
-)
-from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.config import CfgNode, LazyConfig
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from torch.multiprocessing import ProcessExitedException
 from yaml import YAMLError
 
-from dino_d2 import DINO, data
+from dino_d2 import data
 from dino_d2.checkpoint import CheckpointError
 from dino_d2.checkpoint_io import fetch
-from dino_d2.checkpointer import Checkpointer
 from dino_d2.config import read_config
-from dino_d2.solver import ClippedAdamW, parameter_groups
+from dino_d2.data import DatasetError
+from dino_d2.engine.distributed import check_gpus, launch, world_size
+from dino_d2.engine.plan import make_plan, part_of_batch
+from dino_d2.engine.run import test, train
+from dino_d2.engine.schedule import scale_schedule
+from dino_d2.engine.trainer import NonFiniteLoss
 
 EPILOG = """
 Examples:
@@ -64,50 +58,8 @@ BAD_INPUT = (
     *(YAMLError, OmegaConfBaseException, OverrideParseException),
 )
 
-
-class Trainer(DefaultTrainer):
-    """Detectron2's trainer for YAML configs, with DINO's optimizer, augmentation and weights."""
-
-    def build_hooks(self) -> list:
-        # Before the hook that saves takes hold of it.
-        self.checkpointer = make_checkpointer(
-            self.model, self.cfg.OUTPUT_DIR, self.cfg.DATASETS.TRAIN, trainer=weakref.proxy(self)
-        )
-        return super().build_hooks()
-
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
-        augmentations = data.detr_augmentation(
-            min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
-            max_size=cfg.INPUT.MAX_SIZE_TRAIN,
-            crop_min_sizes=cfg.INPUT.CROP.MIN_SIZE_TRAIN,
-            crop_size=cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else None,
-            flip=cfg.INPUT.RANDOM_FLIP,
-        )
-        mapper = DatasetMapper(cfg, is_train=True, augmentations=augmentations)
-        return build_detection_train_loader(cfg, mapper=mapper)
-
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
-        if solver.OPTIMIZER == "SGD":
-            return super().build_optimizer(cfg, model)
-        groups = parameter_groups(
-            model,
-            lr=solver.BASE_LR,
-            backbone_multiplier=solver.BACKBONE_MULTIPLIER,
-            offsets_multiplier=solver.OFFSETS_MULTIPLIER,
-        )
-        return ClippedAdamW(
-            groups,
-            max_norm=clip.CLIP_VALUE if clip.ENABLED else 0,
-            lr=solver.BASE_LR,
-            weight_decay=solver.WEIGHT_DECAY,
-        )
+# What goes wrong later and needs no traceback.
+SENTENCES = (CheckpointError, DatasetError, NonFiniteLoss)
 
 
 def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
@@ -135,13 +87,28 @@ def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     )
     check_device(cfg.MODEL.DEVICE, "MODEL.DEVICE cpu")
     check_weights(args, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    check_output(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+    refuse_unsupported(cfg)
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if cfg.SOLVER.OPTIMIZER == "ADAMW" and clip.ENABLED and clip.CLIP_TYPE != "full_model":
         raise ValueError(
             f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; ADAMW clips by 'full_model'"
         )
+    if not args.eval_only:
+        if cfg.SOLVER.REFERENCE_WORLD_SIZE:  # Detectron2's own way to scale
+            cfg = DefaultTrainer.auto_scale_workers(cfg, world_size(args))
+            cfg.SOLVER.REFERENCE_BATCH = cfg.SOLVER.IMS_PER_BATCH
+        scale_schedule(cfg, given=args.opts[::2])
+        part_of_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, world_size(args))
+    make_plan(cfg)
     cfg.freeze()
     return cfg
+
+
+def refuse_unsupported(cfg: CfgNode) -> None:
+    for name in ("PRECISE_BN.ENABLED", "AUG.ENABLED", "EXPECTED_RESULTS"):
+        if attrgetter(name)(cfg.TEST):
+            raise ValueError(f"TEST.{name} of Detectron2 is not supported here: leave it out")
 
 
 def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
@@ -156,6 +123,12 @@ def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
         raise ValueError(f"a LazyConfig evaluates on one data set, not on {list(test.names)}")
     if not test.names:
         del cfg.dataloader.evaluator
+    check_output(cfg.train.output_dir, "train.output_dir")
+    if not args.eval_only:
+        scale_schedule(cfg, given=[option.partition("=")[0] for option in args.opts])
+        batch = cfg.dataloader.train.total_batch_size
+        part_of_batch(batch, cfg.train.accumulate, world_size(args))
+    make_plan(cfg)
     return cfg
 
 
@@ -192,6 +165,15 @@ def check_weights(args: argparse.Namespace, path: str, key: str) -> None:
             raise ValueError(f"{key}: {error}") from error
 
 
+def check_output(folder: str, key: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise ValueError(f"{key} is {folder!r}, which cannot be written to: {error}") from error
+
+
 def check_device(device: str, remedy: str) -> None:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"PyTorch finds no GPU here; end the command with {remedy} to do without")
@@ -201,73 +183,32 @@ def main(args: argparse.Namespace) -> None:
     """Train or evaluate; one process of `launch`. Results are in the output folder."""
     cfg = load_config(args)
     default_setup(cfg, args)
-    is_yaml = isinstance(cfg, CfgNode)
-    output_dir = cfg.OUTPUT_DIR if is_yaml else cfg.train.output_dir
+    output_dir = cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="dino_d2")
-    (run_yaml if is_yaml else run_lazy)(cfg, args)
-
-
-def make_checkpointer(
-    model: torch.nn.Module, output_dir: str, names: Sequence[str], **options
-) -> DetectionCheckpointer:
-    """For a model of the classes of the given data sets; `options` as of Checkpointer."""
-    if isinstance(getattr(model, "module", model), DINO):
-        return Checkpointer(model, output_dir, classes=data.class_names(names), **options)
-    options.pop("complete", None)
-    return DetectionCheckpointer(model, output_dir, **options)
-
-
-def run_yaml(cfg: CfgNode, args: argparse.Namespace) -> None:
+    plan = make_plan(cfg)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = make_checkpointer(model, cfg.OUTPUT_DIR, cfg.DATASETS.TEST, complete=True)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        Trainer.test(cfg, model)
-        return
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
+        test(plan, resume=args.resume)
+    else:
+        train(plan, resume=args.resume)
 
 
-def run_lazy(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """As tools/lazyconfig_train_net.py of Detectron2."""
-    model = instantiate(cfg.model).to(cfg.train.device)
-    if args.eval_only:
-        names = cfg.dataloader.test.dataset.names
-        checkpointer = make_checkpointer(model, cfg.train.output_dir, names, complete=True)
-        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-        evaluate_lazy(cfg, model)
-        return
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    loader = instantiate(cfg.dataloader.train)
-    model = create_ddp_model(model, **cfg.train.ddp)
-    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
-    names = cfg.dataloader.train.dataset.names
-    checkpointer = make_checkpointer(model, cfg.train.output_dir, names, trainer=trainer)
-    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-    is_main = comm.is_main_process()
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
-            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate_lazy(cfg, model)),
-            hooks.PeriodicWriter(writers, cfg.train.log_period) if is_main else None,
-        ]
-    )
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    goes_on = args.resume and checkpointer.has_checkpoint()
-    trainer.train(trainer.iter + 1 if goes_on else 0, cfg.train.max_iter)
+def worker(args: argparse.Namespace) -> None:
+    """`main`, with one sentence on what it cannot do instead of a traceback.
+
+    Raises:
+        SystemExit: with that sentence
+    """
+    logging.getLogger("detectron2.engine.train_loop").addFilter(is_no_sentence)
+    try:
+        main(args)
+    except SENTENCES as error:
+        # of an error in a loading process there is a traceback, which ends with the sentence
+        sentence = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
+        sys.exit(f"train_net.py: {sentence}")
 
 
-def evaluate_lazy(cfg: DictConfig, model: torch.nn.Module) -> dict:
-    if "evaluator" not in cfg.dataloader:
-        return {}
-    evaluator = instantiate(cfg.dataloader.evaluator)
-    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
-    print_csv_format(results)
-    return results
+def is_no_sentence(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], SENTENCES))
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -287,20 +228,14 @@ def invoke_main() -> None:
         if bool(getattr(args, f"{split}_json")) != bool(getattr(args, f"{split}_images")):
             parser.error(f"--{split}-json and --{split}-images go together")
     try:
+        check_gpus(args.num_gpus)
         load_config(args)  # bad input ends here, before there are several processes
     except BAD_INPUT as error:
         sys.exit(f"{parser.prog}: {error.args[0] if isinstance(error, KeyError) else error}")
     try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except CheckpointError as error:
-        sys.exit(f"{parser.prog}: {error}")
+        launch(worker, args)
+    except ProcessExitedException as error:  # it has said why
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dino_d2.modeling import (
     ContrastiveDenoising,
     Decoder,
     Encoder,
+    FocalLoss,
     HungarianMatcher,
     MixedQuerySelection,
     SetCriterion,
@@ -69,9 +70,12 @@ model = L(DINO)(
     ),
     criterion=L(SetCriterion)(
         matcher=L(HungarianMatcher)(class_cost=2.0, bbox_cost=5.0, giou_cost=2.0),
+        class_loss=L(FocalLoss)(),
+        denoising_class_loss=None,  # as class_loss
         class_weight=1.0,
         bbox_weight=5.0,
         giou_weight=2.0,
+        denoising_class_weight=None,  # as class_weight
     ),
     # As many as the training data has; a plain number says otherwise.
     num_classes=L(num_classes)(names="${dataloader.train.dataset.names}"),

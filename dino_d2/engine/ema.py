@@ -1,0 +1,75 @@
+"""Exponential moving average of weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .distributed import local, scatter, unwrap
+
+
+class EMA:
+    """An average of a model's weights, which detects better than the weights of any one step.
+
+    The decay grows with the number of updates n as (1 + n) / (10 + n), so that the weights that
+    a training began with are soon forgotten. Buffers of floats, such as running statistics, are
+    averaged too; others are copied.
+
+    Args:
+        model: on its device, wrapped or not
+        decay: the share that the average keeps in an update, in [0, 1)
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(
+                f"the decay of the averaged weights is {decay}; it has to be in [0, 1)"
+            )
+        self.model, self.decay = unwrap(model), decay
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins anew, with the weights that the model has now."""
+        self.updates = 0
+        self.weights = {key: x.detach().clone() for key, x in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        state = self.model.state_dict()
+        averaged = [key for key, x in state.items() if x.is_floating_point()]
+        torch._foreach_lerp_(  # one kernel for hundreds of tensors
+            [local(self.weights[key]) for key in averaged],
+            [local(state[key]) for key in averaged],
+            1 - keep,
+        )
+        for key in state.keys() - averaged:
+            self.weights[key].copy_(state[key])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Meanwhile the model has the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for key, x in self.model.state_dict().items():
+            kept = x.clone()
+            x.copy_(self.weights[key])
+            self.weights[key].copy_(kept)
+
+    def state_dict(self) -> dict:
+        return {"weights": self.weights, "updates": self.updates}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        weights = scatter(state["weights"], self.weights)
+        for key, x in self.weights.items():
+            x.copy_(weights[key])

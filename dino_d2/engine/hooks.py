@@ -1,0 +1,75 @@
+"""What happens around steps, beside Detectron2's own hooks."""
+
+import logging
+import math
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import HookBase, TrainerBase, hooks
+from detectron2.utils import comm
+
+from ..checkpointer import BEST
+
+logger = logging.getLogger(__name__)
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's, which evaluates after a checkpoint is saved. A training that goes on from there
+    may have been stopped before or meanwhile, so it begins with this evaluation."""
+
+    def before_train(self) -> None:
+        if is_due(self.trainer, self._period):
+            self._do_eval()
+
+
+def is_due(trainer: TrainerBase, period: int) -> bool:
+    """Whether what a training goes on from was to be evaluated before its end."""
+    start = trainer.start_iter
+    return bool(period) and 0 < start < trainer.max_iter and start % period == 0
+
+
+class BestCheckpointer(HookBase):
+    """Keeps the checkpoint with the best evaluation as `model_best.pth`.
+
+    As Detectron2's hook of this name, but it remembers what was best when a training is resumed,
+    and every worker has it, so that sharded models can be saved. Comes after :class:`EvalHook`.
+
+    Args:
+        period: iterations between evaluations; 0: there is one, at the end
+        checkpointer: saves the model
+        metric: to be as high as possible, such as "bbox/AP"
+    """
+
+    def __init__(self, period: int, checkpointer: DetectionCheckpointer, metric: str):
+        self.period, self.checkpointer, self.metric = period, checkpointer, metric
+        self.best = -math.inf
+
+    def before_train(self) -> None:
+        if is_due(self.trainer, self.period):
+            self.check()
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self.period and done % self.period == 0 and done != self.trainer.max_iter:
+            self.check()
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:  # not if an error has ended it
+            self.check()
+
+    def check(self) -> None:
+        """The main worker alone knows the results."""
+        metrics = self.trainer.storage.latest()
+        if comm.is_main_process() and self.metric not in metrics:
+            logger.warning(f"no checkpoint is kept as the best: evaluation has no {self.metric}")
+        value, iteration = comm.all_gather(metrics.get(self.metric, (-math.inf, -1)))[0]
+        if iteration != self.trainer.iter or not value > self.best:  # also if it is NaN
+            return
+        self.best = value
+        self.checkpointer.save(BEST, iteration=self.trainer.iter)
+        logger.info(f"{self.metric} is {value:.2f}, the best so far: saved as {BEST}.pth")
+
+    def state_dict(self) -> dict:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best = state["best"]

@@ -1,0 +1,213 @@
+"""What a config of either style says about a training, as one thing."""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import nn
+
+from .. import data
+from ..solver import ClippedAdamW, parameter_groups
+
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Plan(NamedTuple):
+    """A training and its evaluation; the functions make the parts, each anew when called."""
+
+    build_model: Callable[[], nn.Module]
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    build_scheduler: Callable[[torch.optim.Optimizer], Any]  # what Detectron2's hook takes
+    build_loader: Callable[[], Any]
+    evaluate: Callable[[nn.Module], dict]
+    train_sets: Sequence[str]
+    test_sets: Sequence[str]
+    output_dir: str
+    weights: str  # to begin with; "": none
+    seed: int  # negative: a random one
+    max_iter: int
+    eval_period: int  # 0: at the end only, as for all periods
+    checkpoint_period: int
+    max_to_keep: int | None  # checkpoints; None: all
+    log_period: int
+    best_metric: str
+    precision: torch.dtype | None  # of autocast; None: float32 everywhere
+    accumulate: int
+    skip_non_finite: bool
+    ema_decay: float | None
+    fsdp: bool
+    ddp: dict  # options of DistributedDataParallel
+
+
+def make_plan(cfg: CfgNode | DictConfig) -> Plan:
+    """
+    Args:
+        cfg: a YAML config with the keys of `add_dino_config`, or a LazyConfig with those of
+            configs/common
+
+    Raises:
+        ValueError: a value is none of those that there are, or a batch cannot be divided
+    """
+    return yaml_plan(cfg) if isinstance(cfg, CfgNode) else lazy_plan(cfg)
+
+
+def yaml_plan(cfg: CfgNode) -> Plan:
+    solver = cfg.SOLVER
+    amp = solver.AMP
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH = part_of_batch(solver.IMS_PER_BATCH, solver.ACCUMULATE)
+    return Plan(
+        build_model=partial(build_model, cfg),
+        build_optimizer=partial(yaml_optimizer, cfg),
+        build_scheduler=partial(build_lr_scheduler, cfg),
+        build_loader=partial(yaml_train_loader, cfg),
+        evaluate=partial(yaml_evaluate, cfg),
+        train_sets=cfg.DATASETS.TRAIN,
+        test_sets=cfg.DATASETS.TEST,
+        output_dir=cfg.OUTPUT_DIR,
+        weights=cfg.MODEL.WEIGHTS,
+        seed=cfg.SEED,
+        max_iter=solver.MAX_ITER,
+        eval_period=cfg.TEST.EVAL_PERIOD,
+        checkpoint_period=solver.CHECKPOINT_PERIOD,
+        max_to_keep=None,
+        log_period=20,
+        best_metric=cfg.TEST.BEST_METRIC,
+        precision=precision_of(amp.DTYPE) if amp.ENABLED else None,
+        accumulate=solver.ACCUMULATE,
+        skip_non_finite=skips(solver.NON_FINITE),
+        ema_decay=solver.EMA.DECAY if solver.EMA.ENABLED else None,
+        fsdp=solver.FSDP,
+        ddp={},
+    )
+
+
+def yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
+    if solver.OPTIMIZER == "SGD":
+        return build_optimizer(cfg, model)
+    groups = parameter_groups(
+        model,
+        lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        norm_weight_decay=solver.WEIGHT_DECAY_NORM,
+        backbone_multiplier=solver.BACKBONE_MULTIPLIER,
+        offsets_multiplier=solver.OFFSETS_MULTIPLIER,
+    )
+    return ClippedAdamW(
+        groups,
+        max_norm=clip.CLIP_VALUE if clip.ENABLED else 0,
+        lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+    )
+
+
+def yaml_train_loader(cfg: CfgNode) -> Any:
+    augmentations = data.detr_augmentation(
+        min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
+        max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+        crop_min_sizes=cfg.INPUT.CROP.MIN_SIZE_TRAIN,
+        crop_size=cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else None,
+        flip=cfg.INPUT.RANDOM_FLIP,
+    )
+    mapper = data.Mapper(cfg, is_train=True, augmentations=augmentations)
+    return build_detection_train_loader(cfg, mapper=mapper)
+
+
+def yaml_evaluate(cfg: CfgNode, model: nn.Module) -> dict:
+    """The results of the only data set, or those of each under its name."""
+    results = {}
+    for name in cfg.DATASETS.TEST:
+        loader = build_detection_test_loader(cfg, name, mapper=data.Mapper(cfg, is_train=False))
+        evaluator = COCOEvaluator(name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        results[name] = run_evaluator(model, loader, evaluator)
+    return results[name] if len(results) == 1 else results
+
+
+def lazy_plan(cfg: DictConfig) -> Plan:
+    cfg = copy.deepcopy(cfg)
+    train, loader = cfg.train, cfg.dataloader
+    loader.train.total_batch_size = part_of_batch(loader.train.total_batch_size, train.accumulate)
+    return Plan(
+        build_model=lambda: instantiate(cfg.model).to(train.device),
+        build_optimizer=partial(lazy_optimizer, cfg),
+        build_scheduler=lambda optimizer: instantiate(cfg.lr_multiplier),
+        build_loader=lambda: instantiate(loader.train),
+        evaluate=partial(lazy_evaluate, cfg),
+        train_sets=loader.train.dataset.names,
+        test_sets=loader.test.dataset.names,
+        output_dir=train.output_dir,
+        weights=train.init_checkpoint,
+        seed=train.seed,
+        max_iter=train.max_iter,
+        eval_period=train.eval_period,
+        checkpoint_period=train.checkpointer.period,
+        max_to_keep=train.checkpointer.max_to_keep,
+        log_period=train.log_period,
+        best_metric=train.best_metric,
+        precision=precision_of(train.amp.dtype) if train.amp.enabled else None,
+        accumulate=train.accumulate,
+        skip_non_finite=skips(train.non_finite),
+        ema_decay=train.ema.decay if train.ema.enabled else None,
+        fsdp=train.fsdp,
+        ddp=dict(train.ddp),
+    )
+
+
+def lazy_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    cfg.optimizer.params.model = model
+    return instantiate(cfg.optimizer)
+
+
+def lazy_evaluate(cfg: DictConfig, model: nn.Module) -> dict:
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    return run_evaluator(model, loader, evaluator)
+
+
+def run_evaluator(model: nn.Module, loader: Any, evaluator: COCOEvaluator) -> dict:
+    """The main worker has the results, others have none."""
+    results = inference_on_dataset(model, loader, evaluator)
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def part_of_batch(batch: int, accumulate: int, workers: int = 1) -> int:
+    """
+    Raises:
+        ValueError: the images of a step cannot be divided equally
+    """
+    if accumulate < 1 or batch % (accumulate * workers):
+        raise ValueError(
+            f"a batch of {batch} images cannot be divided into {accumulate} equal parts"
+            + (f" for {workers} workers" if workers > 1 else "")
+            + ": change the batch, the number of accumulated parts or that of workers"
+        )
+    return batch // accumulate
+
+
+def precision_of(name: str) -> torch.dtype:
+    if name not in PRECISIONS:
+        raise ValueError(f"mixed precision is {name!r}; it can be {' or '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+def skips(choice: str) -> bool:
+    if choice not in ("stop", "skip"):
+        raise ValueError(
+            f"what happens when a loss is not finite is {choice!r}; it can be stop or skip"
+        )
+    return choice == "skip"

@@ -1,0 +1,151 @@
+"""Does what a plan says: training, or evaluation."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import HookBase, default_writers, hooks
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+from .. import data
+from ..checkpoint import CheckpointError
+from ..checkpointer import Checkpointer
+from ..data.stream import TrainingStream
+from ..modeling.dino import DINO
+from .distributed import distribute, unwrap, whole
+from .ema import EMA
+from .hooks import BestCheckpointer, EvalHook
+from .plan import Plan
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(plan: Plan, *, resume: bool = False) -> None:
+    """Trains and evaluates; what comes of it is in the plan's output folder.
+
+    Args:
+        plan: what to do
+        resume: go on from the last checkpoint in the output folder, if there is one
+
+    Raises:
+        CheckpointError: weights cannot be read or do not fit, or there is no room to save
+        DatasetError: an image cannot be used
+        NonFiniteLoss: see `Trainer`
+    """
+    os.makedirs(plan.output_dir, exist_ok=True)
+    seed = plan.seed if plan.seed >= 0 else comm.shared_random_seed()
+    seed_all_rng(seed)  # the same weights on every worker
+    model = distribute(plan.build_model(), fsdp=plan.fsdp, **plan.ddp)
+    ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
+    trainer = Trainer(
+        model,
+        TrainingStream(plan.build_loader, seed),
+        plan.build_optimizer(unwrap(model)),
+        precision=plan.precision,
+        accumulate=plan.accumulate,
+        skip_non_finite=plan.skip_non_finite,
+        output_dir=plan.output_dir,
+    )
+    saved = {"trainer": trainer} | ({"ema": ema} if ema else {})
+    checkpointer = make_checkpointer(model, plan.output_dir, plan.train_sets, **saved)
+    check_room(plan, unwrap(model))
+    trainer.register_hooks(make_hooks(plan, trainer, checkpointer, ema))
+    goes_on = resume and checkpointer.has_checkpoint()
+    checkpointer.resume_or_load(plan.weights, resume=resume)
+    if ema and not goes_on:
+        ema.reset()  # to the weights that were loaded
+    trainer.train(trainer.iter + 1 if goes_on else 0, plan.max_iter)
+
+
+def test(plan: Plan, *, resume: bool = False) -> dict:
+    """Evaluates the plan's weights or, to `resume`, the last checkpoint in its output folder.
+
+    Returns:
+        what `evaluate` does
+
+    Raises:
+        CheckpointError: the weights cannot be read, or do not fill the model
+    """
+    model = plan.build_model()
+    ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
+    options = {"complete": True} | ({"ema": ema} if ema else {})
+    checkpointer = make_checkpointer(model, plan.output_dir, plan.test_sets, **options)
+    goes_on = resume and checkpointer.has_checkpoint()
+    checkpointer.load(checkpointer.get_checkpoint_file() if goes_on else plan.weights)
+    if ema and not ema.updates:
+        logger.warning("the checkpoint has no averaged weights (EMA): its weights are evaluated")
+        ema = None
+    return evaluate(plan, model, ema)
+
+
+def evaluate(plan: Plan, model: nn.Module, ema: EMA | None) -> dict:
+    """Results of the model's weights and, as "ema", of the averaged ones."""
+    with whole(model):
+        results = plan.evaluate(unwrap(model))
+    if ema is None:
+        return results
+    with ema.applied(), whole(model):
+        averaged = plan.evaluate(unwrap(model))
+    return results | {"ema": averaged} if results else results
+
+
+def make_checkpointer(
+    model: nn.Module, output_dir: str, names: Sequence[str], *, complete: bool = False, **saved
+) -> DetectionCheckpointer:
+    """For a model of the classes of the given data sets; Detectron2's for other models than DINO.
+
+    Args:
+        complete: whether weights have to fill a DINO
+        saved: what is saved beside the model
+    """
+    if not isinstance(unwrap(model), DINO):
+        return DetectionCheckpointer(model, output_dir, **saved)
+    classes = data.class_names(names)
+    return Checkpointer(model, output_dir, classes=classes, complete=complete, **saved)
+
+
+def make_hooks(
+    plan: Plan, trainer: Trainer, checkpointer: DetectionCheckpointer, ema: EMA | None
+) -> list[HookBase | None]:
+    """Detectron2's hooks in Detectron2's order, with averaged weights and the best checkpoint."""
+    is_main = comm.is_main_process()
+    average = hooks.CallbackHook(after_step=lambda _: ema.update()) if ema else None
+    metric = f"ema/{plan.best_metric}" if ema else plan.best_metric
+    save = hooks.PeriodicCheckpointer(
+        checkpointer,
+        plan.checkpoint_period,
+        max_to_keep=plan.max_to_keep if is_main else None,
+    )
+    best = BestCheckpointer(plan.eval_period, checkpointer, metric)
+    return [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(trainer.optimizer, plan.build_scheduler(trainer.optimizer)),
+        average,
+        save if is_main or plan.fsdp else None,  # a sharded model takes every worker to save
+        EvalHook(plan.eval_period, lambda: evaluate(plan, trainer.model, ema)),
+        best if plan.best_metric and plan.test_sets else None,
+        hooks.PeriodicWriter(default_writers(plan.output_dir, plan.max_iter), plan.log_period)
+        if is_main
+        else None,
+    ]
+
+
+def check_room(plan: Plan, model: nn.Module) -> None:
+    """
+    Raises:
+        CheckpointError: the disk has no room for a checkpoint
+    """
+    weights = sum(x.nbytes for x in model.state_dict().values())
+    moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    needed = weights * (1 if plan.ema_decay is None else 2) + moments
+    free = shutil.disk_usage(plan.output_dir).free
+    if needed > free:
+        raise CheckpointError(
+            f"a checkpoint has about {needed / 1e9:.1f} GB, but the disk of '{plan.output_dir}' "
+            f"has {free / 1e9:.1f} GB left: make room, or choose another output folder"
+        )

@@ -1,0 +1,95 @@
+"""Learning rate and length of a training for the batch and the data at hand."""
+
+from collections.abc import Collection
+from functools import reduce
+from typing import NamedTuple
+
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import get_detection_dataset_dicts
+from omegaconf import DictConfig
+
+
+class Keys(NamedTuple):
+    """Where a config of one style has what is scaled, and by what."""
+
+    batch: str
+    reference_batch: str
+    epochs: str
+    lr: str
+    max_iter: str
+    iterations: tuple[str, ...]  # others that count iterations
+
+
+YAML = Keys(
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.REFERENCE_BATCH",
+    "SOLVER.EPOCHS",
+    "SOLVER.BASE_LR",
+    "SOLVER.MAX_ITER",
+    ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),
+)
+LAZY = Keys(
+    "dataloader.train.total_batch_size",
+    "train.reference_batch",
+    "train.epochs",
+    "optimizer.lr",
+    "train.max_iter",
+    ("train.checkpointer.period", "train.eval_period"),
+)
+
+
+def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> None:
+    """Makes learning rate and numbers of iterations, in place, those of the batch and the data.
+
+    With a reference batch R, for which the config is written, and a batch B, the learning rate is
+    multiplied by B / R and numbers of iterations by R / B: the same images are seen (the linear
+    rule of `SOLVER.REFERENCE_WORLD_SIZE`; Goyal et al., 2017). With a length in epochs the training
+    is as long as so many passes over its own data take, and the other numbers keep their share.
+
+    Args:
+        cfg: of either style
+        given: keys that stay as they are, as those of the command line
+
+    Raises:
+        ValueError: the length is given both in epochs and in iterations
+    """
+    keys = YAML if isinstance(cfg, CfgNode) else LAZY
+    batch, reference, epochs, max_iter = (
+        get(cfg, key) for key in (keys.batch, keys.reference_batch, keys.epochs, keys.max_iter)
+    )
+    if epochs and keys.max_iter in given:
+        raise ValueError(f"the length is given as {keys.epochs} and as {keys.max_iter}: drop one")
+    per_image = batch / reference if reference else 1.0
+    longer = epochs * count_images(cfg) / batch / max_iter if epochs else 1 / per_image
+    factors = dict.fromkeys((keys.max_iter, *keys.iterations), longer) | {keys.lr: per_image}
+    for key, factor in factors.items():
+        if key not in given:
+            put(cfg, key, scaled(get(cfg, key), factor))
+    put(cfg, keys.reference_batch, batch)  # so that a config that is saved is not scaled again
+    put(cfg, keys.epochs, None)
+
+
+def scaled(value: float | int | tuple, factor: float) -> float | int | tuple:
+    """Numbers of iterations stay whole, and what happens at all happens."""
+    if isinstance(value, tuple):
+        return tuple(scaled(x, factor) for x in value)
+    if isinstance(value, int):
+        return max(round(value * factor), min(value, 1))
+    return value * factor
+
+
+def count_images(cfg: CfgNode | DictConfig) -> int:
+    """Of the training data, as the loader has them."""
+    if isinstance(cfg, DictConfig):
+        return len(instantiate(cfg.dataloader.train.dataset))
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    return len(get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty))
+
+
+def get(cfg: CfgNode | DictConfig, key: str) -> float | int | tuple:
+    return reduce(getattr, key.split("."), cfg)
+
+
+def put(cfg: CfgNode | DictConfig, key: str, value: float | int | tuple) -> None:
+    section, _, name = key.rpartition(".")
+    setattr(get(cfg, section), name, value)

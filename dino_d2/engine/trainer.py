@@ -1,0 +1,201 @@
+"""Detectron2's training loop with steps that hold for days."""
+
+import logging
+import math
+import os
+import time
+from contextlib import nullcontext
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import Tensor, nn
+
+from ..checkpoint_io import write
+from ..data.stream import TrainingStream, seed_for
+from ..modeling.dino import DINO
+from .distributed import gather, load_optimizer, mean_over_workers, suspend_sync, unwrap
+
+logger = logging.getLogger(__name__)
+
+# If so many steps in a row are not finite the weights are to blame, and no further step mends them.
+MAX_SKIPPED = 10
+
+Batch = list[dict]
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss is NaN or infinite; the message says which, when and with which images."""
+
+
+class Trainer(SimpleTrainer):
+    """Detectron2's loop and hooks, with a step of its own.
+
+    Everything random in a step is a function of the seed, the iteration and the worker, and its
+    images are one of the seed and the iteration. So the iteration is all there is to remember of
+    it, and a training that is resumed equals one that was never stopped.
+
+    Args:
+        model: as of `distribute`; returns a dict of losses
+        stream: of batches
+        optimizer: updates the weights once per step
+        precision: what autocast computes in; float16 comes with a scaler of the losses; None: no
+            autocast
+        accumulate: batches that make a step, as if they were one: see `shares`
+        skip_non_finite: leave out a step that is not finite, but at most `MAX_SKIPPED` in a row,
+            instead of ending the training
+        output_dir: where what led to such a step is saved, in the folder `non_finite`
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: TrainingStream,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: torch.dtype | None = None,
+        accumulate: int = 1,
+        skip_non_finite: bool = False,
+        output_dir: str = "output",
+    ):
+        super().__init__(model, stream, optimizer)
+        self.precision, self.accumulate = precision, accumulate
+        self.skip_non_finite, self.output_dir = skip_non_finite, output_dir
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.device = self.parameters[0].device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is torch.float16)
+        self.skipped = 0  # steps in a row
+
+    def run_step(self) -> None:
+        """
+        Raises:
+            NonFiniteLoss: on every worker alike, and before the weights are touched
+        """
+        start = time.perf_counter()
+        batches = [next(self._data_loader_iter) for _ in range(self.accumulate)]
+        data_time = time.perf_counter() - start
+
+        seed_all_rng(seed_for(self.data_loader.seed, self.iter, comm.get_rank()))
+        self.optimizer.zero_grad()
+        metrics = self.forward_backward(batches)
+        self.after_backward()
+        if not self.scaler.is_enabled():  # otherwise the scaler looks after the gradients
+            metrics["grad_norm"] = grad_norm(self.parameters)
+
+        metrics["data_time"] = torch.full((), data_time, device=self.device)
+        means = mean_over_workers(torch.stack(list(metrics.values()))).tolist()  # waits, once
+        means = dict(zip(metrics, means, strict=True))
+        if all(map(math.isfinite, means.values())):
+            self.skipped = 0
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.handle_non_finite(batches, metrics, means)
+        self.storage.put_scalars(**means)
+
+    def forward_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """The losses of a step and their sum, `total_loss`; gradients add to those there are."""
+        step: dict[str, Tensor] = {}
+        for number, (batch, share) in enumerate(zip(batches, self.shares(batches), strict=True), 1):
+            is_last = number == len(batches)
+            with nullcontext() if is_last else suspend_sync(self.model):
+                with torch.autocast(
+                    self.device.type, self.precision, enabled=self.precision is not None
+                ):
+                    losses = self.model(batch)
+                losses["total_loss"] = torch.stack(list(losses.values())).sum()
+                self.scaler.scale(share * losses["total_loss"]).backward()
+            for name, loss in losses.items():
+                step[name] = step.get(name, 0) + share * loss.detach()
+        return step
+
+    def shares(self, batches: list[Batch]) -> Tensor:
+        """The weight of each batch in a step, so that it equals one with all its images at once.
+
+        DINO divides losses by a number of boxes, which has to be that of the step. (Its denoising
+        groups are still made per batch, as they are per worker.) Other models average over images.
+        """
+        if len(batches) == 1 or not isinstance(unwrap(self.model), DINO):
+            return torch.full([len(batches)], 1 / len(batches), device=self.device)
+        counts = [float(sum(len(x["instances"]) for x in batch)) for batch in batches]
+        boxes = mean_over_workers(torch.tensor(counts, device=self.device))
+        return boxes.clamp(min=1) / boxes.sum().clamp(min=1)
+
+    def handle_non_finite(
+        self, batches: list[Batch], own: dict[str, Tensor], means: dict[str, float]
+    ) -> None:
+        """Says which loss it was, saves what led to it and, unless it is to be skipped, raises.
+
+        The images are those of the workers whose own losses are not finite, where there are such.
+        """
+        names = [name for name, value in means.items() if not math.isfinite(value)]
+        names = [name for name in names if name != "total_loss"] or names
+        guilty = any(not own[name].isfinite() for name in names if name != "grad_norm")
+        files = [x.get("file_name", "an image") for batch in batches for x in batch]
+        everyone = comm.all_gather((guilty, files))
+        some = any(guilty for guilty, _ in everyone)
+        images = ", ".join(
+            file for guilty, files in everyone if guilty or not some for file in files
+        )
+        self.skipped += 1
+        skip = self.skip_non_finite and self.skipped <= MAX_SKIPPED
+        folder = self.save_non_finite(batches, own, with_weights=not skip)
+        message = (
+            f"iteration {self.iter}: not finite are {', '.join(names)}, with the images {images}; "
+            f"what led to it is in '{folder}'"
+        )
+        if not skip:
+            raise NonFiniteLoss(
+                f"{message}: look at these images and their boxes; if they are right, resume with "
+                "a lower learning rate or without mixed precision"
+            )
+        logger.warning(f"{message}; the step is left out")
+
+    def save_non_finite(
+        self, batches: list[Batch], own: dict[str, Tensor], *, with_weights: bool
+    ) -> str:
+        """Images, boxes and losses of this worker; returns the folder."""
+        folder = os.path.join(self.output_dir, "non_finite")
+        os.makedirs(folder, exist_ok=True)
+        content = {
+            "iteration": self.iter,
+            "seed": self.data_loader.seed,
+            "losses": {name: value.item() for name, value in own.items()},
+            "images": [plain(x) for batch in batches for x in batch],
+        }
+        if with_weights:
+            content["model"] = gather(unwrap(self.model).state_dict())
+        write(content, os.path.join(folder, f"{self.iter:07d}_worker_{comm.get_rank()}.pth"))
+        return folder
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        state["optimizer"] = gather(state["optimizer"])
+        return state | {"scaler": self.scaler.state_dict(), "seed": self.data_loader.seed}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues with the data after those that the state has seen."""
+        super(SimpleTrainer, self).load_state_dict(state)
+        load_optimizer(self.optimizer, state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.data_loader.seed = state["seed"]
+        self.data_loader.start = (self.iter + 1) * self.accumulate
+
+
+def grad_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Of all gradients together, on every worker."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return gather({"norm": norm})["norm"].to(norm.device)
+
+
+def plain(x: dict) -> dict:
+    """An input of the model as tensors and numbers, which a file can hold without pickled code."""
+    kept = {key: x[key] for key in ("file_name", "image_id", "height", "width") if key in x}
+    instances = x["instances"]
+    return kept | {
+        "image": x["image"],
+        "boxes": instances.gt_boxes.tensor,
+        "classes": instances.gt_classes,
+    }

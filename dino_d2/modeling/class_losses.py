@@ -1,0 +1,174 @@
+"""Classification losses of matched queries: of their probability alone, or of their boxes too.
+
+    FocalLoss               RetinaNet, arXiv 1708.02002, equation 5: as in Deformable DETR and DINO
+    VarifocalLoss           VarifocalNet, arXiv 2008.13367, equation 2
+    PositionSupervisedLoss  Stable-DINO, arXiv 2304.04742
+    AlignLoss               Align-DETR, arXiv 2304.07527
+
+Where nothing is, they differ by a weight alone. Where an object is, FocalLoss asks for a
+probability of 1, the others for one that says how well the predicted box fits, so that the best
+boxes score highest.
+"""
+
+import math
+
+import torch
+from detectron2.utils.registry import Registry
+from fvcore.nn import sigmoid_focal_loss
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CLASS_LOSS_REGISTRY = Registry("CLASS_LOSS")
+
+
+class ClassLoss(nn.Module):
+    """What all have in common: p^gamma * softplus(x) times a weight for the logit x and probability
+    p of every class that is not there. Subclasses say what the class of a matched box costs.
+
+    Args:
+        alpha: what it weighs is up to the loss; in [0, max_alpha]
+        gamma: how little background counts that is seen as such, at least 0
+        background: weight of the loss of background
+
+    Raises:
+        ValueError: alpha or gamma is out of range
+    """
+
+    max_alpha = 1.0
+
+    def __init__(self, *, alpha: float, gamma: float, background: float):
+        super().__init__()
+        name = type(self).__name__
+        if not 0 <= alpha <= self.max_alpha:
+            raise ValueError(
+                f"alpha of {name} is {alpha}; it has to be between 0 and {self.max_alpha:g}"
+            )
+        if gamma < 0:
+            raise ValueError(f"gamma of {name} is {gamma}; it has to be at least 0")
+        self.alpha, self.gamma, self.background = alpha, gamma, background
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, gamma={self.gamma}"
+
+    def forward(self, logits: Tensor, matched: tuple[Tensor, ...], iou: Tensor) -> Tensor:
+        """Sums over all logits of each of N stages.
+
+        Args:
+            logits: (N, B, Q, K), of float32 or wider
+            matched: indices into the logits, of stage, image, query and class of n pairs in every
+                stage; (N, n) when broadcast
+            iou: (N, n), of the predicted and the true box of each pair, in [0, 1]; a constant, no
+                gradient is to pass to the boxes
+
+        Returns:
+            (N,)
+        """
+        own = logits[matched]
+        absent = self.background * BackgroundLoss.apply(logits, self.gamma)
+        return absent + (self.object_loss(own, iou) - self.background_loss(own)).sum(1)
+
+    def background_loss(self, logits: Tensor) -> Tensor:
+        """What the logits (N, n) of the pairs cost as background."""
+        absent = torch.zeros_like(logits)
+        return self.background * sigmoid_focal_loss(logits, absent, alpha=-1, gamma=self.gamma)
+
+    def object_loss(self, logits: Tensor, iou: Tensor) -> Tensor:
+        """What the logits (N, n) of the pairs cost as objects of these IoUs (N, n)."""
+        raise NotImplementedError
+
+
+@CLASS_LOSS_REGISTRY.register()
+class FocalLoss(ClassLoss):
+    """Alpha is the weight of objects against background; the boxes do not matter."""
+
+    def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0):
+        super().__init__(alpha=alpha, gamma=gamma, background=1 - alpha)
+
+    def object_loss(self, logits: Tensor, iou: Tensor) -> Tensor:
+        return sigmoid_focal_loss(logits, torch.ones_like(logits), self.alpha, self.gamma)
+
+
+@CLASS_LOSS_REGISTRY.register()
+class VarifocalLoss(ClassLoss):
+    """The IoU q is what the probability is to be and how much the pair counts; alpha is the weight
+    of background. As the equation has it, a box that misses its object altogether, q = 0, is
+    background."""
+
+    max_alpha = math.inf
+
+    def __init__(self, *, alpha: float = 0.75, gamma: float = 2.0):
+        super().__init__(alpha=alpha, gamma=gamma, background=alpha)
+
+    def object_loss(self, logits: Tensor, iou: Tensor) -> Tensor:
+        return torch.where(iou > 0, iou * cross_entropy(logits, iou), self.background_loss(logits))
+
+
+@CLASS_LOSS_REGISTRY.register()
+class PositionSupervisedLoss(ClassLoss):
+    """A focal loss whose targets are squares of IoUs, relative to the best of the image: in every
+    stage its best pair is to have a probability of 1. Stable-DINO uses it for the matching queries
+    alone, with a weight of 6, and has :class:`FocalLoss` for denoising."""
+
+    def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0):
+        super().__init__(alpha=alpha, gamma=gamma, background=1 - alpha)
+
+    def forward(self, logits: Tensor, matched: tuple[Tensor, ...], iou: Tensor) -> Tensor:
+        images = matched[1].expand_as(iou)
+        best = iou.new_zeros(logits.shape[:2]).scatter_reduce(1, images, iou, "amax")
+        best = best.gather(1, images).clamp(min=torch.finfo(iou.dtype).tiny)
+        return super().forward(logits, matched, iou / best)
+
+    def object_loss(self, logits: Tensor, iou: Tensor) -> Tensor:
+        target = iou**2
+        distance = (target - logits.sigmoid()).abs()
+        return self.alpha * distance**self.gamma * cross_entropy(logits, target)
+
+
+@CLASS_LOSS_REGISTRY.register()
+class AlignLoss(ClassLoss):
+    """The target is p^alpha * IoU^(1 - alpha), at least 0.01, where p is the probability as it is
+    now: a constant. The paper also gives several queries to a box (mixed matching); not so here."""
+
+    def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0):
+        super().__init__(alpha=alpha, gamma=gamma, background=1.0)
+
+    def object_loss(self, logits: Tensor, iou: Tensor) -> Tensor:
+        probability = logits.detach().sigmoid()
+        target = (probability**self.alpha * iou ** (1 - self.alpha)).clamp(min=0.01)
+        return cross_entropy(logits, target)
+
+
+class BackgroundLoss(torch.autograd.Function):
+    """Focal loss without alpha (RetinaNet, equation 4) of logits (N, ...) where nothing is: (N,).
+
+    For the probability p of a logit x it is p^gamma * softplus(x), with the derivative
+    p^gamma * (gamma * (1 - p) * softplus(x) + p). Autograd would keep several tensors of the size
+    of the logits, the largest there are where classes are many; this keeps the logits alone.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, gamma: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.gamma = gamma
+        return (logits.sigmoid() ** gamma * F.softplus(logits)).flatten(1).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        p = logits.sigmoid()
+        slope = p**ctx.gamma * (ctx.gamma * (1 - p) * F.softplus(logits) + p)
+        return slope * grad.view(-1, *[1] * (logits.dim() - 1)), None
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary, elementwise, with targets in [0, 1]; finite for every finite logit."""
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+
+@torch.no_grad()
+def matched_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU in [0, 1] of corner boxes (..., 4), elementwise and as a constant; 0 without area."""
+    (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
+    overlap = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
+    union = (a_high - a_low).prod(-1) + (b_high - b_low).prod(-1) - overlap
+    return (overlap / union.clamp(min=torch.finfo(union.dtype).tiny)).clamp(max=1)

@@ -1,0 +1,96 @@
+"""Hooks beside Detectron2's."""
+
+import copy
+import logging
+import math
+
+import pytest
+from detectron2.engine import TrainerBase
+
+from dino_d2.engine.hooks import BestCheckpointer, EvalHook
+
+
+class Saver:
+    """Remembers when it was told to save what."""
+
+    def __init__(self):
+        self.saved = []
+
+    def save(self, name, iteration):
+        self.saved.append((name, iteration))
+
+
+class Loop(TrainerBase):
+    def run_step(self):
+        pass
+
+
+def train(scores, *, period=1, start=0, stop=None, best=None, metric="bbox/AP"):
+    """A training whose evaluations give `scores`, and the hook after it."""
+    results = iter(scores)
+    hook = BestCheckpointer(period, Saver(), metric)
+    if best:
+        hook.load_state_dict(copy.deepcopy(best.state_dict()))
+    loop = Loop()
+    loop.register_hooks([EvalHook(period, lambda: {"bbox": {"AP": next(results)}}), hook])
+    loop.train(start, stop or period * len(scores))
+    return hook
+
+
+def test_the_best_evaluation_is_kept():
+    assert train([1.0, 3.0, 2.0, 4.0]).checkpointer.saved == [
+        ("model_best", iteration) for iteration in (0, 1, 4)
+    ]
+
+
+def test_only_evaluations_are_looked_at():
+    assert train([1.0, 2.0], period=3).checkpointer.saved == [("model_best", 2), ("model_best", 6)]
+
+
+def test_as_good_is_not_better():
+    assert len(train([1.0, 1.0]).checkpointer.saved) == 1
+
+
+def test_no_number_is_never_the_best():
+    assert [x for _, x in train([math.nan, 1.0, math.nan]).checkpointer.saved] == [1]
+
+
+def test_a_training_without_periodic_evaluation_keeps_its_end():
+    assert train([5.0], period=0, stop=3).checkpointer.saved == [("model_best", 3)]
+
+
+def test_what_was_best_is_known_when_a_training_goes_on():
+    first = train([3.0, 1.0])
+    again = train([1.0, 2.0, 4.0], start=2, stop=4, best=first)
+    assert [x for _, x in again.checkpointer.saved] == [4]
+
+
+def test_the_evaluation_of_what_a_training_goes_on_from_is_made_up_for():
+    """It is saved before it is evaluated, and may have been stopped in between."""
+    hook = train([7.0, 6.0], period=3, start=3, stop=6)
+    assert hook.checkpointer.saved == [("model_best", 3)] and hook.best == 7
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 3), (2, 3), (4, 5), (6, 6)])
+def test_no_other_evaluation_is_made_up_for(start, stop):
+    hook = train([5.0], period=3, start=start, stop=stop)
+    assert len(hook.checkpointer.saved) == 1  # that of its end
+
+
+def test_a_training_that_fails_keeps_nothing_more():
+    class Failing(Loop):
+        def run_step(self):
+            raise FloatingPointError
+
+    hook = BestCheckpointer(0, Saver(), "bbox/AP")
+    loop = Failing()
+    loop.register_hooks([hook])
+    with pytest.raises(FloatingPointError):
+        loop.train(0, 5)
+    assert not hook.checkpointer.saved
+
+
+def test_a_metric_that_there_is_not_is_said(caplog):
+    with caplog.at_level(logging.WARNING, "dino_d2"):
+        hook = train([1.0], metric="bbox/APP")
+    assert not hook.checkpointer.saved and "bbox/APP" in caplog.text

@@ -1,0 +1,212 @@
+"""Whole trainings, as a plan says: what they save, how they go on, what they evaluate."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig
+
+from dino_d2 import model_zoo
+from dino_d2.checkpoint import CheckpointError
+from dino_d2.data import generate, register
+from dino_d2.engine import run
+from dino_d2.engine.plan import make_plan
+
+PROGRAM = Path(__file__).parents[1] / "projects" / "dino" / "train_net.py"
+TINY = [
+    *("MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(48,64)", "INPUT.MIN_SIZE_TEST", "64"),
+    *("MODEL.DINO.ENCODER_LAYERS", "1", "MODEL.DINO.DECODER_LAYERS", "1"),
+    *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2"),
+    *("TEST.EVAL_PERIOD", "2", "SOLVER.EMA.ENABLED", "True", "SOLVER.WARMUP_ITERS", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    generate(root, num_train=5, num_val=2)
+    return root
+
+
+@pytest.fixture
+def plan(shapes, tmp_path):
+    def make(*options, output=tmp_path):
+        train, val = (f"{shapes}/{x}.json@{shapes}/images" for x in ("train", "val"))
+        register([train, val])
+        cfg = model_zoo.get_config("quickstart")
+        data = ["DATASETS.TRAIN", f"('{train}',)", "DATASETS.TEST", f"('{val}',)"]
+        cfg.merge_from_list([*TINY, *data, "OUTPUT_DIR", str(output), *map(str, options)])
+        return make_plan(cfg)
+
+    return make
+
+
+def weights(file):
+    return torch.load(file, weights_only=True)
+
+
+def equal(a, b):
+    """Whether two checkpoints hold the same, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(x, b[key]) for key, x in a.items())
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_training_that_goes_on_ends_as_if_it_had_never_stopped(plan, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run.train(plan(output=straight))
+    resumed.mkdir()
+    shutil.copy(straight / "model_0000001.pth", resumed)
+    (resumed / "last_checkpoint").write_text("model_0000001.pth")
+    torch.manual_seed(99)
+    run.train(plan(output=resumed), resume=True)
+    assert equal(weights(straight / "model_final.pth"), weights(resumed / "model_final.pth"))
+    last = metrics(straight)[-1], metrics(resumed)[-1]
+    results = [{key: x for key, x in values.items() if "/AP" in key} for values in last]
+    assert len(results[0]) > 10 and str(results[0]) == str(results[1])  # NaN is not itself
+
+    saved = weights(straight / "model_final.pth")
+    assert saved.keys() == {"model", "trainer", "ema", "dino_d2", "iteration"}
+    assert saved["ema"]["updates"] == 6
+    assert {"bbox/AP", "ema/bbox/AP"} <= last[0].keys()
+    assert (straight / "model_best.pth").is_file()
+    assert (straight / "last_checkpoint").read_text() == "model_final.pth"
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_at_any_moment_ends_the_same(shapes, tmp_path):
+    """kill -9, at moments of chance while checkpoints are written, one after the other."""
+
+    def start(output):
+        files = [f"{shapes}/train.json", f"{shapes}/images"]
+        config = model_zoo.get_config_file("quickstart.yaml")
+        command = [
+            *(sys.executable, PROGRAM, "--config-file", config, "--resume"),
+            *("--train-json", files[0], "--train-images", files[1]),
+            *(*TINY, "OUTPUT_DIR", output, "SOLVER.MAX_ITER", "24", "TEST.EVAL_PERIOD", "0"),
+        ]
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    assert start(tmp_path / "straight").wait() == 0
+    for number, moment in enumerate((0.0, 0.07, 0.31)):
+        process = start(tmp_path / "killed")
+        while len(list((tmp_path / "killed").glob("model_0*.pth"))) <= 2 * number:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() != 0
+    assert start(tmp_path / "killed").wait() == 0
+    straight, killed = (tmp_path / x / "model_final.pth" for x in ("straight", "killed"))
+    assert equal(weights(straight), weights(killed))
+
+
+def test_evaluation_is_of_the_weights_and_of_their_average(plan, tmp_path, monkeypatch):
+    seen = []
+    first = plan("SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0)
+    model = first.build_model()
+    ema = run.EMA(model, 0.5)
+    with torch.no_grad():
+        model.decoder.norm.weight.fill_(3)
+    told = first._replace(
+        evaluate=lambda x: seen.append(x.decoder.norm.weight[0].item()) or {"bbox": {"AP": 1}}
+    )
+    assert run.evaluate(told, model, ema) == {"bbox": {"AP": 1}, "ema": {"bbox": {"AP": 1}}}
+    assert seen == [3, 1] and model.decoder.norm.weight[0] == 3
+
+
+def test_a_checkpoint_without_averaged_weights_is_evaluated_without(plan, tmp_path, caplog):
+    told = plan()
+    run.make_checkpointer(told.build_model(), str(tmp_path), told.test_sets).save("raw")
+    told = told._replace(weights=str(tmp_path / "raw.pth"), evaluate=lambda x: {"bbox": {"AP": 1}})
+    with caplog.at_level(logging.WARNING, "dino_d2"):
+        assert run.test(told) == {"bbox": {"AP": 1}}
+    assert "no averaged weights" in caplog.text
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_evaluation_takes_the_averaged_weights_of_a_checkpoint(plan, tmp_path, resume):
+    told = plan()
+    model = told.build_model()
+    ema = run.EMA(model, 0.9)
+    ema.update()
+    run.make_checkpointer(model, str(tmp_path), told.test_sets, ema=ema).save("model_0000001")
+    told = told._replace(
+        weights="" if resume else str(tmp_path / "model_0000001.pth"),
+        evaluate=lambda x: {"bbox": {"AP": 1}},
+    )
+    assert "ema" in run.test(told, resume=resume)
+
+
+def test_the_average_begins_with_the_weights_that_were_loaded(plan, tmp_path, monkeypatch):
+    told = plan()
+    run.make_checkpointer(told.build_model(), str(tmp_path), told.train_sets).save("start")
+    started = []
+    monkeypatch.setattr(run.Trainer, "train", lambda self, *args: started.append(self))
+    resets = []
+    monkeypatch.setattr(run.EMA, "reset", lambda self: resets.append(weight_of(self.model)))
+    run.train(told._replace(weights=str(tmp_path / "start.pth")))
+    expected = weights(tmp_path / "start.pth")["model"]["decoder.norm.weight"]
+    assert len(resets) == 2 and torch.equal(resets[-1], expected)
+
+
+def weight_of(model):
+    return model.state_dict()["decoder.norm.weight"].clone()
+
+
+def test_a_disk_without_room_ends_before_training(plan, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 10_000))
+    with pytest.raises(CheckpointError, match=r"about 0\.\d GB, but the disk of .* has 0\.0 GB"):
+        run.train(plan())
+
+
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        (("SOLVER.AMP.DTYPE", "float8"), "'float8'; it can be bfloat16 or float16"),
+        (("SOLVER.NON_FINITE", "ignore"), "'ignore'; it can be stop or skip"),
+        (("SOLVER.ACCUMULATE", 3), "2 images cannot be divided into 3"),
+        (("SOLVER.ACCUMULATE", 0), "2 images cannot be divided into 0"),
+        (("SOLVER.EMA.DECAY", 1.5), r"1.5; it has to be in \[0, 1\)"),
+    ],
+)
+def test_a_value_that_is_none_is_one_sentence(plan, option, part):
+    with pytest.raises(ValueError, match=part):
+        run.train(plan("SOLVER.AMP.ENABLED", True, *option))
+
+
+@pytest.mark.parametrize("style", ["yaml", "py"])
+def test_mixed_precision_of_a_config_reaches_the_trainer(style, plan, shapes):
+    if style == "yaml":
+        made = [plan("SOLVER.AMP.ENABLED", x, "SOLVER.AMP.DTYPE", "float16") for x in (True, False)]
+        default = plan("SOLVER.AMP.ENABLED", True)
+    else:
+        cfg = model_zoo.get_config("quickstart.py")
+        made = [
+            make_plan(LazyConfig.apply_overrides(cfg, [f"train.amp.enabled={x}", dtype]))
+            for x in ("True", "False")
+            for dtype in ["train.amp.dtype=float16"]
+        ]
+        default = make_plan(
+            LazyConfig.apply_overrides(
+                model_zoo.get_config("quickstart.py"), ["train.amp.enabled=True"]
+            )
+        )
+    assert [x.precision for x in (*made, default)] == [torch.float16, None, torch.bfloat16]

@@ -1,0 +1,119 @@
+"""Learning rate and length for the batch and the data at hand."""
+
+import pytest
+from detectron2.config import LazyConfig
+
+from dino_d2 import model_zoo
+from dino_d2.data import generate
+from dino_d2.engine.schedule import get, scale_schedule
+
+BATCH = {"yaml": "SOLVER.IMS_PER_BATCH", "py": "dataloader.train.total_batch_size"}
+REFERENCE = {"yaml": "SOLVER.REFERENCE_BATCH", "py": "train.reference_batch"}
+EPOCHS = {"yaml": "SOLVER.EPOCHS", "py": "train.epochs"}
+LR = {"yaml": "SOLVER.BASE_LR", "py": "optimizer.lr"}
+LENGTH = {"yaml": "SOLVER.MAX_ITER", "py": "train.max_iter"}
+EVALUATION = {"yaml": "TEST.EVAL_PERIOD", "py": "train.eval_period"}
+SAVING = {"yaml": "SOLVER.CHECKPOINT_PERIOD", "py": "train.checkpointer.period"}
+STYLES = ["yaml", "py"]
+
+
+def config(style, values, name="dino_R_50_4scale_12ep"):
+    cfg = model_zoo.get_config(f"{name}.{style}")
+    if style == "py":
+        return LazyConfig.apply_overrides(cfg, [f"{key}={x}" for key, x in values.items()])
+    cfg.merge_from_list([x for pair in values.items() for x in pair])
+    return cfg
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_config_for_its_own_batch_stays_as_it_is(style):
+    cfg = config(style, {})
+    before = cfg.dump() if style == "yaml" else LazyConfig.to_py(cfg)
+    scale_schedule(cfg)
+    after = cfg.dump() if style == "yaml" else LazyConfig.to_py(cfg)
+    assert before == after
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_an_eighth_of_the_batch(style):
+    cfg = config(style, {BATCH[style]: 2})
+    scale_schedule(cfg)
+    assert get(cfg, LR[style]) == pytest.approx(1e-4 / 8)
+    assert get(cfg, LENGTH[style]) == 8 * 88716
+    assert get(cfg, EVALUATION[style]) == get(cfg, SAVING[style]) == 8 * 7393
+    if style == "yaml":
+        assert cfg.SOLVER.STEPS == (8 * 81323,) and cfg.SOLVER.WARMUP_ITERS == 0
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_config_that_is_saved_is_not_scaled_again(style):
+    cfg = config(style, {BATCH[style]: 4})
+    scale_schedule(cfg)
+    once = get(cfg, LR[style]), get(cfg, LENGTH[style])
+    scale_schedule(cfg)
+    assert (get(cfg, LR[style]), get(cfg, LENGTH[style])) == once
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_without_a_reference_nothing_is_scaled(style):
+    cfg = config(style, {BATCH[style]: 2, REFERENCE[style]: 0})
+    scale_schedule(cfg)
+    assert (get(cfg, LR[style]), get(cfg, LENGTH[style])) == (1e-4, 88716)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_given_stays(style):
+    values = {BATCH[style]: 2, LR[style]: 3e-4, EVALUATION[style]: 10}
+    cfg = config(style, values)
+    scale_schedule(cfg, given=values)
+    assert (get(cfg, LR[style]), get(cfg, EVALUATION[style])) == (3e-4, 10)
+    assert get(cfg, LENGTH[style]) == 8 * 88716
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    generate(root, num_train=30, num_val=1)
+    return f"{root}/train.json@{root}/images"
+
+
+def on_dataset(style, dataset, values, **options):
+    names = {"yaml": "DATASETS.TRAIN", "py": "dataloader.train.dataset.names"}
+    value = (dataset,) if style == "yaml" else f"[{dataset}]"
+    from dino_d2.data import register
+
+    register([dataset])
+    return config(style, values | {names[style]: value}, **options)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_length_in_epochs_is_one_of_the_data_at_hand(style, dataset):
+    cfg = on_dataset(style, dataset, {EPOCHS[style]: 24, BATCH[style]: 4})
+    scale_schedule(cfg)
+    assert get(cfg, LENGTH[style]) == 180  # 24 * 30 / 4
+    assert get(cfg, EVALUATION[style]) == get(cfg, SAVING[style]) == 15  # a 12th, as before
+    assert get(cfg, LR[style]) == pytest.approx(1e-4 / 4)
+    if style == "yaml":
+        assert cfg.SOLVER.STEPS == (165,)  # 11 of 12
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_happens_at_all_happens_in_a_short_training(style, dataset):
+    cfg = on_dataset(style, dataset, {EPOCHS[style]: 0.2, BATCH[style]: 4})
+    scale_schedule(cfg)
+    assert get(cfg, LENGTH[style]) == 2  # of 1.5
+    assert get(cfg, EVALUATION[style]) == get(cfg, SAVING[style]) == 1
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_does_not_happen_stays_away(style, dataset):
+    cfg = on_dataset(style, dataset, {EPOCHS[style]: 2, EVALUATION[style]: 0})
+    scale_schedule(cfg)
+    assert get(cfg, EVALUATION[style]) == 0
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_length_in_both_units_is_refused(style):
+    values = {EPOCHS[style]: 2, LENGTH[style]: 100}
+    with pytest.raises(ValueError, match=f"{EPOCHS[style]} and as {LENGTH[style]}"):
+        scale_schedule(config(style, values), given=values)
