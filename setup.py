@@ -44,7 +44,10 @@ setup(
         "scipy",
         "tqdm",
     ],
-    extras_require={"dev": ["pytest", "pytest-cov", "ruff"]},
+    extras_require={
+        "slurm": ["submitit"],
+        "dev": ["pytest", "pytest-cov", "ruff", "submitit"],
+    },
     # configs/ stays at the top, where Detectron2 users look for it, and is installed as
     # dino_d2/configs, where dino_d2.model_zoo finds it.
     packages=[*find_packages(include=["dino_d2*"]), "dino_d2.configs"],

@@ -14,7 +14,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from . import checkpoint as formats
 from .checkpoint import CheckpointError, ClassNames, State
 from .checkpoint_io import DamagedCheckpoint, fetch, read, replacing, weights, write
-from .engine.distributed import gather, scatter
+from .distributed import gather, scatter
 from .modeling.dino import DINO
 from .releases import RELEASES
 

@@ -6,6 +6,7 @@ import collections
 import http.client
 import os
 import pickle
+import resource
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -473,3 +474,20 @@ def test_a_lack_of_memory_is_not_the_fault_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_io, "_read_torch", fail)
     with pytest.raises(MemoryError):
         checkpoint_io.read(str(tmp_path / "a.pth"))
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_leaves_the_old_file(tmp_path):
+    """A limit of the system on the size of files fails as a full disk does, within PyTorch."""
+    path = tmp_path / "a.pth"
+    write({"model": STATE}, str(path))
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            write({"model": {"a": torch.rand(1_000_000)}}, str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_sentence(caught, f"'{path}' cannot be written: ", "File too large", "make room")
+    assert path.read_bytes() == before
+    assert [x.name for x in tmp_path.iterdir()] == ["a.pth"]

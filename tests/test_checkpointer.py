@@ -18,7 +18,7 @@ from torch import nn
 
 from dino_d2 import model_zoo
 from dino_d2.checkpoint import COCO_80, COCO_91, CheckpointError
-from dino_d2.checkpointer import MSRA, TORCHVISION, Checkpointer
+from dino_d2.checkpointer import BEST, MSRA, TORCHVISION, Checkpointer
 from dino_d2.releases import RELEASES
 
 LAYOUTS = {"official": layouts.official, "detrex": layouts.detrex, "mmdet": layouts.mmdet}
@@ -911,3 +911,77 @@ def test_detectron2s_checkpointer_loads_our_own(make_model, tmp_path):
     Checkpointer(trained, str(tmp_path)).save("a")
     DetectionCheckpointer(model).load(str(tmp_path / "a.pth"))
     assert_same(model.state_dict(), trained.state_dict())
+
+
+# ---- a last checkpoint that is damaged
+
+
+def truncate(path, share=0.5):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+class Progress:
+    """What a training saves beside the model."""
+
+    def __init__(self, iteration=-1):
+        self.iteration = iteration
+
+    def state_dict(self):
+        return {"iteration": self.iteration}
+
+    def load_state_dict(self, state):
+        self.iteration = state["iteration"]
+
+
+@pytest.fixture
+def trained(make_model, tmp_path):
+    """A folder with the checkpoints of iterations 1, 2 and 3, and the best; bias = iteration."""
+    model, progress = make_model(), Progress()
+    checkpointer = Checkpointer(model, str(tmp_path), trainer=progress)
+    for progress.iteration in (1, 2, 3):
+        model.decoder.norm.bias.data.fill_(progress.iteration)
+        checkpointer.save(f"model_{progress.iteration:07d}")
+    progress.iteration = 9
+    checkpointer.save(BEST)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("damaged", "expected"), [([], 3), ([3], 2), ([3, 2], 1), ([2], 3), ([3, 1], 2)]
+)
+def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(
+    trained, make_model, damaged, expected, caplog
+):
+    for iteration in damaged:
+        truncate(trained / f"model_{iteration:07d}.pth", share=0.9 / iteration)
+    model, progress = make_model(), Progress()
+    with caplog.at_level(logging.WARNING, "dino_d2"):
+        Checkpointer(model, str(trained), trainer=progress).resume_or_load("")
+    assert progress.iteration == expected
+    assert (model.decoder.norm.bias == expected).all()
+    sentences = [
+        x.message for x in caplog.records if "goes on from the checkpoint before" in x.message
+    ]
+    passed_over = [i for i in damaged if i > expected]
+    assert len(sentences) == len(passed_over)
+    for sentence, iteration in zip(sentences, sorted(passed_over, reverse=True), strict=True):
+        assert f"model_{iteration:07d}.pth' is damaged" in sentence and "\n" not in sentence
+
+
+def test_a_training_whose_checkpoints_are_all_damaged_does_not_begin_anew(trained, make_model):
+    for path in trained.glob("model_0*.pth"):
+        truncate(path)
+    checkpointer = Checkpointer(make_model(), str(trained), trainer=Progress())
+    with pytest.raises(CheckpointError, match="model_0000001.pth' is damaged"):
+        checkpointer.resume_or_load("")
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_passed_over(trained, make_dino):
+    checkpointer = Checkpointer(make_dino(num_queries=7), str(trained), trainer=Progress())
+    with pytest.raises(CheckpointError, match="model_0000003.pth' does not fill the model"):
+        checkpointer.resume_or_load("")
+
+
+def test_the_best_checkpoint_is_not_what_a_training_goes_on_from(trained):
+    assert (trained / f"{BEST}.pth").is_file()
+    assert (trained / "last_checkpoint").read_text() == "model_0000003.pth"

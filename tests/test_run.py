@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyConfig
+from PIL import Image
 
 from dino_d2 import model_zoo
 from dino_d2.checkpoint import CheckpointError
@@ -171,6 +172,12 @@ def weight_of(model):
     return model.state_dict()["decoder.norm.weight"].clone()
 
 
+def test_other_models_are_not_sharded(plan):
+    told = plan("SOLVER.FSDP", True)._replace(build_model=lambda: torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="stages of a DINO"):
+        run.train(told)
+
+
 def test_a_disk_without_room_ends_before_training(plan, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 10_000))
     with pytest.raises(CheckpointError, match=r"about 0\.\d GB, but the disk of .* has 0\.0 GB"):
@@ -210,3 +217,103 @@ def test_mixed_precision_of_a_config_reaches_the_trainer(style, plan, shapes):
             )
         )
     assert [x.precision for x in (*made, default)] == [torch.float16, None, torch.bfloat16]
+
+
+# ---- several workers, each a process
+
+
+def start(shapes, output, *options, launcher=(), arguments=()):
+    """The program; what it has said, and its exit status."""
+    files = [f"{shapes}/train.json", f"{shapes}/images"]
+    command = [
+        *(sys.executable, *launcher, PROGRAM),
+        *("--config-file", model_zoo.get_config_file("quickstart.yaml"), *arguments),
+        *("--train-json", files[0], "--train-images", files[1]),
+        *(*TINY, "OUTPUT_DIR", output, "TEST.EVAL_PERIOD", "0", *options),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+SPAWN = {"arguments": ["--num-gpus", "2", "--dist-url", "auto"]}
+TORCHRUN = {"launcher": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+# What workers do not share: noise, and statistics of a batch.
+SHARED = [
+    *("MODEL.DINO.DENOISING.NAME", "", "MODEL.RESNETS.NORM", "FrozenBN"),
+    *("SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "3", "SOLVER.WARMUP_ITERS", "0"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)"),
+]
+
+
+@pytest.fixture(scope="module")
+def squares(shapes, tmp_path_factory):
+    """Images of one size: padding, which convolutions see, would depend on what is beside one."""
+    root = tmp_path_factory.mktemp("squares")
+    shutil.copytree(shapes / "images", root / "images")
+    dataset = json.loads((shapes / "train.json").read_text())
+    of_image = {image["id"]: image for image in dataset["images"]}
+    for annotation in dataset["annotations"]:
+        image = of_image[annotation["image_id"]]
+        scale = 64 / image["width"], 64 / image["height"]
+        annotation["bbox"] = [x * s for x, s in zip(annotation["bbox"], scale * 2, strict=True)]
+    for image in dataset["images"]:
+        path = root / "images" / image["file_name"]
+        Image.open(path).resize((64, 64)).save(path)
+        image.update(width=64, height=64)
+    (root / "train.json").write_text(json.dumps(dataset))
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(squares, tmp_path_factory):
+    """Losses of a training by one worker; they are of the second of three steps."""
+    output = tmp_path_factory.mktemp("alone")
+    result = start(squares, output, *SHARED)
+    assert result.returncode == 0, result.stderr
+    return losses(output)
+
+
+def losses(folder):
+    (last,) = (x for x in metrics(folder) if "total_loss" in x)
+    return {key: x for key, x in last.items() if "loss" in key or key == "grad_norm"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [
+        (SPAWN, ()),
+        (TORCHRUN, ("SOLVER.FSDP", "True")),
+        (SPAWN, ("SOLVER.ACCUMULATE", "2")),
+    ],
+    ids=["replicated", "sharded", "accumulated"],
+)
+def test_two_workers_train_as_one_does(launcher, options, squares, alone, tmp_path):
+    """The same images, augmented alike, in every step: losses differ by rounding alone."""
+    result = start(squares, tmp_path, *SHARED, *options, **launcher)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(alone) > 6 and losses(tmp_path) == pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_sharded_training_goes_on_without_sharding(shapes, tmp_path):
+    options = ("SOLVER.MAX_ITER", "2", "SOLVER.FSDP", "True")
+    assert start(shapes, tmp_path, *options, **SPAWN).returncode == 0
+    result = start(shapes, tmp_path, "SOLVER.MAX_ITER", "4", arguments=["--resume"])
+    assert result.returncode == 0 and "Starting training from iteration 2" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [SPAWN, TORCHRUN], ids=["launch", "torchrun"])
+def test_an_image_that_one_worker_cannot_read_ends_them_all(launcher, shapes, tmp_path):
+    damaged = tmp_path / "data"
+    shutil.copytree(shapes, damaged)
+    first = json.loads((damaged / "train.json").read_text())["images"][0]["file_name"]
+    (damaged / "images" / first).write_bytes(b"\xff\xd8")
+    begin = time.monotonic()
+    result = start(damaged, tmp_path / "output", "DATALOADER.NUM_WORKERS", "1", **launcher)
+    assert time.monotonic() - begin < 120 and result.returncode != 0
+    (sentence,) = {x for x in result.stderr.splitlines() if x.startswith("train_net.py: ")}
+    assert f"{first}' cannot be read" in sentence

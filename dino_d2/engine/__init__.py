@@ -1,27 +1,22 @@
-"""Training: what is around a model while it learns."""
+"""What is around a model while it learns, from either style of config."""
 
-from .distributed import (
-    distribute,
-    gather,
-    launch,
-    load_optimizer,
-    mean_over_workers,
-    scatter,
-    suspend_sync,
-    unwrap,
-    whole,
-    world_size,
-)
+from .ema import EMA
+from .hooks import BestCheckpointer, EvalHook
+from .plan import Plan, make_plan
+from .run import evaluate, test, train
+from .schedule import scale_schedule
+from .trainer import NonFiniteLoss, Trainer
 
 __all__ = [
-    "distribute",
-    "gather",
-    "launch",
-    "load_optimizer",
-    "mean_over_workers",
-    "scatter",
-    "suspend_sync",
-    "unwrap",
-    "whole",
-    "world_size",
+    "EMA",
+    "BestCheckpointer",
+    "EvalHook",
+    "NonFiniteLoss",
+    "Plan",
+    "Trainer",
+    "evaluate",
+    "make_plan",
+    "scale_schedule",
+    "test",
+    "train",
 ]

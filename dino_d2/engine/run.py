@@ -15,8 +15,8 @@ from .. import data
 from ..checkpoint import CheckpointError
 from ..checkpointer import Checkpointer
 from ..data.stream import TrainingStream
+from ..distributed import distribute, unwrap, whole
 from ..modeling.dino import DINO
-from .distributed import distribute, unwrap, whole
 from .ema import EMA
 from .hooks import BestCheckpointer, EvalHook
 from .plan import Plan
@@ -40,7 +40,10 @@ def train(plan: Plan, *, resume: bool = False) -> None:
     os.makedirs(plan.output_dir, exist_ok=True)
     seed = plan.seed if plan.seed >= 0 else comm.shared_random_seed()
     seed_all_rng(seed)  # the same weights on every worker
-    model = distribute(plan.build_model(), fsdp=plan.fsdp, **plan.ddp)
+    model = plan.build_model()
+    if plan.fsdp and not isinstance(model, DINO):
+        raise ValueError("FSDP shards the stages of a DINO; train this model without it")
+    model = distribute(model, fsdp=plan.fsdp, **plan.ddp)
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
     trainer = Trainer(
         model,

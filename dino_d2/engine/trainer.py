@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..checkpoint_io import write
 from ..data.stream import TrainingStream, seed_for
+from ..distributed import gather, load_optimizer, mean_over_workers, suspend_sync, unwrap
 from ..modeling.dino import DINO
-from .distributed import gather, load_optimizer, mean_over_workers, suspend_sync, unwrap
 
 logger = logging.getLogger(__name__)
 

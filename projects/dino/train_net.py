@@ -25,7 +25,7 @@ from dino_d2.checkpoint import CheckpointError
 from dino_d2.checkpoint_io import fetch
 from dino_d2.config import read_config
 from dino_d2.data import DatasetError
-from dino_d2.engine.distributed import check_gpus, launch, world_size
+from dino_d2.distributed import check_gpus, launch, world_size
 from dino_d2.engine.plan import make_plan, part_of_batch
 from dino_d2.engine.run import test, train
 from dino_d2.engine.schedule import scale_schedule
