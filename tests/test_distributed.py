@@ -533,7 +533,7 @@ from pathlib import Path
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
-from dino_d2.engine import launch, mean_over_workers, world_size
+from dino_d2.distributed import launch, mean_over_workers, world_size
 
 def main(args):
     rank = comm.get_rank()
