@@ -35,6 +35,12 @@ def refine(reference: Tensor, delta: Tensor) -> Tensor:
     return (known + delta).sigmoid()
 
 
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU in [0, 1] of corner boxes (..., 4); the leading dimensions broadcast. 0 without area."""
+    overlap, union = overlap_and_union(a, b)
+    return (overlap / union.clamp(min=torch.finfo(union.dtype).tiny)).clamp(max=1)
+
+
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """Generalized IoU in [-1, 1] of corner boxes (..., 4); the leading dimensions broadcast.
 
@@ -42,8 +48,14 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     Boxes without area give 0 / 0 = 0 and not NaN, so that one of them cannot end a training.
     """
     (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
-    overlap = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
+    overlap, union = overlap_and_union(a, b)
     hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).prod(-1)
-    union = (a_high - a_low).prod(-1) + (b_high - b_low).prod(-1) - overlap
     tiny = torch.finfo(hull.dtype).tiny
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def overlap_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas (...) of what corner boxes (..., 4) have in common, and of both together."""
+    (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
+    overlap = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
+    return overlap, (a_high - a_low).prod(-1) + (b_high - b_low).prod(-1) - overlap

@@ -2,12 +2,13 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_iou, generalized_box_iou
 
 from dino_d2.boxes import (
     cxcywh_to_xyxy,
     generalized_iou,
     inverse_sigmoid,
+    iou,
     refine,
     xyxy_to_cxcywh,
 )
@@ -103,3 +104,15 @@ def test_a_target_without_area_gives_a_finite_gradient(target):
     box = torch.tensor([0.5, 0.5, 0.2, 0.2], requires_grad=True)
     generalized_iou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(torch.tensor(target))).backward()
     assert box.grad.isfinite().all()
+
+
+def test_the_iou_of_pairs_is_the_diagonal_of_that_of_all():
+    a, b = (torch.rand(50, 4).double() for _ in range(2))
+    a, b = (torch.cat([x[:, :2], x[:, :2] + x[:, 2:]], 1) for x in (a, b))
+    torch.testing.assert_close(iou(a, b), box_iou(a, b).diag())
+
+
+def test_boxes_without_area_have_no_iou_and_equal_ones_have_one():
+    box, point = torch.tensor([0.1, 0.2, 0.4, 0.9]), torch.tensor([0.3, 0.3, 0.3, 0.3])
+    assert iou(point, point) == 0 and iou(box, point) == 0
+    assert iou(box, box) == 1

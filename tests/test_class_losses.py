@@ -5,7 +5,6 @@ from math import log
 import pytest
 import torch
 from test_syncs import waits  # noqa: F401
-from torchvision.ops import box_iou
 
 from dino_d2.modeling import (
     AlignLoss,
@@ -16,7 +15,7 @@ from dino_d2.modeling import (
     SetCriterion,
     VarifocalLoss,
 )
-from dino_d2.modeling.class_losses import ClassLoss, matched_iou
+from dino_d2.modeling.class_losses import ClassLoss
 from dino_d2.structures import DetectorOutput, Target
 
 LOSSES = [FocalLoss, VarifocalLoss, PositionSupervisedLoss, AlignLoss]
@@ -239,21 +238,6 @@ def test_numbers_out_of_range_are_refused(kind, options, message):
 def test_a_loss_that_does_not_say_what_objects_cost_is_none(pairs):
     with pytest.raises(NotImplementedError):
         ClassLoss(alpha=0.5, gamma=2.0, background=1.0)(*pairs)
-
-
-# ---- IoU
-
-
-def test_the_iou_of_pairs_is_the_diagonal_of_that_of_all():
-    a, b = (torch.rand(50, 4).double() for _ in range(2))
-    a, b = (torch.cat([x[:, :2], x[:, :2] + x[:, 2:]], 1) for x in (a, b))
-    torch.testing.assert_close(matched_iou(a, b), box_iou(a, b).diag())
-
-
-def test_boxes_without_area_have_no_iou_and_equal_ones_have_one():
-    box, point = torch.tensor([0.1, 0.2, 0.4, 0.9]), torch.tensor([0.3, 0.3, 0.3, 0.3])
-    assert matched_iou(point, point) == 0 and matched_iou(box, point) == 0
-    assert matched_iou(box, box) == 1
 
 
 # ---- in the criterion

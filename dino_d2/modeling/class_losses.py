@@ -163,12 +163,3 @@ class BackgroundLoss(torch.autograd.Function):
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Binary, elementwise, with targets in [0, 1]; finite for every finite logit."""
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-
-
-@torch.no_grad()
-def matched_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU in [0, 1] of corner boxes (..., 4), elementwise and as a constant; 0 without area."""
-    (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
-    overlap = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
-    union = (a_high - a_low).prod(-1) + (b_high - b_low).prod(-1) - overlap
-    return (overlap / union.clamp(min=torch.finfo(union.dtype).tiny)).clamp(max=1)

@@ -4,7 +4,7 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..boxes import cxcywh_to_xyxy, generalized_iou
+from ..boxes import cxcywh_to_xyxy, generalized_iou, iou
 from ..structures import (
     DenoisingBatch,
     DetectorOutput,
@@ -14,7 +14,7 @@ from ..structures import (
     join_targets,
     stack_predictions,
 )
-from .class_losses import ClassLoss, FocalLoss, matched_iou
+from .class_losses import ClassLoss, FocalLoss
 from .matcher import HungarianMatcher
 
 
@@ -120,7 +120,7 @@ def stage_sums(
     # NaN if a box is not finite, matched or not, otherwise 0.
     broken = 0 * (boxes.detach().sum((1, 2, 3)) + truth.boxes.sum())
     return {
-        "loss_class": class_loss(logits, matched_logits, matched_iou(*corners)),
+        "loss_class": class_loss(logits, matched_logits, iou(*corners).detach()),
         "loss_bbox": (predicted - expected).abs().sum((1, 2)) + broken,
         "loss_giou": (1 - generalized_iou(*corners)).sum(1),
     }
