@@ -142,15 +142,24 @@ class Checkpointer(DetectionCheckpointer):
         if not (resume and self.has_checkpoint()):
             return self.load(path, checkpointables=[])
         self.complete = True
-        last = self.get_checkpoint_file()
-        others = set(glob(os.path.join(escape(self.save_dir), "model_[0-9]*.pth"))) - {last}
-        files = [last, *sorted(others, reverse=True)]
+        files = self.numbered_files()
+        if super().has_checkpoint():
+            last = self.get_checkpoint_file()
+            files = [last, *(file for file in files if file != last)]
         for file in files[:-1]:
             try:
                 return self.load(file)
             except DamagedCheckpoint as error:
                 logger.warning(f"{error}; the training goes on from the checkpoint before it")
         return self.load(files[-1])
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a training to go on with, also if `last_checkpoint` is lost."""
+        return super().has_checkpoint() or bool(self.numbered_files())
+
+    def numbered_files(self) -> list[str]:
+        """What a training has saved, the latest first."""
+        return sorted(glob(os.path.join(escape(self.save_dir), "model_[0-9]*.pth")), reverse=True)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
         """
@@ -189,6 +198,9 @@ class Checkpointer(DetectionCheckpointer):
         if is_dino:
             self.check(source)
             state, new_classes = self.fit_classes(self.fit_heads(state, source), source)
+        if "ema" in self.checkpointables and "ema" in checkpoint:
+            average = self.fit_heads(checkpoint["ema"]["weights"], source)
+            checkpoint["ema"]["weights"], _ = self.fit_classes(average, source)
         shapes = {key: x.shape for key, x in self.model.state_dict().items()}
         loaded = {key for key, x in state.items() if x.shape == shapes.get(key)}
         state = scatter(state, self.model.state_dict())
@@ -248,7 +260,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"'{source.file}' does not name its classes: they are taken to be, in this order, "
                 + ", ".join(self.classes)
             )
-        return formats.select_classes(state, given, self.classes, self.model.state_dict())
+        return formats.select_classes(state, given, self.classes, gather(self.model.state_dict()))
 
     def report(
         self, incompatible: Any, missing: list[str], new_classes: list[str], source: Source

@@ -229,6 +229,16 @@ def whole(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Every worker gets the buffers of the first, which are those that a checkpoint has.
+
+    Each has running statistics of its own images, and would evaluate with these. Collective.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
+
+
 def gather(state: Any) -> Any:
     """A state (nested dicts and lists) with whole tensors on the CPU where it has sharded ones.
 

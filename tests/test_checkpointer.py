@@ -985,3 +985,13 @@ def test_a_checkpoint_that_does_not_fit_is_not_passed_over(trained, make_dino):
 def test_the_best_checkpoint_is_not_what_a_training_goes_on_from(trained):
     assert (trained / f"{BEST}.pth").is_file()
     assert (trained / "last_checkpoint").read_text() == "model_0000003.pth"
+
+
+@pytest.mark.parametrize("place", ["last_checkpoint", "model_0000003.pth"])
+def test_a_training_is_found_without_the_note_which_file_is_the_last(trained, make_model, place):
+    (trained / "last_checkpoint").unlink()
+    (trained / "model_0000002.pth").rename(trained / "model_0000002.txt")
+    (trained / place).unlink(missing_ok=True)
+    progress = Progress()
+    Checkpointer(make_model(), str(trained), trainer=progress).resume_or_load("")
+    assert progress.iteration == (1 if place == "model_0000003.pth" else 3)

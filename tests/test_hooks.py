@@ -39,12 +39,12 @@ def train(scores, *, period=1, start=0, stop=None, best=None, metric="bbox/AP"):
 
 def test_the_best_evaluation_is_kept():
     assert train([1.0, 3.0, 2.0, 4.0]).checkpointer.saved == [
-        ("model_best", iteration) for iteration in (0, 1, 4)
+        ("model_best", iteration) for iteration in (0, 1, 3)
     ]
 
 
 def test_only_evaluations_are_looked_at():
-    assert train([1.0, 2.0], period=3).checkpointer.saved == [("model_best", 2), ("model_best", 6)]
+    assert train([1.0, 2.0], period=3).checkpointer.saved == [("model_best", 2), ("model_best", 5)]
 
 
 def test_as_good_is_not_better():
@@ -56,19 +56,26 @@ def test_no_number_is_never_the_best():
 
 
 def test_a_training_without_periodic_evaluation_keeps_its_end():
-    assert train([5.0], period=0, stop=3).checkpointer.saved == [("model_best", 3)]
+    assert train([5.0], period=0, stop=3).checkpointer.saved == [("model_best", 2)]
 
 
 def test_what_was_best_is_known_when_a_training_goes_on():
     first = train([3.0, 1.0])
     again = train([1.0, 2.0, 4.0], start=2, stop=4, best=first)
-    assert [x for _, x in again.checkpointer.saved] == [4]
+    assert [x for _, x in again.checkpointer.saved] == [3]
 
 
 def test_the_evaluation_of_what_a_training_goes_on_from_is_made_up_for():
     """It is saved before it is evaluated, and may have been stopped in between."""
     hook = train([7.0, 6.0], period=3, start=3, stop=6)
-    assert hook.checkpointer.saved == [("model_best", 3)] and hook.best == 7
+    assert hook.checkpointer.saved == [("model_best", 2)] and hook.best == 7
+
+
+def test_what_was_best_by_another_metric_says_nothing():
+    first = train([3.0])
+    other = BestCheckpointer(1, Saver(), "ema/bbox/AP")
+    other.load_state_dict(first.state_dict())
+    assert other.best == -math.inf
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 3), (2, 3), (4, 5), (6, 6)])
@@ -77,17 +84,22 @@ def test_no_other_evaluation_is_made_up_for(start, stop):
     assert len(hook.checkpointer.saved) == 1  # that of its end
 
 
-def test_a_training_that_fails_keeps_nothing_more():
+@pytest.mark.parametrize("failing", [0, 4])
+def test_a_training_that_fails_is_not_evaluated(failing):
+    """Not in its last step either."""
+
     class Failing(Loop):
         def run_step(self):
-            raise FloatingPointError
+            if self.iter == failing:
+                raise FloatingPointError
 
+    evaluations = []
     hook = BestCheckpointer(0, Saver(), "bbox/AP")
     loop = Failing()
-    loop.register_hooks([hook])
+    loop.register_hooks([EvalHook(0, lambda: evaluations.append(1)), hook])
     with pytest.raises(FloatingPointError):
         loop.train(0, 5)
-    assert not hook.checkpointer.saved
+    assert not evaluations and not hook.checkpointer.saved
 
 
 def test_a_metric_that_there_is_not_is_said(caplog):

@@ -1,5 +1,6 @@
 """Whole trainings, as a plan says: what they save, how they go on, what they evaluate."""
 
+import gc
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,39 @@ def test_a_checkpoint_without_averaged_weights_is_evaluated_without(plan, tmp_pa
     assert "no averaged weights" in caplog.text
 
 
+def test_averaged_weights_are_of_the_models_classes(plan, tmp_path):
+    """The data to evaluate on has the same classes in another order."""
+    told = plan()
+    model = told.build_model()
+    saver = run.make_checkpointer(model, str(tmp_path), told.test_sets, ema=run.EMA(model, 0.9))
+    saver.classes = saver.names = saver.names[::-1]
+    saver.checkpointables["ema"].updates = 1
+    saver.save("reversed")
+    seen = []
+
+    def look(x):
+        seen.append(x.decoder.class_heads[0].bias.clone())
+        return {"bbox": {"AP": 1}}
+
+    with torch.no_grad():
+        model.decoder.class_heads[0].bias.copy_(torch.arange(4.0))
+    saver.checkpointables["ema"].reset()
+    saver.checkpointables["ema"].updates = 1
+    saver.save("reversed")
+    run.test(told._replace(weights=str(tmp_path / "reversed.pth"), evaluate=look))
+    assert [x.tolist() for x in seen] == [[3, 2, 1, 0]] * 2
+
+
+def test_averaged_weights_that_are_left_aside_are_mentioned(plan, tmp_path, caplog):
+    told = plan()
+    model = told.build_model()
+    run.make_checkpointer(model, str(tmp_path), told.test_sets, ema=run.EMA(model, 0.9)).save("a")
+    told = plan("SOLVER.EMA.ENABLED", False, "MODEL.WEIGHTS", tmp_path / "a.pth")
+    with caplog.at_level(logging.INFO, "dino_d2"):
+        run.test(told._replace(evaluate=lambda x: {"bbox": {"AP": 1}}))
+    assert "averaged weights, too" in caplog.text
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_evaluation_takes_the_averaged_weights_of_a_checkpoint(plan, tmp_path, resume):
     told = plan()
@@ -163,6 +198,7 @@ def test_the_average_begins_with_the_weights_that_were_loaded(plan, tmp_path, mo
     monkeypatch.setattr(run.Trainer, "train", lambda self, *args: started.append(self))
     resets = []
     monkeypatch.setattr(run.EMA, "reset", lambda self: resets.append(weight_of(self.model)))
+    monkeypatch.setattr(run.EMA, "updates", 0, raising=False)
     run.train(told._replace(weights=str(tmp_path / "start.pth")))
     expected = weights(tmp_path / "start.pth")["model"]["decoder.norm.weight"]
     assert len(resets) == 2 and torch.equal(resets[-1], expected)
@@ -172,15 +208,83 @@ def weight_of(model):
     return model.state_dict()["decoder.norm.weight"].clone()
 
 
-def test_other_models_are_not_sharded(plan):
-    told = plan("SOLVER.FSDP", True)._replace(build_model=lambda: torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="stages of a DINO"):
+def test_the_average_of_a_training_without_one_begins_when_it_goes_on(plan, tmp_path, monkeypatch):
+    told = plan("SOLVER.EMA.ENABLED", False)
+    monkeypatch.setattr(run.Trainer, "train", lambda self, *args: None)
+    saved = {"trainer": make_state(told)}
+    run.make_checkpointer(told.build_model(), str(tmp_path), told.train_sets, **saved).save(
+        "model_1"
+    )
+    resets = []
+    monkeypatch.setattr(run.EMA, "reset", lambda self: resets.append(weight_of(self.model)))
+    monkeypatch.setattr(run.EMA, "updates", 0, raising=False)
+    run.train(plan(), resume=True)
+    expected = weights(tmp_path / "model_1.pth")["model"]["decoder.norm.weight"]
+    assert len(resets) == 2 and torch.equal(resets[-1], expected)
+
+
+def make_state(told):
+    """A trainer that has done two steps."""
+    model = told.build_model()
+    stream = run.TrainingStream(told.build_loader, 0)
+    trainer = run.Trainer(model, stream, told.build_optimizer(model))
+    trainer.iter = trainer.last = 1
+    return trainer
+
+
+def test_weights_alone_are_no_training_to_go_on_with(plan, tmp_path):
+    told = plan()
+    run.make_checkpointer(told.build_model(), str(tmp_path), told.train_sets).save("model_0000003")
+    with pytest.raises(CheckpointError, match="no training to go on with.*MODEL.WEIGHTS"):
+        run.train(told, resume=True)
+
+
+@pytest.mark.slow
+def test_the_best_stays_the_best_when_a_finished_training_is_made_longer(plan, tmp_path):
+    scores = iter([5.0, 5.0, 4.0])
+    options = ("SOLVER.EMA.ENABLED", False, "TEST.EVAL_PERIOD", 0, "SOLVER.MAX_ITER")
+    for end in (1, 2):
+        told = plan(*options, end)._replace(evaluate=lambda model: {"bbox": {"AP": next(scores)}})
+        run.train(told, resume=True)
+    assert weights(tmp_path / "model_best.pth")["iteration"] == 0
+
+
+def test_workers_that_would_begin_at_different_steps_do_not(plan, monkeypatch):
+    """As where machines see different folders."""
+    gather = run.comm.all_gather
+    monkeypatch.setattr(
+        run.comm, "all_gather", lambda x: [x, 7] if isinstance(x, int) else gather(x)
+    )
+    with pytest.raises(CheckpointError, match=r"iterations \[0, 7\]: all machines"):
+        run.train(plan())
+
+
+def test_periods_of_zero_are_the_end_alone(plan, tmp_path):
+    options = ("SOLVER.CHECKPOINT_PERIOD", 0, "TEST.EVAL_PERIOD", 0, "SOLVER.MAX_ITER", 2)
+    run.train(plan(*options)._replace(log_period=0, test_sets=(), evaluate=lambda model: {}))
+    assert {x.name for x in tmp_path.glob("*.pth")} == {"model_0000001.pth", "model_final.pth"}
+
+
+def test_a_training_that_is_over_leaves_memory(plan, monkeypatch):
+    models = []
+    build = plan().build_model
+    told = plan("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")
+    told = told._replace(
+        build_model=lambda: models.append(weakref.ref(x := build())) or x,
+        evaluate=lambda model: {},
+    )
+    gc.collect()
+    gc.disable()
+    try:
         run.train(told)
+        assert models[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_disk_without_room_ends_before_training(plan, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 10_000))
-    with pytest.raises(CheckpointError, match=r"about 0\.\d GB, but the disk of .* has 0\.0 GB"):
+    with pytest.raises(CheckpointError, match=r"about \d+ MB, but the disk of .* has 0 MB"):
         run.train(plan())
 
 
@@ -192,11 +296,21 @@ def test_a_disk_without_room_ends_before_training(plan, monkeypatch):
         (("SOLVER.ACCUMULATE", 3), "2 images cannot be divided into 3"),
         (("SOLVER.ACCUMULATE", 0), "2 images cannot be divided into 0"),
         (("SOLVER.EMA.DECAY", 1.5), r"1.5; it has to be in \[0, 1\)"),
+        (("SOLVER.OPTIMIZER", "sgd"), "'sgd'; it can be ADAMW or SGD"),
+        (("SOLVER.FSDP", True, "MODEL.META_ARCHITECTURE", "RetinaNet"), "stages of a DINO"),
+        (("SEED", 2**32), "4294967296; it has to be below"),
     ],
 )
-def test_a_value_that_is_none_is_one_sentence(plan, option, part):
+def test_a_value_that_is_none_is_one_sentence_before_there_are_workers(plan, option, part):
     with pytest.raises(ValueError, match=part):
-        run.train(plan("SOLVER.AMP.ENABLED", True, *option))
+        plan("SOLVER.AMP.ENABLED", True, *option)
+
+
+def test_options_of_replicas_do_not_go_with_sharding():
+    cfg = model_zoo.get_config("quickstart.py")
+    options = ["train.fsdp=True", "train.ddp.find_unused_parameters=True"]
+    with pytest.raises(ValueError, match="does not use find_unused_parameters"):
+        make_plan(LazyConfig.apply_overrides(cfg, options))
 
 
 @pytest.mark.parametrize("style", ["yaml", "py"])
@@ -317,3 +431,5 @@ def test_an_image_that_one_worker_cannot_read_ends_them_all(launcher, shapes, tm
     assert time.monotonic() - begin < 120 and result.returncode != 0
     (sentence,) = {x for x in result.stderr.splitlines() if x.startswith("train_net.py: ")}
     assert f"{first}' cannot be read" in sentence
+    logs = [path.read_text() for path in (tmp_path / "output").glob("log.txt*")]
+    assert sentence.removeprefix("train_net.py: ") in "".join(logs)

@@ -117,3 +117,12 @@ def test_a_length_in_both_units_is_refused(style):
     values = {EPOCHS[style]: 2, LENGTH[style]: 100}
     with pytest.raises(ValueError, match=f"{EPOCHS[style]} and as {LENGTH[style]}"):
         scale_schedule(config(style, values), given=values)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("key", "value"), [(BATCH, 0), (BATCH, -2), (EPOCHS, -1), (EPOCHS, "abc"), (EPOCHS, 0)]
+)
+def test_numbers_that_cannot_be_are_one_sentence(style, key, value):
+    with pytest.raises(ValueError, match=f"{key[style]} is .*{value}"):
+        scale_schedule(config(style, {key[style]: value}))

@@ -14,6 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from torch.multiprocessing import ProcessExitedException
 
 from dino_d2.checkpointer import Checkpointer
 from dino_d2.data import generate
@@ -269,6 +270,9 @@ def test_data_that_is_needed_and_not_given(style, option, missing, data, shapes,
         (".yaml", ["MODEL.DINO.FOO", "1"], ["MODEL.DINO.FOO"]),
         (".yaml", ["MODEL.DEVICE"], ["odd length"]),
         (".yaml", ["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"], ["CLIP_TYPE", "full_model"]),
+        (".yaml", ["SOLVER.OPTIMIZER", "SGD"], ["CLIP_TYPE is 'full_model'", "SGD by 'value'"]),
+        (".py", ["~optimizer.max_norm"], ["deletion"]),
+        (".py", ["train.accumulate=two"], ["into two equal parts"]),
         (".py", ["model.num_classes"], ["EQUAL"]),
     ],
 )
@@ -396,3 +400,35 @@ def test_the_optimizer_of_the_config(data):
     optimizer = make_plan(cfg).build_optimizer(torch.nn.Linear(1, 1))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert (optimizer.defaults["max_norm"], optimizer.defaults["lr"]) == (0.1, cfg.SOLVER.BASE_LR)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--num-gpus", "0"], "at least 1"),
+        (["--num-gpus", "-1"], "at least 1"),
+        (["--num-machines", "2"], "--dist-url tcp://HOST:PORT"),
+    ],
+)
+def test_workers_that_cannot_be(words, part, data, monkeypatch, capsys):
+    assert complaint(monkeypatch, *config(".yaml"), *data, *words) == "2"
+    assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "part"), [(-9, "killed by signal 9"), (3, "3")])
+def test_workers_that_end_before_their_time(code, part, data, monkeypatch, tmp_path):
+    def launch(worker, args):
+        raise ProcessExitedException("a worker", 0, 1234, code)
+
+    monkeypatch.setattr(train_net, "launch", launch)
+    options = overrides(".yaml", output=tmp_path)
+    assert part in complaint(monkeypatch, *config(".yaml"), *data, *options)
+
+
+def test_an_interrupted_training_says_how_it_goes_on(data, monkeypatch, tmp_path):
+    def main(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_net, "main", main)
+    options = overrides(".yaml", output=tmp_path)
+    assert "--resume" in complaint(monkeypatch, *config(".yaml"), *data, *options)

@@ -3,12 +3,14 @@
 import copy
 import itertools
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from dino_d2.checkpoint import CheckpointError
 from dino_d2.checkpoint_io import read
 from dino_d2.engine.trainer import MAX_SKIPPED, NonFiniteLoss, Trainer
 from dino_d2.modeling import Denoising
@@ -281,19 +283,13 @@ class Fragile(OtherModel):
 
 
 def test_a_gradient_that_is_not_finite_ends_training(make_trainer, tmp_path):
-    image = {"value": 0.0, "image": torch.zeros(3, 1, 1), "instances": make_instances()}
+    image = {"value": 0.0, "image": torch.zeros(3, 1, 1)}
     model = Fragile()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     trainer = make_trainer([image], model=model, optimizer=optimizer)
     with pytest.raises(NonFiniteLoss, match="not finite are grad_norm, with the images an image;"):
         run(trainer, 1)
     assert model.weight.item() == 1
-
-
-def make_instances():
-    from detectron2.structures import Boxes, Instances
-
-    return Instances((1, 1), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0))
 
 
 def test_steps_that_are_not_finite_can_be_skipped(make_trainer, make_batch, caplog, tmp_path):
@@ -318,6 +314,44 @@ def test_weights_that_are_broken_are_not_skipped_for_ever(make_trainer, make_bat
     with pytest.raises(NonFiniteLoss):
         run(trainer, MAX_SKIPPED + 1)
     assert trainer.iter == MAX_SKIPPED
+
+
+def test_of_steps_that_are_skipped_the_first_are_saved(make_trainer, make_batch, tmp_path):
+    trainer = make_trainer(make_bad(make_batch(1)), make_batch(1), skip_non_finite=True)
+    run(trainer, 2 * MAX_SKIPPED + 4)
+    files = sorted(path.name for path in (tmp_path / "non_finite").iterdir())
+    assert files == [f"{2 * i:07d}_worker_0.pth" for i in range(MAX_SKIPPED)]
+
+
+def test_gradients_that_never_fit_float16_end_training(make_trainer):
+    model = Fragile()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    options = {"model": model, "optimizer": optimizer, "precision": torch.float16}
+    trainer = make_trainer([{"value": 0.0, "image": torch.zeros(3, 1, 1)}], **options)
+    with pytest.raises(NonFiniteLoss, match="grad_norm"):
+        run(trainer, MAX_SKIPPED + 1)
+    assert trainer.iter == MAX_SKIPPED and model.weight.item() == 1
+
+
+def test_workers_draw_different_noise(make_trainer, make_batch, monkeypatch):
+    batch = make_batch(2)
+    trainers = [make_trainer(batch)]
+    trainers.append(make_trainer(batch, model=copy.deepcopy(trainers[0].model)))
+    (first,) = run(trainers[0], 1)
+    monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: 1)
+    (second,) = run(trainers[1], 1)
+    assert first["loss_class"] == second["loss_class"]
+    assert first["loss_bbox_dn"] != second["loss_bbox_dn"]
+
+
+def test_float16_clips_gradients_that_are_not_scaled(make_trainer, make_batch):
+    """Of a first step the average of gradients is a tenth of them; their norm is 0.1."""
+    trainer = make_trainer(make_batch(3), precision=torch.float16)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    run(trainer, 1)
+    averages = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+    norm = torch.stack([x.norm() for x in averages]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
 
 
 # ---- going on
@@ -349,3 +383,42 @@ def test_a_state_of_another_precision_can_be_taken_up(make_trainer, make_batch):
     run(full, 1, start=1)
     half.load_state_dict(full.state_dict())
     run(half, 1, start=2)
+
+
+class Normalised(nn.Module):
+    """Running statistics that a forward pass changes before its loss is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self, batch):
+        return {"loss": self.norm(batch[0]["image"]).square().mean()}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_step_that_is_left_out_leaves_running_statistics_alone(make_trainer, tmp_path, skip):
+    good, bad = torch.randn(4, 1), torch.full((4, 1), torch.nan)
+    model = Normalised()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [[{"image": good}], [{"image": bad}]]
+    trainer = make_trainer(*batches, model=model, optimizer=optimizer, skip_non_finite=skip)
+    run(trainer, 1)
+    before = weights(trainer)
+    with nullcontext() if skip else pytest.raises(NonFiniteLoss):
+        run(trainer, 1, start=1)
+    assert same(weights(trainer), before)
+    if not skip:
+        (file,) = (tmp_path / "non_finite").iterdir()
+        assert same(read(str(file))["model"], before)
+
+
+def test_a_state_of_another_optimizer_is_one_sentence(make_trainer, make_batch):
+    trainer = make_trainer(make_batch(1))
+    run(trainer, 1)
+    state = trainer.state_dict()
+    model = trainer.model
+    optimizer = torch.optim.SGD(model.backbone.parameters(), lr=0.1)
+    other = make_trainer(make_batch(1), model=model, optimizer=optimizer)
+    with pytest.raises(CheckpointError, match="another optimizer.*without --resume"):
+        other.load_state_dict(state)

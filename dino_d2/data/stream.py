@@ -52,6 +52,8 @@ class TrainingStream:
             samples.sampler = Places(samples.sampler, seen, size)
             samples.dataset = SeededDataset(samples.dataset, self.seed)
         elif self.start:
+            seed_all_rng(seed_for(self.seed, 0, self.start))  # not the same images once more
+            loader = self.build()
             logger.warning(
                 "the training data are not taken up where they were left: only loaders of "
                 "Detectron2 without aspect ratio grouping can be"

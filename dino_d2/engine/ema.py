@@ -22,10 +22,7 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        if not 0 <= decay < 1:
-            raise ValueError(
-                f"the decay of the averaged weights is {decay}; it has to be in [0, 1)"
-            )
+        check_decay(decay)
         self.model, self.decay = unwrap(model), decay
         self.reset()
 
@@ -73,3 +70,12 @@ class EMA:
         weights = scatter(state["weights"], self.weights)
         for key, x in self.weights.items():
             x.copy_(weights[key])
+
+
+def check_decay(decay: float) -> None:
+    """
+    Raises:
+        ValueError: it is not in [0, 1)
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"the decay of the averaged weights is {decay}; it has to be in [0, 1)")

@@ -20,11 +20,22 @@ class EvalHook(hooks.EvalHook):
         if is_due(self.trainer, self._period):
             self._do_eval()
 
+    def after_train(self) -> None:
+        if is_complete(self.trainer):
+            super().after_train()
+
 
 def is_due(trainer: TrainerBase, period: int) -> bool:
-    """Whether what a training goes on from was to be evaluated before its end."""
+    """Whether what a training goes on from was to be evaluated: by its period, or as its end."""
     start = trainer.start_iter
-    return bool(period) and 0 < start < trainer.max_iter and start % period == 0
+    if not 0 < start < trainer.max_iter:
+        return False
+    return start == getattr(trainer, "planned_end", None) or bool(period) and start % period == 0
+
+
+def is_complete(trainer: TrainerBase) -> bool:
+    """Whether a training that is over has come to its end, and was not stopped by an error."""
+    return trainer.iter >= trainer.max_iter
 
 
 class BestCheckpointer(HookBase):
@@ -45,31 +56,32 @@ class BestCheckpointer(HookBase):
 
     def before_train(self) -> None:
         if is_due(self.trainer, self.period):
-            self.check()
+            self.check(self.trainer.start_iter - 1)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if self.period and done % self.period == 0 and done != self.trainer.max_iter:
-            self.check()
+            self.check(self.trainer.iter)
 
     def after_train(self) -> None:
-        if self.trainer.iter + 1 >= self.trainer.max_iter:  # not if an error has ended it
-            self.check()
+        if is_complete(self.trainer):
+            self.check(self.trainer.max_iter - 1)
 
-    def check(self) -> None:
-        """The main worker alone knows the results."""
+    def check(self, iteration: int) -> None:
+        """Looks at the evaluation after an iteration, which the main worker alone knows."""
         metrics = self.trainer.storage.latest()
         if comm.is_main_process() and self.metric not in metrics:
             logger.warning(f"no checkpoint is kept as the best: evaluation has no {self.metric}")
-        value, iteration = comm.all_gather(metrics.get(self.metric, (-math.inf, -1)))[0]
-        if iteration != self.trainer.iter or not value > self.best:  # also if it is NaN
+        value, when = comm.all_gather(metrics.get(self.metric, (-math.inf, -1)))[0]
+        if when != self.trainer.iter or not value > self.best:  # also if it is NaN
             return
         self.best = value
-        self.checkpointer.save(BEST, iteration=self.trainer.iter)
+        self.checkpointer.save(BEST, iteration=iteration)
         logger.info(f"{self.metric} is {value:.2f}, the best so far: saved as {BEST}.pth")
 
     def state_dict(self) -> dict:
-        return {"best": self.best}
+        return {"metric": self.metric, "best": self.best}
 
     def load_state_dict(self, state: dict) -> None:
-        self.best = state["best"]
+        if state["metric"] == self.metric:
+            self.best = state["best"]

@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import data
 from ..solver import ClippedAdamW, parameter_groups
+from .ema import check_decay
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,7 +37,7 @@ class Plan(NamedTuple):
     weights: str  # to begin with; "": none
     seed: int  # negative: a random one
     max_iter: int
-    eval_period: int  # 0: at the end only, as for all periods
+    eval_period: int  # of iterations; 0: at the end only, as for all periods
     checkpoint_period: int
     max_to_keep: int | None  # checkpoints; None: all
     log_period: int
@@ -56,14 +57,27 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
             configs/common
 
     Raises:
-        ValueError: a value is none of those that there are, or a batch cannot be divided
+        ValueError: a value is none of those that there are, a batch cannot be divided, or two
+            settings do not go together
     """
-    return yaml_plan(cfg) if isinstance(cfg, CfgNode) else lazy_plan(cfg)
+    plan = yaml_plan(cfg) if isinstance(cfg, CfgNode) else lazy_plan(cfg)
+    if plan.seed >= 2**32:
+        raise ValueError(f"the seed is {plan.seed}; it has to be below 2**32")
+    if plan.ema_decay is not None:
+        check_decay(plan.ema_decay)
+    options = [name for name, value in plan.ddp.items() if value]
+    if plan.fsdp and options:
+        raise ValueError(f"FSDP does not use {options[0]} of DistributedDataParallel: unset either")
+    return plan
 
 
 def yaml_plan(cfg: CfgNode) -> Plan:
     solver = cfg.SOLVER
     amp = solver.AMP
+    if solver.OPTIMIZER not in ("ADAMW", "SGD"):
+        raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it can be ADAMW or SGD")
+    if solver.FSDP and cfg.MODEL.META_ARCHITECTURE != "DINO":
+        raise ValueError("SOLVER.FSDP shards the stages of a DINO; train this model without it")
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.IMS_PER_BATCH = part_of_batch(solver.IMS_PER_BATCH, solver.ACCUMULATE)
@@ -190,7 +204,7 @@ def part_of_batch(batch: int, accumulate: int, workers: int = 1) -> int:
     Raises:
         ValueError: the images of a step cannot be divided equally
     """
-    if accumulate < 1 or batch % (accumulate * workers):
+    if not isinstance(accumulate, int) or accumulate < 1 or batch % (accumulate * workers):
         raise ValueError(
             f"a batch of {batch} images cannot be divided into {accumulate} equal parts"
             + (f" for {workers} workers" if workers > 1 else "")

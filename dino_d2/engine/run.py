@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import weakref
 from collections.abc import Sequence
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -15,7 +16,7 @@ from .. import data
 from ..checkpoint import CheckpointError
 from ..checkpointer import Checkpointer
 from ..data.stream import TrainingStream
-from ..distributed import distribute, unwrap, whole
+from ..distributed import distribute, share_buffers, unwrap, whole
 from ..modeling.dino import DINO
 from .ema import EMA
 from .hooks import BestCheckpointer, EvalHook
@@ -40,10 +41,7 @@ def train(plan: Plan, *, resume: bool = False) -> None:
     os.makedirs(plan.output_dir, exist_ok=True)
     seed = plan.seed if plan.seed >= 0 else comm.shared_random_seed()
     seed_all_rng(seed)  # the same weights on every worker
-    model = plan.build_model()
-    if plan.fsdp and not isinstance(model, DINO):
-        raise ValueError("FSDP shards the stages of a DINO; train this model without it")
-    model = distribute(model, fsdp=plan.fsdp, **plan.ddp)
+    model = distribute(plan.build_model(), fsdp=plan.fsdp, **plan.ddp)
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
     trainer = Trainer(
         model,
@@ -54,15 +52,28 @@ def train(plan: Plan, *, resume: bool = False) -> None:
         skip_non_finite=plan.skip_non_finite,
         output_dir=plan.output_dir,
     )
-    saved = {"trainer": trainer} | ({"ema": ema} if ema else {})
+    # Or the trainer would hold itself through its hooks, and stay in memory.
+    saved = {"trainer": weakref.proxy(trainer)} | ({"ema": ema} if ema else {})
     checkpointer = make_checkpointer(model, plan.output_dir, plan.train_sets, **saved)
     check_room(plan, unwrap(model))
     trainer.register_hooks(make_hooks(plan, trainer, checkpointer, ema))
     goes_on = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(plan.weights, resume=resume)
-    if ema and not goes_on:
+    if ema and not ema.updates:
         ema.reset()  # to the weights that were loaded
-    trainer.train(trainer.iter + 1 if goes_on else 0, plan.max_iter)
+    if goes_on and trainer.last < 0:
+        raise CheckpointError(
+            f"the last checkpoint in '{plan.output_dir}' has weights and no training to go on "
+            "with: give it as MODEL.WEIGHTS (train.init_checkpoint), without --resume"
+        )
+    start = trainer.last + 1
+    starts = comm.all_gather(start)
+    if len(set(starts)) > 1:
+        raise CheckpointError(
+            f"workers would begin at the iterations {starts}: all machines have to see the same "
+            f"output folder, '{plan.output_dir}'"
+        )
+    trainer.train(start, plan.max_iter)
 
 
 def test(plan: Plan, *, resume: bool = False) -> dict:
@@ -79,7 +90,9 @@ def test(plan: Plan, *, resume: bool = False) -> dict:
     options = {"complete": True} | ({"ema": ema} if ema else {})
     checkpointer = make_checkpointer(model, plan.output_dir, plan.test_sets, **options)
     goes_on = resume and checkpointer.has_checkpoint()
-    checkpointer.load(checkpointer.get_checkpoint_file() if goes_on else plan.weights)
+    rest = checkpointer.load(checkpointer.get_checkpoint_file() if goes_on else plan.weights)
+    if "ema" in rest:
+        logger.info("the checkpoint has averaged weights, too: with EMA they would be evaluated")
     if ema and not ema.updates:
         logger.warning("the checkpoint has no averaged weights (EMA): its weights are evaluated")
         ema = None
@@ -89,10 +102,12 @@ def test(plan: Plan, *, resume: bool = False) -> dict:
 def evaluate(plan: Plan, model: nn.Module, ema: EMA | None) -> dict:
     """Results of the model's weights and, as "ema", of the averaged ones."""
     with whole(model):
+        share_buffers(model)
         results = plan.evaluate(unwrap(model))
     if ema is None:
         return results
     with ema.applied(), whole(model):
+        share_buffers(model)
         averaged = plan.evaluate(unwrap(model))
     return results | {"ema": averaged} if results else results
 
@@ -121,10 +136,12 @@ def make_hooks(
     metric = f"ema/{plan.best_metric}" if ema else plan.best_metric
     save = hooks.PeriodicCheckpointer(
         checkpointer,
-        plan.checkpoint_period,
+        plan.checkpoint_period or plan.max_iter,
         max_to_keep=plan.max_to_keep if is_main else None,
     )
     best = BestCheckpointer(plan.eval_period, checkpointer, metric)
+    writers = default_writers(plan.output_dir, plan.max_iter) if is_main else []
+    write = hooks.PeriodicWriter(writers, plan.log_period or plan.max_iter)
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(trainer.optimizer, plan.build_scheduler(trainer.optimizer)),
@@ -132,9 +149,7 @@ def make_hooks(
         save if is_main or plan.fsdp else None,  # a sharded model takes every worker to save
         EvalHook(plan.eval_period, lambda: evaluate(plan, trainer.model, ema)),
         best if plan.best_metric and plan.test_sets else None,
-        hooks.PeriodicWriter(default_writers(plan.output_dir, plan.max_iter), plan.log_period)
-        if is_main
-        else None,
+        write if is_main else None,
     ]
 
 
@@ -149,6 +164,6 @@ def check_room(plan: Plan, model: nn.Module) -> None:
     free = shutil.disk_usage(plan.output_dir).free
     if needed > free:
         raise CheckpointError(
-            f"a checkpoint has about {needed / 1e9:.1f} GB, but the disk of '{plan.output_dir}' "
-            f"has {free / 1e9:.1f} GB left: make room, or choose another output folder"
+            f"a checkpoint has about {needed / 1e6:.0f} MB, but the disk of '{plan.output_dir}' "
+            f"has {free / 1e6:.0f} MB left: make room, or choose another output folder"
         )

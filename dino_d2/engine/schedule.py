@@ -51,12 +51,16 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
         given: keys that stay as they are, as those of the command line
 
     Raises:
-        ValueError: the length is given both in epochs and in iterations
+        ValueError: the length is given both in epochs and in iterations, or is none, or there is
+            no image in a step
     """
     keys = YAML if isinstance(cfg, CfgNode) else LAZY
     batch, reference, epochs, max_iter = (
         get(cfg, key) for key in (keys.batch, keys.reference_batch, keys.epochs, keys.max_iter)
     )
+    for key, value, kinds in ((keys.batch, batch, int), (keys.epochs, epochs, (int, float))):
+        if value is not None and not (isinstance(value, kinds) and value > 0):
+            raise ValueError(f"{key} is {value!r}; it has to be a number above 0")
     if epochs and keys.max_iter in given:
         raise ValueError(f"the length is given as {keys.epochs} and as {keys.max_iter}: drop one")
     per_image = batch / reference if reference else 1.0

@@ -11,16 +11,21 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..checkpoint import CheckpointError
 from ..checkpoint_io import write
 from ..data.stream import TrainingStream, seed_for
 from ..distributed import gather, load_optimizer, mean_over_workers, suspend_sync, unwrap
 from ..modeling.dino import DINO
+from ..structures import send
 
 logger = logging.getLogger(__name__)
 
 # If so many steps in a row are not finite the weights are to blame, and no further step mends them.
-MAX_SKIPPED = 10
+# The scaler of float16 finds its scale, which it halves from 65,536, in fewer.
+MAX_SKIPPED = 20
 
 Batch = list[dict]
 
@@ -45,7 +50,8 @@ class Trainer(SimpleTrainer):
         accumulate: batches that make a step, as if they were one: see `shares`
         skip_non_finite: leave out a step that is not finite, but at most `MAX_SKIPPED` in a row,
             instead of ending the training
-        output_dir: where what led to such a step is saved, in the folder `non_finite`
+        output_dir: where what led to such steps is saved, the first `MAX_SKIPPED` of them, in the
+            folder `non_finite`
     """
 
     def __init__(
@@ -66,6 +72,13 @@ class Trainer(SimpleTrainer):
         self.device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is torch.float16)
         self.skipped = 0  # steps in a row
+        self.saved = 0  # steps that were not finite
+        self.last = -1  # iteration of the last step that is done
+        self.max_iter = 0  # until it is told
+        self.planned_end: int | None = None  # of the training that this one goes on from
+        # What a forward pass changes, and a loss that is not finite spoils with it.
+        norms = (x for x in model.modules() if isinstance(x, _BatchNorm))
+        self.statistics = [x for norm in norms for x in norm.buffers()]
 
     def run_step(self) -> None:
         """
@@ -78,21 +91,33 @@ class Trainer(SimpleTrainer):
 
         seed_all_rng(seed_for(self.data_loader.seed, self.iter, comm.get_rank()))
         self.optimizer.zero_grad()
+        kept = [x.clone() for x in self.statistics]
         metrics = self.forward_backward(batches)
         self.after_backward()
-        if not self.scaler.is_enabled():  # otherwise the scaler looks after the gradients
-            metrics["grad_norm"] = grad_norm(self.parameters)
-
+        self.scaler.unscale_(self.optimizer)
+        metrics["grad_norm"] = grad_norm(self.parameters)
         metrics["data_time"] = torch.full((), data_time, device=self.device)
-        means = mean_over_workers(torch.stack(list(metrics.values()))).tolist()  # waits, once
+        means = mean_over_workers(torch.stack(list(metrics.values()))).tolist()
+        # The device has been waited for, once (and again by the scaler, if there is one).
         means = dict(zip(metrics, means, strict=True))
-        if all(map(math.isfinite, means.values())):
-            self.skipped = 0
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
+        if not self.update(means):
+            for x, before in zip(self.statistics, kept, strict=True):
+                x.copy_(before)
             self.handle_non_finite(batches, metrics, means)
         self.storage.put_scalars(**means)
+        self.last = self.iter
+
+    def update(self, means: dict[str, float]) -> bool:
+        """Updates the weights, unless the step is not finite; whether it did."""
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        self.skipped = self.skipped + 1 if bad else 0
+        # Gradients of float16 overflow until the scaler has found its scale: it skips these itself.
+        overflows = self.scaler.is_enabled() and bad == ["grad_norm"]
+        if bad and not (overflows and self.skipped <= MAX_SKIPPED):
+            return False
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return True
 
     def forward_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
         """The losses of a step and their sum, `total_loss`; gradients add to those there are."""
@@ -119,7 +144,7 @@ class Trainer(SimpleTrainer):
         if len(batches) == 1 or not isinstance(unwrap(self.model), DINO):
             return torch.full([len(batches)], 1 / len(batches), device=self.device)
         counts = [float(sum(len(x["instances"]) for x in batch)) for batch in batches]
-        boxes = mean_over_workers(torch.tensor(counts, device=self.device))
+        boxes = mean_over_workers(send(torch.tensor(counts), like=self.parameters[0]))
         return boxes.clamp(min=1) / boxes.sum().clamp(min=1)
 
     def handle_non_finite(
@@ -138,24 +163,25 @@ class Trainer(SimpleTrainer):
         images = ", ".join(
             file for guilty, files in everyone if guilty or not some for file in files
         )
-        self.skipped += 1
         skip = self.skip_non_finite and self.skipped <= MAX_SKIPPED
-        folder = self.save_non_finite(batches, own, with_weights=not skip)
         message = (
-            f"iteration {self.iter}: not finite are {', '.join(names)}, with the images {images}; "
-            f"what led to it is in '{folder}'"
+            f"iteration {self.iter}: not finite are {', '.join(names)}, with the images {images}"
         )
+        self.saved += 1
+        if not skip or self.saved <= MAX_SKIPPED:
+            folder = self.save_non_finite(batches, own, with_weights=not skip)
+            message += f"; what led to it is in '{folder}'"
         if not skip:
             raise NonFiniteLoss(
-                f"{message}: look at these images and their boxes; if they are right, resume with "
-                "a lower learning rate or without mixed precision"
+                f"{message}: look at these images and their boxes; if they are right, begin anew "
+                "from an earlier checkpoint with a lower learning rate, or without mixed precision"
             )
         logger.warning(f"{message}; the step is left out")
 
     def save_non_finite(
         self, batches: list[Batch], own: dict[str, Tensor], *, with_weights: bool
     ) -> str:
-        """Images, boxes and losses of this worker; returns the folder."""
+        """Images, boxes and losses of this worker, by the main one the weights; returns where."""
         folder = os.path.join(self.output_dir, "non_finite")
         os.makedirs(folder, exist_ok=True)
         content = {
@@ -165,21 +191,39 @@ class Trainer(SimpleTrainer):
             "images": [plain(x) for batch in batches for x in batch],
         }
         if with_weights:
-            content["model"] = gather(unwrap(self.model).state_dict())
+            weights = gather(unwrap(self.model).state_dict())
+            content |= {"model": weights} if comm.is_main_process() else {}
         write(content, os.path.join(folder, f"{self.iter:07d}_worker_{comm.get_rank()}.pth"))
         return folder
 
     def state_dict(self) -> dict:
         state = super().state_dict()
-        state["optimizer"] = gather(state["optimizer"])
-        return state | {"scaler": self.scaler.state_dict(), "seed": self.data_loader.seed}
+        return state | {
+            "iteration": self.last,
+            "optimizer": gather(state["optimizer"]),
+            "scaler": self.scaler.state_dict(),
+            "seed": self.data_loader.seed,
+            "max_iter": self.max_iter,
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues with the data after those that the state has seen."""
+        """Continues with the data after those that the state has seen.
+
+        Raises:
+            CheckpointError: the optimizer is another, or has other parameters
+        """
         super(SimpleTrainer, self).load_state_dict(state)
-        load_optimizer(self.optimizer, state["optimizer"])
+        try:
+            load_optimizer(self.optimizer, state["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(
+                "the training to go on from has another optimizer, or trains other parameters: "
+                "keep these, or begin anew with its weights (MODEL.WEIGHTS, "
+                "train.init_checkpoint) and without --resume"
+            ) from error
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        self.last, self.planned_end = self.iter, state["max_iter"]
         self.data_loader.seed = state["seed"]
         self.data_loader.start = (self.iter + 1) * self.accumulate
 
@@ -187,15 +231,15 @@ class Trainer(SimpleTrainer):
 def grad_norm(parameters: list[nn.Parameter]) -> Tensor:
     """Of all gradients together, on every worker."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return gather({"norm": norm})["norm"].to(norm.device)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def plain(x: dict) -> dict:
     """An input of the model as tensors and numbers, which a file can hold without pickled code."""
-    kept = {key: x[key] for key in ("file_name", "image_id", "height", "width") if key in x}
-    instances = x["instances"]
-    return kept | {
-        "image": x["image"],
-        "boxes": instances.gt_boxes.tensor,
-        "classes": instances.gt_classes,
+    kept = {
+        key: x[key] for key in ("file_name", "image_id", "height", "width", "image") if key in x
     }
+    if "instances" in x:
+        instances = x["instances"]
+        kept |= {"boxes": instances.gt_boxes.tensor, "classes": instances.gt_classes}
+    return kept

@@ -38,7 +38,7 @@ def convert(source: str, to: str, *, ema: bool = False) -> dict:
     path = fetch(source)
     checkpoint = read(path)
     if ema:
-        if "ema" not in checkpoint:
+        if not isinstance(checkpoint.get("ema"), dict) or "weights" not in checkpoint["ema"]:
             raise CheckpointError(f"'{source}' has no averaged weights: convert it without --ema")
         checkpoint["model"] = checkpoint["ema"]["weights"]
     state, form = weights(checkpoint, path)

@@ -42,6 +42,10 @@ Train on data of one's own, in COCO format; works with .py configs too:
         --train-json my/train.json --train-images my/images \\
         --val-json my/val.json --val-images my/images
 
+Train for 50 passes over it, 16 images a step, worked on 2 at a time:
+    $ train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml --train-json ... \\
+        SOLVER.EPOCHS 50 SOLVER.ACCUMULATE 8
+
 Change the config at the end of the command, YAML and LazyConfig:
     $ train_net.py --config-file configs/quickstart.yaml SOLVER.BASE_LR 0.001 OUTPUT_DIR out
     $ train_net.py --config-file configs/quickstart.py optimizer.lr=0.001 train.output_dir=out
@@ -55,6 +59,7 @@ Evaluate a checkpoint, of one's own or a published one; go on with an interrupte
 # What reading a config raises: Detectron2, yacs, omegaconf and hydra have their own ways.
 BAD_INPUT = (
     *(ValueError, AssertionError, KeyError, ImportError, OSError, SyntaxError, NameError),
+    NotImplementedError,
     *(YAMLError, OmegaConfBaseException, OverrideParseException),
 )
 
@@ -89,10 +94,11 @@ def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     check_weights(args, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
     check_output(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     refuse_unsupported(cfg)
-    clip = cfg.SOLVER.CLIP_GRADIENTS
-    if cfg.SOLVER.OPTIMIZER == "ADAMW" and clip.ENABLED and clip.CLIP_TYPE != "full_model":
+    clip, optimizer = cfg.SOLVER.CLIP_GRADIENTS, cfg.SOLVER.OPTIMIZER
+    if clip.ENABLED and (clip.CLIP_TYPE == "full_model") != (optimizer == "ADAMW"):
         raise ValueError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; ADAMW clips by 'full_model'"
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; ADAMW clips by 'full_model', "
+            "SGD by 'value' or 'norm'"
         )
     if not args.eval_only:
         if cfg.SOLVER.REFERENCE_WORLD_SIZE:  # Detectron2's own way to scale
@@ -198,23 +204,29 @@ def worker(args: argparse.Namespace) -> None:
     Raises:
         SystemExit: with that sentence
     """
-    logging.getLogger("detectron2.engine.train_loop").addFilter(is_no_sentence)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(leave_the_sentence)
     try:
         main(args)
     except SENTENCES as error:
-        # of an error in a loading process there is a traceback, which ends with the sentence
-        sentence = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
-        sys.exit(f"train_net.py: {sentence}")
+        sys.exit(f"train_net.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train_net.py: interrupted; --resume goes on from the last checkpoint")
 
 
-def is_no_sentence(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], SENTENCES))
+def leave_the_sentence(record: logging.LogRecord) -> bool:
+    """Takes the traceback out of what Detectron2 logs about an error that needs none."""
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, SENTENCES):
+        record.msg, record.exc_info = str(error), None
+    return True
 
 
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's parser, with a data set of one's own."""
     parser = default_argument_parser(EPILOG)
     parser.description = __doc__
+    # Detectron2's own is the same for all trainings of a user, which then collide.
+    parser.set_defaults(dist_url="auto")
     for split in ("train", "val"):
         parser.add_argument(f"--{split}-json", metavar="FILE", help="annotations, COCO format")
         parser.add_argument(f"--{split}-images", metavar="FOLDER", help="where its images are")
@@ -227,6 +239,10 @@ def invoke_main() -> None:
     for split in ("train", "val"):
         if bool(getattr(args, f"{split}_json")) != bool(getattr(args, f"{split}_images")):
             parser.error(f"--{split}-json and --{split}-images go together")
+    if args.num_gpus < 1:
+        parser.error("--num-gpus is the number of workers, also on CPUs: at least 1")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        parser.error("--num-machines needs --dist-url tcp://HOST:PORT, of the first machine")
     try:
         check_gpus(args.num_gpus)
         load_config(args)  # bad input ends here, before there are several processes
@@ -234,8 +250,13 @@ def invoke_main() -> None:
         sys.exit(f"{parser.prog}: {error.args[0] if isinstance(error, KeyError) else error}")
     try:
         launch(worker, args)
-    except ProcessExitedException as error:  # it has said why
-        sys.exit(error.exit_code)
+    except ProcessExitedException as error:
+        if error.exit_code > 0:  # it has said why
+            sys.exit(error.exit_code)
+        sys.exit(
+            f"{parser.prog}: a worker was killed by signal {-error.exit_code}, as the system does "
+            "when memory is short; --resume goes on from the last checkpoint"
+        )
 
 
 if __name__ == "__main__":
