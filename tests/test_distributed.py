@@ -18,10 +18,12 @@ import torch
 from detectron2.engine import default_argument_parser
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import distributed, multiprocessing, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dino_d2.checkpoint_io import read
 from dino_d2.distributed import (
     WORKER_VARIABLES,
     distribute,
@@ -31,11 +33,13 @@ from dino_d2.distributed import (
     local,
     mean_over_workers,
     scatter,
+    share_buffers,
     suspend_sync,
     unwrap,
     whole,
     world_size,
 )
+from dino_d2.engine import EMA, NonFiniteLoss, Trainer
 from dino_d2.modeling import ChannelMapper, ContrastiveDenoising, HungarianMatcher
 from dino_d2.modeling.predecessors import BoxesOnly
 from dino_d2.modeling.swin import SwinTransformer
@@ -524,6 +528,80 @@ def test_the_part_of_a_worker_shares_its_memory(alone, make_dino):
     assert not isinstance(local(parameter), DTensor) and (gather(parameter) == 7).all()
 
 
+# ---- what workers do together in a training
+
+
+def run_non_finite_step(rank, model, batches, output):
+    """What one of the workers could not compute ends both, with its image and not the other's."""
+    optimizer = make_optimizer(model)
+    trainer = Trainer(distribute(model), Once(batches[rank]), optimizer, output_dir=output)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with EventStorage() as trainer.storage:
+        try:
+            trainer.run_step()
+        except NonFiniteLoss as error:
+            sentence = str(error)
+    return sentence, all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
+
+
+class Once:
+    """A stream of one batch."""
+
+    seed = 0
+
+    def __init__(self, *batch):
+        self.batch = list(batch)
+
+    def __iter__(self):
+        return iter([self.batch])
+
+
+def test_a_loss_of_one_worker_that_is_not_finite_ends_all(run, make_dino, make_batch, tmp_path):
+    good, bad = (x | {"file_name": name} for x, name in zip(make_batch(2, 1), "ab", strict=True))
+    bad["image"] = torch.full((3, 64, 64), torch.nan)
+    inputs = {"model": make_dino(), "batches": [good, bad], "output": str(tmp_path)}
+    results = run(run_non_finite_step, **inputs)
+    for sentence, unharmed in results:
+        assert "with the images b;" in sentence and unharmed
+    saved = [read(str(tmp_path / "non_finite" / f"0000000_worker_{rank}.pth")) for rank in (0, 1)]
+    assert [x["images"][0]["file_name"] for x in saved] == ["a", "b"]
+    assert ["model" in x for x in saved] == [True, False]
+
+
+def averaged(rank, model, batch, fsdp):
+    """An average of weights over two steps, saved, loaded into another and applied."""
+    model = distribute(model, fsdp=fsdp)
+    optimizer, ema = make_optimizer(model), EMA(model, 0.5)
+    for _ in range(2):
+        train(model, optimizer, batch[rank : rank + 1])
+        ema.update()
+    state = gather(ema.state_dict())
+    other = EMA(model, 0.5)
+    other.load_state_dict(state)
+    with other.applied():
+        applied = gather(unwrap(model).state_dict())
+    return state["weights"], applied
+
+
+def test_averaged_weights_of_a_sharded_model_are_those_of_a_replicated_one(run, inputs):
+    replicated, _ = run(averaged, fsdp=False, **inputs)
+    for weights, applied in run(averaged, fsdp=True, **inputs):
+        assert_equal(applied, weights)
+        for name, x in replicated[0].items():
+            torch.testing.assert_close(weights[name], x, rtol=0, atol=5e-4)
+
+
+def statistics(rank):
+    norm = torch.nn.BatchNorm1d(1)
+    norm.running_mean.fill_(rank + 1)
+    share_buffers(norm)
+    return norm.running_mean
+
+
+def test_workers_evaluate_with_the_statistics_that_are_saved(run):
+    assert run(statistics) == [torch.ones(1)] * 2
+
+
 # ---- starting workers
 
 PROGRAM = """
@@ -533,6 +611,7 @@ from pathlib import Path
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from dino_d2.distributed import launch, mean_over_workers, world_size
 
 def main(args):

@@ -106,8 +106,9 @@ class VarifocalLoss(ClassLoss):
 @CLASS_LOSS_REGISTRY.register()
 class PositionSupervisedLoss(ClassLoss):
     """A focal loss whose targets are squares of IoUs, relative to the best of the image: in every
-    stage its best pair is to have a probability of 1. Stable-DINO uses it for the matching queries
-    alone, with a weight of 6, and has :class:`FocalLoss` for denoising."""
+    stage its best pair is to have a probability of 1. Stable-DINO weighs it by 6. Our config has
+    :class:`FocalLoss` for denoising, for which the published code has a branch that nothing takes:
+    there denoising has this loss, with a weight of 1."""
 
     def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0):
         super().__init__(alpha=alpha, gamma=gamma, background=1 - alpha)

@@ -96,7 +96,8 @@ class PositionModulatedMatcher(HungarianMatcher):
     """The class counts for less where the box fits less (Stable-DINO, arXiv 2304.04742).
 
     The focal cost is that of the probability p * u^0.5, where u = (GIoU + 1) / 2 is divided by the
-    largest u of the image, over all its queries and boxes in the same stage.
+    largest u of the image, over all its queries and boxes in the same stage. (In the published code
+    the boxes of other images in the batch take part, and of several of one class the last counts.)
     """
 
     power = 0.5
