@@ -5,17 +5,21 @@ computed on the CPU, so that every copy between the two, and every question whos
 device knows, can be seen. Where there is a GPU, CUDA is asked too.
 """
 
+import itertools
 import traceback
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dino_d2 import modeling
+from dino_d2.data.stream import TrainingStream
+from dino_d2.engine import Trainer
 from dino_d2.modeling.postprocess import postprocess
 from dino_d2.modeling.predecessors import BoxesOnly, IndicatorDenoising, IndicatorQueries
 from dino_d2.structures import send
@@ -240,6 +244,31 @@ def test_a_training_step_waits_once_for_the_costs(waits, make_dino, make_batch, 
     (wait,) = waits
     assert "costs.cpu()" in wait
     assert all(loss.is_cuda for loss in losses.values())
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_trainers_step_waits_for_the_costs_of_each_batch_and_once_for_its_metrics(
+    waits, make_dino, make_batch, accumulate, monkeypatch
+):
+    """Without what is below autograd, which takes a device that is one."""
+    with torch.device("cuda"):
+        model = make_dino()
+
+    def backward(loss):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    stream = itertools.repeat(make_batch(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, foreach=False)
+    trainer = Trainer(model, TrainingStream(lambda: stream, seed=0), optimizer)
+    trainer.accumulate = accumulate
+    with EventStorage() as trainer.storage:
+        waits.clear()
+        trainer.run_step()
+    *costs, metrics = waits
+    assert ["costs.cpu()" in x for x in costs] == [True] * accumulate
+    assert "metrics.values()" in metrics
 
 
 @VARIANTS
