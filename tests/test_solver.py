@@ -60,6 +60,18 @@ def test_the_gradient_of_a_closure_is_clipped():
     assert parameter.grad.item() == pytest.approx(0.1)
 
 
+def test_a_scaler_takes_its_scale_back_before_gradients_are_clipped():
+    """As in trainers that leave it to the scaler: the gradient of 3 is clipped to 0.5."""
+    (parameter,) = make_parameters(0.0)
+    optimizer = ClippedAdamW([parameter], lr=0.1, max_norm=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer.zero_grad()
+    scaler.scale(3 * parameter.sum()).backward()
+    scaler.step(optimizer)
+    # of a first step the average is a tenth of the gradient
+    assert optimizer.state[parameter]["exp_avg"].item() == pytest.approx(0.05, rel=1e-4)
+
+
 def test_a_copy_clips_as_well():
     (parameter,) = make_parameters(3.0)
     twin = copy.deepcopy(ClippedAdamW([parameter], lr=0.1, max_norm=0.2))
