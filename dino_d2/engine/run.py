@@ -61,19 +61,26 @@ def train(plan: Plan, *, resume: bool = False) -> None:
     checkpointer.resume_or_load(plan.weights, resume=resume)
     if ema and not ema.updates:
         ema.reset()  # to the weights that were loaded
+    trainer.train(first_iteration(plan, trainer, goes_on), plan.max_iter)
+
+
+def first_iteration(plan: Plan, trainer: Trainer, goes_on: bool) -> int:
+    """
+    Raises:
+        CheckpointError: there is none to go on from, or workers disagree
+    """
     if goes_on and trainer.last < 0:
         raise CheckpointError(
             f"the last checkpoint in '{plan.output_dir}' has weights and no training to go on "
             "with: give it as MODEL.WEIGHTS (train.init_checkpoint), without --resume"
         )
-    start = trainer.last + 1
-    starts = comm.all_gather(start)
+    starts = comm.all_gather(trainer.last + 1)
     if len(set(starts)) > 1:
         raise CheckpointError(
             f"workers would begin at the iterations {starts}: all machines have to see the same "
             f"output folder, '{plan.output_dir}'"
         )
-    trainer.train(start, plan.max_iter)
+    return starts[0]
 
 
 def test(plan: Plan, *, resume: bool = False) -> dict:
@@ -89,8 +96,10 @@ def test(plan: Plan, *, resume: bool = False) -> dict:
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
     options = {"complete": True} | ({"ema": ema} if ema else {})
     checkpointer = make_checkpointer(model, plan.output_dir, plan.test_sets, **options)
-    goes_on = resume and checkpointer.has_checkpoint()
-    rest = checkpointer.load(checkpointer.get_checkpoint_file() if goes_on else plan.weights)
+    if resume and checkpointer.has_checkpoint():
+        rest = checkpointer.resume_or_load("", resume=True)
+    else:
+        rest = checkpointer.load(plan.weights)
     if "ema" in rest:
         logger.info("the checkpoint has averaged weights, too: with EMA they would be evaluated")
     if ema and not ema.updates:
