@@ -173,6 +173,7 @@ def test_a_number_below_one_is_refused(words, capsys):
     assert "is no number from 1 on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_setting_of_a_model_is_measured_beside_its_published_form(compared):
     rows = json.loads((compared / "results.json").read_text())["results"]
     assert [(row["mode"], row["precision"], row["variant"]) for row in rows] == [
@@ -200,6 +201,7 @@ def test_what_the_command_line_lists_is_measured_in_all_combinations(tmp_path, m
     assert len(seen) == 2**5  # modes, and the published form beside each
 
 
+@pytest.mark.slow
 def test_the_stages_of_a_step_add_up_to_it(compared):
     shared = {"backbone", "neck", "encoder", "query_selection", "decoder", "rest"}
     training = {"denoising", "criterion", "backward", "optimizer"}
@@ -225,6 +227,7 @@ def test_an_operator_is_of_the_kind_of_what_it_is_part_of():
     assert benchmark_model.kind_of(alone) == "rest"
 
 
+@pytest.mark.slow
 def test_shares_of_operators_are_all_there_and_add_up(compared):
     rows = json.loads((compared / "results.json").read_text())["results"]
     for row in rows[1::2]:

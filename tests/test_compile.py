@@ -48,7 +48,10 @@ def compiled(function):
     "options",
     [
         {},
-        {"query_selection": modeling.StaticQueries, "look_forward": 1, "final_norm": False},
+        pytest.param(
+            {"query_selection": modeling.StaticQueries, "look_forward": 1, "final_norm": False},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["DINO", "static queries, no final norm"],
 )

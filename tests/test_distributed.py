@@ -512,6 +512,13 @@ def test_shards_of_one_worker_are_a_training(alone, inputs, recwarn):
     assert not [warning for warning in recwarn if "FSDP" in str(warning.message)]
 
 
+def test_buffers_of_the_first_worker_are_its_own(alone):
+    norm = torch.nn.BatchNorm1d(1)
+    norm.running_mean.fill_(3)
+    share_buffers(norm)
+    assert norm.running_mean == 3
+
+
 def test_replicas_take_part_in_adding_up(alone, make_dino, make_batch):
     replica = distribute(make_dino())
     with suspend_sync(replica):

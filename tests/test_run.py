@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyConfig
+from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 
 from dino_d2 import model_zoo
@@ -433,3 +434,17 @@ def test_an_image_that_one_worker_cannot_read_ends_them_all(launcher, shapes, tm
     assert f"{first}' cannot be read" in sentence
     logs = [path.read_text() for path in (tmp_path / "output").glob("log.txt*")]
     assert sentence.removeprefix("train_net.py: ") in "".join(logs)
+
+
+# ---- plans
+
+
+def test_a_lazy_plan_evaluates_with_the_loader_and_the_evaluator_of_its_config(shapes, monkeypatch):
+    name = f"{shapes}/val.json@{shapes}/images"
+    register([name])
+    cfg = model_zoo.get_config("quickstart.py")
+    cfg = LazyConfig.apply_overrides(cfg, [f"dataloader.test.dataset.names=[{name}]"])
+    monkeypatch.setattr("dino_d2.engine.plan.run_evaluator", lambda *parts: parts)
+    model, loader, evaluator = make_plan(cfg).evaluate("a model")
+    assert model == "a model" and len(loader.dataset) == 2
+    assert isinstance(evaluator, COCOEvaluator)
