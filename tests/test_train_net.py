@@ -432,3 +432,56 @@ def test_an_interrupted_training_says_how_it_goes_on(data, monkeypatch, tmp_path
     monkeypatch.setattr(train_net, "main", main)
     options = overrides(".yaml", output=tmp_path)
     assert "--resume" in complaint(monkeypatch, *config(".yaml"), *data, *options)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("place", ["a file", "in a file", "/proc/dino_d2"])
+def test_an_output_folder_that_cannot_be_written_to(style, place, data, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    folder = {"a file": tmp_path / "file", "in a file": tmp_path / "file" / "output"}
+    options = overrides(style, output=folder.get(place, place))
+    message = complaint(monkeypatch, *config(style), *data, *options)
+    assert KEYS[style]["output"] in message and "cannot be written to" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("TEST.PRECISE_BN.ENABLED", "True"),
+        ("TEST.AUG.ENABLED", "True"),
+        ("TEST.EXPECTED_RESULTS", "[['bbox','AP',38.5,0.2]]"),
+    ],
+)
+def test_what_detectron2_has_and_this_has_not_is_refused(option, data, monkeypatch, tmp_path):
+    options = overrides(".yaml", output=tmp_path)
+    message = complaint(monkeypatch, *config(".yaml"), *data, *options, *option)
+    assert f"{option[0]} of Detectron2 is not supported" in message
+
+
+def test_detectron2s_own_scaling_counts_workers(data, tmp_path):
+    """Written for 4 workers with 16 images, run by 1: a quarter of all, four times as long."""
+    options = overrides(".yaml", output=tmp_path, iterations=100)
+    words = [*options, "SOLVER.REFERENCE_WORLD_SIZE", "4", "SOLVER.IMS_PER_BATCH", "16"]
+    cfg = train_net.load_config(parse(*config(".yaml"), *data, *words))
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.REFERENCE_BATCH) == (4, 400, 4)
+    assert solver.BASE_LR == pytest.approx(0.001 / 4)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_the_command_line_says_is_not_scaled(style, data, tmp_path):
+    """The quick start is for 4 images a step; here there are 2."""
+    options = overrides(style, output=tmp_path, iterations=100)
+    cfg = train_net.load_config(parse(*config(style), *data, *options))
+    plan = make_plan(cfg)
+    lr = cfg.SOLVER.BASE_LR if style == ".yaml" else cfg.optimizer.lr
+    assert lr == pytest.approx(0.001 / 2) and plan.max_iter == 100
+    assert plan.checkpoint_period == 2  # of the command line, too
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_batch_that_workers_cannot_share_is_one_sentence(style, data, monkeypatch, tmp_path):
+    options = overrides(style, output=tmp_path)
+    words = [*config(style), *data, "--num-gpus", "3", *options]
+    assert "2 images cannot be divided" in complaint(monkeypatch, *words)
