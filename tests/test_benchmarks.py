@@ -336,6 +336,7 @@ def peak_of_three_arrays():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux")
+@pytest.mark.slow
 def test_peak_memory_is_what_was_there_at_once():
     # in a process of its own, as in the programs: what other tests left behind would count
     assert 60 < benchmarking.in_new_process(peak_of_three_arrays) < 100

@@ -310,6 +310,7 @@ def test_no_loss_waits_for_the_device(waits, make_dino, make_batch, kind, counts
     assert "costs.cpu()" in wait
 
 
+@pytest.mark.slow
 @EVERY
 def test_every_loss_is_one_graph(kind, pairs):
     results = []

@@ -63,6 +63,7 @@ def test_inference_is_one_graph(make_dino, make_inputs, randomise, options):
         torch.testing.assert_close(compiled(detect)(model, features, padding), expected)
 
 
+@pytest.mark.slow
 def test_training_on_denoising_queries_is_one_graph(
     make_dino, make_inputs, make_targets, randomise
 ):

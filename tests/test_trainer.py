@@ -306,19 +306,30 @@ def test_steps_that_are_not_finite_can_be_skipped(make_trainer, make_batch, capl
     assert not same(weights(trainer), before)
 
 
-def test_weights_that_are_broken_are_not_skipped_for_ever(make_trainer, make_batch):
-    good, bad = make_batch(1), make_bad(make_batch(1))
-    trainer = make_trainer(good, *[bad] * MAX_SKIPPED, good, bad, skip_non_finite=True)
+@pytest.fixture
+def make_skipping(make_trainer):
+    def make(*values):
+        """A trainer that skips what is not finite, and a batch for each of the values."""
+        model = OtherModel()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        batches = [[{"value": value}] for value in values]
+        return make_trainer(*batches, model=model, optimizer=optimizer, skip_non_finite=True)
+
+    return make
+
+
+def test_weights_that_are_broken_are_not_skipped_for_ever(make_skipping):
+    good, bad = 1.0, torch.nan
+    trainer = make_skipping(good, *[bad] * MAX_SKIPPED, good, bad)
     run(trainer, 1 + MAX_SKIPPED + 2)  # a good step among them begins the count anew
-    trainer = make_trainer(bad, skip_non_finite=True)
+    trainer = make_skipping(bad)
     with pytest.raises(NonFiniteLoss):
         run(trainer, MAX_SKIPPED + 1)
     assert trainer.iter == MAX_SKIPPED
 
 
-def test_of_steps_that_are_skipped_the_first_are_saved(make_trainer, make_batch, tmp_path):
-    trainer = make_trainer(make_bad(make_batch(1)), make_batch(1), skip_non_finite=True)
-    run(trainer, 2 * MAX_SKIPPED + 4)
+def test_of_steps_that_are_skipped_the_first_are_saved(make_skipping, tmp_path):
+    run(make_skipping(torch.nan, 1.0), 2 * MAX_SKIPPED + 4)
     files = sorted(path.name for path in (tmp_path / "non_finite").iterdir())
     assert files == [f"{2 * i:07d}_worker_0.pth" for i in range(MAX_SKIPPED)]
 
