@@ -124,6 +124,7 @@ def test_it_is_the_definition_forward_and_backward(kernels, kind):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_any_sizes_are_fine(kernels, kind, sizes):
     compare(kernels, make_inputs(kind, **sizes))
 
@@ -233,6 +234,7 @@ def shift_memory(x):
 
 
 @pytest.mark.parametrize("change", [shuffle_memory, shift_memory])
+@pytest.mark.slow
 def test_inputs_may_be_anywhere_in_memory(kernels, change):
     value, _, *others = make_inputs("boxes", batch=2, heads=2, points=1)
     grad, value, *others = (x.to(DEVICE) for x in (torch.randn(2, 3, 16), value, *others))
