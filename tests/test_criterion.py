@@ -2,6 +2,7 @@ from math import log
 
 import pytest
 import torch
+from detectron2.utils import comm
 from fvcore.nn import sigmoid_focal_loss as fvcore_loss
 from torch import distributed, multiprocessing
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
@@ -16,7 +17,7 @@ from dino_d2.modeling import (
     VarifocalLoss,
 )
 from dino_d2.modeling.class_losses import BackgroundLoss
-from dino_d2.modeling.criterion import average_over_workers, comm
+from dino_d2.modeling.criterion import average_over_workers
 from dino_d2.modeling.predecessors import AllProposals, BoxesOnly
 from dino_d2.structures import DetectorOutput, Predictions, Target
 

@@ -1,10 +1,10 @@
 """Set loss: every prediction of every stage is matched to the ground truth, then supervised."""
 
 import torch
-from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou, iou
+from ..distributed import mean_over_workers
 from ..structures import (
     DenoisingBatch,
     DetectorOutput,
@@ -145,7 +145,4 @@ def layer_suffixes(num_layers: int, stage: str = "") -> list[str]:
 
 def average_over_workers(count: Tensor) -> Tensor:
     """Mean of a count over all workers, at least 1."""
-    if comm.get_world_size() > 1:
-        count = count.clone()
-        torch.distributed.all_reduce(count)
-    return (count / comm.get_world_size()).clamp(min=1)
+    return mean_over_workers(count).clamp(min=1)
