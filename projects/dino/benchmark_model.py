@@ -9,7 +9,6 @@ their own: nothing else differs. Both take turns in one run.
 import argparse
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -39,11 +38,11 @@ from benchmarking import (
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.structures import Boxes, Instances
 from omegaconf import DictConfig
+from program import one_sentence
 from torch import nn
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
-from train_net import BAD_INPUT
 
 from dino_d2 import DINO, model_zoo
 from dino_d2.config import read_config
@@ -443,13 +442,10 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     torch.set_num_threads(args.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler calls a lack of GPUs an error
-    try:
+    with one_sentence(parser.prog):
         find_device(args.device)
         args.output.mkdir(parents=True, exist_ok=True)
         build(first_setting(args, DEFAULT_SIZE))
-    except BAD_INPUT as error:
-        text = str(error.args[0] if isinstance(error, KeyError) else error)
-        sys.exit(f"{parser.prog}: {' '.join(map(str.strip, text.splitlines()))}")
     (grow if args.growth else compare)(args)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from detectron2.structures import BoxMode, Instances
 from PIL import Image
+from program import add_model_arguments, make_parser, one_sentence
 from tqdm import tqdm
-from train_net import BAD_INPUT
 
 import dino_d2
 from dino_d2.data import DatasetError, read_image
@@ -99,24 +99,19 @@ def run(predictor: dino_d2.Predictor, paths: list[Path], args: argparse.Namespac
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, help="a file, or a name of the model zoo")
-    parser.add_argument("--weights", default="", help="file or URL; default: the config's")
+    parser = make_parser(__doc__, EPILOG)
+    add_model_arguments(parser)
     parser.add_argument("--input", nargs="+", required=True, help="images, folders, patterns")
     parser.add_argument("--output", type=Path, help="folder for annotated pictures")
     parser.add_argument("--json", type=Path, help="file for the detections")
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="default: 0.5")
     parser.add_argument("--batch-size", type=int, default=1, help="default: 1")
-    parser.add_argument("--device", help="cpu, cuda, mps; default: cuda if there is one")
     parser.add_argument(
         "--dtype",
         default="float32",
         choices=["float32", "bfloat16", "float16"],
         help="of matrix products; bfloat16 is several times faster on hardware that knows it",
     )
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
     return parser
 
 
@@ -127,7 +122,7 @@ def main() -> None:
         parser.error("say where to: --output FOLDER, --json FILE or both")
     if args.batch_size < 1:
         parser.error("--batch-size has to be 1 or more")
-    try:
+    with one_sentence(parser.prog):
         paths = find_images(args.input)
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
@@ -135,9 +130,6 @@ def main() -> None:
             args.json.open("a").close()
         dtype = getattr(torch, args.dtype)
         predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts, dtype)
-    except BAD_INPUT as error:
-        text = str(error.args[0] if isinstance(error, KeyError) else error)
-        sys.exit(f"{parser.prog}: {' '.join(map(str.strip, text.splitlines()))}")
     detections = run(predictor, paths, args)
     if args.json:
         args.json.write_text(json.dumps(detections, indent=1))

@@ -14,11 +14,9 @@ from detectron2.config import CfgNode, LazyConfig
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from program import one_sentence
 from torch.multiprocessing import ProcessExitedException
-from yaml import YAMLError
 
 from dino_d2 import data
 from dino_d2.checkpoint import CheckpointError
@@ -55,13 +53,6 @@ Evaluate a checkpoint, of one's own or a published one; go on with an interrupte
     $ train_net.py --config-file ... --eval-only MODEL.WEIGHTS dino_d2://detrex/dino_R_50_4scale_24ep
     $ train_net.py --config-file ... --resume
 """
-
-# What reading a config raises: Detectron2, yacs, omegaconf and hydra have their own ways.
-BAD_INPUT = (
-    *(ValueError, AssertionError, KeyError, ImportError, OSError, SyntaxError, NameError),
-    NotImplementedError,
-    *(YAMLError, OmegaConfBaseException, OverrideParseException),
-)
 
 # What goes wrong later and needs no traceback.
 SENTENCES = (CheckpointError, DatasetError, NonFiniteLoss)
@@ -243,11 +234,9 @@ def invoke_main() -> None:
         parser.error("--num-gpus is the number of workers, also on CPUs: at least 1")
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines needs --dist-url tcp://HOST:PORT, of the first machine")
-    try:
+    with one_sentence(parser.prog):  # bad input ends here, before there are several processes
         check_gpus(args.num_gpus)
-        load_config(args)  # bad input ends here, before there are several processes
-    except BAD_INPUT as error:
-        sys.exit(f"{parser.prog}: {error.args[0] if isinstance(error, KeyError) else error}")
+        load_config(args)
     try:
         launch(worker, args)
     except ProcessExitedException as error:

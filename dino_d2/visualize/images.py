@@ -1,4 +1,4 @@
-"""Pictures of what the model does."""
+"""Images with boxes drawn into them, and the curves of a training."""
 
 import json
 from collections import defaultdict
