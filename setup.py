@@ -6,6 +6,15 @@ from setuptools.command.build_ext import build_ext
 
 OPS = "dino_d2/ops"
 
+# What only some programs need; they say so when it is missing.
+EXTRAS = {
+    "export": ["onnx", "onnxscript", "onnxruntime"],
+    "slurm": ["submitit"],
+    "timm": ["timm"],
+    "video": ["opencv-python"],
+    "wandb": ["wandb"],
+}
+
 
 class BuildKernels(build_ext):
     """Compiles the CPU kernels if it can; never fails, and leaves a note in their place."""
@@ -44,9 +53,13 @@ setup(
         "scipy",
         "tqdm",
     ],
-    extras_require={
-        "slurm": ["submitit"],
-        "dev": ["pytest", "pytest-cov", "ruff", "submitit"],
+    extras_require=EXTRAS
+    | {
+        # Without windows: the tests run where there is no display.
+        "dev": [
+            *("pytest", "pytest-cov", "ruff", "opencv-python-headless"),
+            *(name for key, names in EXTRAS.items() if key != "video" for name in names),
+        ],
     },
     # configs/ stays at the top, where Detectron2 users look for it, and is installed as
     # dino_d2/configs, where dino_d2.model_zoo finds it.
