@@ -3,11 +3,10 @@
     official     IDEA-Research/DINO
     detrex       IDEA-Research/detrex, projects/dino
     mmdet        open-mmlab/mmdetection 3, configs/dino
-    model_zoo    a detector of Detectron2's model zoo, of which the backbone is taken
-    torchvision  an ImageNet ResNet of torchvision
 
-The first three compute the same function under different names, with some tensors twice or left
-out. Reading files and loading models is the business of `checkpointer.py`.
+They compute the same function under different names, with some tensors twice or left out. Weights
+of a backbone alone are in `backbone_weights.py`; reading files and loading models is the business
+of `checkpointer.py`.
 """
 
 import re
@@ -18,7 +17,8 @@ import torch
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
-State = dict[str, Tensor]
+from .backbone_weights import State, convnext_of_timm, move, rename, resnet_names
+
 ClassNames = Sequence[str | None]
 
 # What the class indices of the published weights stand for: Detectron2's 80 contiguous ones, or
@@ -32,24 +32,8 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be had, cannot be read or does not fit; said in one sentence."""
 
 
-def _resnet(prefix: str) -> str:
-    """torchvision's names, which the official one and mmdetection use."""
-    stages = "".join(
-        f"""
-    backbone.res{i + 1}.#.conv#.norm             {prefix}.layer{i}.#.bn#
-    backbone.res{i + 1}.#.shortcut.norm          {prefix}.layer{i}.#.downsample.1
-    backbone.res{i + 1}.#.shortcut               {prefix}.layer{i}.#.downsample.0
-    backbone.res{i + 1}                          {prefix}.layer{i}"""
-        for i in (1, 2, 3, 4)
-    )
-    return f"""
-    backbone.stem.conv1.norm              {prefix}.bn1
-    backbone.stem.conv1                   {prefix}.conv1{stages}"""
-
-
-# Names: ours, theirs. `#` is a number, the first line whose name a key begins with counts, and
-# what no line knows keeps its name.
-_OFFICIAL = f"""{_resnet("backbone.0.body")}
+# Names: ours, theirs; see `rename`.
+_OFFICIAL = f"""{resnet_names("backbone.0.body")}
     backbone                              backbone.0
     neck.downsamples                      input_proj.extra
     neck.projections                      input_proj
@@ -99,7 +83,7 @@ _DETREX = """
     decoder.box_heads                     transformer.decoder.bbox_embed
     denoising.label_embed                 label_enc
 """
-_MMDET = f"""{_resnet("backbone")}
+_MMDET = f"""{resnet_names("backbone")}
     neck.projections.#.0                  neck.convs.#.conv
     neck.projections.#.1                  neck.convs.#.gn
     neck.downsamples.#.0                  neck.extra_convs.#.conv
@@ -128,7 +112,8 @@ _CLASS_DEPENDENT = re.compile(r"(query_selection|decoder)\.class_heads?\.|denois
 
 
 def detect_format(state: State) -> str | None:
-    """One of the names above, "dino_d2" for our own, None for anything else.
+    """One of the names above or in `backbone_weights.py`, "dino_d2" for our own, None for anything
+    else.
 
     Raises:
         CheckpointError: it is another model of the same families, such as Deformable DETR
@@ -140,6 +125,7 @@ def detect_format(state: State) -> str | None:
         "detrex": ("transformer.level_embeds", "transformer.tgt_embed.weight"),
         "mmdet": ("level_embed", "memory_trans_fc.weight"),
         "torchvision": ("layer1.0.conv1.weight", ""),
+        "convnext": ("downsample_layers.0.0.weight", ""),
     }
     for name, (sign, of_dino) in signs.items():
         if sign in state:
@@ -160,13 +146,13 @@ def from_official(state: State) -> State:
     first = min((_level(key) for key in extra), default=0)
     levels = {f"input_proj.{_level(key)}.": _level(key) - first for key in extra}
     for prefix, level in levels.items():
-        state = _move(state, prefix, f"input_proj.extra.{level}.")
-    return _with_empty_slot(_share_heads(_rename(state, _OFFICIAL)), unused=1)
+        state = move(state, prefix, f"input_proj.extra.{level}.")
+    return _with_empty_slot(_share_heads(rename(state, _OFFICIAL)), unused=1)
 
 
 def from_detrex(state: State) -> State:
     """detrex. Its label embedding has no row for empty slots: one of zeros is added."""
-    state = _rename(_without_aliases(state), _DETREX)
+    state = convnext_of_timm(rename(_without_aliases(state), _DETREX))
     return _with_empty_slot(_share_heads(_with_encoder_heads(state)))
 
 
@@ -178,7 +164,7 @@ def from_mmdet(state: State) -> State:
     """
     if any(key.startswith("backbone.stages.") for key in state):
         raise CheckpointError("mmdetection's Swin transformers cannot be converted; use detrex's")
-    state = _rename(state, _MMDET)
+    state = rename(state, _MMDET)
     biases = {
         key.replace(".weight", ".bias"): x.new_zeros(len(x))
         for key, x in state.items()
@@ -187,21 +173,9 @@ def from_mmdet(state: State) -> State:
     return _with_empty_slot(_share_heads(_with_encoder_heads(biases | state)))
 
 
-def from_model_zoo(state: State) -> State:
-    """The backbone of a detector, without the feature pyramid that it was part of."""
-    prefix = "backbone.bottom_up."
-    return _move({k: x for k, x in state.items() if k.startswith(prefix)}, prefix, "backbone.")
-
-
-def from_torchvision(state: State) -> State:
-    """The ResNet, without its classifier."""
-    backbone = {f"backbone.{k}": x for k, x in state.items() if not k.startswith("fc.")}
-    return _rename(backbone, _resnet("backbone"))
-
-
 def to_official(state: State) -> State:
     """Our state dict as official DINO's, with the heads of all layers and all its aliases."""
-    state = _rename(state, _OFFICIAL, back=True)
+    state = rename(state, _OFFICIAL, back=True)
     levels = {_level(key) for key in state if re.match(r"input_proj\.\d", key)}
     for key in [key for key in state if key.startswith("input_proj.extra.")]:
         _, _, level, rest = key.split(".", 3)
@@ -214,8 +188,8 @@ def to_official(state: State) -> State:
         for layer in sorted(layers):
             own = f"{prefix}{kind}.{layer}."
             given = own if any(k.startswith(own) for k in heads) else f"{prefix}{kind}.0."
-            head = _move({k: x for k, x in heads.items() if k.startswith(given)}, given, own)
-            state |= head | _move(head, prefix, "")
+            head = move({k: x for k, x in heads.items() if k.startswith(given)}, given, own)
+            state |= head | move(head, prefix, "")
     return state
 
 
@@ -281,30 +255,6 @@ def _same_names(source: ClassNames, target: ClassNames) -> dict[int, int]:
     return rows
 
 
-def _rename(state: State, table: str, *, back: bool = False) -> State:
-    """From their names to ours, or `back`."""
-    rules = []
-    for line in table.strip().splitlines():
-        new, old = reversed(line.split()) if back else line.split()
-        pattern = re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"
-        numbers = iter(range(1, 1 + new.count("#")))
-        rules.append((re.compile(pattern), re.sub("#", lambda _, n=numbers: rf"\{next(n)}", new)))
-
-    def name(key: str) -> str:
-        hit = next(((p, new) for p, new in rules if p.match(key)), None)
-        return hit[0].sub(hit[1], key, count=1) if hit else key
-
-    return {name(key): x for key, x in state.items() if not key.endswith(".num_batches_tracked")}
-
-
-def _move(state: State, prefix: str, new: str) -> State:
-    """Another prefix for the keys that have the given one; the others stay as they are."""
-    return {
-        new + key.removeprefix(prefix) if key.startswith(prefix) else key: x
-        for key, x in state.items()
-    }
-
-
 def _without_aliases(state: State) -> State:
     """The files of official DINO and detrex have the heads of the decoder twice."""
     return {key: x for key, x in state.items() if not re.match(r"(class|bbox)_embed\.", key)}
@@ -321,8 +271,8 @@ def _is_downsample(key: str, x: Tensor) -> bool:
 def _with_encoder_heads(state: State) -> State:
     """The head after those of the decoder's layers belongs to the encoder."""
     number = len({key.split(".")[2] for key in state if key.startswith("decoder.layers.")})
-    state = _move(state, f"decoder.class_heads.{number}.", "query_selection.class_head.")
-    return _move(state, f"decoder.box_heads.{number}.", "query_selection.box_head.")
+    state = move(state, f"decoder.class_heads.{number}.", "query_selection.class_head.")
+    return move(state, f"decoder.box_heads.{number}.", "query_selection.box_head.")
 
 
 def _with_empty_slot(state: State, unused: int = 0) -> State:

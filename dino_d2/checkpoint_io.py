@@ -75,14 +75,18 @@ class DamagedCheckpoint(CheckpointError):
 
 
 def read(path: str) -> dict:
-    """The content of a `.pkl` or a PyTorch file: tensors, arrays and plain Python values.
+    """The content of a `.pkl`, `.safetensors` or PyTorch file: tensors, arrays and plain Python
+    values.
 
     Raises:
         DamagedCheckpoint: it is truncated, or no checkpoint
         CheckpointError: it cannot be opened, or holds something else
     """
     try:
-        data = _read_pickle(path) if path.endswith(".pkl") else _read_torch(path)
+        read_as = {".pkl": _read_pickle, ".safetensors": _read_safetensors}
+        data = read_as.get(os.path.splitext(path)[1], _read_torch)(path)
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"'{path}' needs {error.name}: pip install {error.name}") from error
     except MemoryError:  # not the fault of the file
         raise
     except PermissionError as error:
@@ -180,6 +184,12 @@ def _read_torch(path: str) -> Any:
     foreign = get_unsafe_globals_in_checkpoint(path) if is_zipfile(path) else []
     with safe_globals([(_ForeignObject, name) for name in foreign]):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: str) -> State:
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 class _ArrayUnpickler(pickle.Unpickler):

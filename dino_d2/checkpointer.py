@@ -11,10 +11,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 
+from . import backbone_weights as backbones
 from . import checkpoint as formats
 from .checkpoint import CheckpointError, ClassNames, State
 from .checkpoint_io import DamagedCheckpoint, fetch, read, replacing, weights, write
 from .distributed import gather, scatter
+from .modeling.backbones import TimmBackbone
 from .modeling.dino import DINO
 from .releases import RELEASES
 
@@ -26,8 +28,9 @@ CONVERTERS: dict[str, Callable[[State], State]] = {
     "official": formats.from_official,
     "detrex": formats.from_detrex,
     "mmdet": formats.from_mmdet,
-    "model_zoo": formats.from_model_zoo,
-    "torchvision": formats.from_torchvision,
+    "model_zoo": backbones.from_model_zoo,
+    "torchvision": backbones.from_torchvision,
+    "convnext": backbones.from_convnext,
 }
 
 # What weights expect of the model around them, and no shape of a tensor tells.
@@ -188,7 +191,9 @@ class Checkpointer(DetectionCheckpointer):
                 f"'{filename}' does not say with which encoding of pixels it was trained: the "
                 f"model has temperature and offset {encoding}, most of {form} have {usual}"
             )
-        state = self.to_backbone(state) if form is None else to_ours(state, form)
+        # timm's ResNets have torchvision's names, and keep them
+        is_timms = form == "torchvision" and isinstance(self.model.backbone, TimmBackbone)
+        state = self.to_backbone(state) if form is None or is_timms else to_ours(state, form)
         return checkpoint | {"model": state, "source": Source(filename, form, expected)}
 
     def _load_model(self, checkpoint: dict) -> Any:
@@ -201,6 +206,7 @@ class Checkpointer(DetectionCheckpointer):
         if "ema" in self.checkpointables and "ema" in checkpoint:
             average = self.fit_heads(checkpoint["ema"]["weights"], source)
             checkpoint["ema"]["weights"], _ = self.fit_classes(average, source)
+        state = backbones.resize_windows(state, self.model.state_dict())
         shapes = {key: x.shape for key, x in self.model.state_dict().items()}
         loaded = {key for key, x in state.items() if x.shape == shapes.get(key)}
         state = scatter(state, self.model.state_dict())
@@ -217,6 +223,10 @@ class Checkpointer(DetectionCheckpointer):
         """Names that nobody knows are matched with those of the backbone, as Detectron2 does."""
         caffe2 = any(key.endswith("_w") for key in state)
         backbone = {k: x for k, x in self.model.state_dict().items() if k.startswith("backbone.")}
+        if isinstance(self.model.backbone, TimmBackbone):
+            return backbones.from_timm(state, backbone)
+        # before they are matched: what is of another shape is left out
+        state = backbones.resize_windows(state, backbones.move(backbone, "backbone.", ""))
         try:
             return align_and_update_state_dicts(backbone, state, c2_conversion=caffe2)
         except ValueError:  # a name is the end of several: it says nothing

@@ -3,14 +3,13 @@
 LazyConfig users compose the same classes directly, see configs/common/models/dino_R_50.py.
 """
 
-from difflib import get_close_matches
-
 from detectron2.config import CfgNode as CN
 from detectron2.config import LazyConfig, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import Registry
 from omegaconf import DictConfig
+from yaml import YAMLError
 
 from .data import num_classes
 from .modeling import (
@@ -23,6 +22,8 @@ from .modeling import (
     Encoder,
     SetCriterion,
 )
+from .names import nearest
+from .overrides import keys_of, unknown_key
 
 
 def add_dino_config(cfg: CN) -> None:
@@ -66,6 +67,10 @@ def add_dino_config(cfg: CN) -> None:
     c.LOSS.DENOISING_CLASS_LOSS = None
     c.LOSS.DENOISING_CLASS_WEIGHT = None
 
+    # With MODEL.BACKBONE.NAME "TimmBackbone"; its features, MODEL.DINO.IN_FEATURES, are p2 to p5.
+    cfg.MODEL.TIMM = CN({"NAME": "convnext_tiny", "NORM": False})
+    cfg.MODEL.TIMM.OPTIONS = CN({"drop_path_rate": None}, new_allowed=True)  # of create_model
+
     cfg.SOLVER.OPTIMIZER = "ADAMW"  # or "SGD", Detectron2's own, for other meta-architectures
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # learning rate of the backbone, relative to BASE_LR
     cfg.SOLVER.OFFSETS_MULTIPLIER = 1.0  # of sampling offsets; Deformable DETR has 0.1
@@ -78,6 +83,8 @@ def add_dino_config(cfg: CN) -> None:
     # is; see engine/schedule.py.
     cfg.SOLVER.REFERENCE_BATCH = 0
     cfg.SOLVER.EPOCHS = None  # length of the training, of its own data; None: MAX_ITER counts
+    # Of Weights & Biases, where a training is logged as well; "": nowhere. See engine/writers.py.
+    cfg.WANDB = CN({"PROJECT": ""})
     cfg.TEST.BEST_METRIC = "bbox/AP"  # whose best value's checkpoint is kept; "": none is
 
     # Short sides before the crop of DETR's augmentation; see dino_d2/data/augmentation.py.
@@ -89,7 +96,7 @@ def read_config(file: str) -> CN | DictConfig:
     `config.yaml` are LazyConfigs, other YAML files become a CfgNode with the keys of DINO.
 
     Raises:
-        ValueError: a YAML file without keys
+        ValueError: a YAML file that is none, has no keys, or one that is unknown
     """
     if file.endswith(".py"):
         return LazyConfig.load(file)
@@ -101,8 +108,15 @@ def read_config(file: str) -> CN | DictConfig:
     add_dino_config(cfg)
     try:
         cfg.merge_from_file(file)
+    except YAMLError as error:
+        raise ValueError(f"'{file}' is no YAML: {' '.join(str(error).split())}") from error
     except AttributeError as error:  # yacs expects a dict
         raise ValueError(f"'{file}' is no config: it has no keys") from error
+    except KeyError as error:
+        known = list(keys_of(cfg))
+        given = keys_of(CN.load_yaml_with_base(file, allow_unsafe=True))
+        unknown = next(key for key in given if key not in known)
+        raise ValueError(f"'{file}': {unknown_key(unknown, known)}") from error
     return cfg
 
 
@@ -177,6 +191,6 @@ def named(registry: Registry, name: str, key: str) -> type:
     """
     known = dict(registry)
     if name not in known:
-        nearest = ", ".join(get_close_matches(str(name), known) or sorted(known))
-        raise ValueError(f"MODEL.DINO.{key} is {name!r}, which is unknown; the nearest: {nearest}")
+        near = ", ".join(nearest(str(name), known) or sorted(known))
+        raise ValueError(f"MODEL.DINO.{key} is {name!r}, which is unknown; the nearest: {near}")
     return known[name]

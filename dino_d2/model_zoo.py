@@ -1,6 +1,6 @@
 """The configs of this project and the published checkpoints by name, as `detectron2.model_zoo`."""
 
-from difflib import get_close_matches
+import os
 from pathlib import Path
 
 import torch
@@ -8,10 +8,13 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from omegaconf import DictConfig
 
+from .checkpoint import CheckpointError
+from .checkpoint_io import ReleaseHandler, fetch
 from .checkpointer import Checkpointer
 from .config import read_config
 from .modeling.dino import DINO
-from .releases import RELEASES, find
+from .names import check_device, nearest, nearest_path
+from .releases import RELEASES, alternatives, find
 
 # Inside the package where it is installed, beside it in a checkout.
 _PLACES = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
@@ -22,19 +25,23 @@ def get_config_file(name: str) -> str:
     """Path of a config such as "dino_R_50_4scale_12ep.py", or of that of a published checkpoint.
 
     Args:
-        name: relative to `configs/`; without a suffix the YAML twin is meant
+        name: relative to `configs/`; without a suffix the YAML twin is meant, if there is one
 
     Raises:
-        FileNotFoundError: no such config; names the nearest
+        FileNotFoundError: no such config; names the nearest, which may be a file
     """
-    name = RELEASES[name].config if name in RELEASES else name
+    config = RELEASES[name].config if name in RELEASES else name
     root = next(place for place in _PLACES if place.is_dir())
-    path = root / (name if name.endswith((".yaml", ".py")) else f"{name}.yaml")
-    if not path.is_file():
-        names = [str(x.relative_to(root)) for x in root.rglob("*") if x.suffix in (".yaml", ".py")]
-        nearest = ", ".join(get_close_matches(name, [*names, *RELEASES]) or sorted(names))
-        raise FileNotFoundError(f"there is no config {name!r}; the nearest: {nearest}")
-    return str(path)
+    suffixes = [""] if config.endswith((".yaml", ".py")) else [".yaml", ".py"]
+    for path in (root / f"{config}{suffix}" for suffix in suffixes):
+        if path.is_file():
+            return str(path)
+    names = [str(x.relative_to(root)) for x in root.rglob("*") if x.suffix in (".yaml", ".py")]
+    file = nearest_path(name)
+    near = [file] if os.path.isfile(file) else nearest(name, [*names, *RELEASES])
+    raise FileNotFoundError(
+        f"there is no config {name!r}; the nearest: {', '.join(near or sorted(names))}"
+    )
 
 
 def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
@@ -49,8 +56,8 @@ def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
     Raises:
         FileNotFoundError: no such config, or no such published checkpoint
     """
-    weights = f"dino_d2://{find(name).name}" if trained else None
     cfg = read_config(get_config_file(name))
+    weights = f"dino_d2://{find(name).name}" if trained else None
     if trained and isinstance(cfg, CfgNode):
         cfg.MODEL.WEIGHTS, cfg.MODEL.DINO.NUM_CLASSES = weights, NUM_CLASSES
     elif trained:
@@ -62,7 +69,8 @@ def get(name: str, device: str | None = None) -> DINO:
     """A published checkpoint as a model, ready for inference: `model_zoo.get("detrex/dino_...")`.
 
     Args:
-        name: of a published checkpoint, see `RELEASES`; downloaded once, into Detectron2's cache
+        name: of a published checkpoint, see `releases.find`; downloaded once, into Detectron2's
+            cache
         device: by default the GPU if there is one
 
     Raises:
@@ -87,12 +95,7 @@ def build(cfg: CfgNode | DictConfig, num_classes: int, device: str | None = None
         ValueError: there is no such device, or the config is of another model
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"the device is {device!r}, but PyTorch finds no GPU here")
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"the device is {device!r}, which PyTorch does not know") from error
+    check_device(device)
     if isinstance(cfg, CfgNode):
         cfg.MODEL.DINO.NUM_CLASSES, cfg.MODEL.DEVICE = num_classes, device
         model = build_model(cfg)
@@ -107,3 +110,23 @@ def build(cfg: CfgNode | DictConfig, num_classes: int, device: str | None = None
 def weights_of(cfg: CfgNode | DictConfig) -> str:
     """Which weights a config of either style names."""
     return cfg.MODEL.WEIGHTS if isinstance(cfg, CfgNode) else cfg.train.init_checkpoint
+
+
+def fetch_weights(path: str) -> str:
+    """The local path of weights, as `checkpoint_io.fetch` finds it.
+
+    Args:
+        path: file, URL or `dino_d2://NAME` of a published checkpoint
+
+    Raises:
+        CheckpointError: they cannot be had; names what comes nearest and can be
+    """
+    try:
+        return fetch(path)
+    except CheckpointError as error:
+        prefix = ReleaseHandler.PREFIX
+        near = [f"{prefix}{x}" for x in alternatives(path.removeprefix(prefix))]
+        near = near if "://" in path else [nearest_path(path)]
+        if not any(near):
+            raise
+        raise CheckpointError(f"{error}; the nearest that can be had: {', '.join(near)}") from error

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Instances
@@ -13,14 +13,14 @@ from PIL import Image
 
 from . import model_zoo
 from .checkpoint import COCO_80, CheckpointError
-from .checkpoint_io import fetch, read, weights
+from .checkpoint_io import read, weights
 from .checkpointer import Checkpointer, to_ours
 from .config import read_config
 from .data.augmentation import ResizeShortestEdge
 from .data.mapper import check_mode, read_image
 from .modeling.dino import DINO
 from .modeling.inference import fold_norms
-from .releases import RELEASES
+from .overrides import apply_overrides
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 
@@ -106,29 +106,30 @@ def load(
     """A model and its weights.
 
     Args:
-        config: name of a published checkpoint or of a config, see `model_zoo`, or a config file
+        config: name of a published checkpoint, where "dino_R_50_4scale_12ep" is the one of the
+            paper's authors, "detrex/dino_R_50_4scale_12ep" that of detrex; or, with `weights`, of
+            any config, see `model_zoo`; or a config file
         weights: file, URL or `dino_d2://NAME`; by default those of the published checkpoint, or
-            those that the config names
+            those that the config file names
         device: by default the GPU if there is one
-        overrides: of the config, as on the command line of train_net.py
+        overrides: of the config, see `apply_overrides`
         dtype: of matrix products and convolutions, see `Predictor`
 
     Raises:
-        FileNotFoundError: no such config
-        ValueError: no such device, or a config of another model
+        FileNotFoundError: no such config, or without weights no such published checkpoint
+        ValueError: no such device, an override that is not one, or a config of another model
         CheckpointError: the weights cannot be had, or are not all that the model needs
     """
     if os.path.isfile(config):
         cfg = read_config(config)
     else:
-        cfg = model_zoo.get_config(config, trained=config in RELEASES)
+        cfg = model_zoo.get_config(config, trained=not weights)
+    apply_overrides(cfg, overrides)
     if isinstance(cfg, CfgNode):
-        cfg.merge_from_list(list(overrides))
         image_format = cfg.INPUT.FORMAT
         resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         augmentations = [resize]
     else:
-        cfg = LazyConfig.apply_overrides(cfg, list(overrides))
         mapper = cfg.dataloader.test.mapper
         augmentations, image_format = instantiate(mapper.augmentations), mapper.image_format
     path = weights or model_zoo.weights_of(cfg)
@@ -152,7 +153,7 @@ def classes_of(path: str) -> list[str]:
     """
     if not path:
         raise CheckpointError("there are no weights: name a file, a URL or dino_d2://NAME")
-    file = fetch(path)
+    file = model_zoo.fetch_weights(path)
     checkpoint = read(file)
     named = checkpoint.get("dino_d2", {}).get("classes")
     if named:

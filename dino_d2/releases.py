@@ -1,11 +1,12 @@
-"""The published checkpoints of DINO: what the model zoo offers, and README's table of it.
+"""The published checkpoints of DINO: what the model zoo offers, and MODEL_ZOO.md's table of it.
 
 AP is that of COCO val2017 as their authors state it. Links and figures are those of the READMEs of
 IDEA-Research/DINO, IDEA-Research/detrex and open-mmlab/mmdetection.
 """
 
-from difflib import get_close_matches
 from typing import NamedTuple
+
+from .names import nearest
 
 # Name, config (relative to configs/), epochs, AP, encoding of pixels, file. No file says which
 # encoding it needs: "dino" is a temperature of 20 and no offset, "detr" 10000 and -0.5.
@@ -37,6 +38,10 @@ dino_Swin_L_384_4scale_12ep  detrex/dino_Swin_L_384_4scale_12ep.py  12 56.9 detr
 dino_Swin_L_384_4scale_36ep  detrex/dino_Swin_L_384_4scale_36ep.py  36 58.1 detr v0.2.0/dino_swin_large_384_4scale_36ep.pth
 dino_Swin_L_384_5scale_12ep  detrex/dino_Swin_L_384_5scale_12ep.py  12 57.5 detr v0.2.1/dino_swin_large_384_5scale_12ep.pth
 dino_Swin_L_384_5scale_36ep  detrex/dino_Swin_L_384_5scale_36ep.py  36 58.5 detr v0.2.1/dino_swin_large_384_5scale_36ep.pth
+dino_ConvNeXt_T_384_4scale_12ep detrex/dino_ConvNeXt_T_384_4scale_12ep.py 12 52.4 detr v0.4.0/dino_convnext_tiny_384_4scale_12ep.pth
+dino_ConvNeXt_S_384_4scale_12ep detrex/dino_ConvNeXt_S_384_4scale_12ep.py 12 54.2 detr v0.4.0/dino_convnext_small_384_4scale_12ep.pth
+dino_ConvNeXt_B_384_4scale_12ep detrex/dino_ConvNeXt_B_384_4scale_12ep.py 12 55.1 detr v0.4.0/dino_convnext_base_384_4scale_12ep.pth
+dino_ConvNeXt_L_384_4scale_12ep detrex/dino_ConvNeXt_L_384_4scale_12ep.py 12 55.5 detr v0.4.0/dino_convnext_large_384_4scale_12ep.pth
 """
 _MMDET = """
 dino_R_50_4scale_12ep          detrex/dino_R_50_4scale_24ep 12 49.0 dino dino-4scale_r50_8xb2-12e_coco/dino-4scale_r50_8xb2-12e_coco_20221202_182705-55b2bba2.pth
@@ -93,24 +98,41 @@ RELEASES = {
 
 def find(name: str) -> Release:
     """
+    Args:
+        name: of a published checkpoint; without a prefix, it is that of the paper's authors
+
     Raises:
         FileNotFoundError: no such name; names the nearest
     """
-    if name not in RELEASES:
-        nearest = ", ".join(get_close_matches(name, RELEASES) or RELEASES)
-        raise FileNotFoundError(
-            f"there is no published checkpoint '{name}'; the nearest: {nearest}"
-        )
-    return RELEASES[name]
+    release = _lookup(name)
+    if release is None:
+        near = ", ".join(nearest(name, RELEASES) or RELEASES)
+        raise FileNotFoundError(f"there is no published checkpoint '{name}'; the nearest: {near}")
+    return release
+
+
+def alternatives(name: str) -> list[str]:
+    """What programs can download in place of a checkpoint that they cannot: names of others of the
+    same backbone and levels, the most similar first, at most three; none in place of another."""
+    release = _lookup(name)
+    if release is None or not release.by_hand:
+        return []
+    family = release.name.split("/")[1].partition("scale")[0]
+    downloads = [x.name for x in RELEASES.values() if not x.by_hand]
+    return nearest(release.name, [x for x in downloads if x.split("/")[1].startswith(family)])
+
+
+def _lookup(name: str) -> Release | None:
+    return RELEASES.get(name) or RELEASES.get(f"official/{name}")
 
 
 def table() -> str:
-    """All of them as a table in Markdown, for the README."""
+    """All of them as a table in Markdown, for projects/dino/MODEL_ZOO.md."""
     rows = ["| name | config | epochs | AP | file |", "|---|---|---|---|---|"]
     for x in RELEASES.values():
         config = x.config if x.config.endswith(".py") else f"{x.config}.yaml"
         rows.append(
-            f"| `{x.name}` | [{config}](configs/{config}) | {x.epochs} | {x.ap} "
+            f"| `{x.name}` | [{config}](../../configs/{config}) | {x.epochs} | {x.ap} "
             f"| [{x.file}]({x.url}) |"
         )
     return "\n".join(rows)

@@ -7,10 +7,10 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
-import torchvision
 from detectron2.config import LazyConfig, instantiate
 
 from dino_d2 import model_zoo
+from dino_d2.backbone_weights import from_torchvision
 from dino_d2.checkpoint import (
     COCO_80,
     COCO_91,
@@ -19,9 +19,7 @@ from dino_d2.checkpoint import (
     detect_format,
     from_detrex,
     from_mmdet,
-    from_model_zoo,
     from_official,
-    from_torchvision,
     repeat_heads,
     select_classes,
     to_official,
@@ -136,19 +134,6 @@ def test_the_names_of_a_resnet(convert, prefix):
     assert_same(convert(given), expected)
 
 
-def test_a_resnet_of_torchvision_fills_the_backbone():
-    given = torchvision.models.resnet18().state_dict()
-    backbone = from_torchvision(given)
-    # 20 convolutions with weight, bias, mean and variance of their norms; fc and counters are not
-    assert detect_format(given) == "torchvision" and len(backbone) == 20 * 5
-    cfg = model_zoo.get_config("quickstart.py")
-    cfg.model.backbone.out_features = ["res5"]
-    ours = instantiate(cfg.model.backbone).state_dict()
-    assert {key: x.shape for key, x in backbone.items()} == {
-        f"backbone.{key}": x.shape for key, x in ours.items() if "num_batches" not in key
-    }
-
-
 def test_a_swin_transformer_keeps_its_names():
     key = "layers.0.blocks.1.attn.relative_position_index"
     for convert, prefix in ((from_official, "backbone.0."), (from_detrex, "backbone.")):
@@ -158,17 +143,6 @@ def test_a_swin_transformer_keeps_its_names():
 def test_a_swin_transformer_of_mmdetection_is_refused():
     with pytest.raises(CheckpointError, match="Swin"):
         from_mmdet({"backbone.stages.0.blocks.0.norm1.weight": torch.ones(1)})
-
-
-def test_a_detector_of_the_model_zoo_gives_its_backbone_alone():
-    given = {
-        "backbone.bottom_up.res2.0.conv1.weight": torch.rand(1),
-        "backbone.fpn_lateral3.weight": torch.rand(1),
-        "roi_heads.box_head.fc1.weight": torch.rand(1),
-    }
-    assert detect_format(given) == "model_zoo"
-    expected = {"backbone.res2.0.conv1.weight": given["backbone.bottom_up.res2.0.conv1.weight"]}
-    assert_same(from_model_zoo(given), expected)
 
 
 def test_the_official_decoder_does_not_count_its_norms_in_their_order():

@@ -3,6 +3,7 @@ from math import log
 import pytest
 import torch
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from fvcore.nn import sigmoid_focal_loss as fvcore_loss
 from torch import distributed, multiprocessing
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
@@ -381,3 +382,64 @@ def test_workers_talk_once_per_step(make_targets, make_output, monkeypatch, kind
     monkeypatch.setattr(distributed, "all_reduce", lambda count: counts.append(count.item()))
     kind(matcher=HungarianMatcher())(output, targets)
     assert counts == [3]
+
+
+# ---- instability of the matching
+
+
+def logged(criterion, output, targets):
+    with EventStorage() as storage:
+        criterion(output, targets)
+    return {name: value for name, (value, _) in storage.latest().items()}
+
+
+def slow_instability(before, after, targets):
+    """Share of the boxes that have another query, matched stage by stage and image by image."""
+    first, second = (set(matched_pairs(stage, targets)) for stage in (before, after))
+    return len(first - second) / len(first)
+
+
+@pytest.mark.parametrize("proposals", [True, False])
+def test_instability_is_logged_from_stage_to_stage(make_targets, make_output, proposals):
+    targets = make_targets(4, 0, 3)
+    output = make_output(targets, proposals=proposals)
+    expected = {
+        f"matching/instability_{i}": slow_instability(*output.layers[i - 1 : i + 1], targets)
+        for i in (1, 2)
+    }
+    if proposals:
+        pair = output.proposals, output.layers[0]
+        expected["matching/instability_0"] = slow_instability(*pair, targets)
+    assert len(set(expected.values())) > 1
+    assert logged(make_criterion(), output, targets) == pytest.approx(expected)
+
+
+def test_layers_that_agree_are_stable(make_targets, make_output):
+    targets = make_targets(3)
+    output = make_output(targets)
+    same = output._replace(layers=[output.layers[0]] * 3, proposals=output.layers[0])
+    assert set(logged(make_criterion(), same, targets).values()) == {0.0}
+
+
+def test_without_boxes_nothing_is_logged(make_targets, make_output):
+    targets = make_targets(0, 0)
+    assert logged(make_criterion(), make_output(targets), targets) == {}
+
+
+def test_proposals_of_objects_of_any_class_are_not_compared_with_the_layers(
+    make_targets, make_output
+):
+    targets = make_targets(3)
+    names = logged(AllProposals(matcher=HungarianMatcher()), make_output(targets), targets)
+    assert set(names) == {"matching/instability_1", "matching/instability_2"}
+
+
+def test_batches_of_a_step_are_logged_one_by_one(make_targets, make_output):
+    targets = make_targets(3)
+    output = make_output(targets)
+    same = output._replace(layers=[output.layers[0]] * 3)
+    with EventStorage() as storage:
+        for x in (same, output):
+            make_criterion()(x, targets)
+        values = [value for value, _ in storage.history("matching/instability_1").values()]
+    assert values == [0.0, pytest.approx(slow_instability(*output.layers[:2], targets))]

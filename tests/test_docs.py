@@ -13,6 +13,11 @@ from dino_d2.structures import DetectorOutput, Predictions
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "dino_d2" / "README.md").read_text()
+PAGES = [ROOT / "README.md"] + [
+    page
+    for folder in ("configs", "dino_d2", "projects", "tests")
+    for page in (ROOT / folder).rglob("*.md")
+]
 
 
 def names_in(path):
@@ -39,7 +44,7 @@ def test_the_code_that_the_page_names_exists():
 
 
 def test_the_table_of_published_checkpoints_is_that_of_the_model_zoo():
-    assert table() in (ROOT / "README.md").read_text()
+    assert table() in (ROOT / "projects" / "dino" / "MODEL_ZOO.md").read_text()
 
 
 def test_negatives_are_taught_that_they_are_nothing(make_targets):
@@ -58,3 +63,11 @@ def test_negatives_are_taught_that_they_are_nothing(make_targets):
     label = targets[0].labels[0]
     assert logits[0, label] < 0 and (logits[1] > 0).all()  # descending: up, and all down
     assert boxes[0].any() and not boxes[1].any()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_the_pages_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    files = [link.partition("#")[0] for link in links if link[0] != "#"]
+    assert [file for file in files if not (page.parent / file).exists()] == []

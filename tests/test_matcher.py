@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dino_d2.modeling import HungarianMatcher, PositionModulatedMatcher, matcher
+from dino_d2.modeling.matcher import instability, queries_of_boxes
 from dino_d2.structures import Match, Predictions, Target
 
 NUM_QUERIES = 4
@@ -272,8 +273,32 @@ def test_costs_of_extreme_predictions_are_finite(make_predictions, make_targets,
     assert costs.isfinite().all() and costs.abs().max() < matcher.NOT_FINITE
 
 
-def test_matches_are_on_the_device_of_the_predictions(make_predictions, make_targets, device):
+def test_matches_are_on_the_cpu_where_they_are_found(make_predictions, make_targets, device):
     predictions = Predictions(*(x.to(device) for x in make_predictions(1, 1)))
     targets = [type(t)(*(x.to(device) for x in t)) for t in make_targets(2)]
     match = HungarianMatcher()(predictions, targets)
-    assert isinstance(match, Match) and all(x.device.type == device.type for x in match)
+    assert isinstance(match, Match) and all(x.device.type == "cpu" for x in match)
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (0, 4), (6, 1), (0, 0)], ids=str)
+def test_every_box_finds_its_query(make_predictions, make_targets, counts):
+    predictions = make_predictions(2, len(counts), num_queries=NUM_QUERIES)
+    match = HungarianMatcher()(predictions, make_targets(*counts))
+    table = queries_of_boxes(match, sum(counts))
+    assert table.shape == (2, sum(counts))
+    for stage in range(2):
+        pairs = dict(zip(match.targets[stage].tolist(), match.queries[stage].tolist(), strict=True))
+        assert table[stage].tolist() == [pairs.get(box, -1) for box in range(sum(counts))]
+
+
+def test_instability_is_the_share_of_boxes_with_another_query_than_before():
+    queries = torch.tensor(
+        [
+            [0, 1, 2, -1],
+            [0, 2, 1, -1],  # two have exchanged theirs
+            [0, 2, 1, 3],  # one has got a query
+            [0, 2, 1, 3],
+        ]
+    )
+    assert instability(queries).tolist() == [0.5, 0.25, 0]
+    assert instability(queries[:1]).tolist() == []

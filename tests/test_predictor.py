@@ -1,7 +1,6 @@
-"""Images in, detections out: `dino_d2.load` and the program `demo.py`."""
+"""Images in, detections out: `dino_d2.load`; and that no entrance runs code of a file."""
 
 import builtins
-import json
 import pickle
 import sys
 from functools import partial
@@ -203,7 +202,30 @@ def test_a_backbone_detects_nothing(tmp_path):
 
 def test_without_weights_there_is_nothing_to_load():
     with pytest.raises(CheckpointError, match="there are no weights"):
+        dino_d2.load(get_config_file("quickstart"))
+    with pytest.raises(FileNotFoundError, match="no published checkpoint 'quickstart'"):
         dino_d2.load("quickstart")
+
+
+def test_the_name_of_a_config_brings_the_weights_of_its_authors(monkeypatch, tmp_path):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError) as caught:
+        dino_d2.load("dino_R_50_4scale_36ep", device="cpu")
+    message = str(caught.value)
+    assert f"download it to {tmp_path}/dino_d2/checkpoint0033_4scale.pth" in message
+    assert "dino_d2://detrex/dino_R_50_4scale_24ep" in message and "\n" not in message
+    assert "5scale" not in message and "official/" not in message
+
+
+def test_a_name_without_weights_of_its_authors_names_those_that_others_have():
+    with pytest.raises(FileNotFoundError, match="detrex/dino_R_101_4scale_12ep"):
+        dino_d2.load("dino_R_101_4scale_12ep", device="cpu")
+
+
+def test_a_misspelt_file_of_weights_is_answered_with_the_nearest(trained):
+    wrong = trained.parent / "modl.pth"
+    with pytest.raises(CheckpointError, match=f"'{wrong}' is no file; .*: {trained}$"):
+        dino_d2.load("quickstart", str(wrong), device="cpu")
 
 
 # ---- the config of a training
@@ -296,219 +318,6 @@ def test_an_array_that_is_no_image_is_one_sentence(make_predictor, shape, kind):
     assert message.endswith(f"{shape} of {np.dtype(kind)}") and "\n" not in message
 
 
-# ---- the program
-
-
-def run_demo(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, words)])
-    demo.main()
-
-
-@pytest.fixture
-def folder(image, tmp_path):
-    """Two images, one of them once more in a folder inside, and something else."""
-    (tmp_path / "images" / "more").mkdir(parents=True)
-    for name in ("a.png", "b.jpg", "more/a.png"):
-        Image.fromarray(image).save(tmp_path / "images" / name)
-    (tmp_path / "images" / "notes.txt").touch()
-    return tmp_path / "images"
-
-
-def test_folders_patterns_and_files_are_found(folder):
-    found = demo.find_images([f"{folder}", f"{folder}/more/*", f"{folder}/a.png"])
-    assert found == [folder / "a.png", folder / "b.jpg", folder / "more/a.png"]  # each once
-
-
-def test_the_demo_draws_and_writes_what_it_detects(folder, trained, tmp_path, monkeypatch, capsys):
-    output, file = tmp_path / "pictures", tmp_path / "detections.json"
-    run_demo(
-        monkeypatch,
-        *("--config-file", "quickstart", "--weights", trained, "--device", "cpu"),
-        *("--input", folder, folder / "more", "--output", output, "--json", file),
-        *("--confidence-threshold", "0.001", "--batch-size", "2"),
-    )
-    assert {x.name for x in output.iterdir()} == {"a.png", "b.png", "a_1.png"}
-    assert Image.open(output / "b.png").size == (90, 60)
-    detections = json.loads(file.read_text())
-    assert {x["image"] for x in detections} == {str(x) for x in folder.rglob("*.[jp][pn]g")}
-    assert all(x["category"] in CLASSES and x["score"] >= 0.001 for x in detections)
-    # x, y, width and height
-    assert all(x["bbox"][0] + x["bbox"][2] <= 90.01 for x in detections)
-    assert f"{len(detections)} detections in 3 images" in capsys.readouterr().out
-
-
-def test_the_threshold_of_the_demo_is_kept(folder, trained, tmp_path, monkeypatch):
-    file = tmp_path / "detections.json"
-    options = (
-        "--config-file",
-        "quickstart",
-        "--weights",
-        trained,
-        "--device",
-        "cpu",
-        "--json",
-        file,
-    )
-    run_demo(monkeypatch, *options, "--input", folder, "--confidence-threshold", "1.1")
-    assert json.loads(file.read_text()) == []
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--config-file", "quickstart", "--input", "nowhere/*.jpg"], "nowhere"),
-        (["--config-file", "quickstrt", "--input", "{folder}"], "quickstart"),
-        (
-            ["--config-file", "quickstart", "--weights", "nowhere.pth", "--input", "{folder}"],
-            "nowhere",
-        ),
-        (["--config-file", "quickstart", "--weights", "{bad}", "--input", "{folder}"], "notes.txt"),
-    ],
-)
-def test_bad_input_of_the_demo_is_one_sentence(words, message, folder, tmp_path, monkeypatch):
-    words = [word.format(folder=folder, bad=folder / "notes.txt") for word in words]
-    with pytest.raises(SystemExit) as end:
-        run_demo(monkeypatch, *words, "--json", tmp_path / "out.json", "--device", "cpu")
-    assert message in str(end.value) and "\n" not in str(end.value)
-
-
-def options(trained, *more):
-    return ("--config-file", "quickstart", "--weights", trained, "--device", "cpu", *more)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_done(
-    folder, trained, tmp_path, monkeypatch, capsys, batch_size
-):
-    (folder / "a2.png").write_text("no image")
-    picture = (folder / "b.jpg").read_bytes()
-    (folder / "c.jpg").write_bytes(picture[: len(picture) // 2])  # begins as one
-    (folder / "d.png").touch()
-    output, file = tmp_path / "pictures", tmp_path / "detections.json"
-    words = ("--input", folder, "--output", output, "--json", file, "--batch-size", batch_size)
-    run_demo(monkeypatch, *options(trained, *words, "--confidence-threshold", "0.001"))
-    assert {x.name for x in output.iterdir()} == {"a.png", "b.png"}
-    found = {x["image"] for x in json.loads(file.read_text())}
-    assert found == {str(folder / "a.png"), str(folder / "b.jpg")}
-    lines = [x for x in capsys.readouterr().err.splitlines() if "left out" in x]
-    assert len(lines) == 3
-    for line, name in zip(lines, ("a2.png", "c.jpg", "d.png"), strict=True):
-        assert line.startswith(f"image '{folder / name}' cannot be read (")
-
-
-def test_an_image_of_a_size_that_cannot_be_is_left_out(folder, monkeypatch, capsys):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert demo.read([folder / "a.png"]) == {}
-    assert "a.png' cannot be read (" in capsys.readouterr().err
-
-
-def test_a_run_without_a_readable_image_detects_nothing(folder, trained, tmp_path, monkeypatch):
-    (folder / "a2.png").write_text("no image")
-    file = tmp_path / "detections.json"
-    run_demo(monkeypatch, *options(trained, "--input", folder / "a2.png", "--json", file))
-    assert json.loads(file.read_text()) == []
-
-
-def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(folder):
-    name = folder / "a[1].png"
-    (folder / "a.png").rename(name)
-    (folder / "a1.png").touch()
-    assert demo.find_images([str(name)]) == [name]
-    name.unlink()
-    assert demo.find_images([str(name)]) == [folder / "a1.png"]
-
-
-@pytest.mark.parametrize(
-    ("stems", "names"),
-    [
-        (["a", "b", "a", "a"], ["a", "b", "a_1", "a_2"]),
-        (["a", "a_1", "a"], ["a", "a_1", "a_2"]),
-        (["a", "a", "a_1"], ["a", "a_1", "a_1_1"]),
-    ],
-)
-def test_no_picture_of_a_run_replaces_another(stems, names, tmp_path):
-    taken = set()
-    found = [demo.free_name(tmp_path, stem, taken) for stem in stems]
-    assert found == [tmp_path / f"{name}.png" for name in names]
-    assert taken == set(found)
-
-
-def test_overrides_of_the_demo_reach_the_config(folder, trained, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(demo, "run", lambda predictor, *_: seen.append(predictor) or [])
-    words = options(trained, "--input", folder, "--json", tmp_path / "out.json")
-    run_demo(monkeypatch, *words, "--opts", "TEST.DETECTIONS_PER_IMAGE", "7")
-    assert seen[0].model.max_detections == 7
-
-
-NO_CONFIGS = {
-    "text.yaml": b"hello",
-    "list.yaml": b"- 1\n- 2\n",
-    "other.yaml": b"FOO: 1",
-    "broken.yaml": b"MODEL: [",
-    "target.yaml": b"a: {_target_: builtins.dict}",
-    "bytes.yaml": b"\xff\xfe\x00\x01",
-    "empty.py": b"",
-    "broken.py": b"model = (",
-    "name.py": b"model = nowhere",
-    "import.py": b"import nowhere_at_all",
-    "detector.yaml": b"MODEL: {META_ARCHITECTURE: ProposalNetwork, WEIGHTS: a.pth}",
-}
-
-
-@pytest.fixture
-def no_work(monkeypatch):
-    def fail(*_):
-        raise AssertionError("an image was looked at")
-
-    monkeypatch.setattr(demo, "run", fail)
-
-
-@pytest.mark.parametrize("name", NO_CONFIGS)
-def test_a_config_that_is_none_is_one_sentence(
-    name, folder, trained, tmp_path, monkeypatch, no_work
-):
-    (tmp_path / name).write_bytes(NO_CONFIGS[name])
-    words = ("--weights", trained, "--device", "cpu", "--input", folder)
-    with pytest.raises(SystemExit) as end:
-        run_demo(monkeypatch, "--config-file", tmp_path / name, *words, "--json", tmp_path / "out")
-    message = str(end.value)
-    assert message.startswith("demo.py: ") and "\n" not in message and len(message) > 20
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--output", "{tmp}/file"], "file"),
-        (["--output", "{tmp}/file/more"], "file"),
-        (["--json", "{tmp}/nowhere/out.json"], "nowhere"),
-        (["--json", "{tmp}/folder"], "folder"),
-        (["--json", "{tmp}/out.json", "--device", "foo"], "foo"),
-        (["--json", "{tmp}/out.json", "--device", "cuda"], "no GPU"),
-        (["--json", "{tmp}/out.json", "--opts", "FOO.BAR", "1"], "FOO"),
-        (["--json", "{tmp}/out.json", "--opts", "TEST.DETECTIONS_PER_IMAGE"], "odd length"),
-    ],
-)
-def test_what_the_demo_cannot_do_is_one_sentence_before_it_begins(
-    words, message, folder, trained, tmp_path, monkeypatch, no_work
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    words = [word.format(tmp=tmp_path) for word in words]
-    with pytest.raises(SystemExit) as end:
-        run_demo(monkeypatch, *options(trained, "--input", folder, *words))
-    text = str(end.value)
-    assert text.startswith("demo.py: ") and message in text and "\n" not in text
-
-
-@pytest.mark.parametrize("words", [[], ["--json", "out.json", "--batch-size", "0"]])
-def test_the_demo_refuses_options_that_say_nothing(words, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        run_demo(monkeypatch, "--config-file", "quickstart", "--input", "x.png", *words)
-    assert "--output" in capsys.readouterr().err
-
-
 # ---- files of weights that bring code along
 
 
@@ -548,7 +357,8 @@ def load_them(weights, folder, run):
 
 def demonstrate(weights, folder, run):
     Image.new("RGB", (60, 90)).save(folder / "a.png")
-    words = options(weights, "--input", folder / "a.png", "--json", folder / "out.json")
+    words = ("--config-file", "quickstart", "--weights", weights, "--device", "cpu")
+    words = (*words, "--input", folder / "a.png", "--json", folder / "out.json")
     run(demo.main, *words)
 
 

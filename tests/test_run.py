@@ -283,6 +283,33 @@ def test_a_training_that_is_over_leaves_memory(plan, monkeypatch):
         gc.enable()
 
 
+def test_a_frozen_backbone_stays_as_it_was_and_the_rest_learns(plan, tmp_path):
+    """Statistics of its batch norms, too; with a learning rate of 0 they would go on."""
+    frozen = ("MODEL.BACKBONE.FREEZE_AT", 5)
+    told = plan(*frozen, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0, "SOLVER.WARMUP_ITERS", 0)
+    run.make_checkpointer(told.build_model(), str(tmp_path), told.train_sets).save("start")
+    told = told._replace(
+        weights=str(tmp_path / "start.pth"), evaluate=lambda model: {}, test_sets=(), ema_decay=None
+    )
+    run.train(told)
+    before, after = (weights(tmp_path / f"{x}.pth")["model"] for x in ("start", "model_final"))
+    kept = {key for key, x in before.items() if torch.equal(x, after[key])}
+    assert {key for key in before if key.startswith("backbone.")} <= kept
+    assert "encoder.layers.0.ffn.layers.0.weight" not in kept
+
+
+@pytest.mark.parametrize("style", ["yaml", "py"])
+def test_one_key_freezes_the_whole_backbone(style):
+    cfg = model_zoo.get_config(f"quickstart.{style}")
+    if style == "yaml":
+        cfg.MODEL.BACKBONE.FREEZE_AT = 5
+    else:
+        cfg = LazyConfig.apply_overrides(cfg, ["model.backbone.freeze_at=5"])
+    model = model_zoo.build(cfg, 3, "cpu")
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert all(p.requires_grad for p in model.neck.parameters())
+
+
 def test_a_disk_without_room_ends_before_training(plan, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 10_000))
     with pytest.raises(CheckpointError, match=r"about \d+ MB, but the disk of .* has 0 MB"):

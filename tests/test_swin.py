@@ -1,17 +1,21 @@
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from torch import nn
 
 from dino_d2 import model_zoo
 from dino_d2.modeling.swin import SwinTransformer
 
+SMALL_DETECTOR = [
+    *("model.encoder.embed_dim=64", "model.encoder.num_heads=2", "model.encoder.ffn_dim=32"),
+    *("model.encoder.num_layers=1", "model.decoder.num_layers=1"),
+    *("model.query_selection.num_queries=10", "model.num_classes=3"),
+]
 SMALL = [
     *("model.backbone.embed_dim=24", "model.backbone.depths=[1,1,1,1]"),
     *("model.backbone.num_heads=[1,2,3,6]", "model.backbone.window_size=4"),
     *(f"model.neck.input_shape.p{i}.channels={24 * 2**i}" for i in range(4)),
-    *("model.encoder.embed_dim=32", "model.encoder.num_heads=2", "model.encoder.ffn_dim=32"),
-    *("model.encoder.num_layers=1", "model.decoder.num_layers=1"),
-    *("model.query_selection.num_queries=10", "model.num_classes=3"),
+    *SMALL_DETECTOR,
 ]
 
 
@@ -28,6 +32,27 @@ def test_dino_learns_with_a_swin_transformer(levels, make_batch):
     with torch.no_grad():
         found = model.neck(model.backbone(torch.zeros(1, 3, 70, 90)))
     assert [tuple(x.shape[-2:]) for x in found][levels - 4 :] == shapes
+
+
+# Parameters of the paper's classifiers in millions, and the channels of their last stage.
+SIZES = {"T_224": (29, 768), "S_224": (50, 768), "B_384": (88, 1024), "L_384": (197, 1536)}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+@pytest.mark.parametrize("size", SIZES)
+def test_dino_learns_with_each_size_of_the_paper(size, make_batch, monkeypatch):
+    monkeypatch.setattr(nn.init, "trunc_normal_", nn.init.normal_)  # much faster
+    cfg = model_zoo.get_config(f"dino_Swin_{size}_4scale_12ep.py")
+    model = instantiate(LazyConfig.apply_overrides(cfg, SMALL_DETECTOR).model)
+    sum(model(make_batch(1, sizes=[(65, 67)])).values()).backward()
+    assert [name for name, x in model.named_parameters() if x.grad is None] == []
+    first = model.backbone.patch_embed.proj.weight
+    assert first.grad.isfinite().all() and first.grad.any()
+    millions, channels = SIZES[size]
+    classifier = 1000 * (channels + 1)
+    total = sum(x.numel() for x in model.backbone.parameters()) + classifier
+    assert total / 1e6 == pytest.approx(millions, abs=1)
 
 
 def test_images_are_not_padded_for_it():

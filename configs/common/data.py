@@ -4,10 +4,10 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.evaluation import COCOEvaluator
 from omegaconf import OmegaConf
 
 from dino_d2.data import Mapper, ResizeShortestEdge, detr_augmentation
+from dino_d2.evaluator import ErrorAnalysisEvaluator
 
 dataloader = OmegaConf.create()
 
@@ -39,7 +39,7 @@ dataloader.test = L(build_detection_test_loader)(
     num_workers=4,
 )
 
-dataloader.evaluator = L(COCOEvaluator)(
+dataloader.evaluator = L(ErrorAnalysisEvaluator)(
     dataset_name="${..test.dataset.names[0]}",
     output_dir="${train.output_dir}/inference",
 )

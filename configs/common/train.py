@@ -16,6 +16,7 @@ train = dict(
     eval_period=7393,
     best_metric="bbox/AP",
     log_period=20,
+    wandb_project="",
     device="cuda",
     seed=-1,
 )

@@ -6,7 +6,6 @@ and the name works wherever Detectron2 takes one. A file is validated when it is
 that what is wrong with it is said before training, in one sentence, not after the first epoch.
 """
 
-import difflib
 import functools
 import logging
 import os
@@ -20,6 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from ..names import nearest, nearest_path
 from .coco_faults import DatasetError, clip, evaluation_faults, faults, read
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def _require_known(name: str) -> None:
     register([name])
     if name in DatasetCatalog:
         return
-    near = ", ".join(difflib.get_close_matches(name, DatasetCatalog.list())) or "none"
+    near = ", ".join(nearest(name, DatasetCatalog.list())) or "none"
     raise DatasetError(
         f"dataset '{name}' is not registered: use a registered name (similar ones: {near}), "
         "or name files as 'ANNOTATIONS.json@IMAGE_FOLDER'"
@@ -150,7 +150,9 @@ def _classes(name: str) -> list[str]:
 
 
 def _register(name: str, json_file: str, image_root: str) -> None:
+    _suggest("annotation file", json_file)
     dataset = read(json_file)
+    _suggest(f"'{json_file}': its image folder", image_root)
     if fault := next(faults(dataset, image_root), None):
         raise DatasetError(f"'{json_file}': {fault}")
     categories = sorted(dataset["categories"], key=itemgetter("id"))
@@ -163,6 +165,16 @@ def _register(name: str, json_file: str, image_root: str) -> None:
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={c["id"]: index for index, c in enumerate(categories)},
     )
+
+
+def _suggest(what: str, path: str) -> None:
+    """
+    Raises:
+        DatasetError: the path does not exist, but one like it does
+    """
+    near = "" if os.path.exists(path) else nearest_path(path)
+    if near:
+        raise DatasetError(f"{what} '{path}' does not exist; the nearest: '{near}'")
 
 
 def _load(json_file: str, image_root: str) -> list[dict]:

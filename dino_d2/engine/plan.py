@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
@@ -17,8 +17,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from .. import data
+from ..evaluator import ErrorAnalysisEvaluator
 from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
+from .writers import plain, require_wandb
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,6 +43,8 @@ class Plan(NamedTuple):
     checkpoint_period: int
     max_to_keep: int | None  # checkpoints; None: all
     log_period: int
+    wandb_project: str  # "": none
+    config: dict  # all of it, for people
     best_metric: str
     precision: torch.dtype | None  # of autocast; None: float32 everywhere
     accumulate: int
@@ -57,14 +61,16 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
             configs/common
 
     Raises:
-        ValueError: a value is none of those that there are, a batch cannot be divided, or two
-            settings do not go together
+        ValueError: a value is none of those that there are, a batch cannot be divided, two
+            settings do not go together, or a package is not installed
     """
     plan = yaml_plan(cfg) if isinstance(cfg, CfgNode) else lazy_plan(cfg)
     if plan.seed >= 2**32:
         raise ValueError(f"the seed is {plan.seed}; it has to be below 2**32")
     if plan.ema_decay is not None:
         check_decay(plan.ema_decay)
+    if plan.wandb_project:
+        require_wandb()
     options = [name for name, value in plan.ddp.items() if value]
     if plan.fsdp and options:
         raise ValueError(f"FSDP does not use {options[0]} of DistributedDataParallel: unset either")
@@ -97,6 +103,8 @@ def yaml_plan(cfg: CfgNode) -> Plan:
         checkpoint_period=solver.CHECKPOINT_PERIOD,
         max_to_keep=None,
         log_period=20,
+        wandb_project=cfg.WANDB.PROJECT,
+        config=plain(cfg),
         best_metric=cfg.TEST.BEST_METRIC,
         precision=precision_of(amp.DTYPE) if amp.ENABLED else None,
         accumulate=solver.ACCUMULATE,
@@ -144,7 +152,8 @@ def yaml_evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     results = {}
     for name in cfg.DATASETS.TEST:
         loader = build_detection_test_loader(cfg, name, mapper=data.Mapper(cfg, is_train=False))
-        evaluator = COCOEvaluator(name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        evaluator = ErrorAnalysisEvaluator(name, output_dir=folder)
         results[name] = run_evaluator(model, loader, evaluator)
     return results[name] if len(results) == 1 else results
 
@@ -169,6 +178,8 @@ def lazy_plan(cfg: DictConfig) -> Plan:
         checkpoint_period=train.checkpointer.period,
         max_to_keep=train.checkpointer.max_to_keep,
         log_period=train.log_period,
+        wandb_project=train.wandb_project,
+        config=plain(cfg),
         best_metric=train.best_metric,
         precision=precision_of(train.amp.dtype) if train.amp.enabled else None,
         accumulate=train.accumulate,
@@ -191,7 +202,7 @@ def lazy_evaluate(cfg: DictConfig, model: nn.Module) -> dict:
     return run_evaluator(model, loader, evaluator)
 
 
-def run_evaluator(model: nn.Module, loader: Any, evaluator: COCOEvaluator) -> dict:
+def run_evaluator(model: nn.Module, loader: Any, evaluator: DatasetEvaluator) -> dict:
     """The main worker has the results, others have none."""
     results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():

@@ -10,6 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, default_writers, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from .. import data
@@ -22,6 +23,7 @@ from .ema import EMA
 from .hooks import BestCheckpointer, EvalHook
 from .plan import Plan
 from .trainer import Trainer
+from .writers import WandbWriter
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,8 @@ def train(plan: Plan, *, resume: bool = False) -> None:
     saved = {"trainer": weakref.proxy(trainer)} | ({"ema": ema} if ema else {})
     checkpointer = make_checkpointer(model, plan.output_dir, plan.train_sets, **saved)
     check_room(plan, unwrap(model))
-    trainer.register_hooks(make_hooks(plan, trainer, checkpointer, ema))
     goes_on = resume and checkpointer.has_checkpoint()
+    trainer.register_hooks(make_hooks(plan, trainer, checkpointer, ema, goes_on))
     checkpointer.resume_or_load(plan.weights, resume=resume)
     if ema and not ema.updates:
         ema.reset()  # to the weights that were loaded
@@ -137,7 +139,11 @@ def make_checkpointer(
 
 
 def make_hooks(
-    plan: Plan, trainer: Trainer, checkpointer: DetectionCheckpointer, ema: EMA | None
+    plan: Plan,
+    trainer: Trainer,
+    checkpointer: DetectionCheckpointer,
+    ema: EMA | None,
+    goes_on: bool,
 ) -> list[HookBase | None]:
     """Detectron2's hooks in Detectron2's order, with averaged weights and the best checkpoint."""
     is_main = comm.is_main_process()
@@ -149,7 +155,7 @@ def make_hooks(
         max_to_keep=plan.max_to_keep if is_main else None,
     )
     best = BestCheckpointer(plan.eval_period, checkpointer, metric)
-    writers = default_writers(plan.output_dir, plan.max_iter) if is_main else []
+    writers = make_writers(plan, goes_on) if is_main else []
     write = hooks.PeriodicWriter(writers, plan.log_period or plan.max_iter)
     return [
         hooks.IterationTimer(),
@@ -160,6 +166,16 @@ def make_hooks(
         best if plan.best_metric and plan.test_sets else None,
         write if is_main else None,
     ]
+
+
+def make_writers(plan: Plan, goes_on: bool) -> list[EventWriter]:
+    """Detectron2's, which write the log, metrics.json and TensorBoard's file, and W&B's."""
+    writers = default_writers(plan.output_dir, plan.max_iter)
+    if plan.wandb_project:
+        writers.append(
+            WandbWriter(plan.wandb_project, plan.output_dir, config=plan.config, resume=goes_on)
+        )
+    return writers
 
 
 def check_room(plan: Plan, model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """The stages of the detector; `dino.py` joins them to a Detectron2 meta-architecture."""
 
+from .backbones import BackboneError, TimmBackbone, ViTDet
 from .class_losses import (
     CLASS_LOSS_REGISTRY,
     AlignLoss,
@@ -26,6 +27,7 @@ __all__ = [
     "MATCHER_REGISTRY",
     "QUERY_SELECTION_REGISTRY",
     "AlignLoss",
+    "BackboneError",
     "ChannelMapper",
     "ContrastiveDenoising",
     "Decoder",
@@ -39,5 +41,7 @@ __all__ = [
     "PureQuerySelection",
     "SetCriterion",
     "StaticQueries",
+    "TimmBackbone",
     "VarifocalLoss",
+    "ViTDet",
 ]

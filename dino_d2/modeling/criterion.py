@@ -1,6 +1,7 @@
 """Set loss: every prediction of every stage is matched to the ground truth, then supervised."""
 
 import torch
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou, iou
@@ -12,10 +13,11 @@ from ..structures import (
     Predictions,
     Target,
     join_targets,
+    send,
     stack_predictions,
 )
 from .class_losses import ClassLoss, FocalLoss
-from .matcher import HungarianMatcher
+from .matcher import HungarianMatcher, instability, queries_of_boxes
 
 
 class SetCriterion(nn.Module):
@@ -84,8 +86,10 @@ class SetCriterion(nn.Module):
         if output.proposals is not None:
             stages, suffixes = [*stages, output.proposals], [*suffixes, "_enc"]
         predictions = stack_predictions(stages)
-        match = self.matcher(predictions, targets)
-        sums = stage_sums(predictions, match, join_targets(targets), self.class_loss)
+        match, truth = self.matcher(predictions, targets), join_targets(targets)
+        log_instability(match, len(truth.boxes), proposals_last=output.proposals is not None)
+        match = Match(*(send(x, like=predictions.boxes) for x in match))
+        sums = stage_sums(predictions, match, truth, self.class_loss)
         return weigh(sums, self.weights, num_boxes, suffixes)
 
     def denoising_losses(
@@ -103,6 +107,29 @@ class SetCriterion(nn.Module):
         weights = {name: share * weight for name, weight in self.denoising_weights.items()}
         suffixes = layer_suffixes(len(predictions.logits), stage="_dn")
         return weigh(sums, weights, num_boxes * denoising.num_groups, suffixes)
+
+
+def log_instability(match: Match, num_boxes: int, *, proposals_last: bool) -> None:
+    """Logs `matching/instability_i`, in [0, 1], see `instability`: from decoder layer i - 1 to
+    layer i, counted from 0 as in the names of losses; to layer 0 it is from the proposals.
+
+    It is that of one batch: of several workers the main one's, of several batches that make a step
+    each by itself (metrics.json has a median of many). Nothing is logged without boxes, nor where
+    Detectron2 has no storage of events, outside of training.
+
+    Args:
+        match: on the CPU, of all stages
+        num_boxes: of the batch
+        proposals_last: whether the last stage are the proposals, from which layer 0 goes on
+    """
+    if not num_boxes or not has_event_storage():
+        return
+    queries = queries_of_boxes(match, num_boxes)
+    if proposals_last:
+        queries = queries.roll(1, 0)
+    storage, first = get_event_storage(), 0 if proposals_last else 1
+    for layer, share in enumerate(instability(queries).tolist(), first):
+        storage.put_scalar(f"matching/instability_{layer}", share)
 
 
 def stage_sums(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou
-from ..structures import Match, Predictions, Target, send
+from ..structures import Match, Predictions, Target
 
 # A crowded image is looked at in parts, so that only its costs grow with its boxes and not the many
 # intermediate results too.
@@ -45,7 +45,8 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: list[Target]) -> Match:
-        """Matches every stage and image by itself; the device is waited for once.
+        """Matches every stage and image by itself; the device is waited for once. The match is on
+        the CPU, where it is found and where looking at it is free.
 
         Costs that are not finite, because a prediction or a box is not, are taken to be very high:
         there is always a match. That the losses are not finite either is for the trainer to see, on
@@ -56,8 +57,8 @@ class HungarianMatcher:
             targets: of B images; those with more boxes than queries match their best Q
         """
         costs = self.costs(predictions, targets)
-        packed = assign(costs.cpu(), [len(target.labels) for target in targets])
-        images, queries, matched = send(packed, like=costs)
+        counts = [len(target.labels) for target in targets]
+        images, queries, matched = assign(costs.cpu(), counts)
         return Match(images[0], queries, matched)
 
     def costs(self, predictions: Predictions, targets: list[Target]) -> Tensor:
@@ -163,3 +164,26 @@ def assign(costs: Tensor, counts: list[int]) -> Tensor:
         queries, boxes = np.stack(pairs, axis=1)  # (N, n) each
         packed.append(np.stack([np.full_like(queries, image), queries, start + boxes]))
     return torch.from_numpy(np.concatenate(packed, axis=-1))
+
+
+def queries_of_boxes(match: Match, num_boxes: int) -> Tensor:
+    """Which query of its image stands for each box of the batch, -1 where none does because there
+    are more boxes than queries: (N, num_boxes) from the match of N stages."""
+    table = match.queries.new_full((len(match.queries), num_boxes), -1)
+    return table.scatter(1, match.targets, match.queries)
+
+
+def instability(queries: Tensor) -> Tensor:
+    """Share of the boxes that another query stands for than in the stage before, in [0, 1].
+
+    After the instability of DN-DETR (section 3), which compares two epochs where this compares two
+    stages of one forward pass, and counts, per image, the queries whose box differs: a box that
+    goes from one query to another counts there for two, here once, and is a share of all boxes.
+
+    Args:
+        queries: (N, M) of `queries_of_boxes`, stages in the order in which they refine each other
+
+    Returns:
+        (N - 1,), NaN without boxes
+    """
+    return (queries[1:] != queries[:-1]).float().mean(1)

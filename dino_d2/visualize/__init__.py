@@ -1,5 +1,32 @@
 """Pictures of what the model does."""
 
+from .error_plots import draw_errors
+from .errors import LEGEND, draw_image_errors
+from .explain import draw_proposals, draw_refinement, surest_queries
+from .explain_attention import draw_sampling, draw_self_attention
+from .explain_page import html_page
+from .explain_training import draw_denoising, draw_matching
 from .images import draw_curves, draw_detections, draw_instances
+from .marks import Mark, class_colour, contact_sheet, draw_marks, fit
 
-__all__ = ["draw_curves", "draw_detections", "draw_instances"]
+__all__ = [
+    "LEGEND",
+    "Mark",
+    "class_colour",
+    "contact_sheet",
+    "draw_curves",
+    "draw_denoising",
+    "draw_detections",
+    "draw_errors",
+    "draw_image_errors",
+    "draw_instances",
+    "draw_marks",
+    "draw_matching",
+    "draw_proposals",
+    "draw_refinement",
+    "draw_sampling",
+    "draw_self_attention",
+    "fit",
+    "html_page",
+    "surest_queries",
+]

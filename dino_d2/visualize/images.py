@@ -9,9 +9,9 @@ from detectron2.structures import Instances
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-PALETTE = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46c8d0", "#f032e6", "#9a6324"]
+from .marks import PALETTE, Mark, class_colour, draw_marks
 
 
 def draw_detections(
@@ -69,21 +69,15 @@ def draw_instances(image: Image.Image, instances: Instances, classes: Sequence[s
 
     Args:
         image: of any mode
-        instances: with pred_boxes in pixels, scores and pred_classes
+        instances: with pred_boxes in pixels, scores and pred_classes, the surest first
         classes: names of all classes
     """
-    picture = image.convert("RGB")
-    canvas = ImageDraw.Draw(picture)
-    width = max(2, round(min(picture.size) / 250))
-    font = ImageFont.load_default(max(10, 6 * width))
     found = zip(instances.pred_boxes, instances.scores, instances.pred_classes, strict=True)
-    for box, score, label in list(found)[::-1]:  # the surest on top
-        colour = PALETTE[int(label) % len(PALETTE)]
-        canvas.rectangle(box.tolist(), outline=colour, width=width)
-        text, place = f"{classes[label]} {score:.2f}", box[:2].tolist()
-        canvas.rectangle(canvas.textbbox(place, text, font), fill=colour)
-        canvas.text(place, text, "white", font)
-    return picture
+    marks = [
+        Mark(box.tolist(), f"{classes[label]} {score:.2f}", class_colour(int(label)))
+        for box, score, label in found
+    ]
+    return draw_marks(image, marks)
 
 
 def _draw_boxes(axes: Axes, boxes: list[dict], colours: dict[int, str]) -> None:

@@ -35,10 +35,10 @@ from benchmarking import (
     published_form_from_offsets,
     save,
 )
-from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from omegaconf import DictConfig
-from program import one_sentence
+from program import make_parser, one_sentence
 from torch import nn
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
@@ -48,6 +48,7 @@ from dino_d2 import DINO, model_zoo
 from dino_d2.config import read_config
 from dino_d2.layers import deformable_attention
 from dino_d2.modeling.inference import fold_norms
+from dino_d2.overrides import apply_overrides
 from dino_d2.solver import ClippedAdamW, parameter_groups
 
 EPILOG = """
@@ -193,10 +194,8 @@ def build(setting: Setting) -> DINO:
 def load_config(setting: Setting) -> CfgNode | DictConfig:
     name = setting.config_file
     cfg = read_config(name) if os.path.isfile(name) else model_zoo.get_config(name)
-    if isinstance(cfg, CfgNode):
-        cfg.merge_from_list(list(setting.opts))
-        return cfg
-    return LazyConfig.apply_overrides(cfg, list(setting.opts))
+    apply_overrides(cfg, setting.opts)
+    return cfg
 
 
 def make_batch(setting: Setting) -> list[dict]:
@@ -413,9 +412,7 @@ def first_setting(args: argparse.Namespace, side: int) -> Setting:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EPILOG)
     add = parser.add_argument
     names = list(dict.fromkeys(name for mode in VARIANTS.values() for name in mode))
     device = "cuda" if torch.cuda.is_available() else "cpu"

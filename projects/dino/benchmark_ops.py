@@ -29,6 +29,7 @@ from benchmarking import (
     save,
     timer,
 )
+from program import make_parser
 from torch import Tensor
 
 from dino_d2.ops import dispatch, embedding_bag, ms_deform_attn, ms_deform_attn_from_offsets
@@ -262,9 +263,7 @@ def run(device: torch.device, args: argparse.Namespace) -> tuple[str, list[dict]
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EPILOG)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", nargs="+", default=devices, help="default: all there are")
     parser.add_argument("--size", nargs=2, type=positive, default=[800, 1333], metavar=("H", "W"))

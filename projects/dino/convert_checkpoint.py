@@ -5,9 +5,10 @@ Training and evaluation read every layout as it is; converting is for keeping or
 number of classes stays: official DINO has the 91 category ids of COCO, and a model of 80 picks its.
 """
 
-import argparse
 import os
 import sys
+
+from program import make_parser
 
 from dino_d2.checkpoint import CheckpointError, to_official
 from dino_d2.checkpoint_io import fetch, read, weights, write
@@ -55,9 +56,7 @@ def convert(source: str, to: str, *, ema: bool = False) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EPILOG)
     parser.add_argument("source", help="a file, a URL or dino_d2://NAME of the model zoo")
     parser.add_argument("target", help="the file to write")
     parser.add_argument("--to", choices=("dino_d2", "official"), default="dino_d2")

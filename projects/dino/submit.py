@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import train_net
+from program import make_parser
 
 EPILOG = """
 Examples:
@@ -87,12 +88,8 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options] -- ARGUMENTS OF train_net.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, EPILOG)
+    parser.usage = "%(prog)s [options] -- ARGUMENTS OF train_net.py"
     add = parser.add_argument
     add("--nodes", type=int, default=1)
     add("--gpus-per-node", type=int, default=8, help="a worker for each (default: 8)")

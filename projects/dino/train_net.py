@@ -9,18 +9,16 @@ import tempfile
 from collections.abc import Sequence
 from operator import attrgetter
 
-import torch
-from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
-from program import one_sentence
+from program import make_parser, one_sentence
 from torch.multiprocessing import ProcessExitedException
 
-from dino_d2 import data
+from dino_d2 import data, model_zoo
 from dino_d2.checkpoint import CheckpointError
-from dino_d2.checkpoint_io import fetch
 from dino_d2.config import read_config
 from dino_d2.data import DatasetError
 from dino_d2.distributed import check_gpus, launch, world_size
@@ -28,6 +26,9 @@ from dino_d2.engine.plan import make_plan, part_of_batch
 from dino_d2.engine.run import test, train
 from dino_d2.engine.schedule import scale_schedule
 from dino_d2.engine.trainer import NonFiniteLoss
+from dino_d2.modeling import BackboneError
+from dino_d2.names import check_device
+from dino_d2.overrides import apply_overrides
 
 EPILOG = """
 Examples:
@@ -55,7 +56,7 @@ Evaluate a checkpoint, of one's own or a published one; go on with an interrupte
 """
 
 # What goes wrong later and needs no traceback.
-SENTENCES = (CheckpointError, DatasetError, NonFiniteLoss)
+SENTENCES = (BackboneError, CheckpointError, DatasetError, NonFiniteLoss)
 
 
 def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
@@ -64,16 +65,19 @@ def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     Raises:
         ValueError: the config, the data or the machine cannot do what is asked for
     """
-    if "://" not in args.config_file and not os.path.isfile(args.config_file):
-        raise ValueError(f"--config-file is {args.config_file!r}, which is no file")
-    if not args.config_file.endswith((".yaml", ".yml", ".py")):
-        raise ValueError(f"--config-file is {args.config_file!r}, neither a .yaml nor a .py file")
-    cfg = read_config(args.config_file)
+    file = args.config_file
+    if not file:
+        raise ValueError("--config-file is missing: a file, or a name such as quickstart.py")
+    if "://" not in file and not os.path.isfile(file):
+        file = model_zoo.get_config_file(file)
+    if not file.endswith((".yaml", ".yml", ".py")):
+        raise ValueError(f"--config-file is {file!r}, neither a .yaml nor a .py file")
+    cfg = read_config(file)
     return load_yaml(cfg, args) if isinstance(cfg, CfgNode) else load_lazy(cfg, args)
 
 
 def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
-    cfg.merge_from_list(args.opts)
+    given = apply_overrides(cfg, args.opts)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = datasets(args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     is_dino = cfg.MODEL.META_ARCHITECTURE == "DINO"
     num_classes = cfg.MODEL.DINO.NUM_CLASSES if is_dino else None
@@ -81,7 +85,7 @@ def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg.MODEL.DINO.NUM_CLASSES = check_data(
         args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, num_classes
     )
-    check_device(cfg.MODEL.DEVICE, "MODEL.DEVICE cpu")
+    require_device(cfg.MODEL.DEVICE, "MODEL.DEVICE cpu")
     check_weights(args, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
     check_output(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     refuse_unsupported(cfg)
@@ -95,7 +99,7 @@ def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
         if cfg.SOLVER.REFERENCE_WORLD_SIZE:  # Detectron2's own way to scale
             cfg = DefaultTrainer.auto_scale_workers(cfg, world_size(args))
             cfg.SOLVER.REFERENCE_BATCH = cfg.SOLVER.IMS_PER_BATCH
-        scale_schedule(cfg, given=args.opts[::2])
+        scale_schedule(cfg, given=given)
         part_of_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, world_size(args))
     make_plan(cfg)
     cfg.freeze()
@@ -109,12 +113,12 @@ def refuse_unsupported(cfg: CfgNode) -> None:
 
 
 def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
-    cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    given = apply_overrides(cfg, args.opts)
     train, test = cfg.dataloader.train.dataset, cfg.dataloader.test.dataset
     train.names, test.names = datasets(args, train.names, test.names)
     number = cfg.model.num_classes if isinstance(cfg.model.num_classes, int) else None
     cfg.model.num_classes = check_data(args, train.names, test.names, number)
-    check_device(cfg.train.device, "train.device=cpu")
+    require_device(cfg.train.device, "train.device=cpu")
     check_weights(args, cfg.train.init_checkpoint, "train.init_checkpoint")
     if len(test.names) > 1:
         raise ValueError(f"a LazyConfig evaluates on one data set, not on {list(test.names)}")
@@ -122,7 +126,7 @@ def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
         del cfg.dataloader.evaluator
     check_output(cfg.train.output_dir, "train.output_dir")
     if not args.eval_only:
-        scale_schedule(cfg, given=[option.partition("=")[0] for option in args.opts])
+        scale_schedule(cfg, given=given)
         batch = cfg.dataloader.train.total_batch_size
         part_of_batch(batch, cfg.train.accumulate, world_size(args))
     make_plan(cfg)
@@ -157,7 +161,7 @@ def check_weights(args: argparse.Namespace, path: str, key: str) -> None:
         raise ValueError(f"--eval-only needs a checkpoint: name one as {key}")
     if path and not args.resume:
         try:
-            fetch(path)
+            model_zoo.fetch_weights(path)
         except CheckpointError as error:
             raise ValueError(f"{key}: {error}") from error
 
@@ -171,9 +175,11 @@ def check_output(folder: str, key: str) -> None:
         raise ValueError(f"{key} is {folder!r}, which cannot be written to: {error}") from error
 
 
-def check_device(device: str, remedy: str) -> None:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"PyTorch finds no GPU here; end the command with {remedy} to do without")
+def require_device(device: str, remedy: str) -> None:
+    try:
+        check_device(device)
+    except ValueError as error:
+        raise ValueError(f"{error}; end the command with {remedy} to do without") from error
 
 
 def main(args: argparse.Namespace) -> None:
@@ -213,9 +219,8 @@ def leave_the_sentence(record: logging.LogRecord) -> bool:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's parser, with a data set of one's own."""
-    parser = default_argument_parser(EPILOG)
-    parser.description = __doc__
+    """Detectron2's arguments, and a data set of one's own."""
+    parser = make_parser(__doc__, EPILOG, parents=[default_argument_parser()])
     # Detectron2's own is the same for all trainings of a user, which then collide.
     parser.set_defaults(dist_url="auto")
     for split in ("train", "val"):

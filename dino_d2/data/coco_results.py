@@ -1,0 +1,73 @@
+"""Files of detections in COCO's results format, read so that what is wrong is said at once."""
+
+import json
+import os
+from collections.abc import Iterator
+
+from ..names import nearest_path
+from .coco_faults import DatasetError, _is_finite
+
+KEYS = ("image_id", "category_id", "bbox", "score")
+
+
+def read_results(path: str | os.PathLike, dataset: dict[str, list]) -> list[dict]:
+    """Detections of images of a dataset.
+
+    Args:
+        path: a list of {"image_id", "category_id", "bbox": [x, y, width, height], "score"}, as
+            Detectron2's evaluator and `demo.py --json` write it; other keys are left alone
+        dataset: the content of a file of COCO annotations
+
+    Raises:
+        DatasetError: the file is missing, is something else, or does not belong to the dataset
+    """
+    if not os.path.isfile(path):
+        hint = nearest_path(str(path)) or "none"
+        raise DatasetError(f"results '{path}' do not exist; the nearest: {hint}")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            results = json.load(file)
+    except ValueError as error:
+        raise DatasetError(
+            f"'{path}' is not JSON ({error}): it may be cut off, write it again"
+        ) from error
+    if not isinstance(results, list):
+        raise DatasetError(
+            f"'{path}' is no list of detections but a {type(results).__name__}: give results, "
+            "as evaluation leaves them in inference/coco_instances_results.json"
+        )
+    if fault := next(_faults(results, dataset), None):
+        raise DatasetError(f"'{path}': {fault}")
+    return results
+
+
+def _faults(results: list, dataset: dict[str, list]) -> Iterator[str]:
+    file_names = {image["id"]: image["file_name"] for image in dataset["images"]}
+    category_ids = {category["id"] for category in dataset["categories"]}
+    for number, result in enumerate(results):
+        where = f"detection {number}"
+        missing = [k for k in KEYS if k not in result] if isinstance(result, dict) else KEYS
+        if missing:
+            yield f"{where} has no {', '.join(missing)}: give results of COCO's format"
+        image, category, bbox, score = (result[key] for key in KEYS)
+        if not isinstance(image, int) or image not in file_names:
+            yield (
+                f"{where} is of image_id {image!r}, which the annotations do not have: give "
+                "annotations and results of the same images"
+            )
+        # demo.py counts images itself where it is given no annotations.
+        name = os.path.basename(result.get("file_name", file_names[image]))
+        if name != os.path.basename(file_names[image]):
+            yield (
+                f"{where} is of '{name}', but image_id {image} is '{file_names[image]}' in the "
+                "annotations: detect with demo.py --annotations"
+            )
+        if not isinstance(category, int) or category not in category_ids:
+            yield (
+                f"{where} has category_id {category!r}, which the annotations do not have: give "
+                "results of a model of the same classes"
+            )
+        if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_finite, bbox))):
+            yield f"{where} has bbox {bbox!r}: give [x, y, width, height], finite, in pixels"
+        if not _is_finite(score):
+            yield f"{where} has score {score!r}: give a finite number"

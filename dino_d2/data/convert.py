@@ -1,0 +1,139 @@
+"""What VOC's and YOLO's folders have in common on their way to COCO annotations.
+
+Nothing is left out without being counted, and a fault is said with its file and place. What comes
+out is what `data.check` accepts as a test set.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import ExifTags, Image
+from tqdm import tqdm
+
+from .coco_faults import DatasetError, evaluation_faults, faults
+from .mapper import check_header
+
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+class LabelledBox(NamedTuple):
+    """A box: left, top, right and bottom in pixels, the number of its class, and its file and
+    place there. A crowd region is neither to be found nor missed."""
+
+    corners: tuple[float, float, float, float]
+    label: int
+    crowd: bool
+    where: str
+
+
+class LabelledImage(NamedTuple):
+    path: Path
+    width: int  # in pixels, turned as its EXIF orientation says
+    height: int
+    boxes: list[LabelledBox]
+
+
+class Conversion(NamedTuple):
+    """COCO annotations by the name of the split, and what there is to say about them: how often
+    something had to be decided. Paths of images are relative to the folder that was converted."""
+
+    datasets: dict[str, dict]
+    notes: Counter[str]
+
+
+def to_coco(
+    splits: dict[str, Iterable[LabelledImage]], root: Path, classes: Sequence[str]
+) -> Conversion:
+    """
+    Args:
+        splits: images by the name of their split
+        root: folder that paths become relative to
+        classes: their names; ids of categories count from 1 in this order
+
+    Raises:
+        DatasetError: a box has no area inside its image, or training would refuse the result
+    """
+    categories = [{"id": id, "name": name} for id, name in enumerate(classes, start=1)]
+    datasets, notes = {}, Counter()
+    for split, labelled in splits.items():
+        dataset = {"images": [], "annotations": [], "categories": categories}
+        for id, image in enumerate(tqdm(labelled, split, unit="image", disable=None), start=1):
+            name = Path(os.path.relpath(image.path, root)).as_posix()
+            size = {"width": image.width, "height": image.height}
+            dataset["images"].append({"id": id, "file_name": name, **size})
+            for box in image.boxes:
+                number = len(dataset["annotations"]) + 1  # COCO's evaluation never finds id 0
+                annotation = _annotation(box, image, notes)
+                dataset["annotations"].append({"id": number, "image_id": id, **annotation})
+        fault = next(faults(dataset, root), None) or next(
+            evaluation_faults(dataset["annotations"]), None
+        )
+        if fault:
+            raise DatasetError(f"split '{split}' of '{root}': {fault}")
+        datasets[split] = dataset
+    return Conversion(datasets, notes)
+
+
+def _annotation(box: LabelledBox, image: LabelledImage, notes: Counter[str]) -> dict:
+    limits = (image.width, image.height) * 2
+    # Thousandths of a pixel: what shares of a side are written with.
+    inside = [round(min(max(x, 0), limit), 3) for x, limit in zip(box.corners, limits, strict=True)]
+    left, top, right, bottom = inside
+    if right <= left or bottom <= top:
+        raise DatasetError(
+            f"{box.where}: the box from {box.corners[:2]} to {box.corners[2:]} has no area inside "
+            f"its image of {image.width} x {image.height} pixels: correct it, or delete it"
+        )
+    if max(abs(a - b) for a, b in zip(inside, box.corners, strict=True)) > 0.5:
+        notes["boxes that left their image, clipped"] += 1
+    width, height = round(right - left, 3), round(bottom - top, 3)
+    return {
+        "category_id": box.label + 1,
+        "bbox": [left, top, width, height],
+        "area": round(width * height, 3),
+        "iscrowd": int(box.crowd),
+    }
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height, turned as the EXIF orientation says; pixels are not decoded.
+
+    Raises:
+        DatasetError: the file cannot be read, or has more than 8 bits per channel
+    """
+    check_header(path)
+    with Image.open(path) as image:
+        width, height = image.size
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        except Exception:  # damaged EXIF fails in any way, and Detectron2 then turns nothing
+            orientation = None
+    return (height, width) if orientation in SIDEWAYS else (width, height)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All images of a folder and its folders, by name."""
+    return sorted(x for x in folder.rglob("*") if x.suffix.lower() in SUFFIXES and x.is_file())
+
+
+def read_text(path: Path) -> str:
+    """
+    Raises:
+        DatasetError: the file cannot be read, or is not text
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"'{path}' cannot be read as text: {error}") from error
+
+
+def write(dataset: dict, path: Path) -> None:
+    """Either the whole file is there or, if writing fails, what was there before."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(dataset))
+    os.replace(temporary, path)

@@ -1,0 +1,202 @@
+"""Annotations of PASCAL VOC: a folder of XML files, one an image."""
+
+import math
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from .coco_faults import DatasetError
+from .convert import (
+    Conversion,
+    LabelledBox,
+    LabelledImage,
+    find_images,
+    image_size,
+    read_text,
+    to_coco,
+)
+
+SPLITS = ("train", "val", "trainval", "test")
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+class VocObject(NamedTuple):
+    name: str
+    corners: tuple[float, ...]  # xmin, ymin, xmax, ymax as written
+    difficult: bool
+    where: str
+
+
+class VocFile(NamedTuple):
+    path: Path
+    image: str  # name of the image
+    size: tuple[int, int]  # width and height as written; 0 where they are not
+    objects: list[VocObject]
+
+
+def from_voc(root: Path, *, zero_based: bool = False) -> Conversion:
+    """COCO annotations of a folder with `Annotations/*.xml` and `JPEGImages`.
+
+    Without such folders, XML files are looked for in the folder itself (or in `annotations`) and
+    images in all of it. Splits are those of train, val, trainval and test that
+    `ImageSets/Main/*.txt` has; without any, all images are the one split "all". Classes are those
+    of all XML files, by name.
+
+    VOC counts pixels from 1 and a box includes its last one, so a box begins at xmin - 1 and ends
+    at xmax. Objects marked `difficult` become crowd regions: as in VOC's own evaluation, neither
+    finding nor missing them counts; in training, they are left out. Parts of objects, poses and
+    other attributes are not taken over.
+
+    Args:
+        root: the folder
+        zero_based: coordinates are those of edges counted from 0, as some tools write them
+
+    Raises:
+        DatasetError: a file is missing or wrong; the sentence says which, where and how
+    """
+    xml_folder = _first_folder(root / "Annotations", root / "annotations", root)
+    image_folder = _first_folder(root / "JPEGImages", root)
+    paths = sorted(xml_folder.glob("*.xml"))
+    if not paths:
+        raise DatasetError(
+            f"'{root}' has no XML files, nor has its folder 'Annotations': give the folder of a "
+            "VOC data set"
+        )
+    files = {path.stem: read_xml(path) for path in paths}
+    classes = sorted({x.name for file in files.values() for x in file.objects})
+    images: dict[str, list[Path]] = {}
+    for path in find_images(image_folder):
+        images.setdefault(path.stem, []).append(path)
+    splits = read_splits(root / "ImageSets" / "Main", files) or {"all": list(files)}
+    labelled = {
+        split: (label(files[stem], images.get(stem, []), classes, zero_based) for stem in stems)
+        for split, stems in splits.items()
+    }
+    conversion = to_coco(labelled, root, classes)
+    used = set().union(*splits.values())
+    difficult = (x.difficult for stem in used for x in files[stem].objects)
+    conversion.notes.update(
+        Counter(
+            {
+                "objects marked difficult, now crowd regions": sum(difficult),
+                "XML files in no split, left out": len(files.keys() - used),
+                "images without an XML file, left out": len(images.keys() - files.keys()),
+            }
+        )
+    )
+    return conversion
+
+
+def _first_folder(*folders: Path) -> Path:
+    return next((x for x in folders if x.is_dir()), folders[-1])
+
+
+def read_splits(folder: Path, files: dict[str, VocFile]) -> dict[str, list[str]]:
+    splits = {}
+    for path in (folder / f"{split}.txt" for split in SPLITS):
+        if not path.is_file():
+            continue
+        lines = enumerate(read_text(path).splitlines(), start=1)
+        stems = {line.split()[0]: number for number, line in lines if line.strip()}
+        for stem, number in stems.items():
+            if stem not in files:
+                raise DatasetError(
+                    f"'{path}', line {number}: there is no XML file of '{stem}': add it, or delete "
+                    "the line"
+                )
+        splits[path.stem] = list(stems)
+    return splits
+
+
+class _NoDoctype(ET.TreeBuilder):
+    """Entities, which can blow up to any size, come from a document type; VOC has none."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> NoReturn:
+        raise DatasetError("it declares a document type, which no VOC file needs: delete <!DOCTYPE")
+
+
+def read_xml(path: Path) -> VocFile:
+    """
+    Raises:
+        DatasetError: it is not XML, or not an annotation of VOC
+    """
+    try:
+        root = ET.parse(path, ET.XMLParser(target=_NoDoctype())).getroot()
+    except DatasetError as error:
+        raise DatasetError(f"'{path}': {error}") from error
+    except (ET.ParseError, OSError, LookupError, ValueError) as error:  # the last two: encodings
+        raise DatasetError(f"'{path}' is not XML that can be read: {error}") from error
+    if root.tag != "annotation":
+        raise DatasetError(f"'{path}': its root is <{root.tag}>, not <annotation>, as VOC's is")
+    size = tuple(_size(root, side, path) for side in ("width", "height"))
+    objects = list(_objects(root, path))
+    return VocFile(path, root.findtext("filename", "").strip(), size, objects)
+
+
+def _size(root: ET.Element, side: str, path: Path) -> int:
+    text = (root.findtext(f"size/{side}") or "0").strip()
+    if not text.isdecimal():
+        raise DatasetError(f"'{path}': its {side} is {text!r}: give a number of pixels")
+    return int(text)
+
+
+def _objects(root: ET.Element, path: Path) -> Iterator[VocObject]:
+    for number, element in enumerate(root.findall("object"), start=1):
+        where = f"'{path}', object {number}"
+        name = (element.findtext("name") or "").strip()
+        if not name:
+            raise DatasetError(f"{where} has no <name>: say what it is")
+        values = [_number(element.findtext(f"bndbox/{key}")) for key in CORNERS]
+        if not all(map(math.isfinite, values)):
+            raise DatasetError(
+                f"{where} ('{name}') has no <bndbox> of four numbers: xmin, ymin, xmax and ymax"
+            )
+        difficult = _number(element.findtext("difficult", "0")) == 1
+        yield VocObject(name, tuple(values), difficult, where)
+
+
+def _number(text: str | None) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
+def label(file: VocFile, images: list[Path], classes: list[str], zero_based: bool) -> LabelledImage:
+    """
+    Args:
+        file: the annotations
+        images: those of the same name, apart from their suffixes
+        classes: all there are
+        zero_based: see `from_voc`
+    """
+    if not images:
+        raise DatasetError(
+            f"'{file.path}' has no image of the same name: add it, or delete the file"
+        )
+    # Tools often write another name than that of the image.
+    path = next((x for x in images if x.name == file.image), images[0])
+    if len(images) > 1 and path.name != file.image:
+        names = " and ".join(f"'{x}'" for x in images)
+        raise DatasetError(f"'{file.path}' can belong to {names}: say which in <filename>")
+    size = image_size(path)
+    if all(file.size) and file.size != size:
+        raise DatasetError(
+            f"'{file.path}': its size is {file.size[0]} x {file.size[1]}, but '{path}' has "
+            f"{size[0]} x {size[1]} pixels, turned as its EXIF orientation says: correct it and "
+            "its boxes"
+        )
+    shift = 0 if zero_based else 1
+    boxes = []
+    for name, (left, top, right, bottom), difficult, where in file.objects:
+        if min(left, top) < shift and not zero_based:
+            raise DatasetError(
+                f"{where} ('{name}') begins at ({left:g}, {top:g}), but VOC counts pixels from 1: "
+                "if this data set counts from 0, say so by zero_based (--zero-based)"
+            )
+        corners = (left - shift, top - shift, right, bottom)
+        boxes.append(LabelledBox(corners, classes.index(name), difficult, where))
+    return LabelledImage(path, *size, boxes)

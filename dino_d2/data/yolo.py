@@ -1,0 +1,203 @@
+"""Annotations of YOLO: a folder of text files, one an image, as Ultralytics lays them out."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from ..names import nearest_path
+from .coco_faults import DatasetError
+from .convert import (
+    Conversion,
+    LabelledBox,
+    LabelledImage,
+    find_images,
+    image_size,
+    read_text,
+    to_coco,
+)
+
+SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt")
+TOLERANCE = 0.01  # of coordinates beyond the image, as at Ultralytics
+
+
+class YoloFolder(NamedTuple):
+    root: Path
+    classes: list[str]
+    images: dict[str, list[Path]]  # by split
+
+
+def from_yolo(root: Path) -> Conversion:
+    """COCO annotations of a folder with `images` and `labels`.
+
+    `data.yaml` (or the only other YAML file) has the splits and the names of the classes. Without
+    it, the names are in `classes.txt`, one a line, and the splits are `images/train`,
+    `train/images` and the like, or, if there are none, the one split "all".
+
+    A line of a label file is `class cx cy w h`, relative to width and height of the image, or
+    `class x1 y1 x2 y2 x3 y3 ...`, an outline, whose box is taken. An image without a label file is
+    one without boxes.
+
+    Args:
+        root: the folder, or its YAML file
+
+    Raises:
+        DatasetError: a file is missing or wrong; the sentence says which, where and how
+    """
+    folder = read_folder(root)
+    notes = dict.fromkeys(("images without a label file, without boxes", "outlines, boxed"), 0)
+    splits = {
+        split: (label(path, folder.classes, notes) for path in paths)
+        for split, paths in folder.images.items()
+    }
+    conversion = to_coco(splits, folder.root, folder.classes)
+    notes["label files without an image, left out"] = len(left_over(folder))
+    conversion.notes.update(notes)
+    return conversion
+
+
+def left_over(folder: YoloFolder) -> set[Path]:
+    """Label files of the folders that were read, but of no image."""
+    read = {label_file(path) for paths in folder.images.values() for path in paths}
+    folders = {path.parent for path in read}
+    there = {path for folder in folders for path in folder.glob("*.txt")}
+    names = {name.rpartition("/")[2] for name in NAME_FILES}
+    return {path for path in there - read if path.name not in names}
+
+
+def read_folder(root: Path) -> YoloFolder:
+    if root.is_file():
+        return read_yaml(root)
+    candidates = [root / "data.yaml"] if (root / "data.yaml").is_file() else []
+    candidates = candidates or sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
+    if len(candidates) > 1:
+        names = ", ".join(f"'{path}'" for path in candidates)
+        raise DatasetError(f"'{root}' has several YAML files: give one of {names}")
+    if candidates:
+        return read_yaml(candidates[0])
+    files = [root / name for name in NAME_FILES if (root / name).is_file()]
+    if not files:
+        raise DatasetError(
+            f"'{root}' has neither data.yaml nor classes.txt: one has to name the classes"
+        )
+    classes = [line.strip() for line in read_text(files[0]).splitlines() if line.strip()]
+    found = {
+        split: paths
+        for split, names in SPLITS.items()
+        for name in names
+        for pattern in ("images/{}", "{}/images")
+        if (paths := find_images(root / pattern.format(name)))
+    }
+    images = root / "images" if (root / "images").is_dir() else root
+    return _checked(YoloFolder(root, classes, found or {"all": find_images(images)}))
+
+
+def read_yaml(path: Path) -> YoloFolder:
+    try:
+        config = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise DatasetError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
+    names = config.get("names") if isinstance(config, dict) else None
+    if not isinstance(names, list | dict) or not names:
+        raise DatasetError(f"'{path}' has no 'names': list those of the classes")
+    if "kpt_shape" in config:
+        raise DatasetError(f"'{path}' has 'kpt_shape', so keypoints, which are not boxes")
+    if isinstance(names, dict):
+        if list(names) != list(range(len(names))):
+            raise DatasetError(f"'{path}': its 'names' have to be numbered from 0, one by one")
+        names = list(names.values())
+    base = path.parent / str(config.get("path") or "")
+    bases = [base, path.parent] if base.is_dir() else [path.parent]
+    images = {}
+    for split, keys in SPLITS.items():
+        entries = next((config[key] for key in keys if config.get(key)), [])
+        entries = entries if isinstance(entries, list) else [entries]
+        found = [image for entry in entries for image in read_entry(str(entry), bases, path)]
+        if found:
+            images[split] = list(dict.fromkeys(found))
+    return _checked(YoloFolder(path.parent, [str(name) for name in names], images))
+
+
+def _checked(folder: YoloFolder) -> YoloFolder:
+    if not any(folder.images.values()):
+        raise DatasetError(
+            f"'{folder.root}' has no images where its splits are: give a folder of images and "
+            "labels, or correct the paths in its YAML file"
+        )
+    return folder
+
+
+def read_entry(entry: str, bases: list[Path], path: Path) -> list[Path]:
+    """The images of a split: those of a folder, or those that a text file lists."""
+    # Exports of some tools name the folder beside that of the YAML file, and mean one in it.
+    places = [base / name for base in bases for name in (entry, entry.removeprefix("../"))]
+    place = next((x for x in places if x.exists()), None)
+    if place is None:
+        hint = nearest_path(str(places[0])) or "none"
+        raise DatasetError(f"'{path}': there is no '{places[0]}'; the nearest: {hint}")
+    if place.is_dir():
+        return find_images(place)
+    images = []
+    for number, line in enumerate(read_text(place).splitlines(), start=1):
+        if line.strip():
+            images.append(place.parent / line.strip())
+            if not images[-1].is_file():
+                raise DatasetError(f"'{place}', line {number}: there is no image '{images[-1]}'")
+    return images
+
+
+def label_file(image: Path) -> Path:
+    """The last folder called images becomes labels; without one, the file is beside the image."""
+    parts = list(image.with_suffix(".txt").parts)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts)
+
+
+def label(image: Path, classes: list[str], notes: dict[str, int]) -> LabelledImage:
+    width, height = image_size(image)
+    path, boxes = label_file(image), []
+    if not path.is_file():
+        notes["images without a label file, without boxes"] += 1
+        return LabelledImage(image, width, height, boxes)
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        where = f"'{path}', line {number}"
+        if line.strip():
+            index, values = read_row(line.split(), len(classes), where)
+            notes["outlines, boxed"] += len(values) > 4
+            left, top, right, bottom = to_corners(values)
+            corners = (left * width, top * height, right * width, bottom * height)
+            boxes.append(LabelledBox(corners, index, False, where))
+    return LabelledImage(image, width, height, boxes)
+
+
+def read_row(words: list[str], num_classes: int, where: str) -> tuple[int, list[float]]:
+    """The class and the coordinates of a line."""
+    try:
+        index, *values = map(float, words)
+    except ValueError as error:
+        raise DatasetError(f"{where}: {error}: give numbers alone") from error
+    if index not in range(num_classes):
+        raise DatasetError(
+            f"{where}: its class is {words[0]}, but {num_classes} classes are named, numbered from "
+            "0: correct it, or name all classes"
+        )
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise DatasetError(
+            f"{where}: there are {len(values)} numbers after the class: give 4 for a box (cx cy w "
+            "h), or pairs for an outline"
+        )
+    if not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in values):
+        raise DatasetError(
+            f"{where}: {' '.join(words[1:])}: coordinates are shares of width and height, so from "
+            "0 to 1"
+        )
+    return int(index), values
+
+
+def to_corners(values: list[float]) -> tuple[float, float, float, float]:
+    if len(values) == 4:
+        cx, cy, width, height = values
+        return cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2
+    return min(values[0::2]), min(values[1::2]), max(values[0::2]), max(values[1::2])

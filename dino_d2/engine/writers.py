@@ -1,0 +1,125 @@
+"""Where the numbers of a training go, beside Detectron2's log, `metrics.json` and TensorBoard."""
+
+import importlib.util
+import logging
+import os
+import sys
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.utils.events import EventWriter, get_event_storage
+from omegaconf import DictConfig, OmegaConf
+
+logger = logging.getLogger(__name__)
+
+
+class WandbWriter(EventWriter):
+    """Sends scalars to Weights & Biases, smoothed as those in `metrics.json`.
+
+    W&B's own environment variables say the rest: WANDB_MODE (offline), WANDB_NAME, WANDB_ENTITY.
+    What it does over a network it does in a process of its own, which tries again and again, and
+    keeps all in the folder `wandb` of the output folder: a training never waits for it. (Its end
+    does, unless WANDB_FINISH_TIMEOUT has seconds.)
+
+    Args:
+        project: of W&B
+        output_dir: of the training, remembers the run
+        config: of the training, see `plain`
+        resume: go on with the run that the output folder remembers, if there is one
+        window_size: iterations that a median is taken over
+    """
+
+    def __init__(
+        self,
+        project: str,
+        output_dir: str,
+        *,
+        config: dict[str, Any],
+        resume: bool,
+        window_size: int = 20,
+    ):
+        self.window_size = window_size
+        self.last = -1  # iteration that was sent
+        self.run = start_run(project, output_dir, config, resume)
+
+    def write(self) -> None:
+        scalars = get_event_storage().latest_with_smoothing_hint(self.window_size)
+        new: dict[int, dict[str, float]] = defaultdict(dict)
+        for name, (value, iteration) in scalars.items():
+            if iteration > self.last:
+                new[iteration][name] = value
+        for iteration in sorted(new):
+            self.call("log", new[iteration], step=iteration)
+        self.last = max(new, default=self.last)
+
+    def close(self) -> None:
+        """A training that an error ends is one that failed, there as well."""
+        self.call("finish", exit_code=int(sys.exc_info()[0] is not None))
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Calls a method of the run. Where W&B's own process has died there is no run any more,
+        but there is a training."""
+        if self.run is None:
+            return
+        try:
+            getattr(self.run, name)(*args, **kwargs)
+        except OSError as error:
+            self.run = None
+            logger.warning(
+                f"Weights & Biases has stopped ({error}): the training goes on without it, and "
+                "metrics.json has all numbers"
+            )
+
+
+def start_run(project: str, output_dir: str, config: dict[str, Any], resume: bool) -> Any:
+    """W&B's run of a training; an offline one where there is no access."""
+    import wandb  # optional
+
+    memory = Path(output_dir, "wandb_id")
+    if not (resume and memory.is_file()):
+        memory.write_text(uuid.uuid4().hex)
+    options = {
+        "project": project,
+        "name": os.environ.get("WANDB_NAME", Path(output_dir).absolute().name),
+        "id": memory.read_text().strip(),
+        "resume": "allow",
+        "dir": output_dir,
+        "config": config,
+    }
+    try:
+        return wandb.init(**options)
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())
+        logger.warning(
+            f"Weights & Biases cannot be reached ({reason}): the run is written to "
+            f"'{output_dir}/wandb', from where `wandb sync` sends it"
+        )
+        return wandb.init(**options, mode="offline")
+
+
+def require_wandb() -> None:
+    """
+    Raises:
+        ValueError: it is not installed
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            "a project of Weights & Biases is named, but wandb is not installed: "
+            "`pip install wandb`, or leave WANDB.PROJECT (train.wandb_project) empty"
+        )
+
+
+def plain(config: Any) -> Any:
+    """A config of either style as dicts, lists, numbers and strings; classes by their names."""
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config, resolve=False)
+    if isinstance(config, Mapping):
+        return {str(key): plain(value) for key, value in config.items()}
+    if isinstance(config, Sequence) and not isinstance(config, str):
+        return [plain(value) for value in config]
+    if config is None or isinstance(config, bool | int | float | str):
+        return config
+    return getattr(config, "__qualname__", None) or str(config)

@@ -1,0 +1,78 @@
+"""The error analysis as files: tables as CSV and pictures, beside the results of an evaluation."""
+
+import csv
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from detectron2.evaluation import COCOEvaluator
+from pycocotools.cocoeval import COCOeval
+
+from .error_analysis import IOU_50, IOU_75, Analysis, analyse, evaluate
+from .visualize import draw_errors
+
+BACKGROUND = "(background)"
+
+
+class ErrorAnalysisEvaluator(COCOEvaluator):
+    """Detectron2's evaluator; leaves the error analysis of the boxes in its output folder, too."""
+
+    def _derive_coco_results(
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
+        # The one place where Detectron2 has an evaluation in hand; None stands for no detections.
+        if iou_type == "bbox" and self._output_dir:
+            dataset = self._coco_api.dataset
+            write_analysis(analyse(coco_eval or evaluate(dataset, [])), self._output_dir)
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+
+def write_analysis(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:
+    """Five tables (CSV) and five pictures (PNG) of the same names.
+
+    per_class, ap_by_size, precision_recall (at IoU 0.5 and 0.75, a row a class and recall, with the
+    score at which it is reached), confusion_matrix and errors. A cell is empty where there is no
+    value.
+
+    Args:
+        analysis: as `analyse` returns it
+        folder: that exists; files of these names are overwritten
+
+    Returns:
+        the pictures
+    """
+    for name, rows in _tables(analysis).items():
+        path = Path(folder, f"{name}.csv")
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(map(_cells, rows))
+    return draw_errors(analysis, folder)
+
+
+def _tables(analysis: Analysis) -> dict[str, Iterable]:
+    """Rows by the name of the table, its head first."""
+    names = [*(x.name for x in analysis.classes), BACKGROUND]
+    confusion = zip(names, analysis.confusion.tolist(), strict=True)
+    tables = {
+        "per_class": analysis.classes,
+        "ap_by_size": analysis.sizes,
+        "errors": analysis.errors,
+    }
+    return {name: [rows[0]._fields, *rows] for name, rows in tables.items()} | {
+        "precision_recall": _curves(analysis),
+        "confusion_matrix": [["true class", *names], *([name, *row] for name, row in confusion)],
+    }
+
+
+def _curves(analysis: Analysis) -> Iterator[tuple]:
+    yield "category_id", "name", "iou", "recall", "precision", "score"
+    for k, scores in enumerate(analysis.classes):
+        for iou, index in ((0.5, IOU_50), (0.75, IOU_75)):
+            curve = zip(analysis.precision[index, :, k], analysis.scores[index, :, k], strict=True)
+            for percent, (precision, score) in enumerate(curve):
+                yield scores.category_id, scores.name, iou, percent / 100, precision, score
+
+
+def _cells(row: Iterable) -> list:
+    """Floats of six digits, nothing for NaN."""
+    return [("" if np.isnan(x) else f"{x:.6g}") if isinstance(x, float) else x for x in row]

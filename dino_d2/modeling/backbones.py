@@ -1,0 +1,168 @@
+"""Backbones beyond those of Detectron2: ViTDet for images of any size, and all models of `timm`."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import partial
+from math import log2
+from types import ModuleType
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.layers.batch_norm import LayerNorm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, SimpleFeaturePyramid
+from detectron2.modeling import ViT as Detectron2ViT
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+
+class BackboneError(ValueError):
+    """A backbone cannot be had, or does not give what is asked of it; said in one sentence."""
+
+
+class ViT(Detectron2ViT):
+    """Detectron2's, with the epsilon of the LayerNorms that its published weights (MAE) have.
+
+    Args:
+        options: of Detectron2's ViT
+
+    Raises:
+        BackboneError: `timm` is not installed; Detectron2's ViT takes two layers from it
+    """
+
+    def __init__(self, **options: Any):
+        import_timm()
+        super().__init__(norm_layer=partial(nn.LayerNorm, eps=1e-6), **options)
+
+
+class ViTDet(SimpleFeaturePyramid):
+    """Feature maps of several strides from the last one of a ViT (ViTDet, section 3).
+
+    Images of any size are padded to multiples of the coarsest stride. Detectron2's class asks for
+    that among its `padding_constraints`, but under a misspelt name that nobody reads.
+    """
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._size_divisibility
+
+
+@BACKBONE_REGISTRY.register()
+class TimmBackbone(Backbone):
+    """A model of `timm` as a backbone: any that gives feature maps and takes images of any size.
+
+    Images are padded to multiples of the coarsest stride. Weights come through the checkpointer, or
+    from `timm` itself, with its option `pretrained=True`. Models with branches (HRNet) need to be
+    asked for all of their maps, or parameters stay without a gradient.
+
+    Args:
+        name: what `timm` calls the model, see timm.list_models()
+        out_features: which maps, by their stride: "p3" is that of 2**3 pixels, and so on
+        norm: whether a LayerNorm over channels follows each of them, as it does where ConvNeXt and
+            FocalNet are backbones of detectors
+        options: of timm.create_model, such as drop_path_rate
+
+    Raises:
+        BackboneError: `timm` is not installed or has no such model, that has no such map, or it
+            takes images of a single size
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        name: str,
+        out_features: Sequence[str] = ("p3", "p4", "p5"),
+        norm: bool = False,
+        **options: Any,
+    ):
+        super().__init__()
+        maps = feature_maps(name, options)
+        unknown = [key for key in out_features if key not in maps]
+        if unknown:
+            known = ", ".join(maps)
+            raise BackboneError(f"timm's {name} has no feature map {unknown[0]!r}; it has {known}")
+        self._out_features = [key for key in maps if key in out_features]  # finest first
+        self._out_feature_channels = {key: maps[key][1].channels for key in maps}
+        self._out_feature_strides = {key: maps[key][1].stride for key in maps}
+        indices = [maps[key][0] for key in self._out_features]
+        self.net = create_model(name, out_indices=indices, **options)
+        if self.net.pretrained_cfg["fixed_input_size"] and options.get("strict_img_size", True):
+            raise BackboneError(
+                f"timm's {name} takes images of a single size: give it the option "
+                "strict_img_size=False if it is a Swin transformer, or take another model"
+            )
+        self.channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+        normed = self._out_features if norm else []
+        self.norms = nn.ModuleDict({key: LayerNorm(maps[key][1].channels) for key in normed})
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        return {
+            "name": cfg.MODEL.TIMM.NAME,
+            "norm": cfg.MODEL.TIMM.NORM,
+            "out_features": cfg.MODEL.DINO.IN_FEATURES,
+            **cfg.MODEL.TIMM.OPTIONS,
+        }
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._out_feature_strides[self._out_features[-1]]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Maps (B, 3, H, W), of multiples of `size_divisibility`, to a (B, C, H / stride,
+        W / stride) for each of the features."""
+        maps = self.net(x)
+        if self.channels_last:
+            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        features = dict(zip(self._out_features, maps, strict=True))
+        return features | {key: norm(features[key]) for key, norm in self.norms.items()}
+
+
+def feature_shapes(name: str, **options: Any) -> dict[str, ShapeSpec]:
+    """Channels and strides of the feature maps of a model of `timm`, for the neck of a LazyConfig.
+
+    Args:
+        name, options: as of :class:`TimmBackbone`
+
+    Raises:
+        BackboneError: `timm` is not installed or has no such model
+    """
+    return {key: shape for key, (_, shape) in feature_maps(name, options).items()}
+
+
+def feature_maps(name: str, options: dict[str, Any]) -> dict[str, tuple[int, ShapeSpec]]:
+    """Index and shape of each feature map of a model of `timm`, finest first; of several with the
+    same stride it is the last."""
+    timm = import_timm()
+    if not timm.is_model(name):
+        nearest = ", ".join(get_close_matches(name, timm.list_models(), cutoff=0.0))
+        raise BackboneError(f"timm has no model {name!r}; the nearest: {nearest}")
+    with torch.device("meta"):
+        model = create_model(name, **(options | {"pretrained": False}))
+    return {
+        f"p{round(log2(x['reduction']))}": (i, ShapeSpec(x["num_chs"], stride=x["reduction"]))
+        for i, x in enumerate(model.feature_info.info)
+    }
+
+
+def create_model(name: str, **options: Any) -> nn.Module:
+    """A model of `timm` that gives feature maps; a LazyConfig's lists are none to `timm`."""
+    plain = {
+        key: OmegaConf.to_container(x) if OmegaConf.is_config(x) else x
+        for key, x in options.items()
+    }
+    return import_timm().create_model(name, features_only=True, **plain)
+
+
+def import_timm() -> ModuleType:
+    """
+    Raises:
+        BackboneError: it is not installed
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise BackboneError("this backbone needs timm: pip install timm") from error
+    return timm

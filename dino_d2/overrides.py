@@ -1,0 +1,184 @@
+"""Changes of a config, as on the command line; an unknown key is refused with the nearest."""
+
+import pydoc
+from collections.abc import Iterator, Sequence
+from inspect import Parameter, signature
+from operator import attrgetter
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+
+from .names import nearest
+
+
+def apply_overrides(cfg: CfgNode | DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Change a config of either style, in place.
+
+    Args:
+        cfg: a CfgNode, or a LazyConfig
+        overrides: of a CfgNode keys and values in turn, `["SOLVER.BASE_LR", "0.1"]`; of a
+            LazyConfig, in Hydra's grammar, `["optimizer.lr=0.1"]`. A key of a LazyConfig has to be
+            in it, or to be an argument of the `_target_` that it is under; `+key=value` adds any
+
+    Returns:
+        the keys that were changed
+
+    Raises:
+        ValueError: an override cannot be read, its key is unknown, or its value is of another type
+            than the CfgNode's
+    """
+    change = _change_yaml if isinstance(cfg, CfgNode) else _change_lazy
+    return list(change(cfg, overrides))
+
+
+def keys_of(cfg: dict, prefix: str = "") -> Iterator[str]:
+    """The keys of nested dicts, with dots between their parts."""
+    for name, value in cfg.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{prefix}{name}.")
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """The sentence about a key that is none of the known."""
+    name = key.split(".")[-1]
+    near = nearest(key, known) or [x for x in known if x.split(".")[-1] == name][:3]
+    hint = near or [x for x in known if "." not in x]
+    return f"there is no key '{key}' in the config; the nearest: {', '.join(hint)}"
+
+
+def _change_yaml(cfg: CfgNode, words: Sequence[str]) -> Iterator[str]:
+    known = list(keys_of(cfg))
+    for index in range(0, len(words), 2):
+        key = words[index]
+        if "=" in key:
+            raise ValueError(
+                f"a YAML config is changed by KEY VALUE: write {key.replace('=', ' ', 1)!r}, "
+                f"not {key!r}"
+            )
+        if key not in known:
+            raise ValueError(unknown_key(key, known))
+        if index + 1 == len(words):
+            raise ValueError(f"the key '{key}' has no value after it")
+        value = words[index + 1]
+        try:
+            cfg.merge_from_list([key, value])
+        except ValueError as error:
+            now = attrgetter(key)(cfg)
+            raise ValueError(
+                f"'{key}' takes values such as {now!r} ({type(now).__name__}), not {value!r}"
+            ) from error
+        yield key
+
+
+def _change_lazy(cfg: DictConfig, words: Sequence[str]) -> Iterator[str]:
+    for word in words:
+        adds, whole, content = _parse(word)
+        for key, value in _leaves(whole, content):
+            plain = OmegaConf.to_container(cfg, resolve=False)
+            _check_lazy(plain, key, adds)
+            if key.split(".")[-1] == "_target_":
+                _check_target(key, value)
+            OmegaConf.update(cfg, key, value, merge=True)
+            yield key
+
+
+def _parse(word: str) -> tuple[bool, str, Any]:
+    """Whether an override adds a key, the key and the value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # takes a while
+    from hydra.errors import HydraException
+
+    if word.startswith("~"):
+        raise ValueError(f"the override {word!r} is a deletion, which there is not: set a value")
+    if "=" not in word:
+        raise ValueError(
+            f"a LazyConfig is changed by KEY=VALUE, as train.max_iter=100, but one of the "
+            f"overrides is {word!r}"
+        )
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        raise ValueError(
+            f"the override {word!r} cannot be read ({str(error).splitlines()[0]}): put its value "
+            "into quotes, as in \"key='a value'\""
+        ) from error
+    if override.is_sweep_override():
+        raise ValueError(
+            f"the override {word!r} has several values: write [a,b] for a list, or quotes"
+        )
+    adds = override.is_add() or override.is_force_add()
+    return adds, override.key_or_group, override.value()
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A dict as a value changes what it names, and leaves the rest as it is."""
+    if not isinstance(value, dict) or not value:
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _leaves(f"{key}.{name}", inner)
+
+
+def _check_lazy(plain: dict, key: str, adds: bool) -> None:
+    """
+    Raises:
+        ValueError: there can be no such key, or it is neither there nor to be added
+    """
+    node: Any = plain
+    parts = key.split(".")
+    for index, part in enumerate(parts):
+        inside = _inside(node)
+        if part not in inside and not (adds or _takes(node, part)):
+            known = list(_lazy_keys(plain))
+            raise ValueError(f"{unknown_key(key, known)}; '+{key}=VALUE' adds one")
+        if not isinstance(node, dict | list | None):
+            raise ValueError(f"'{'.'.join(parts[:index])}' is {node!r}, and has no '{part}' inside")
+        node = inside.get(part)
+
+
+def _inside(node: Any) -> dict[str, Any]:
+    if isinstance(node, list):
+        return {str(i): x for i, x in enumerate(node)}
+    return node if isinstance(node, dict) else {}
+
+
+def _takes(node: Any, name: str) -> bool:
+    """Whether a part of a config can have a key that it has not."""
+    if node is None:
+        return name == "_target_"
+    names, others = _arguments(node)
+    return others or name in names
+
+
+def _arguments(node: Any) -> tuple[list[str], bool]:
+    """Names of the arguments of a part's target, and whether it takes others, too."""
+    target = _inside(node).get("_target_")
+    if target is None:
+        return [], False
+    try:
+        parameters = signature(locate(target) if isinstance(target, str) else target).parameters
+    except ValueError:  # of what is written in C, nobody knows
+        return [], True
+    anything = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    names = [x.name for x in parameters.values() if x.kind not in anything]
+    return names, any(x.kind is Parameter.VAR_KEYWORD for x in parameters.values())
+
+
+def _lazy_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """The keys that a config has, and those that it could have."""
+    inside = _inside(node)
+    for name in dict.fromkeys([*inside, *_arguments(node)[0]]):
+        yield f"{prefix}{name}"
+        yield from _lazy_keys(inside.get(name), f"{prefix}{name}.")
+
+
+def _check_target(key: str, value: Any) -> None:
+    try:
+        locate(value)
+    except ImportError as error:
+        module, _, name = str(value).rpartition(".")
+        near = [f"{module}.{x}" for x in nearest(name, dir(pydoc.locate(module)))]
+        hint = f"; the nearest: {', '.join(near)}" if near else ""
+        raise ValueError(f"'{key}' is {value!r}, which cannot be imported{hint}") from error

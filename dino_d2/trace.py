@@ -1,0 +1,222 @@
+"""What happens inside of a forward pass, recorded from outside while it runs.
+
+    output = trace(model, images)
+
+records by forward hooks, which are gone afterwards: nothing in the model knows of it. Pictures of
+what is recorded are in `dino_d2.visualize`.
+"""
+
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from .layers import DeformableAttention
+from .modeling.dino import DINO
+from .modeling.encoder import token_centers
+from .modeling.matcher import queries_of_boxes
+from .modeling.predecessors import ProposalQueries
+from .modeling.query_selection import PureQuerySelection, take
+from .ops.reference import resolve
+from .structures import (
+    DetectorOutput,
+    FeaturePyramid,
+    Queries,
+    Target,
+    join_targets,
+    stack_predictions,
+)
+
+
+class Selection(NamedTuple):
+    """The tokens of the encoder that became queries, in the order of these."""
+
+    scores: Tensor  # (B, Q) in [0, 1], what they were selected for
+    centers: Tensor  # (B, Q, 2), (x, y) of the token
+    levels: Tensor  # (B, Q), int64 in [0, L)
+    boxes: Tensor  # (B, Q, 4), the proposals
+
+
+class LayerTrace(NamedTuple):
+    """Where one decoder layer looked; denoising queries are left out.
+
+    Places are relative to the image without its padding, and may be outside of it.
+    """
+
+    reference: Tensor  # (B, Q, 4) boxes or (B, Q, 2) points, what the layer started from
+    self_attention: Tensor  # (B, Q, Q), mean over heads, each query's row sums to 1
+    locations: Tensor  # (B, Q, H, L, P, 2), (x, y) of the sampling points
+    weights: Tensor  # (B, Q, H, L, P), sums to 1 over levels and points
+
+
+class Trace(NamedTuple):
+    """A forward pass, all of it in float32 or wider on the CPU."""
+
+    output: DetectorOutput
+    shapes: tuple[tuple[int, int], ...]  # (H_l, W_l) of the levels
+    selection: Selection | None  # None where queries are learned and not selected
+    layers: list[LayerTrace]  # of the decoder
+
+
+class Matching(NamedTuple):
+    """Which query stands for each box of an image, stage by stage."""
+
+    stages: list[str]  # names of the N stages, in the order in which they refine each other
+    queries: Tensor  # (N, M), -1 where no query stands for a box, see `queries_of_boxes`
+
+
+class Denoised(NamedTuple):
+    """Denoising queries of one image: G groups with R copies of the M boxes that take part. The
+    first copy is positive; the second, of contrastive denoising, negative."""
+
+    truth: Target  # (M,) and (M, 4)
+    noised: Tensor  # (G, R, M, 4), what the decoder was given
+    boxes: Tensor  # (G, R, M, 4), what its last layer made of it
+    scores: Tensor  # (G, R, M) in [0, 1], there, for the class of the box
+
+
+@torch.no_grad()
+def trace(model: DINO, images: ImageList, targets: list[Target] | None = None) -> Trace:
+    """Runs the detector and records it; predictions are those of `model.detect`.
+
+    Args:
+        model: in evaluation mode, as dropout would be drawn anew for what is recorded
+        images: of `model.preprocess_images`
+        targets: of `model.prepare_targets`; with them there is denoising, if the model has it,
+            with noise of PyTorch's random numbers
+    """
+    recorder = Recorder()
+    with ExitStack() as hooks:
+        recorder.watch(model, hooks)
+        output = model.detect(images, targets)
+    first = len(output.denoising.groups) if output.denoising else 0  # of the matching queries
+    layers = [
+        LayerTrace(
+            reference[:, first:], a[:, first:, first:], places[:, first:], weights[:, first:]
+        )
+        for a, (reference, places, weights) in zip(
+            recorder.attention, recorder.sampling, strict=True
+        )
+    ]
+    return to_cpu(Trace(output, recorder.shapes, recorder.selection, layers))
+
+
+class Recorder:
+    """The hooks, and what they have seen."""
+
+    def __init__(self):
+        self.attention: list[Tensor] = []
+        self.sampling: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.selection: Selection | None = None
+        self.shapes: tuple[tuple[int, int], ...] = ()
+
+    def watch(self, model: DINO, hooks: ExitStack) -> None:
+        """Registers hooks, which end with `hooks`."""
+        add = hooks.enter_context
+        add(model.query_selection.register_forward_hook(self.see_selection))
+        for layer in model.decoder.layers:
+            add(layer.self_attn.register_forward_hook(self.see_attention, with_kwargs=True))
+            add(layer.cross_attn.register_forward_hook(self.see_sampling))
+
+    def see_selection(self, module: nn.Module, args: tuple, output: tuple) -> None:
+        self.shapes = args[0].shapes
+        if isinstance(module, PureQuerySelection):
+            self.selection = selection_of(module, *args, output[0])
+
+    def see_attention(
+        self, module: nn.MultiheadAttention, args: tuple, kwargs: dict, output: tuple
+    ) -> None:
+        # Once more, as attention without weights is computed in another way, and rounded otherwise.
+        self.attention.append(module.forward(*args, **kwargs | {"need_weights": True})[1])
+
+    def see_sampling(self, module: DeformableAttention, args: tuple, output: Tensor) -> None:
+        self.sampling.append(sampling_points(module, *args))
+
+
+def sampling_points(
+    module: DeformableAttention, query: Tensor, reference: Tensor, memory: FeaturePyramid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference (B, Q, 4 or 2), locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P) of a
+    call of deformable attention, relative to the image without its padding."""
+    sizes = module.num_heads, module.num_levels, module.num_points
+    offsets = module.sampling_offsets(query).unflatten(-1, (*sizes, 2))
+    logits = module.attention_weights(query).unflatten(-1, sizes)
+    sides = [side for shape in memory.shapes for side in shape]
+    locations, weights = resolve(sides, offsets.float(), logits.float(), reference)
+    ratios = memory.valid_ratios[:, None]  # (B, 1, L, 2)
+    relative = reference / ratios.tile(reference.shape[-1] // 2)
+    return relative[:, :, 0], locations / ratios[:, :, None, :, None], weights
+
+
+def selection_of(
+    selection: PureQuerySelection, memory: FeaturePyramid, queries: Queries
+) -> Selection:
+    """Query selection once more, as it does not say which tokens it took."""
+    _, _, logits = selection.candidates(memory)
+    one_class = isinstance(selection, ProposalQueries)  # the first stands for any object
+    scores = logits[..., 0] if one_class else logits.amax(-1)
+    tokens = selection.best(scores)
+    sizes = torch.tensor([height * width for height, width in memory.shapes], device=tokens.device)
+    return Selection(
+        scores=scores.gather(1, tokens).sigmoid(),
+        centers=take(token_centers(memory), tokens),
+        levels=torch.bucketize(tokens, sizes.cumsum(0), right=True),
+        boxes=queries.reference,
+    )
+
+
+@torch.no_grad()
+def match_stages(model: DINO, output: DetectorOutput, target: Target) -> Matching:
+    """Matches one image as in training: the proposals, where they became queries of the same
+    classes, and every layer.
+
+    Args:
+        model: its criterion has the matcher
+        output: of this image alone
+        target: on the device of the output
+    """
+    stages = list(output.layers)
+    names = [f"layer {i}" for i in range(1, len(stages) + 1)]
+    if output.proposals is not None and not isinstance(model.query_selection, ProposalQueries):
+        stages, names = [output.proposals, *stages], ["proposals", *names]
+    match = model.criterion.matcher(stack_predictions(stages), [target])
+    return Matching(names, queries_of_boxes(match, len(target.boxes)))
+
+
+def denoised_boxes(output: DetectorOutput, target: Target) -> Denoised | None:
+    """Sorts the denoising queries of one image.
+
+    Args:
+        output: of this image alone, with denoising
+        target: on the device of the output
+
+    Returns:
+        None if there is no box, and so nothing that could be denoised
+    """
+    groups, (_, positives, indices) = output.denoising.num_groups, output.denoising.match
+    if not len(positives):
+        return None
+    truth = Target(*(x[indices.view(groups, -1)[0]] for x in join_targets([target])))
+    # In the order of `Denoising`, where a single image leaves no slot empty.
+    shape = groups, -1, len(truth.labels)
+    last = output.denoised[-1]
+    scores = last.logits[0].sigmoid().unflatten(0, shape)
+    labels = truth.labels.expand(scores.shape[:-1])[..., None]
+    return Denoised(
+        truth=truth,
+        noised=output.denoising.queries.reference[0].unflatten(0, shape),
+        boxes=last.boxes[0].unflatten(0, shape),
+        scores=scores.gather(-1, labels)[..., 0],
+    )
+
+
+def to_cpu(x: Any) -> Any:
+    """Lists and NamedTuples of tensors, floating-point ones in float32 at least."""
+    if isinstance(x, Tensor):
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+        return x.cpu()
+    if isinstance(x, list):
+        return [to_cpu(part) for part in x]
+    return x._make(map(to_cpu, x)) if hasattr(x, "_make") else x

@@ -1,0 +1,97 @@
+"""What the explaining pictures share: an image to draw on, boxes, colours and names."""
+
+from collections.abc import Sequence
+from textwrap import shorten
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from PIL import Image
+from torch import Tensor
+
+from ..boxes import cxcywh_to_xyxy
+from ..structures import Predictions
+
+# Okabe and Ito's, which look different to every kind of eye.
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#e69f00", "#56b4e9", "#f0e442", "#000000")
+MARKERS = "o^sDv"
+LONG_SIDE = 1600  # of an image in a picture, in pixels
+DPI = 110
+
+
+def shrink(image: Image.Image) -> Image.Image:
+    """A copy in colours, with no more pixels than a picture of it can show."""
+    picture = image.convert("RGB")
+    picture.thumbnail((LONG_SIDE, LONG_SIDE))
+    return picture
+
+
+def show(axes: Axes, image: Image.Image, dim: float = 0.0) -> None:
+    """The image, `dim` (0 to 1) of the way to white, in coordinates of its own pixels."""
+    width, height = image.size
+    picture = shrink(image)
+    picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), dim)
+    axes.imshow(picture, extent=(0, width, height, 0), interpolation="bilinear")
+    axes.set(xticks=[], yticks=[], facecolor="#dddddd", autoscale_on=False)
+    axes.spines[:].set_visible(False)
+
+
+def shape_of(image: Image.Image) -> float:
+    """Height in relation to width, of strips as far as fits into a figure."""
+    return min(max(image.height / image.width, 0.4), 1.6)
+
+
+def to_pixels(places: Tensor, image: Image.Image) -> Tensor:
+    """Points (..., 2) or boxes (..., 4) relative to the image, in its pixels."""
+    return places * torch.tensor(image.size).tile(places.shape[-1] // 2)
+
+
+def outline(
+    axes: Axes, box: Tensor, colour, *, width: float = 2.0, style: str = "-", alpha: float = 1.0
+) -> None:
+    """A box (cx, cy, w, h) in pixels, with a seam that keeps it visible on any ground."""
+    x, y, x_end, y_end = cxcywh_to_xyxy(box).tolist()
+    seam = [withStroke(linewidth=width + 1.5, foreground="white", alpha=0.7 * alpha)]
+    axes.add_patch(
+        Rectangle(
+            *((x, y), x_end - x, y_end - y),
+            **{"fill": False, "edgecolor": colour, "linewidth": width, "linestyle": style},
+            **{"alpha": alpha, "path_effects": seam},
+        )
+    )
+
+
+def zoom(axes: Axes, image: Image.Image, corners: Tensor) -> None:
+    """Shows a square around boxes (n, 4) with corners in pixels; never much more than the image."""
+    size, margin = torch.tensor(image.size), 0.15 * max(image.size)
+    low = corners[:, :2].amin(0).clamp(min=-margin)
+    high = torch.minimum(corners[:, 2:].amax(0), size + margin)
+    side = 1.5 * float((high - low).max())
+    side = min(max(side, 0.2 * max(image.size)), max(image.size) + 2 * margin)
+    # What can be seen of the image beside them is better than the ground beside the image.
+    first, last = low.clamp(max=0), torch.maximum(high, size)
+    start = (low + high - side) / 2
+    start = torch.where(
+        last - first < side, (first + last - side) / 2, start.clamp(first, last - side)
+    )
+    (left, top), (right, bottom) = start.tolist(), (start + side).tolist()
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+
+
+def tag(axes: Axes, place: Sequence[float], text: str, colour: str = "black") -> None:
+    """Text on a ground of its own."""
+    style = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+    axes.text(*place, text, color=colour, fontsize=8, bbox=style, va="bottom", clip_on=True)
+
+
+def plain(name: str, length: int = 30) -> str:
+    """A class name that matplotlib does not take for a formula, cut off where it is long."""
+    return shorten(name, length, placeholder=" ...").replace("$", r"\$")
+
+
+def title_of(query: int, predictions: Predictions, classes: Sequence[str]) -> str:
+    """What a query of the first image has found."""
+    score, label = predictions.logits[0, query].sigmoid().max(0)
+    return f"query {query}: {plain(classes[label])}, {score:.2f}"

@@ -1,0 +1,219 @@
+"""Pictures of an error analysis."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..detection_errors import MIN_IOU, NEAR
+from ..error_analysis import IOU_50, Analysis, SizeScores
+from .errors import BLUE, GREY, ORANGE, RED, SKY, YELLOW, short
+from .marks import PALETTE
+
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MAX_BARS, MAX_CLASSES, MAX_CURVES = 40, 25, 6  # that can be told apart in a picture
+EXPLAINED = {
+    "correct": f"right class, IoU ≥ {MIN_IOU}",
+    "classification": f"on another class, IoU ≥ {MIN_IOU}",
+    "localisation": f"beside its class, IoU {NEAR} to {MIN_IOU}",
+    "both": f"beside another class, IoU {NEAR} to {MIN_IOU}",
+    "duplicate": "a surer one has found the object",
+    "background": f"nothing there, IoU < {NEAR}",
+    "missed": "annotated, not found",
+}
+
+
+def draw_errors(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:
+    """Write per_class, ap_by_size, precision_recall, confusion_matrix and errors as PNG.
+
+    Of many classes some are shown, and the title says which.
+
+    Returns:
+        the files
+    """
+    figures = {
+        "per_class": _per_class(analysis),
+        "ap_by_size": _ap_by_size(analysis),
+        "precision_recall": _precision_recall(analysis),
+        "confusion_matrix": _confusion_matrix(analysis),
+        "errors": _errors(analysis),
+    }
+    paths = []
+    for name, figure in figures.items():
+        paths.append(Path(folder, f"{name}.png"))
+        figure.savefig(paths[-1], dpi=110)
+    return paths
+
+
+def _plain(name: str) -> str:
+    """For matplotlib, to which dollars are formulas."""
+    return short(name).replace("$", r"\$")
+
+
+def _axes(width: float, height: float, title: str, **labels: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set(**labels)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _per_class(analysis: Analysis) -> Figure:
+    scored = [x for x in analysis.classes if x.boxes]
+    ranked = sorted(scored, key=lambda x: (x.AP, -x.boxes))
+    title = "AP of each class, the best one on top"
+    if len(ranked) > MAX_BARS:
+        half = MAX_BARS // 2
+        title = f"AP of the {half} best and the {half} worst of {len(ranked)} classes with boxes"
+        ranked = ranked[:half] + ranked[-half:]
+    figure, axes = _axes(9, 1.6 + 0.24 * len(ranked), title, xlabel="AP, %", xlim=(0, 100))
+    if len(ranked) < len(scored):
+        axes.axhline(half - 0.5, color="black", linestyle="--", lw=1)
+    places = np.arange(len(ranked))
+    bars = axes.barh(
+        places, [x.AP for x in ranked], color=BLUE, label="AP (mean of IoU 0.50 to 0.95)"
+    )
+    for values, marker, colour, label in (
+        ([x.AP50 for x in ranked], "o", ORANGE, "AP50 (IoU 0.50)"),
+        ([x.AP75 for x in ranked], "D", "black", "AP75 (IoU 0.75)"),
+    ):
+        axes.plot(values, places, marker, color=colour, markersize=4, label=label, clip_on=False)
+    axes.set_yticks(places, [f"{_plain(x.name)} ({_count(x.boxes, 'box')})" for x in ranked])
+    axes.set_ylim(-0.7, len(ranked) - 0.3)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    handles = [bars, *axes.lines[-2:]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "es")
+
+
+def _ap_by_size(analysis: Analysis) -> Figure:
+    title = "AP and AR by the size of the annotated boxes, mean over the classes"
+    figure, axes = _axes(8, 4.4, title, ylabel="%", ylim=(0, 105))
+    for shift, name, colour in (
+        (-0.3, "AP", BLUE),
+        (-0.1, "AP50", SKY),
+        (0.1, "AP75", ORANGE),
+        (0.3, "AR", GREY),
+    ):
+        for place, size in enumerate(analysis.sizes):
+            value = getattr(size, name)
+            label = name if place == 0 else None
+            axes.bar(place + shift, np.nan_to_num(value), 0.2, color=colour, label=label)
+            text = "–" if np.isnan(value) else f"{value:.1f}"
+            axes.text(place + shift, np.nan_to_num(value) + 1, text, ha="center", fontsize=8)
+    axes.set_xticks(range(len(analysis.sizes)), [_size_label(x) for x in analysis.sizes])
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def _size_label(size: SizeScores) -> str:
+    low, high = round(size.min_area**0.5), round(size.max_area**0.5)
+    area = {"all": "any area", "small": f"up to {high}² px", "large": f"from {low}² px"}
+    text = area.get(size.size, f"{low}² to {high}² px")
+    return f"{size.size}\n{text}\n{_count(size.boxes, 'box')}"
+
+
+def _precision_recall(analysis: Analysis) -> Figure:
+    figure = Figure(figsize=(12, 5.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    recall = np.linspace(0, 1, analysis.precision.shape[1])
+    there = [k for k, x in enumerate(analysis.classes) if x.boxes]
+    title = "Each class at IoU 0.50"
+    named = sorted(there, key=lambda k: -analysis.classes[k].boxes)[:MAX_CURVES]
+    if len(there) > MAX_CURVES:
+        title = f"{len(there)} classes at IoU 0.50, in colour those with the most boxes"
+        left.plot(recall, analysis.precision[IOU_50][:, there], color=GREY, alpha=0.25, lw=0.7)
+    named.sort(key=lambda k: -analysis.classes[k].AP50)
+    for k, colour, line in zip(named, PALETTE, LINES, strict=False):
+        scores = analysis.classes[k]
+        label = f"{_plain(scores.name)}: AP50 {scores.AP50:.1f}"
+        curve = analysis.precision[IOU_50, :, k]
+        left.plot(recall, curve, color=colour, linestyle=line, lw=2, label=label)
+    ious = range(0, len(analysis.precision), 2) if there else ()
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(ious)))
+    for index, colour in zip(ious, colours, strict=True):
+        curve = analysis.precision[index][:, there].mean(axis=1)
+        label = f"IoU {0.5 + 0.05 * index:.2f}: AP {100 * curve.mean():.1f}"
+        right.plot(recall, curve, color=colour, lw=2, label=label)
+    for axes, text in ((left, title), (right, "Mean over the classes at several IoUs")):
+        axes.set_title(text, loc="left", fontsize=11)
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3)
+    return figure
+
+
+def _confusion_matrix(analysis: Analysis) -> Figure:
+    names, counts, title = _confused(analysis)
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(totals, 1)
+    side = 3.2 + 0.36 * len(names)
+    figure, axes = _axes(
+        *(side + 1.2, side),
+        f"{title}\nat score ≥ {analysis.threshold:g}, IoU ≥ {MIN_IOU}: counts, colours by row",
+        xlabel="detected as",
+        ylabel="annotated as",
+    )
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.argwhere(counts):
+        ink = "white" if shares[row, column] > 0.6 else "black"
+        text = f"{counts[row, column]:,}"
+        axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=7)
+    columns, rows = [*names, "(missed)"], [*names, "(nothing)"]
+    axes.set_xticks(range(len(columns)), columns, rotation=90 if len(names) > 6 else 0, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    figure.colorbar(picture, label="share of the row", shrink=0.7)
+    return figure
+
+
+def _confused(analysis: Analysis) -> tuple[list[str], np.ndarray, str]:
+    """Names of classes, counts and title: of all classes, or of those most often confused."""
+    counts, total = analysis.confusion, len(analysis.classes)
+    names = [_plain(x.name) for x in analysis.classes]
+    if total <= MAX_CLASSES:
+        return names, counts, "Confusion matrix"
+    between = counts[:-1, :-1] * ~np.eye(total, dtype=bool)
+    weight = between.sum(axis=0) + between.sum(axis=1)
+    shown = np.sort(np.argsort(-weight, kind="stable")[:MAX_CLASSES])
+    # One row and one column for all other classes, so that sums stay what they are.
+    groups = np.zeros((MAX_CLASSES + 2, total + 1), dtype=int)
+    groups[MAX_CLASSES, :total] = 1
+    groups[MAX_CLASSES, shown] = 0
+    groups[np.arange(MAX_CLASSES), shown] = 1
+    groups[-1, -1] = 1
+    title = f"Confusion matrix, the {MAX_CLASSES} of {total} classes most often confused"
+    names = [*(names[k] for k in shown), "(other classes)"]
+    return names, groups @ counts @ groups.T, title
+
+
+def _errors(analysis: Analysis) -> Figure:
+    totals = {kind: sum(getattr(x, kind) for x in analysis.errors) for kind in EXPLAINED}
+    boxes = sum(x.boxes for x in analysis.classes)
+    found = sum(number for kind, number in totals.items() if kind != "missed")
+    title = (
+        f"What became of {found:,} detections of score ≥ {analysis.threshold:g} "
+        f"and of {_count(boxes, 'annotated box')}"
+    )
+    figure, axes = _axes(9, 4.2, title, xlabel="number")
+    colours = [SKY, *(len(totals) - 2) * [RED], YELLOW]
+    bars = axes.barh(
+        range(len(totals)), list(totals.values()), color=colours, edgecolor="black", lw=0.5
+    )
+    axes.bar_label(bars, [f"{x:,}" for x in totals.values()], padding=3, fontsize=9)
+    axes.set_yticks(range(len(totals)), [f"{kind}\n{text}" for kind, text in EXPLAINED.items()])
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.grid(axis="x", alpha=0.3)
+    return figure

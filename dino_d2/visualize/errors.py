@@ -1,0 +1,80 @@
+"""An image with what is right and wrong in it."""
+
+import numpy as np
+from PIL import Image
+
+from ..detection_errors import ERRORS, Matching, kinds
+from .marks import MARGIN, PALETTE, Mark, draw_marks, fit
+
+BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW = PALETTE
+GREY = "#999999"
+CROWD = (GREY, (5, 1))
+STYLES = {"correct": (SKY, ()), "wrong": (RED, (6, 3)), "missed": (YELLOW, (2, 2))}
+LEGEND = [
+    Mark((), text, *STYLES[kind])
+    for kind, text in (
+        ("correct", "found (true positive)"),
+        ("wrong", "false positive"),
+        ("missed", "missed"),
+    )
+] + [Mark((), "crowd region, ignored", *CROWD)]
+
+
+def draw_image_errors(
+    image: Image.Image, matching: Matching, names: dict[int, str], side: int = 760
+) -> Image.Image:
+    """The annotated boxes of an image and, to the right, its detections.
+
+    Args:
+        image: of the size that the annotations are for
+        matching: with the detections that are to be drawn
+        names: of the categories by their ids
+        side: the long side of either half, in pixels
+
+    Returns:
+        RGB; `LEGEND` explains colours and lines. The label of a detection is its class and score
+        with, if it is right, the IoU, or else the kind of error
+    """
+    image, scale = fit(image, side)
+    annotated, detected = (
+        draw_marks(image, [mark._replace(box=scale * mark.box) for mark in marks])
+        for marks in (_truth_marks(matching, names), _detection_marks(matching, names))
+    )
+    pair = Image.new("RGB", (2 * image.width + MARGIN, image.height), "white")
+    pair.paste(annotated, (0, 0))
+    pair.paste(detected, (image.width + MARGIN, 0))
+    return pair
+
+
+def _truth_marks(matching: Matching, names: dict[int, str]) -> list[Mark]:
+    """The missed ones first, so on top."""
+    marks = []
+    for annotation, missed, crowd in zip(
+        matching.truth, matching.missed, matching.crowd, strict=True
+    ):
+        name = short(names[annotation["category_id"]])
+        style = CROWD if crowd else STYLES["missed" if missed else "correct"]
+        marks.append((not missed, Mark(_corners(annotation), name, *style)))
+    return [mark for _, mark in sorted(marks, key=lambda pair: pair[0])]
+
+
+def _detection_marks(matching: Matching, names: dict[int, str]) -> list[Mark]:
+    """The false positives first, the surest of them on top."""
+    marks = []
+    for index, kind in enumerate(kinds(matching)):
+        detection = matching.detections[index]
+        iou = matching.iou[index, matching.matches[index]] if kind == "correct" else None
+        style = CROWD if kind == "ignored" else STYLES["wrong" if kind in ERRORS else "correct"]
+        name, score = short(names[detection["category_id"]]), f"{detection['score']:.2f}"
+        text = f"{name} {score} {kind if iou is None else f'IoU {iou:.2f}'}"
+        marks.append((kind not in ERRORS, Mark(_corners(detection), text, *style)))
+    return [mark for _, mark in sorted(marks, key=lambda pair: pair[0])]
+
+
+def _corners(box: dict) -> np.ndarray:
+    x, y, width, height = box["bbox"]
+    return np.array([x, y, x + width, y + height])
+
+
+def short(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:23]}…"

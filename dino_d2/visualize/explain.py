@@ -1,0 +1,136 @@
+"""How a detection came about: pictures of a recorded forward pass (`dino_d2.trace`) of an image.
+
+All take the image, its trace, the numbers of the queries to explain, and the names of the classes;
+they return a figure, to be saved in any format that Matplotlib knows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+from torch import Tensor
+
+from ..boxes import cxcywh_to_xyxy, iou
+from ..structures import Predictions
+from ..trace import Trace
+from .canvas import (
+    BLUE,
+    COLOURS,
+    MARKERS,
+    ORANGE,
+    outline,
+    shape_of,
+    show,
+    title_of,
+    to_pixels,
+    zoom,
+)
+
+PROPOSALS = 50  # boxes that are drawn
+
+
+def surest_queries(predictions: Predictions, count: int = 3) -> list[int]:
+    """The queries of the first image with the highest scores, at most `count`, surest first."""
+    scores = predictions.logits[0].amax(-1)
+    return scores.topk(min(count, len(scores))).indices.tolist()
+
+
+def draw_proposals(
+    image: Image.Image, trace: Trace, queries: Sequence[int], classes: Sequence[str]
+) -> Figure:
+    """The tokens that query selection took, by level, and the boxes proposed there.
+
+    Args:
+        trace: has a selection
+    """
+    selection = trace.selection
+    rows = max(len(trace.shapes), len(queries) + 1)  # of a legend
+    size = 11, 5.4 * shape_of(image) + 0.2 * rows + 0.7
+    figure = Figure(figsize=size, layout="constrained")
+    pictures, legends = figure.subplots(2, 2, height_ratios=[size[1] - 0.2 * rows, 0.2 * rows])
+    for axes in legends:
+        axes.set_axis_off()
+    left, right = pictures
+    show(left, image, dim=0.5)
+    centers = to_pixels(selection.centers[0], image)
+    for level, (height, width) in enumerate(trace.shapes):
+        there = centers[selection.levels[0] == level]
+        left.scatter(
+            *there.T,
+            s=14 * 1.7**level,
+            marker=MARKERS[level % len(MARKERS)],
+            **{"color": COLOURS[level % len(COLOURS)], "edgecolors": "white", "linewidths": 0.4},
+            **{"alpha": 0.75, "clip_on": False},
+            label=f"level {level + 1}: {len(there)} of {height * width} tokens",
+        )
+    left.set_title(f"where the {len(centers)} selected tokens are")
+    legends[0].legend(*left.get_legend_handles_labels(), loc="upper center", fontsize=8)
+
+    show(right, image, dim=0.3)
+    boxes = to_pixels(selection.boxes[0], image)
+    best = selection.scores[0].topk(min(PROPOSALS, len(boxes))).indices.tolist()
+    for query in best:
+        outline(right, boxes[query], "#555555", width=0.8, alpha=0.6)
+    for i, query in enumerate(queries):
+        outline(right, boxes[query], COLOURS[i % len(COLOURS)], width=2.5)
+    names = [title_of(query, trace.output.layers[-1], classes) for query in queries]
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2.5) for i in range(len(names))]
+    handles.append(Line2D([], [], color="#555555", lw=0.8))
+    names.append(f"the {len(best)} proposals of the highest scores")
+    legends[1].legend(handles, names, loc="upper center", fontsize=8)
+    right.set_title("boxes proposed there")
+    figure.suptitle("Encoder proposals that became queries", weight="bold")
+    return figure
+
+
+def draw_refinement(
+    image: Image.Image, trace: Trace, queries: Sequence[int], classes: Sequence[str]
+) -> Figure:
+    """The boxes of each query from where it started through all decoder layers, and beside them
+    how its score and its agreement with the final box grow."""
+    figure = Figure(figsize=(10, 3.1 * len(queries) + 1), layout="constrained")
+    grid = figure.subplots(len(queries), 2, squeeze=False, width_ratios=[1, 1.5])
+    colours = stage_colours(len(trace.layers) + 1)
+    for (picture, chart), query in zip(grid, queries, strict=True):
+        start = trace.layers[0].reference[0, query]
+        boxes = [layer.boxes[0, query] for layer in trace.output.layers]
+        places = [start, *boxes] if len(start) == 4 else boxes
+        places = to_pixels(torch.stack(places), image)
+        show(picture, image, dim=0.25)
+        zoom(picture, image, cxcywh_to_xyxy(places))
+        for box, colour in zip(places, colours[-len(places) :], strict=True):
+            outline(picture, box, colour, width=2)
+        if len(start) == 2:
+            picture.plot(*to_pixels(start, image), "X", color=colours[0], mec="white", ms=10)
+        picture.set_title(title_of(query, trace.output.layers[-1], classes))
+        _draw_progress(chart, trace, query, places)
+    stages = ["start", *(f"layer {i + 1}" for i in range(len(trace.layers)))]
+    handles = [Line2D([], [], color=colour, lw=3) for colour in colours]
+    figure.legend(handles, stages, loc="outside lower center", ncols=min(len(stages), 7))
+    figure.suptitle("A query's box through the layers of the decoder", weight="bold")
+    return figure
+
+
+def stage_colours(count: int) -> list[tuple[float, float, float, float]]:
+    """From dark to bright, evenly to every kind of eye."""
+    return [colormaps["plasma"](0.9 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def _draw_progress(axes: Axes, trace: Trace, query: int, places: Tensor) -> None:
+    layers = trace.output.layers
+    label = layers[-1].logits[0, query].argmax()
+    stages = range(len(layers) + 1)
+    corners = cxcywh_to_xyxy(places)
+    overlap = iou(corners, corners[-1]).tolist()
+    axes.plot(stages[-len(overlap) :], overlap, "o-", color=BLUE, label="IoU with the final box")
+    scores = [layer.logits[0, query, label].sigmoid().item() for layer in layers]
+    axes.plot(stages[1:], scores, "s--", color=ORANGE, label="score for the final class")
+    names = ["start", *map(str, stages[1:])]
+    axes.set(ylim=(-0.03, 1.03), xticks=stages, xticklabels=names, xlabel="decoder layer")
+    axes.set_ylabel("IoU and score, 0 to 1")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

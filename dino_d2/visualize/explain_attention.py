@@ -1,0 +1,144 @@
+"""Where a detection looked: the attention of the decoder in a recorded forward pass of an image.
+
+Arguments and results are as in `explain`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+from torch import Tensor
+
+from ..boxes import cxcywh_to_xyxy, iou
+from ..trace import Trace
+from .canvas import BLUE, COLOURS, MARKERS, outline, show, title_of, to_pixels, zoom
+
+ATTENDED = 10  # queries that are drawn
+SAME_PLACE = 0.5  # least IoU
+
+
+def draw_sampling(
+    image: Image.Image, trace: Trace, queries: Sequence[int], classes: Sequence[str]
+) -> Figure:
+    """Where the last decoder layer looked for each query: the sampling points of its deformable
+    attention, a column per level, a colour per head, an area per weight."""
+    layer, levels = trace.layers[-1], len(trace.shapes)
+    figure = Figure(figsize=(2.7 * levels + 0.3, 2.9 * len(queries) + 1.3), layout="constrained")
+    grid = figure.subplots(len(queries), levels, squeeze=False)
+    for row, query in zip(grid, queries, strict=True):
+        points = to_pixels(layer.locations[0, query], image)  # (H, L, P, 2)
+        weights = layer.weights[0, query]
+        box = to_pixels(trace.output.layers[-1].boxes[0, query], image)
+        # What weighs next to nothing may be anywhere.
+        heavy = points[weights > 0.02]
+        shown = torch.cat([cxcywh_to_xyxy(box)[None], heavy.tile(2)])
+        for level, axes in enumerate(row):
+            show(axes, image, dim=0.45)
+            zoom(axes, image, shown)
+            outline(axes, box, "black", width=1.2)
+            _draw_points(axes, points[:, level], weights[:, level])
+            share = 100 * float(weights[:, level].sum() / weights.sum())
+            axes.set_xlabel(f"{share:.0f} % of the weight", fontsize=9)
+        row[0].set_ylabel(title_of(query, trace.output.layers[-1], classes))
+    for level, (axes, (height, width)) in enumerate(zip(grid[0], trace.shapes, strict=True)):
+        axes.set_title(f"level {level + 1}\n{width} × {height} cells")
+    handles = [_marker(head, f"head {head + 1}") for head in range(layer.weights.shape[2])]
+    handles += [
+        Line2D([], [], **_style(0), color="grey", ms=_area(x) ** 0.5, label=f"weight {x:.0%}")
+        for x in (0.05, 0.2, 0.5)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=int(1.7 * levels))
+    figure.suptitle("Sampling points of deformable attention, last decoder layer", weight="bold")
+    return figure
+
+
+def _area(weight: float) -> float:
+    return 500 * weight
+
+
+def _style(head: int) -> dict:
+    marker = MARKERS[head // len(COLOURS) % len(MARKERS)]
+    return {"linestyle": "", "marker": marker, "mec": "white", "mew": 0.6}
+
+
+def _marker(head: int, label: str) -> Line2D:
+    return Line2D([], [], **_style(head), color=COLOURS[head % len(COLOURS)], ms=9, label=label)
+
+
+def _draw_points(axes: Axes, points: Tensor, weights: Tensor) -> None:
+    """Points (H, P, 2) in pixels and their weights (H, P)."""
+    for head, (places, weight) in enumerate(zip(points, weights, strict=True)):
+        axes.scatter(
+            *places.T,
+            s=_area(weight),
+            marker=_style(head)["marker"],
+            color=COLOURS[head % len(COLOURS)],
+            **{"edgecolors": "white", "linewidths": 0.6, "alpha": 0.85, "zorder": 3},
+        )
+
+
+def draw_self_attention(
+    image: Image.Image, trace: Trace, queries: Sequence[int], classes: Sequence[str]
+) -> Figure:
+    """Which other queries each query attends to in the last decoder layer, and how its attention
+    is shared out, layer by layer, between itself, queries at the same place, and all others."""
+    figure = Figure(figsize=(10, 3.4 * len(queries) + 1), layout="constrained")
+    grid = figure.subplots(len(queries), 2, squeeze=False, width_ratios=[1.15, 1])
+    for (picture, chart), query in zip(grid, queries, strict=True):
+        _draw_attended(picture, image, trace, query)
+        picture.set_title(title_of(query, trace.output.layers[-1], classes))
+        _draw_shares(chart, trace, query)
+    handles, labels = grid[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.suptitle("Self-attention between queries", weight="bold")
+    return figure
+
+
+def _places(trace: Trace, layer: int) -> Tensor:
+    """Where the queries (Q, 4) of a layer are: where it starts from or, of points, gets to."""
+    reference = trace.layers[layer].reference[0]
+    return reference if reference.shape[-1] == 4 else trace.output.layers[layer].boxes[0]
+
+
+def _draw_attended(axes: Axes, image: Image.Image, trace: Trace, query: int) -> None:
+    weights = 100 * trace.layers[-1].self_attention[0, query]
+    weights[query] = 0  # not another
+    boxes = to_pixels(_places(trace, -1), image)
+    show(axes, image, dim=0.45)
+    scale = ScalarMappable(Normalize(0, float(weights.max())), colormaps["plasma_r"])
+    for other in weights.topk(min(ATTENDED, len(weights) - 1)).indices.flip(0).tolist():
+        colour = scale.to_rgba(float(weights[other]))
+        outline(axes, boxes[other], colour, width=1.5)
+        axes.plot(*boxes[[query, other], :2].T, color=colour, linewidth=1.5)
+    outline(axes, boxes[query], "black", width=2.5)
+    axes.figure.colorbar(scale, ax=axes, shrink=0.8, label="attention, % of all")
+
+
+def _draw_shares(axes: Axes, trace: Trace, query: int) -> None:
+    shares = torch.tensor([_shares(trace, layer, query) for layer in range(len(trace.layers))])
+    own, near, far, uniform = (100 * shares).T
+    layers = range(1, len(shares) + 1)
+    axes.bar(layers, own, color=BLUE, label="itself")
+    place = f"queries at its place (IoU ≥ {SAME_PLACE})"
+    axes.bar(layers, near, bottom=own, color="#e69f00", label=place)
+    axes.bar(layers, far, bottom=own + near, color="#cccccc", label="other queries")
+    label = "both, were attention even"
+    axes.plot(layers, uniform, "k_", ms=24, mew=2, label=label)
+    axes.set(ylim=(0, 100), xticks=layers, xlabel="decoder layer", ylabel="share of attention, %")
+
+
+def _shares(trace: Trace, layer: int, query: int) -> tuple[float, float, float, float]:
+    """The attention of a query to itself, to others at its place, and to the rest, which sum to 1;
+    and what the first two would be if it attended to all alike."""
+    weights = trace.layers[layer].self_attention[0, query]
+    corners = cxcywh_to_xyxy(_places(trace, layer))
+    near = iou(corners, corners[query]) >= SAME_PLACE
+    near[query] = False
+    own, others = float(weights[query]), float(weights[near].sum())
+    return own, others, 1 - own - others, (1 + int(near.sum())) / len(near)

@@ -1,0 +1,167 @@
+"""Boxes with labels, drawn into images, and sheets of such images."""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import count, pairwise, product
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+# Those of Okabe and Ito, which the colour-blind tell apart.
+PALETTE = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442"]
+MARGIN = 12  # pixels between the pictures of a sheet
+
+
+class Mark(NamedTuple):
+    """A box to draw.
+
+    Attributes:
+        box: left, top, right and bottom in pixels
+        text: its label; "" for none
+        colour: of the line and of what is behind the text
+        dash: lengths of strokes and gaps, in widths of the line; () is a solid line
+    """
+
+    box: Sequence[float]
+    text: str
+    colour: str
+    dash: tuple[int, ...] = ()
+
+
+def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
+    """A copy of the image, as RGB, with boxes and their labels.
+
+    The first mark is on top. A label is drawn where it covers no other one; where there is no such
+    place beside its box, it is left out.
+    """
+    picture = image.convert("RGB")
+    canvas = ImageDraw.Draw(picture)
+    width = max(2, round(min(picture.size) / 160))
+    for mark in reversed(marks):
+        _outline(canvas, mark, width)
+    font, taken = load_font(max(12, round(min(picture.size) / 36))), []
+    for mark in marks:
+        place = _free_place(canvas, mark, font, taken)
+        if mark.text and place:
+            taken.append(place)
+            canvas.rectangle(place, fill=mark.colour)
+            canvas.text(place[:2], mark.text, ink_on(mark.colour), font, anchor="la")
+    return picture
+
+
+@cache
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """The one that matplotlib brings: it has more letters than PIL's own."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+
+
+def class_colour(label: int) -> str:
+    """Of a class by its number; with more classes than colours, these come again."""
+    return PALETTE[label % len(PALETTE)]
+
+
+def ink_on(colour: str) -> str:
+    """The colour of legible text on another one."""
+    red, green, blue = ImageColor.getrgb(colour)[:3]
+    return "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 128 else "white"
+
+
+def _outline(canvas: ImageDraw.ImageDraw, mark: Mark, width: int) -> None:
+    left, top, right, bottom = mark.box
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+    # Dark below the colour, which so is seen on any background.
+    canvas.line(corners, "black", width + 2 if not mark.dash else width, joint="curve")
+    for start, end in pairwise(corners):
+        for stroke in _strokes(np.array(start), np.array(end), [width * x for x in mark.dash]):
+            canvas.line(stroke, mark.colour, width)
+
+
+def _strokes(start: np.ndarray, end: np.ndarray, dash: list[int]) -> Iterator[list[tuple]]:
+    """The parts of a line that are drawn."""
+    length = np.abs(end - start).sum()  # it is upright or level
+    if not dash or not length:
+        yield [tuple(start), tuple(end)]
+        return
+    stroke, gap = dash
+    for at in np.arange(0, length, stroke + gap):
+        ends = np.minimum([at, at + stroke], length) / length
+        yield [tuple(start + (end - start) * x) for x in ends]
+
+
+def _free_place(
+    canvas: ImageDraw.ImageDraw, mark: Mark, font: ImageFont.FreeTypeFont, taken: list[tuple]
+) -> tuple | None:
+    """Left, top, right and bottom of a label at its box, inside the image and on no other one."""
+    left, top, right, bottom = mark.box
+    width = canvas.textlength(mark.text, font) + 1
+    height = sum(font.getmetrics())
+    limit = canvas.im.size[0] - width, canvas.im.size[1] - height
+    rows = (top - height, top, bottom, bottom - height, (top + bottom - height) / 2)
+    for y, x in product(rows, (left, right - width)):
+        x, y = min(max(0, x), max(0, limit[0])), min(max(0, y), max(0, limit[1]))
+        place = x, y, x + width, y + height
+        if not any(_overlap(place, other) for other in taken):
+            return place
+    return None
+
+
+def _overlap(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def fit(image: Image.Image, side: int) -> tuple[Image.Image, float]:
+    """The image with a long side of so many pixels, and what its boxes are to be multiplied by."""
+    scale = side / max(image.size)
+    size = [max(1, round(scale * x)) for x in image.size]
+    return image.convert("RGB").resize(size), scale
+
+
+def contact_sheet(
+    pictures: Sequence[tuple[Image.Image, str]],
+    columns: int,
+    title: str,
+    legend: Sequence[Mark] = (),
+) -> Image.Image:
+    """Pictures in rows, each below its caption.
+
+    Args:
+        pictures: with their captions, at least one
+        columns: pictures in a row
+        title: above all
+        legend: explained below the title by their texts; boxes do not count
+    """
+    big, small = load_font(24), load_font(18)
+    line, columns = sum(big.getmetrics()) + MARGIN, min(columns, len(pictures))
+    column = max(picture.width for picture, _ in pictures) + MARGIN
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    heights = [max(picture.height for picture, _ in row) + line for row in rows]
+    head = (2 if legend else 1) * line + MARGIN
+    needed = max(round(big.getlength(title)), _legend_width(legend, small), columns * column)
+    sheet = Image.new("RGB", (MARGIN + needed, head + sum(heights)), "white")
+    canvas = ImageDraw.Draw(sheet)
+    canvas.text((MARGIN, MARGIN), title, "black", big)
+    _draw_legend(canvas, legend, line + MARGIN, small)
+    for y, row in zip(np.cumsum([head, *heights[:-1]]).tolist(), rows, strict=True):
+        for x, (picture, caption) in zip(count(MARGIN, column), row, strict=False):
+            while caption and small.getlength(caption) > column - MARGIN:
+                caption = caption[:-2].rstrip() + "…"
+            canvas.text((x, y), caption, "black", small)
+            sheet.paste(picture, (x, y + line - MARGIN))
+    return sheet
+
+
+def _draw_legend(
+    canvas: ImageDraw.ImageDraw, legend: Sequence[Mark], y: int, font: ImageFont.FreeTypeFont
+) -> None:
+    x = MARGIN
+    for mark in legend:
+        _outline(canvas, mark._replace(box=(x, y, x + 36, y + 20)), 3)
+        canvas.text((x + 44, y - 1), mark.text, "black", font)
+        x += _legend_width([mark], font)
+
+
+def _legend_width(legend: Sequence[Mark], font: ImageFont.FreeTypeFont) -> int:
+    return sum(round(font.getlength(mark.text)) + 44 + 3 * MARGIN for mark in legend)

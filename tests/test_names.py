@@ -1,0 +1,63 @@
+"""Names that people give, and the nearest where they are unknown."""
+
+import pytest
+import torch
+
+from dino_d2.names import check_device, nearest, nearest_path
+
+
+def test_the_nearest_names_come_first_whatever_their_case():
+    assert nearest("solver.base_lr", ["OUTPUT_DIR", "SOLVER.BASE_LR", "SOLVER.LRS"])[0] == (
+        "SOLVER.BASE_LR"
+    )
+    assert nearest("xyz", ["OUTPUT_DIR"]) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("data/imags/a.jpg", "data/images/a.jpg"),
+        ("dat/image/A.jpeg", "data/images/a.jpg"),
+        ("data/images/a.jpg", "data/images/a.jpg"),
+        ("data/images/a.jpg/more", ""),
+        ("data/zzz", ""),
+    ],
+)
+def test_every_part_of_a_path_is_corrected_by_itself(wrong, right, tmp_path, monkeypatch):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "a.jpg").touch()
+    monkeypatch.chdir(tmp_path)
+    assert nearest_path(wrong) == right
+    assert nearest_path(str(tmp_path / wrong)) == (right and str(tmp_path / right))
+
+
+def test_the_device_of_every_machine_is_there():
+    check_device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpu", "does not know; the nearest: cpu"),
+        ("Cuda", "does not know; the nearest: cuda"),
+        ("??", "does not know; the nearest: cpu, cuda, mps"),
+        ("cuda", "finds no GPU here"),
+        ("mps", "finds no MPS here"),
+        ("meta", "finds no META here"),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_sentence(name, message, monkeypatch):
+    for backend in (torch.cuda, torch.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    with pytest.raises(ValueError) as caught:
+        check_device(name)
+    assert str(caught.value).startswith(f"the device is '{name}'") and message in str(caught.value)
+
+
+def test_a_gpu_beyond_the_last_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda")
+    check_device("cuda:1")
+    with pytest.raises(ValueError, match="'cuda:2', but the last is 1"):
+        check_device("cuda:2")

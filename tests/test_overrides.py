@@ -1,0 +1,193 @@
+"""Changes of a config on the command line: what they do, and what is said where they cannot be."""
+
+import copy
+
+import pytest
+from detectron2.config import LazyConfig, instantiate
+
+from dino_d2.config import read_config
+from dino_d2.model_zoo import get_config
+from dino_d2.modeling import VarifocalLoss
+from dino_d2.overrides import apply_overrides
+
+
+@pytest.fixture(scope="module")
+def configs():
+    return {style: get_config(f"quickstart.{style}") for style in ("yaml", "py")}
+
+
+@pytest.fixture
+def yaml(configs):
+    return configs["yaml"].clone()
+
+
+@pytest.fixture
+def lazy(configs):
+    return copy.deepcopy(configs["py"])
+
+
+def complaint(cfg, *words):
+    with pytest.raises(ValueError) as caught:
+        apply_overrides(cfg, words)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_keys_and_values_in_turn_change_a_yaml_config(yaml):
+    words = ["SOLVER.BASE_LR", "0.5", "INPUT.MIN_SIZE_TRAIN", "(64, 96)", "MODEL.WEIGHTS", "a=b"]
+    assert apply_overrides(yaml, words) == words[::2]
+    assert yaml.SOLVER.BASE_LR == 0.5 and yaml.INPUT.MIN_SIZE_TRAIN == (64, 96)
+    assert yaml.MODEL.WEIGHTS == "a=b"
+
+
+def test_hydras_grammar_changes_a_lazy_config(lazy):
+    words = [
+        "optimizer.lr=0.5",
+        "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+        "train={max_iter: 7, checkpointer: {period: 3}}",
+        "model.denoising=null",
+        "dataloader.train.dataset.names=[a,b]",
+    ]
+    keys = apply_overrides(lazy, words)
+    assert keys == [
+        "optimizer.lr",
+        "dataloader.test.mapper.augmentations.0.short_edge_length",
+        "train.max_iter",
+        "train.checkpointer.period",
+        "model.denoising",
+        "dataloader.train.dataset.names",
+    ]
+    assert lazy.optimizer.lr == 0.5 and lazy.model.denoising is None
+    assert lazy.dataloader.test.mapper.augmentations[0].short_edge_length == 64
+    assert (lazy.train.max_iter, lazy.train.checkpointer.period) == (7, 3)
+    assert lazy.train.checkpointer.max_to_keep == 100  # what a dict does not name stays
+    assert lazy.dataloader.train.dataset.names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.decoder.final_norm",  # an argument of a class
+        "dataloader.train.sampler",  # of a function that Detectron2 configures
+        "dataloader.train.mapper.use_instance_mask",  # of a class that it configures
+        "model.backbone.stages.stride_in_1x1",  # that takes any
+        "optimizer.betas",
+    ],
+)
+def test_an_argument_that_a_target_takes_need_not_be_in_the_config(key, lazy):
+    assert apply_overrides(lazy, [f"{key}=1"]) == [key]
+
+
+def test_the_arguments_are_those_of_the_target_that_was_changed_to(lazy):
+    target = "lr_multiplier._target_=fvcore.common.param_scheduler.ConstantParamScheduler"
+    assert "'lr_multiplier.value'" in complaint(lazy, "lr_multiplier.value=1")
+    apply_overrides(lazy, [target, "lr_multiplier.value=1"])
+    assert lazy.lr_multiplier.value == 1
+
+
+def test_nothing_can_become_a_target(lazy):
+    key = "model.criterion.denoising_class_loss"
+    apply_overrides(lazy, [f"{key}._target_=dino_d2.modeling.VarifocalLoss", f"{key}.alpha=0.5"])
+    assert isinstance(instantiate(lazy.model.criterion).denoising_class_loss, VarifocalLoss)
+    apply_overrides(lazy, ["dataloader.train.sampler._target_=builtins.dict"])
+    assert lazy.dataloader.train.sampler._target_ == "builtins.dict"
+
+
+def test_what_a_target_written_in_c_takes_is_not_known_and_so_anything(lazy):
+    apply_overrides(lazy, ["model.denoising._target_=builtins.dict", "model.denoising.any=1"])
+    assert lazy.model.denoising.any == 1
+
+
+@pytest.mark.parametrize("plus", ["+", "++"])
+def test_a_plus_adds_what_is_not_there(plus, lazy):
+    assert apply_overrides(lazy, [f"{plus}train.mine.more=1"]) == ["train.mine.more"]
+    assert lazy.train.mine.more == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("MODEL.DINO.NUM_QUERY", "MODEL.DINO.NUM_QUERIES"),
+        ("solver.base_lr", "SOLVER.BASE_LR"),
+        ("NUM_QUERIES", "MODEL.DINO.NUM_QUERIES"),
+        ("STAGES.NUM_QUERIES", "MODEL.DINO.NUM_QUERIES"),
+        ("QWX", "MODEL, "),
+        ("0.1", "MODEL, "),
+    ],
+)
+def test_an_unknown_key_of_a_yaml_config_is_answered_with_the_nearest(key, near, yaml):
+    message = complaint(yaml, key, "1")
+    assert message.startswith(f"there is no key '{key}' in the config") and near in message
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("model.decoder.num_layer", "model.decoder.num_layers"),
+        ("model.decoder.final_nrm", "model.decoder.final_norm"),  # not in the config
+        ("optimiser.lr", "optimizer.lr"),
+        ("lr", "optimizer.lr"),
+        ("train.epoch", "train.epochs"),
+        ("train.checkpointer._target_", "train.checkpointer"),
+        ("model.criterion.denoising_class_loss.alpha", "criterion.denoising_class_loss"),  # null
+        ("train.amp.enable", "train.amp.enabled"),
+        ("model.denoising.budgt", "model.denoising.budget"),
+        ("model.max_detections.more", "model.max_detections"),
+        ("dataloader.test.mapper.augmentations.1.max_size", "augmentations.0.max_size"),
+        ("dataloader.test.mapper.augmentations.first.max_size", "augmentations.0.max_size"),
+        ("train={ema: {enable: true}}", "train.ema.enabled"),
+    ],
+)
+def test_an_unknown_key_of_a_lazy_config_is_answered_with_the_nearest(key, near, lazy):
+    before = str(lazy)
+    message = complaint(lazy, key if "=" in key else f"{key}=1")
+    assert message.startswith("there is no key '") and near in message
+    assert "=VALUE' adds one" in message and str(lazy) == before
+
+
+def test_a_value_has_no_keys_inside_even_to_be_added(lazy):
+    message = complaint(lazy, "+model.max_detections.more=1")
+    assert message == "'model.max_detections' is 100, and has no 'more' inside"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["SOLVER.BASE_LR=0.1"], "write 'SOLVER.BASE_LR 0.1', not 'SOLVER.BASE_LR=0.1'"),
+        (["SEED", "1", "SOLVER.BASE_LR"], "the key 'SOLVER.BASE_LR' has no value after it"),
+        (["SEED", "a"], "'SEED' takes values such as 1 (int), not 'a'"),
+        (["INPUT.MIN_SIZE_TEST", "(1, 2)"], "'INPUT.MIN_SIZE_TEST' takes values such as 104"),
+    ],
+)
+def test_what_a_yaml_config_does_not_take_is_one_sentence(words, message, yaml):
+    assert message in complaint(yaml, *words)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optimizer.lr", "changed by KEY=VALUE"),
+        ("~optimizer.lr", "is a deletion"),
+        ("optimizer.lr=[1", "cannot be read (no viable alternative at input '[1')"),
+        ("train.output_dir=don't", "put its value into quotes"),
+        ("train.output_dir=a,b", "has several values"),
+        ("model.denoising._target_=dino_d2.modeling.Denoisin", "dino_d2.modeling.Denoising"),
+        ("model.denoising._target_=nowhere.Denoising", "which cannot be imported"),
+    ],
+)
+def test_what_a_lazy_config_does_not_take_is_one_sentence(word, message, lazy):
+    assert message in complaint(lazy, word)
+
+
+def test_what_a_config_was_saved_as_takes_the_same_keys(lazy, tmp_path):
+    LazyConfig.save(lazy, str(tmp_path / "config.yaml"))
+    read = read_config(str(tmp_path / "config.yaml"))
+    apply_overrides(read, ["model.decoder.final_norm=false"])
+    assert "num_layers" in complaint(read, "model.decoder.num_layer=1")
+
+
+def test_an_unknown_key_of_a_file_is_answered_with_the_nearest(tmp_path):
+    (tmp_path / "a.yaml").write_text("MODEL: {DINO: {NUM_QUERYS: 3}}")
+    with pytest.raises(ValueError, match=r"a.yaml': there is no key .*: MODEL.DINO.NUM_QUERIES"):
+        read_config(str(tmp_path / "a.yaml"))
