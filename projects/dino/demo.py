@@ -1,111 +1,74 @@
 #!/usr/bin/env python3
-"""Detect objects in images: annotated pictures, and the detections as JSON."""
+"""Detect objects in images and videos: annotated pictures, and the detections as JSON."""
 
 import argparse
-import glob
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
-from detectron2.structures import BoxMode, Instances
-from PIL import Image
+from annotate import Annotator, find_inputs, run
 from program import add_model_arguments, make_parser, one_sentence
-from tqdm import tqdm
+from results import category_ids, image_ids, read_annotations
+from video import Video, Window, opencv
 
 import dino_d2
-from dino_d2.data import DatasetError, read_image
-from dino_d2.visualize import draw_instances
+from dino_d2.checkpoint_io import replacing
 
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 EPILOG = """
+The JSON is a list in COCO's results format, as pycocotools' loadRes reads it: image_id,
+category_id, bbox (x, y, width, height in pixels) and score; besides the names, file_name and
+category, and for videos the frame, counted from 0. With --annotations, ids are those of that file.
+Without, images and then frames are counted from 1 in the order of the input, and category ids are
+COCO's for the 80 classes of COCO, for others the position of the class, counted from 1.
+
 Examples:
 
-A published checkpoint by name, see the README:
-    $ demo.py --config-file detrex/dino_R_50_4scale_24ep --input photos/ cat.jpg --output detected
-
 A training of one's own:
-    $ demo.py --config-file output/quickstart/config.yaml \\
+    $ python projects/dino/demo.py --config-file output/quickstart/config.yaml \\
         --weights output/quickstart/model_final.pth \\
-        --input "output/quickstart/data/images/val_*.jpg" --output detected --json detected.json
+        --input "output/quickstart/data/images/val_*.jpg" --output output/detected
+
+Detections for an evaluation, all of them, with the ids of the annotations:
+    $ python projects/dino/demo.py --config-file output/quickstart/config.yaml \\
+        --weights output/quickstart/model_final.pth \\
+        --input "output/quickstart/data/images/val_*.jpg" --batch-size 8 \\
+        --annotations output/quickstart/data/val.json --confidence-threshold 0 --json detected.json
+
+A published checkpoint by name, see the README; folders, images and videos:
+    $ python projects/dino/demo.py --config-file detrex/dino_R_50_4scale_24ep \\
+        --input photos/ cat.jpg street.mp4 --output output/detected
+
+The camera, in a window until q is pressed:
+    $ python projects/dino/demo.py --config-file detrex/dino_R_50_4scale_24ep --webcam --show
 """
-
-
-def find_images(inputs: list[str]) -> list[Path]:
-    """The images that paths, folders and patterns mean, each once.
-
-    Raises:
-        FileNotFoundError: one of them means none
-    """
-    images = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_file():
-            images.append(path)
-            continue
-        found = path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
-        found = sorted(x for x in found if x.suffix.lower() in SUFFIXES and x.is_file())
-        if not found:
-            raise FileNotFoundError(
-                f"--input '{name}' is no image, nor a folder or pattern of some"
-            )
-        images += found
-    return list(dict.fromkeys(images))
-
-
-def to_json(path: Path, instances: Instances, classes: list[str]) -> list[dict]:
-    """As COCO's results, with names in place of ids."""
-    boxes = instances.pred_boxes.tensor
-    boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
-    scores, labels = instances.scores.tolist(), instances.pred_classes.tolist()
-    return [
-        {"image": str(path), "category": classes[label], "bbox": box, "score": score}
-        for box, score, label in zip(boxes, scores, labels, strict=True)
-    ]
-
-
-def read(paths: list[Path]) -> dict:
-    """The images that can be read; what is wrong with the others is printed."""
-    pictures = {}
-    for path in paths:
-        try:
-            pictures[path] = read_image(str(path), "RGB")
-        except DatasetError as error:
-            tqdm.write(f"{error}; it is left out", file=sys.stderr)
-    return pictures
-
-
-def free_name(folder: Path, stem: str, taken: set[Path]) -> Path:
-    """A name for a picture that no other of this run has."""
-    names = (folder / f"{stem}{f'_{i}' if i else ''}.png" for i in range(len(taken) + 1))
-    name = next(name for name in names if name not in taken)
-    taken.add(name)
-    return name
-
-
-def run(predictor: dino_d2.Predictor, paths: list[Path], args: argparse.Namespace) -> list[dict]:
-    """Pictures go to the output folder, detections are returned."""
-    detections, drawn = [], set()
-    for start in tqdm(range(0, len(paths), args.batch_size), unit="batch", disable=None):
-        pictures = read(paths[start : start + args.batch_size])
-        found = predictor(list(pictures.values()))
-        for (path, picture), instances in zip(pictures.items(), found, strict=True):
-            instances = instances[instances.scores >= args.confidence_threshold]
-            detections += to_json(path, instances, predictor.classes)
-            if args.output:
-                picture = draw_instances(Image.fromarray(picture), instances, predictor.classes)
-                picture.save(free_name(args.output, path.stem, drawn))
-    return detections
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
+    parser.add_argument(
+        "--input", nargs="+", default=[], help="images, videos, folders and patterns of them"
+    )
+    parser.add_argument(
+        "--webcam",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="NUMBER",
+        help="a camera, by default the first (0), until q is pressed in the window, or Ctrl-C",
+    )
     add_model_arguments(parser)
-    parser.add_argument("--input", nargs="+", required=True, help="images, folders, patterns")
-    parser.add_argument("--output", type=Path, help="folder for annotated pictures")
-    parser.add_argument("--json", type=Path, help="file for the detections")
-    parser.add_argument("--confidence-threshold", type=float, default=0.5, help="default: 0.5")
-    parser.add_argument("--batch-size", type=int, default=1, help="default: 1")
+    parser.add_argument("--output", type=Path, help="folder for annotated pictures and videos")
+    parser.add_argument("--json", type=Path, help="file for the detections, see below")
+    parser.add_argument("--show", action="store_true", help="in a window; needs OpenCV")
+    parser.add_argument(
+        "--annotations", type=Path, help="COCO-format file that gives the JSON its ids"
+    )
+    parser.add_argument(
+        "--confidence-threshold", type=float, default=0.5, help="0 to 1 (default: 0.5)"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="images at once (default: 1)")
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -115,26 +78,64 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    parser = argument_parser()
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
-    if not args.output and not args.json:
-        parser.error("say where to: --output FOLDER, --json FILE or both")
+    if not args.input and args.webcam is None:
+        parser.error("say what to look at: --input FILES or --webcam")
+    if not (args.output or args.json or args.show):
+        parser.error("say where to: --output FOLDER, --json FILE or --show")
+    if args.annotations and not args.json:
+        parser.error("--annotations is about the ids of --json FILE")
     if args.batch_size < 1:
         parser.error("--batch-size has to be 1 or more")
+    if not 0 <= args.confidence_threshold <= 1:
+        parser.error("--confidence-threshold has to be between 0 and 1")
+    return args
+
+
+def prepare_outputs(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        OSError: there cannot be such a file or folder
+    """
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+    if args.json:
+        if args.json.is_dir():
+            raise IsADirectoryError(f"--json '{args.json}' is a folder")
+        tempfile.TemporaryFile(dir=args.json.parent).close()
+
+
+def main() -> None:
+    parser = argument_parser()
+    args = parse(parser)
     with one_sentence(parser.prog):
-        paths = find_images(args.input)
-        if args.output:
-            args.output.mkdir(parents=True, exist_ok=True)
-        if args.json:
-            args.json.open("a").close()
+        images, videos = find_inputs(args.input)
+        if args.webcam is not None:
+            videos = [*videos, Video(args.webcam)]
+        if videos and args.annotations:
+            raise ValueError("--annotations knows images: leave out videos and cameras")
+        annotations = read_annotations(args.annotations) if args.annotations else None
+        ids = image_ids(images, annotations)
+        prepare_outputs(args)
+        if videos:
+            opencv()
+        window = Window() if args.show else None
         dtype = getattr(torch, args.dtype)
         predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts, dtype)
-    detections = run(predictor, paths, args)
+        categories = category_ids(predictor.classes, annotations)
+    annotator = Annotator(predictor, args, categories, window)
+    try:
+        run(annotator, images, ids, videos)
+    except KeyboardInterrupt:
+        if args.webcam is None:  # for a camera, it is the end
+            sys.exit(f"{parser.prog}: interrupted after {annotator.summary()}, without the JSON")
+    if not annotator.images + annotator.frames:
+        sys.exit(f"{parser.prog}: nothing was done: no input could be read")
     if args.json:
-        args.json.write_text(json.dumps(detections, indent=1))
-    places = " and ".join(f"'{x}'" for x in (args.output, args.json) if x)
-    print(f"{len(detections)} detections in {len(paths)} images: see {places}")
+        with one_sentence(parser.prog), replacing(str(args.json)) as file:
+            file.write(json.dumps(annotator.results, indent=1).encode())
+    print(annotator.summary())
 
 
 if __name__ == "__main__":

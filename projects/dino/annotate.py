@@ -1,0 +1,206 @@
+"""Images and videos in, annotated ones and results out: the work of `demo.py`."""
+
+import argparse
+import glob
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from detectron2.structures import Instances
+from PIL import Image
+from results import to_results
+from tqdm import tqdm
+from video import SUFFIXES as VIDEOS
+from video import Video, VideoError, VideoWriter, Window
+
+import dino_d2
+from dino_d2.data import DatasetError, read_image
+from dino_d2.names import nearest_path
+from dino_d2.visualize import draw_instances
+
+IMAGES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+class Shot(NamedTuple):
+    """An image, or a frame of a video."""
+
+    picture: np.ndarray  # (H, W, 3) of uint8, RGB
+    names: dict  # what its detections have in the JSON: image_id, file_name and perhaps frame
+
+
+def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """The images, and the videos, that paths, folders and patterns mean, each once.
+
+    Raises:
+        FileNotFoundError: one of them means none
+    """
+    found = []
+    for name in inputs:
+        path = Path(name)
+        inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+        kinds = IMAGES | VIDEOS
+        files = sorted(x for x in inside if x.suffix.lower() in kinds and x.is_file())
+        files = [path] if path.is_file() else files
+        if not files:
+            near = "" if path.exists() else nearest_path(name)
+            raise FileNotFoundError(
+                f"--input '{name}' is no image or video, nor a folder or pattern of some"
+                + (f"; the nearest: '{near}'" if near else "")
+            )
+        found += files
+    found = list(dict.fromkeys(found))
+    is_video = [path.suffix.lower() in VIDEOS for path in found]
+    images, videos = (
+        [path for path, x in zip(found, is_video, strict=True) if x is kind]
+        for kind in (False, True)
+    )
+    return images, videos
+
+
+class Annotator:
+    """Detects, draws, and keeps count of what was done.
+
+    Args:
+        predictor: what detects
+        args: of the program
+        categories: the id of each class
+        window: where pictures are shown
+    """
+
+    def __init__(
+        self,
+        predictor: dino_d2.Predictor,
+        args: argparse.Namespace,
+        categories: list[int],
+        window: Window | None = None,
+    ):
+        self.predictor, self.args, self.categories = predictor, args, categories
+        self.window = window
+        self.results: list[dict] = []
+        self.images = self.frames = self.videos = self.left_out = 0
+        self.taken: set[Path] = set()
+
+    def run_images(self, paths: list[Path], ids: list[int]) -> bool:
+        """Whether the person at the window wants more, as `run_video`."""
+        shots = self.detect(self.read(paths, ids))
+        for shot, instances in tqdm(shots, total=len(paths), unit="image", disable=None):
+            self.images += 1
+            save = self.args.output and self.free_path(shot.names["file_name"], ".png")
+            if not self.draw(shot, instances, save and partial(Image.Image.save, fp=save)):
+                return False
+        return True
+
+    def run_video(self, video: Video, first_id: int) -> bool:
+        """
+        Raises:
+            VideoError: the annotated one cannot be written
+        """
+        shots = (
+            Shot(picture, {"image_id": first_id + i, "file_name": video.name, "frame": i})
+            for i, picture in enumerate(video)
+        )
+        path = self.args.output and self.free_path(video.name, ".mp4")
+        writer = VideoWriter(path, video.rate, video.size) if path else None
+        found = tqdm(self.detect(shots), total=video.length or None, unit="frame", disable=None)
+        self.videos += 1
+        before = self.frames
+        with writer or nullcontext():
+            for shot, instances in found:
+                self.frames += 1
+                if not self.draw(shot, instances, writer and writer.write, stay=False):
+                    return False
+        missing = video.length - (self.frames - before)
+        if missing > max(1, video.length // 100):  # some formats only estimate their length
+            warn(f"video '{video.name}' lacks {missing} of {video.length} frames: it is damaged")
+        return True
+
+    def read(self, paths: list[Path], ids: list[int]) -> Iterator[Shot]:
+        """The images that can be read; what is wrong with the others is printed."""
+        for path, image_id in zip(paths, ids, strict=True):
+            try:
+                picture = read_image(str(path), "RGB")
+            except DatasetError as error:
+                self.leave_out(error)
+                continue
+            yield Shot(picture, {"image_id": image_id, "file_name": str(path)})
+
+    def detect(self, shots: Iterator[Shot]) -> Iterator[tuple[Shot, Instances]]:
+        """In batches; the results are kept."""
+        while batch := list(islice(shots, self.args.batch_size)):
+            found = self.predictor([shot.picture for shot in batch])
+            for shot, instances in zip(batch, found, strict=True):
+                instances = instances[instances.scores >= self.args.confidence_threshold]
+                self.results += to_results(
+                    shot.names, instances, self.predictor.classes, self.categories
+                )
+                yield shot, instances
+
+    def draw(
+        self,
+        shot: Shot,
+        instances: Instances,
+        save: Callable[[Image.Image], None] | None,
+        *,
+        stay: bool = True,
+    ) -> bool:
+        """Saves and shows the annotated picture; whether the person at the window wants more."""
+        if not save and not self.window:
+            return True
+        image = Image.fromarray(shot.picture)
+        picture = draw_instances(image, instances, self.predictor.classes)
+        if save:
+            save(picture)
+        return not self.window or self.window.show(picture, stay=stay)
+
+    def free_path(self, name: str, suffix: str) -> Path:
+        """A file of the output folder, named as the input, that no other of this run has."""
+        stem = Path(name).stem
+        names = (f"{stem}{f'_{i}' if i else ''}{suffix}" for i in count())
+        paths = (self.args.output / name for name in names)
+        path = next(path for path in paths if path not in self.taken)
+        self.taken.add(path)
+        return path
+
+    def leave_out(self, error: Exception) -> None:
+        self.left_out += 1
+        warn(f"{error}; it is left out")
+
+    def summary(self) -> str:
+        parts = [plural(self.images, "image")] if self.images or not self.videos else []
+        if self.videos:
+            parts.append(f"{plural(self.frames, 'frame')} of {plural(self.videos, 'video')}")
+        places = " and ".join(f"'{x}'" for x in (self.args.output, self.args.json) if x)
+        return (
+            f"{plural(len(self.results), 'detection')} in {' and '.join(parts)}"
+            + (f", {plural(self.left_out, 'input')} left out" if self.left_out else "")
+            + (f": see {places}" if places else "")
+        )
+
+
+def warn(sentence: str) -> None:
+    tqdm.write(sentence, file=sys.stderr)
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def run(
+    annotator: Annotator, images: list[Path], ids: list[int], videos: list[Path | Video]
+) -> None:
+    """All inputs, unless the window or the keyboard ends it."""
+    first_frame = len(images) + 1
+    more = annotator.run_images(images, ids)
+    for source in videos:
+        if not more:
+            return
+        try:
+            video = source if isinstance(source, Video) else Video(source)
+            more = annotator.run_video(video, first_frame + annotator.frames)
+        except VideoError as error:
+            annotator.leave_out(error)

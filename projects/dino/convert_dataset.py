@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Convert a data set in VOC's or YOLO's format to COCO's, which training and evaluation read.
+
+Writes one JSON file a split, checked as training checks it; images stay where they are. In VOC,
+coordinates count from 1 and include the last pixel, and objects marked difficult become crowd
+regions, which count neither as found nor as missed. In YOLO, outlines become their boxes, and an
+image without a label file is one without boxes. What had to be decided is counted and printed.
+"""
+
+import argparse
+from pathlib import Path
+
+from program import make_parser, one_sentence
+
+from dino_d2.data import from_voc, from_yolo
+from dino_d2.data.convert import Conversion, write
+
+EPILOG = """
+Examples:
+
+VOC: Annotations/*.xml, JPEGImages and, for splits, ImageSets/Main/{train,val,trainval,test}.txt
+    $ convert_dataset.py voc my/VOC2012 --output my/coco
+
+The same by a tool that counts pixels from 0:
+    $ convert_dataset.py voc my/cells --zero-based --output my/coco
+
+YOLO, as Ultralytics lays it out: data.yaml (or classes.txt), images and labels
+    $ convert_dataset.py yolo my/shapes --output my/coco
+    $ convert_dataset.py yolo my/shapes/data.yaml --output my/coco
+
+Then look at it, and train:
+    $ visualize_data.py --config-file configs/quickstart.yaml \\
+        --train-json my/coco/train.json --train-images my/shapes --output look
+    $ train_net.py --config-file configs/quickstart.yaml \\
+        --train-json my/coco/train.json --train-images my/shapes \\
+        --val-json my/coco/val.json --val-images my/shapes
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    parser.add_argument("format", choices=("voc", "yolo"), help="what there is")
+    parser.add_argument("dataset", type=Path, help="its folder; in YOLO's format, or its YAML file")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the JSON files")
+    parser.add_argument(
+        "--zero-based",
+        action="store_true",
+        help="voc: coordinates count from 0 and are edges, as many tools write them",
+    )
+    return parser
+
+
+def convert(args: argparse.Namespace) -> tuple[Conversion, dict[str, Path]]:
+    """What was converted, and the files to write by split.
+
+    Raises:
+        ValueError: the data set cannot be converted, or a file is there already
+    """
+    if not args.dataset.exists():
+        raise ValueError(f"'{args.dataset}' does not exist")
+    if args.format == "voc":
+        conversion = from_voc(args.dataset, zero_based=args.zero_based)
+    else:
+        conversion = from_yolo(args.dataset)
+    paths = {split: args.output / f"{split}.json" for split in conversion.datasets}
+    for path in paths.values():
+        if path.exists():
+            raise ValueError(f"'{path}' exists, and is not overwritten: choose another --output")
+    args.output.mkdir(parents=True, exist_ok=True)
+    return conversion, paths
+
+
+def main() -> None:
+    parser = argument_parser()
+    args = parser.parse_args()
+    if args.zero_based and args.format != "voc":
+        parser.error("--zero-based is for voc")
+    with one_sentence(parser.prog):
+        conversion, paths = convert(args)
+        for split, dataset in conversion.datasets.items():
+            write(dataset, paths[split])
+    for split, dataset in conversion.datasets.items():
+        images, boxes = len(dataset["images"]), len(dataset["annotations"])
+        empty = images - len({x["image_id"] for x in dataset["annotations"]})
+        print(f"'{paths[split]}': {images} images, {empty} of them without boxes, {boxes} boxes")
+    for text, count in conversion.notes.items():
+        if count:
+            print(f"  {text}: {count}")
+    names = [x["name"] for x in next(iter(conversion.datasets.values()))["categories"]]
+    folder = args.dataset if args.dataset.is_dir() else args.dataset.parent
+    print(f"{len(names)} classes: {', '.join(names)}. The folder of the images is '{folder}'")
+
+
+if __name__ == "__main__":
+    main()

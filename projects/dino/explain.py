@@ -1,0 +1,265 @@
+#!/usr/bin/env python3
+"""Explain with pictures how DINO comes to its detections in an image, and what it learns from one.
+
+Writes explain.html, a page that holds everything and can be sent as it is, and each picture as a
+PNG: the encoder's proposals, boxes through the layers of the decoder, sampling points, attention
+between queries; for an image with ground truth also denoising and matching.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from detectron2.data import DatasetCatalog
+from PIL import Image
+from program import add_model_arguments, make_parser, one_sentence
+
+import dino_d2
+from dino_d2.boxes import xyxy_to_cxcywh
+from dino_d2.data import class_names, read_image
+from dino_d2.data.mapper import check_pixels
+from dino_d2.names import nearest
+from dino_d2.structures import Predictions, Target
+from dino_d2.trace import Trace, denoised_boxes, match_stages, trace
+from dino_d2.visualize import (
+    draw_denoising,
+    draw_matching,
+    draw_proposals,
+    draw_refinement,
+    draw_sampling,
+    draw_self_attention,
+    html_page,
+    surest_queries,
+)
+from dino_d2.visualize.canvas import shrink
+
+MAX_QUERIES = 8
+EPILOG = """
+The image is resized as in evaluation, also where its ground truth is explained: training would flip
+and crop it besides. The noise of denoising is drawn with --seed.
+
+Examples, after `make demo`:
+
+An image and its ground truth:
+    $ python projects/dino/explain.py --config-file output/quickstart/config.yaml \\
+        --weights output/quickstart/model_final.pth \\
+        --annotations output/quickstart/data/val.json --images output/quickstart/data/images
+
+Another image of these, and queries of one's choice:
+    $ python projects/dino/explain.py --config-file output/quickstart/config.yaml \\
+        --weights output/quickstart/model_final.pth \\
+        --annotations output/quickstart/data/val.json --images output/quickstart/data/images \\
+        --image val_00002.jpg --query 0 7 --output output/explain_2
+
+A photograph, with a published checkpoint:
+    $ python projects/dino/explain.py --config-file detrex/dino_R_50_4scale_24ep \\
+        --input photo.jpg --output explained
+"""
+
+
+class Subject(NamedTuple):
+    """What is explained."""
+
+    path: str
+    picture: Image.Image
+    target: Target | None  # None without ground truth
+
+
+def find_record(annotations: str, images: str, name: str | None) -> tuple[dict, list[str]]:
+    """A record of a COCO-format dataset in Detectron2's format, by default the first with boxes,
+    and the classes of the dataset.
+
+    Raises:
+        ValueError: the dataset has something wrong, or no such image
+    """
+    if not annotations.endswith(".json"):
+        raise ValueError(f"--annotations '{annotations}' is no .json file: give COCO annotations")
+    dataset = f"{annotations}@{images}"
+    classes = class_names([dataset])
+    records = {os.path.relpath(x["file_name"], images): x for x in DatasetCatalog.get(dataset)}
+    if name is None:
+        return max(records.values(), key=lambda x: len(x["annotations"]) > 0), classes
+    if name not in records:
+        near = ", ".join(nearest(name, records) or list(records)[:3])
+        raise ValueError(f"'{annotations}' has no image '{name}'; the nearest: {near}")
+    return records[name], classes
+
+
+def to_target(record: dict, classes: list[str], known: list[str]) -> Target:
+    """The ground truth of a record, without crowds, as in training.
+
+    Args:
+        record: in Detectron2's format
+        classes: names that its categories are numbers of
+        known: names that those of the model are numbers of
+
+    Raises:
+        ValueError: the model does not know a class
+    """
+    boxes = [x for x in record["annotations"] if not x["iscrowd"]]
+    names = [classes[x["category_id"]] for x in boxes]
+    for name in names:
+        if name not in known:
+            near = ", ".join(nearest(name, known) or known[:3])
+            raise ValueError(
+                f"'{record['file_name']}' has a box of class '{name}', which the model does not "
+                f"know; its nearest: {near}"
+            )
+    corners = torch.tensor([x["bbox"] for x in boxes], dtype=torch.float32).view(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    size = torch.tensor([record["width"], record["height"]]).tile(2)
+    labels = torch.tensor([known.index(name) for name in names], dtype=torch.int64)
+    return Target(labels, xyxy_to_cxcywh(corners / size))
+
+
+def read_subject(args: argparse.Namespace, known: list[str]) -> Subject:
+    """
+    Raises:
+        ValueError: the image or its ground truth cannot be read
+    """
+    path, target = args.input, None
+    if args.annotations:
+        record, classes = find_record(args.annotations, args.images, args.image)
+        check_pixels(record)
+        path, target = record["file_name"], to_target(record, classes, known)
+    return Subject(path, Image.fromarray(read_image(path, "RGB")), target)
+
+
+def run(predictor: dino_d2.Predictor, subject: Subject, seed: int) -> tuple[Trace, str]:
+    """A recorded forward pass, and a sentence about its input."""
+    model, target, size = predictor.model, subject.target, subject.picture.size
+    inputs = predictor.prepare(subject.picture)
+    targets = target and [Target(*(x.to(model.device) for x in target))]
+    torch.manual_seed(seed)
+    recorded = trace(model, model.preprocess_images([inputs]), targets)
+    height, width = inputs["image"].shape[-2:]
+    return recorded, (
+        f"The image of {size[0]} × {size[1]} pixels was resized to {width} × {height}, as in "
+        "evaluation."
+    )
+
+
+def choose(queries: list[int], predictions: Predictions) -> list[int]:
+    """
+    Raises:
+        ValueError: there is no such query
+    """
+    count = predictions.boxes.shape[1]
+    for query in queries:
+        if not 0 <= query < count:
+            raise ValueError(f"there is no query {query} for this image: choose 0 to {count - 1}")
+    return list(dict.fromkeys(queries)) or surest_queries(predictions)
+
+
+def draw(
+    subject: Subject, recorded: Trace, model: dino_d2.DINO, queries: list[int], classes: list[str]
+) -> dict:
+    """Figures by name or, of what cannot be drawn, a sentence that says why."""
+    subject = subject._replace(picture=shrink(subject.picture))  # once, not in every picture
+    what = subject.picture, recorded, queries, classes
+    no_selection = "The queries of this model are learned, not selected: there are no proposals."
+    pictures = {
+        "proposals": draw_proposals(*what) if recorded.selection else no_selection,
+        "refinement": draw_refinement(*what),
+        "sampling": draw_sampling(*what),
+        "self_attention": draw_self_attention(*what),
+    }
+    return pictures | draw_training(subject, recorded, model, classes)
+
+
+def draw_training(
+    subject: Subject, recorded: Trace, model: dino_d2.DINO, classes: list[str]
+) -> dict:
+    """As `draw`."""
+    picture, target = subject.picture, subject.target
+    if target is None or not len(target.labels):
+        reason = "The image has no boxes to learn from."
+        if target is None:
+            reason = "This takes an image with ground truth: --annotations and --images."
+        return {"denoising": reason, "matching": reason}
+    denoising = "This model is trained without denoising."
+    if recorded.output.denoising:
+        denoising = draw_denoising(picture, denoised_boxes(recorded.output, target))
+    matching = match_stages(model, recorded.output, target)
+    last = recorded.output.layers[-1]
+    matching = draw_matching(picture, target, matching, last, classes)
+    return {"denoising": denoising, "matching": matching}
+
+
+def write(pictures: dict, subject: Subject, facts: list[str], folder: Path) -> None:
+    """The page and a PNG of each figure."""
+    contents = {}
+    for name, figure in pictures.items():
+        contents[name] = figure
+        if not isinstance(figure, str):
+            file = folder / f"{name}.png"
+            figure.savefig(file, dpi=110)
+            contents[name] = file.read_bytes()
+    heading = f"How DINO sees {Path(subject.path).name}"
+    page = html_page(heading, facts, contents)
+    (folder / "explain.html").write_text(page, encoding="utf-8")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    add_model_arguments(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--input", metavar="IMAGE", help="an image without ground truth")
+    what.add_argument("--annotations", metavar="JSON", help="COCO annotations of the images")
+    parser.add_argument("--images", metavar="FOLDER", help="folder of the annotated images")
+    parser.add_argument(
+        "--image", metavar="NAME", help="one of them; default: the first that has boxes"
+    )
+    parser.add_argument(
+        "--query",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help=f"queries to explain, at most {MAX_QUERIES}; default: those of the 3 highest scores",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the denoising noise; default: 0")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/explain"), help="default: output/explain"
+    )
+    return parser
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argument_parser()
+    args = parser.parse_args()
+    if bool(args.annotations) != bool(args.images):
+        parser.error("--annotations and --images go together")
+    if args.image and not args.annotations:
+        parser.error("--image names one of --annotations; for another image there is --input")
+    if len(args.query) > MAX_QUERIES:
+        parser.error(f"--query takes at most {MAX_QUERIES} queries, not {len(args.query)}")
+    return parser, args
+
+
+def main() -> None:
+    parser, args = parse()
+    with one_sentence(parser.prog):
+        predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts)
+        subject = read_subject(args, predictor.classes)
+        args.output.mkdir(parents=True, exist_ok=True)
+    recorded, resized = run(predictor, subject, args.seed)
+    predictions = recorded.output.layers[-1]
+    with one_sentence(parser.prog):
+        queries = choose(args.query, predictions)
+    facts = [
+        resized,
+        f"The model is {args.config_file} with {predictions.boxes.shape[1]} queries and "
+        f"{len(predictor.classes)} classes; explained are the queries "
+        f"{', '.join(map(str, queries))}.",
+    ]
+    pictures = draw(subject, recorded, predictor.model, queries, predictor.classes)
+    write(pictures, subject, facts, args.output)
+    number = sum(not isinstance(x, str) for x in pictures.values())
+    print(f"explain.html and its {number} pictures are in '{args.output}'")
+
+
+if __name__ == "__main__":
+    main()

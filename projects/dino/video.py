@@ -1,0 +1,142 @@
+"""Videos, cameras and windows, with OpenCV."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from PIL import Image
+
+SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
+CODEC = "mp4v"
+USUAL_RATE = 25.0  # of a camera that does not tell
+
+
+class VideoError(ValueError):
+    """A video cannot be read or written, or there is no window; the message says why."""
+
+
+def opencv() -> ModuleType:
+    """
+    Raises:
+        ImportError: it is not installed
+    """
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said here
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError("videos and windows need OpenCV: pip install opencv-python") from error
+    return cv2
+
+
+class Video:
+    """Iterates over the frames, (H, W, 3) of uint8 and RGB, of a file or a camera, once.
+
+    Args:
+        source: a path, or the number of a camera
+
+    Raises:
+        VideoError: there is no frame to be had
+        ImportError: there is no OpenCV
+    """
+
+    def __init__(self, source: Path | int):
+        cv2 = opencv()
+        is_camera = isinstance(source, int)
+        self.capture = cv2.VideoCapture(source if is_camera else str(source))
+        there, self.first = self.capture.read()
+        if not there:
+            raise VideoError(
+                f"camera {source} cannot be read: is it connected, and not in use? others have "
+                "other numbers"
+                if is_camera
+                else f"video '{source}' cannot be read: it is empty, damaged or of a codec that "
+                "this OpenCV does not know"
+            )
+        self.name = f"camera_{source}" if is_camera else str(source)
+        self.rate = self.capture.get(cv2.CAP_PROP_FPS) or USUAL_RATE  # frames per second
+        self.length = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))  # 0: unknown
+        height, width = self.first.shape[:2]
+        self.size = width, height
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        there, frame = True, self.first
+        while there:
+            yield np.ascontiguousarray(frame[:, :, ::-1])
+            there, frame = self.capture.read()
+
+
+class VideoWriter:
+    """An MP4 to write, complete however its context ends.
+
+    Args:
+        path: of the file
+        rate: in frames per second
+        size: width and height in pixels; the format drops the last column or row of odd ones
+
+    Raises:
+        VideoError: it cannot be written
+    """
+
+    def __init__(self, path: Path, rate: float, size: tuple[int, int]):
+        cv2 = opencv()
+        self.file = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*CODEC), rate, size)
+        if not self.file.isOpened():
+            raise VideoError(
+                f"'{path}' cannot be written: this OpenCV has no codec {CODEC} for {size[0]} x "
+                f"{size[1]} pixels (the wheels of PyPI do: pip install opencv-python)"
+            )
+
+    def write(self, picture: Image.Image) -> None:
+        self.file.write(np.ascontiguousarray(np.asarray(picture)[:, :, ::-1]))
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.release()
+
+
+class Window:
+    """Shows pictures until q or Escape is pressed, or the window is closed.
+
+    Raises:
+        VideoError: there is no display, or an OpenCV without windows
+        ImportError: there is no OpenCV
+    """
+
+    TITLE = "DINO (q ends)"
+
+    def __init__(self):
+        self.cv2 = opencv()
+        hint = "use --output FOLDER instead of --show"
+        # OpenCV would end the process without a word.
+        if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+            raise VideoError(f"there is no display for a window: {hint}")
+        try:
+            self.cv2.namedWindow(self.TITLE, self.cv2.WINDOW_NORMAL)
+        except self.cv2.error as error:
+            raise VideoError(
+                f"this OpenCV (opencv-python-headless?) has no windows: {hint}"
+            ) from error
+
+    def show(self, picture: Image.Image, *, stay: bool) -> bool:
+        """
+        Args:
+            picture: RGB
+            stay: whether it stays until a key is pressed
+
+        Returns:
+            whether more is to be shown
+        """
+        self.cv2.imshow(self.TITLE, np.ascontiguousarray(np.asarray(picture)[:, :, ::-1]))
+        while True:
+            key = self.cv2.waitKey(50 if stay else 1)
+            closed = self.cv2.getWindowProperty(self.TITLE, self.cv2.WND_PROP_VISIBLE) < 1
+            if closed or key in (ord("q"), 27):
+                return False
+            if key >= 0 or not stay:
+                return True

@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""See what training sees: images as the loader gives them, with the boxes that are left.
+
+Augmentation, cropping and clipping are those of the training, made with its seed: iteration 0 shows
+the images of the first step, and the same iteration always shows the same.
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from PIL import Image
+from program import make_parser, one_sentence
+from tqdm import tqdm
+
+from dino_d2 import data, model_zoo
+from dino_d2.config import read_config
+from dino_d2.data import DatasetError
+from dino_d2.data.stream import TrainingStream
+from dino_d2.engine.plan import Plan, make_plan
+from dino_d2.overrides import apply_overrides
+from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_marks, fit
+
+SIDE = 480  # pixels of a picture in a sheet of several
+COLUMNS = 4
+EPILOG = """
+Examples:
+
+Sheets of the first 24 images of a training:
+    $ visualize_data.py --config-file configs/quickstart.yaml \\
+        --train-json output/quickstart/data/train.json \\
+        --train-images output/quickstart/data/images --output look
+
+As they come at iteration 1000, one picture an image; the config is changed at the end:
+    $ visualize_data.py --config-file configs/quickstart.yaml \\
+        --train-json output/quickstart/data/train.json \\
+        --train-images output/quickstart/data/images --output look \\
+        --iteration 1000 --num-images 4 --per-sheet 1 INPUT.RANDOM_FLIP none
+"""
+
+
+class Source(NamedTuple):
+    """What images come from."""
+
+    plan: Plan
+    classes: list[str]
+    image_format: str  # "RGB", "BGR": the order of the channels that the model gets
+    seed: int
+
+
+def load(args: argparse.Namespace) -> Source:
+    """
+    Raises:
+        ValueError: the config or the data cannot be used
+    """
+    file = args.config_file
+    cfg = read_config(file if os.path.isfile(file) else model_zoo.get_config_file(file))
+    apply_overrides(cfg, args.opts)
+    names = [f"{args.train_json}@{args.train_images}"] if args.train_json else None
+    if isinstance(cfg, CfgNode):
+        cfg.DATASETS.TRAIN = names or cfg.DATASETS.TRAIN
+        image_format = cfg.INPUT.FORMAT
+    else:
+        dataset = cfg.dataloader.train.dataset
+        dataset.names = names or dataset.names
+        image_format = cfg.dataloader.train.mapper.image_format
+    plan = make_plan(cfg)
+    if not plan.train_sets:
+        raise ValueError("there is no data: give --train-json and --train-images")
+    data.check(plan.train_sets, (), None)
+    # Without a seed in the config, a training draws one; here one is as good as another.
+    return Source(plan, data.class_names(plan.train_sets), image_format, max(plan.seed, 0))
+
+
+def samples(source: Source, iteration: int) -> Iterator[dict]:
+    """What the loader yields from an iteration on, one image after the other.
+
+    Raises:
+        DatasetError: an image cannot be used
+    """
+    stream = TrainingStream(source.plan.build_loader, source.seed)
+    stream.start = iteration * source.plan.accumulate
+    return chain.from_iterable(stream)
+
+
+def to_picture(image: torch.Tensor, image_format: str) -> Image.Image:
+    """Of (C, H, W) values as the model gets them, in RGB."""
+    channels = image.flip(0) if image_format == "BGR" else image
+    return Image.fromarray(channels.permute(1, 2, 0).contiguous().numpy())
+
+
+def draw(sample: dict, source: Source, side: int | None) -> tuple[Image.Image, str]:
+    """The picture, its long side of so many pixels (None: as it is), and its caption."""
+    picture = to_picture(sample["image"], source.image_format)
+    name = Path(sample["file_name"]).name
+    instances = sample["instances"]
+    caption = f"{name}  {picture.width} x {picture.height}, {len(instances)} boxes"
+    picture, scale = fit(picture, side or max(picture.size))
+    labels = instances.gt_classes.tolist()
+    marks = [
+        Mark([scale * x for x in box], source.classes[label], class_colour(label))
+        for box, label in zip(instances.gt_boxes.tensor.tolist(), labels, strict=True)
+    ]
+    return draw_marks(picture, marks), caption
+
+
+def run(source: Source, args: argparse.Namespace) -> Counter:
+    """Write the sheets; returns how many boxes of each class are in them.
+
+    Raises:
+        DatasetError: an image cannot be used
+    """
+    counts = Counter()
+    stream = islice(samples(source, args.iteration), args.num_images)
+    progress = tqdm(total=args.num_images, unit="image", disable=None)
+    number = 0
+    while batch := list(islice(stream, args.per_sheet)):
+        for sample in batch:
+            counts.update(sample["instances"].gt_classes.tolist())
+            counts["empty"] += not len(sample["instances"])
+        side = SIDE if args.per_sheet > 1 else None
+        pictures = [draw(sample, source, side) for sample in batch]
+        title = f"Training images from iteration {args.iteration} on (seed {source.seed})"
+        contact_sheet(pictures, COLUMNS, title).save(args.output / f"sheet_{number:03}.png")
+        number += 1
+        progress.update(len(batch))
+    progress.close()
+    return counts
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    parser.add_argument("--config-file", required=True, help="a file, or a name of the model zoo")
+    parser.add_argument("--train-json", metavar="FILE", help="annotations, COCO format")
+    parser.add_argument("--train-images", metavar="FOLDER", help="where its images are")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the sheets")
+    parser.add_argument("--num-images", type=int, default=24, help="default: 24")
+    parser.add_argument("--per-sheet", type=int, default=12, help="default: 12; 1: in full size")
+    parser.add_argument("--iteration", type=int, default=0, help="of the training; default: 0")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes of the config, at the end")
+    return parser
+
+
+def main() -> None:
+    parser = argument_parser()
+    args = parser.parse_args()
+    if bool(args.train_json) != bool(args.train_images):
+        parser.error("--train-json and --train-images go together")
+    if min(args.num_images, args.per_sheet, args.iteration + 1) < 1:
+        parser.error("--num-images and --per-sheet have to be 1 or more, --iteration 0 or more")
+    with one_sentence(parser.prog):
+        source = load(args)
+        args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        counts = run(source, args)
+    except DatasetError as error:
+        sys.exit(f"{parser.prog}: {error}")
+    empty = counts.pop("empty")
+    classes = ", ".join(f"{source.classes[k]} {n}" for k, n in counts.most_common())
+    print(
+        f"{args.num_images} images, {empty} of them without boxes, {counts.total()} boxes: "
+        f"{classes or 'none'}. See '{args.output}'"
+    )
+
+
+if __name__ == "__main__":
+    main()

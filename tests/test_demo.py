@@ -1,0 +1,582 @@
+"""The program `demo.py`: images, videos, cameras and windows in, pictures and JSON out."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from PIL import Image
+from pycocotools.coco import COCO
+
+import dino_d2
+from dino_d2.checkpoint import COCO_80
+from dino_d2.checkpointer import Checkpointer
+from dino_d2.model_zoo import get_config
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
+import annotate  # noqa: E402
+import demo  # noqa: E402
+import results  # noqa: E402
+import video  # noqa: E402
+
+CLASSES = ["circle", "square", "triangle"]
+
+
+def run_demo(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, words)])
+    demo.main()
+
+
+def complaint(monkeypatch, *words):
+    """The sentence that demo.py ends with."""
+    with pytest.raises(SystemExit) as end:
+        run_demo(monkeypatch, *words)
+    message = str(end.value)
+    assert message.startswith("demo.py: ") and "\n" not in message
+    return message
+
+
+@pytest.fixture
+def image():
+    """Red at the left, blue at the right: (H, W) is (60, 90)."""
+    array = np.zeros((60, 90, 3), np.uint8)
+    array[:, :45, 0] = array[:, 45:, 2] = 200
+    return array
+
+
+@pytest.fixture
+def folder(image, tmp_path):
+    """Two images, one of them once more in a folder inside, and something else."""
+    (tmp_path / "images" / "more").mkdir(parents=True)
+    for name in ("a.png", "b.jpg", "more/a.png"):
+        Image.fromarray(image).save(tmp_path / "images" / name)
+    (tmp_path / "images" / "notes.txt").touch()
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def detector(make_dino, monkeypatch):
+    """A small detector in the place of the one that is asked for; the arguments of `load`."""
+    asked = []
+    predictor = dino_d2.Predictor(
+        make_dino(max_detections=5).eval(),
+        classes=CLASSES,
+        augmentations=[T.ResizeShortestEdge(64, 1333)],
+        image_format="RGB",
+    )
+    monkeypatch.setattr(dino_d2, "load", lambda *args: asked.append(args) or predictor)
+    return asked
+
+
+def options(*words):
+    return ("--config-file", "quickstart", "--confidence-threshold", "0", *words)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The quickstart's model with a checkpoint of its own, untrained."""
+    folder = tmp_path_factory.mktemp("trained")
+    cfg = get_config("quickstart")
+    cfg.MODEL.DEVICE, cfg.MODEL.DINO.NUM_CLASSES = "cpu", len(CLASSES)
+    Checkpointer(dino_d2.DINO(cfg), str(folder), classes=CLASSES).save("model")
+    return folder / "model.pth"
+
+
+# ---- images
+
+
+def test_folders_patterns_and_files_are_found(folder):
+    found, videos = annotate.find_inputs([f"{folder}", f"{folder}/more/*", f"{folder}/a.png"])
+    assert found == [folder / "a.png", folder / "b.jpg", folder / "more/a.png"]  # each once
+    assert videos == []
+
+
+def test_videos_are_told_from_images_by_their_names(folder):
+    for name in ("c.mp4", "d.AVI"):
+        (folder / name).touch()
+    images, videos = annotate.find_inputs([str(folder)])
+    assert [x.name for x in images] == ["a.png", "b.jpg"]
+    assert [x.name for x in videos] == ["c.mp4", "d.AVI"]
+
+
+def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(folder):
+    name = folder / "a[1].png"
+    (folder / "a.png").rename(name)
+    (folder / "a1.png").touch()
+    assert annotate.find_inputs([str(name)])[0] == [name]
+    name.unlink()
+    assert annotate.find_inputs([str(name)])[0] == [folder / "a1.png"]
+
+
+def test_the_demo_draws_and_writes_what_it_detects(folder, trained, tmp_path, monkeypatch, capsys):
+    output, file = tmp_path / "pictures", tmp_path / "detections.json"
+    run_demo(
+        monkeypatch,
+        *("--config-file", "quickstart", "--weights", trained, "--device", "cpu"),
+        *("--input", folder, folder / "more", "--output", output, "--json", file),
+        *("--confidence-threshold", "0.001", "--batch-size", "2"),
+    )
+    assert {x.name for x in output.iterdir()} == {"a.png", "b.png", "a_1.png"}
+    assert Image.open(output / "b.png").size == (90, 60)
+    detections = json.loads(file.read_text())
+    assert {x["file_name"] for x in detections} == {str(x) for x in folder.rglob("*.[jp][pn]g")}
+    assert all(x["category"] in CLASSES and x["score"] >= 0.001 for x in detections)
+    # x, y, width and height
+    assert all(x["bbox"][0] + x["bbox"][2] <= 90.01 for x in detections)
+    assert f"{len(detections)} detections in 3 images: see" in capsys.readouterr().out
+
+
+def test_what_is_asked_for_is_what_is_loaded(folder, detector, tmp_path, monkeypatch):
+    words = ("--weights", "a.pth", "--device", "cpu", "--dtype", "bfloat16")
+    words = (*words, "--input", folder, "--json", tmp_path / "out.json")
+    run_demo(monkeypatch, *options(*words), "--opts", "TEST.DETECTIONS_PER_IMAGE", "7")
+    opts = ["TEST.DETECTIONS_PER_IMAGE", "7"]
+    assert detector == [("quickstart", "a.pth", "cpu", opts, torch.bfloat16)]
+
+
+def test_the_threshold_of_the_demo_is_kept(folder, detector, tmp_path, monkeypatch):
+    file = tmp_path / "detections.json"
+    words = options("--json", file, "--input", folder)
+    run_demo(monkeypatch, *words)
+    scores = [x["score"] for x in json.loads(file.read_text())]
+    middle = sorted(scores)[len(scores) // 2]
+    run_demo(monkeypatch, *words, "--confidence-threshold", middle)
+    kept = [x["score"] for x in json.loads(file.read_text())]
+    assert kept == [x for x in scores if x >= middle] and len(kept) < len(scores)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_done(
+    folder, detector, tmp_path, monkeypatch, capsys, batch_size
+):
+    (folder / "a2.png").write_text("no image")
+    picture = (folder / "b.jpg").read_bytes()
+    (folder / "c.jpg").write_bytes(picture[: len(picture) // 2])  # begins as one
+    (folder / "d.png").touch()
+    output, file = tmp_path / "pictures", tmp_path / "detections.json"
+    words = ("--input", folder, "--output", output, "--json", file, "--batch-size", batch_size)
+    run_demo(monkeypatch, *options(*words))
+    assert {x.name for x in output.iterdir()} == {"a.png", "b.png"}
+    found = {(x["image_id"], x["file_name"]) for x in json.loads(file.read_text())}
+    assert found == {(1, str(folder / "a.png")), (3, str(folder / "b.jpg"))}
+    out, err = capsys.readouterr()
+    lines = [x for x in err.splitlines() if "left out" in x]
+    assert len(lines) == 3 and "10 detections in 2 images, 3 inputs left out" in out
+    for line, name in zip(lines, ("a2.png", "c.jpg", "d.png"), strict=True):
+        assert line.startswith(f"image '{folder / name}' cannot be read (")
+
+
+def test_an_image_of_a_size_that_cannot_be_is_left_out(folder, detector, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    words = options("--input", folder / "a.png", "--json", folder / "out.json")
+    complaint(monkeypatch, *words)
+    assert "a.png' cannot be read (" in capsys.readouterr().err
+
+
+def test_a_run_in_which_nothing_can_be_read_fails(folder, detector, tmp_path, monkeypatch):
+    (folder / "a2.png").write_text("no image")
+    file = tmp_path / "detections.json"
+    words = options("--input", folder / "a2.png", "--json", file)
+    assert "no input could be read" in complaint(monkeypatch, *words)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["x/a.jpg", "b.png", "y/a.png", "z/a.bmp"], ["a", "b", "a_1", "a_2"]),
+        (["a.png", "a_1.png", "b/a.png"], ["a", "a_1", "a_2"]),
+        (["a.png", "b/a.png", "a_1.png"], ["a", "a_1", "a_1_1"]),
+    ],
+)
+def test_no_picture_of_a_run_replaces_another(names, expected, tmp_path):
+    annotator = annotate.Annotator(None, SimpleNamespace(output=tmp_path), [])
+    found = [annotator.free_path(name, ".png") for name in names]
+    assert found == [tmp_path / f"{name}.png" for name in expected]
+
+
+def test_an_interrupted_run_says_what_was_done(folder, detector, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(annotate, "to_results", interrupted)
+    file = tmp_path / "out.json"
+    file.write_text("before")
+    message = complaint(monkeypatch, *options("--input", folder, "--json", file))
+    assert "interrupted after 0 detections in 0 images" in message and "without the JSON" in message
+    assert file.read_text() == "before"
+
+
+# ---- the JSON
+
+
+@pytest.fixture
+def annotations(folder):
+    """Of the images in the folder, under their own ids and names."""
+    dataset = {
+        "images": [
+            {"id": 70, "file_name": "a.png", "width": 90, "height": 60},
+            {"id": 71, "file_name": "more/a.png", "width": 90, "height": 60},
+            {"id": 72, "file_name": "images/b.jpg", "width": 90, "height": 60},
+        ],
+        "annotations": [],
+        "categories": [{"id": 9 - i, "name": name} for i, name in enumerate(CLASSES)],
+    }
+    (folder.parent / "ground_truth.json").write_text(json.dumps(dataset))
+    return folder.parent / "ground_truth.json"
+
+
+def test_the_json_has_the_ids_of_the_annotations_and_is_read_by_pycocotools(
+    folder, annotations, detector, tmp_path, monkeypatch
+):
+    file = tmp_path / "out.json"
+    words = ("--input", folder, folder / "more", "--json", file, "--annotations", annotations)
+    run_demo(monkeypatch, *options(*words))
+    found = json.loads(file.read_text())
+    names = {x["image_id"]: x["file_name"] for x in found}
+    assert names == {
+        70: f"{folder}/a.png",
+        71: f"{folder}/more/a.png",
+        72: f"{folder}/b.jpg",
+    }
+    assert all(x["category_id"] == 9 - CLASSES.index(x["category"]) for x in found)
+    with contextlib.redirect_stdout(io.StringIO()):
+        loaded = COCO(str(annotations)).loadRes(str(file))
+    assert len(loaded.anns) == len(found) == 15
+
+
+def test_without_annotations_images_and_classes_are_counted(
+    folder, detector, tmp_path, monkeypatch
+):
+    file = tmp_path / "out.json"
+    run_demo(monkeypatch, *options("--input", folder, "--json", file))
+    found = json.loads(file.read_text())
+    assert {x["image_id"] for x in found} == {1, 2}
+    assert all(x["category_id"] == CLASSES.index(x["category"]) + 1 for x in found)
+
+
+def test_classes_of_coco_have_its_ids():
+    ids = results.category_ids(COCO_80, None)
+    assert ids[0] == 1 and ids[-1] == 90 and len(set(ids)) == 80
+
+
+def test_an_image_that_is_not_annotated_is_one_sentence(folder, annotations, monkeypatch):
+    (folder / "b.jpg").rename(folder / "bb.jpg")
+    words = ("--input", folder, "--json", folder / "out.json", "--annotations", annotations)
+    message = complaint(monkeypatch, *options(*words))
+    assert f"'{folder / 'bb.jpg'}' is no image of" in message
+
+
+def test_a_class_that_is_not_annotated_is_one_sentence(annotations):
+    with pytest.raises(ValueError, match="class 'squares' is no category of .*nearest: square"):
+        dataset = results.read_annotations(annotations)
+        results.category_ids(["circle", "squares"], dataset)
+
+
+# ---- videos
+
+
+@pytest.fixture
+def write_video(tmp_path):
+    """Frame i is of the grey value 10 * i (of 250 at most)."""
+    cv2 = pytest.importorskip("cv2")
+
+    def write(name="a.mp4", frames=5, rate=12.5, codec="mp4v"):
+        path = tmp_path / name
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), rate, (96, 64))
+        for i in range(frames):
+            writer.write(np.full((64, 96, 3), min(10 * i, 250), np.uint8))
+        writer.release()
+        return path
+
+    return write
+
+
+def test_a_video_comes_out_annotated_with_the_rate_the_size_and_the_frames_it_had(
+    write_video, detector, tmp_path, monkeypatch, capsys
+):
+    words = ("--input", write_video(), "--output", tmp_path / "out", "--batch-size", "2")
+    run_demo(monkeypatch, *options(*words))
+    drawn = video.Video(tmp_path / "out" / "a.mp4")
+    assert (drawn.rate, drawn.size, drawn.length) == (12.5, (96, 64), 5)
+    assert len(list(drawn)) == 5
+    assert "25 detections in 5 frames of 1 video: see" in capsys.readouterr().out
+
+
+def test_frames_are_read_in_order_and_as_rgb(write_video, monkeypatch):
+    frames = list(video.Video(write_video()))
+    assert [round(x.mean() / 10) for x in frames] == [0, 1, 2, 3, 4]
+    opened = video.Video(write_video())
+    opened.first = np.stack([np.full((64, 96), x, np.uint8) for x in (1, 2, 3)], -1)
+    assert next(iter(opened))[0, 0].tolist() == [3, 2, 1]
+
+
+def test_a_written_frame_has_the_colours_of_the_picture(tmp_path, write_video):
+    with video.VideoWriter(tmp_path / "red.mp4", 10, (96, 64)) as writer:
+        writer.write(Image.new("RGB", (96, 64), (200, 0, 0)))
+    red, green, blue = next(iter(video.Video(tmp_path / "red.mp4")))[32, 48].tolist()
+    assert red > 150 and green < 50 and blue < 50
+
+
+def test_the_json_tells_images_and_frames_apart(
+    folder, write_video, detector, tmp_path, monkeypatch
+):
+    first, second, file = write_video(frames=2), write_video("b.mp4", 3), tmp_path / "out.json"
+    run_demo(monkeypatch, *options("--input", first, second, folder, "--json", file))
+    found = [(x["image_id"], x["file_name"], x.get("frame")) for x in json.loads(file.read_text())]
+    assert list(dict.fromkeys(found)) == [
+        (1, f"{folder}/a.png", None),
+        (2, f"{folder}/b.jpg", None),
+        *((3 + i, str(first), i) for i in range(2)),
+        *((5 + i, str(second), i) for i in range(3)),
+    ]
+
+
+def test_videos_that_cannot_be_read_are_left_out(
+    write_video, detector, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video")
+    words = ("--input", tmp_path / "empty.mp4", tmp_path / "text.mp4", "--json", tmp_path / "x")
+    assert "nothing was done" in complaint(monkeypatch, *options(*words))
+    capsys.readouterr()
+    run_demo(monkeypatch, *options(*words, "--input", tmp_path / "empty.mp4", write_video()))
+    out, err = capsys.readouterr()
+    assert "5 frames of 1 video, 1 input left out" in out
+    assert f"'{tmp_path}/empty.mp4' cannot be read: it is empty, damaged" in err
+
+
+def test_a_video_that_ends_too_early_is_said_to(
+    write_video, detector, tmp_path, monkeypatch, capsys
+):
+    path = write_video("a.avi", 60, codec="MJPG")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    run_demo(monkeypatch, *options("--input", path, "--json", tmp_path / "out.json"))
+    out, err = capsys.readouterr()
+    done = int(out.split(" frames")[0].split()[-1])
+    assert 0 < done < 60 and f"lacks {60 - done} of 60 frames" in err
+
+
+def test_a_video_that_cannot_be_written_is_left_out(
+    write_video, detector, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(video, "CODEC", "none")
+    words = ("--input", write_video(), "--output", tmp_path / "out", "--json", tmp_path / "x")
+    assert "nothing was done" in complaint(monkeypatch, *options(*words))
+    assert "a.mp4' cannot be written: this OpenCV has no codec" in capsys.readouterr().err
+
+
+def test_annotations_of_videos_are_refused(write_video, annotations, tmp_path, monkeypatch):
+    words = ("--input", write_video(), "--json", tmp_path / "x", "--annotations", annotations)
+    assert "leave out videos" in complaint(monkeypatch, *options(*words))
+
+
+def test_a_missing_opencv_is_one_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    (folder / "a.mp4").touch()
+    message = complaint(monkeypatch, *options("--input", folder, "--json", tmp_path / "x"))
+    assert message.endswith("need OpenCV: pip install opencv-python")
+
+
+# ---- cameras and windows
+
+
+@pytest.fixture
+def camera(write_video, monkeypatch):
+    """Camera 1 is a video of five frames; what it does after them."""
+    opencv, path, after = video.opencv(), write_video(), []
+
+    class Capture:
+        def __init__(self, source):
+            self.file = opencv.VideoCapture(str(path if source == 1 else "nowhere"))
+
+        def get(self, key):
+            return 0.0  # as cameras do
+
+        def read(self):
+            there, frame = self.file.read()
+            if not there and after:
+                raise after[0]
+            return there, frame
+
+    proxy = SimpleNamespace(**{name: getattr(opencv, name) for name in dir(opencv)})
+    proxy.VideoCapture = Capture
+    monkeypatch.setattr(video, "opencv", lambda: proxy)
+    return after
+
+
+def test_ctrl_c_ends_a_camera_and_what_was_seen_is_complete(
+    camera, detector, tmp_path, monkeypatch, capsys
+):
+    camera.append(KeyboardInterrupt())
+    words = ("--webcam", "1", "--output", tmp_path / "out", "--json", tmp_path / "out.json")
+    run_demo(monkeypatch, *options(*words))
+    assert "25 detections in 5 frames of 1 video" in capsys.readouterr().out
+    frames = {x["frame"] for x in json.loads((tmp_path / "out.json").read_text())}
+    assert frames == set(range(5))
+    cv2 = pytest.importorskip("cv2")
+    file = cv2.VideoCapture(str(tmp_path / "out" / "camera_1.mp4"))
+    assert file.get(cv2.CAP_PROP_FRAME_COUNT) == 5
+    assert file.get(cv2.CAP_PROP_FPS) == video.USUAL_RATE
+
+
+def test_a_camera_that_is_not_there_is_one_sentence(camera, tmp_path, monkeypatch):
+    message = complaint(monkeypatch, *options("--webcam", "--json", tmp_path / "x"))
+    assert "camera 0 cannot be read" in message
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """An OpenCV whose windows take the keys of a list, and keep what is shown."""
+    cv2 = pytest.importorskip("cv2")
+    shown, keys = [], []
+    proxy = SimpleNamespace(**{name: getattr(cv2, name) for name in dir(cv2)})
+    proxy.namedWindow = lambda *_: None
+    proxy.imshow = lambda title, picture: shown.append(picture)
+    proxy.waitKey = lambda wait: keys.pop(0) if keys else -1
+    proxy.getWindowProperty = lambda *_: 1.0
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(video, "opencv", lambda: proxy)
+    return SimpleNamespace(shown=shown, keys=keys, cv2=proxy)
+
+
+def test_images_are_shown_until_a_key_and_q_ends(folder, detector, screen, monkeypatch, capsys):
+    screen.keys[:] = [-1, -1, ord(" "), ord("q")]
+    run_demo(monkeypatch, *options("--input", folder, folder / "more", "--show"))
+    assert [x.shape for x in screen.shown] == [(60, 90, 3)] * 2 and screen.keys == []
+    assert capsys.readouterr().out.strip().endswith("10 detections in 2 images")
+
+
+def test_frames_are_shown_one_after_the_other_until_q(
+    write_video, detector, screen, monkeypatch, capsys
+):
+    screen.keys[:] = [-1, -1, ord("q")]
+    run_demo(monkeypatch, *options("--input", write_video(), write_video("b.mp4"), "--show"))
+    assert len(screen.shown) == 3 and "in 3 frames of 1 video" in capsys.readouterr().out
+
+
+def test_a_window_that_is_closed_ends_the_program(folder, detector, screen, monkeypatch):
+    screen.cv2.getWindowProperty = lambda *_: 0.0
+    run_demo(monkeypatch, *options("--input", folder, "--show"))
+    assert len(screen.shown) == 1
+
+
+def test_a_window_shows_blue_green_red_as_opencv_wants_it(screen):
+    screen.keys[:] = [0]
+    video.Window().show(Image.new("RGB", (4, 4), (10, 20, 30)), stay=True)
+    assert screen.shown[0][0, 0].tolist() == [30, 20, 10]
+
+
+def test_without_a_display_one_sentence_says_what_to_do(folder, monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    message = complaint(monkeypatch, *options("--input", folder, "--show"))
+    assert "no display" in message and "use --output FOLDER" in message
+
+
+def test_an_opencv_without_windows_is_one_sentence(folder, screen, monkeypatch):
+    def fail(*_):
+        raise screen.cv2.error("not implemented")
+
+    screen.cv2.namedWindow = fail
+    message = complaint(monkeypatch, *options("--input", folder, "--show"))
+    assert "has no windows" in message and "use --output FOLDER" in message
+
+
+# ---- what cannot be
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    def fail(*_):
+        raise AssertionError("an image was looked at")
+
+    monkeypatch.setattr(demo, "run", fail)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--input", "nowhere/*.jpg"], "--input 'nowhere/*.jpg' is no image or video"),
+        (["--input", "{tmp}/imags"], "the nearest: '{tmp}/images'"),
+        (["--input", "{tmp}/images/aa.png"], "the nearest: '{tmp}/images/a.png'"),
+        (["--input", "{tmp}/empty"], "--input '{tmp}/empty' is no image or video"),
+        (["--config-file", "quickstrt"], "the nearest: quickstart"),
+        (["--weights", "nowhere.pth"], "'nowhere.pth' is no file"),
+        (["--weights", "{tmp}/images/notes.txt"], "notes.txt' is damaged or no checkpoint"),
+        (["--output", "{tmp}/file"], "{tmp}/file"),
+        (["--output", "{tmp}/file/more"], "{tmp}/file"),
+        (["--json", "{tmp}/nowhere/out.json"], "{tmp}/nowhere"),
+        (["--json", "{tmp}/empty"], "--json '{tmp}/empty' is a folder"),
+        (["--annotations", "{tmp}/none.json"], "'{tmp}/none.json' does not exist"),
+        (["--annotations", "{tmp}/image"], "does not exist; the nearest: '{tmp}/images'"),
+        (["--device", "cud"], "the nearest: cuda, cpu"),
+        (["--device", "cuda"], "no GPU"),
+        (["--device", "mps"], "no MPS"),
+        (["--opts", "MODEL.DINO.NUM_CLASS", "1"], "nearest: MODEL.DINO.NUM_CLASSES"),
+        (["--opts", "TEST.DETECTIONS_PER_IMAGE"], "has no value"),
+    ],
+)
+def test_what_the_demo_cannot_do_is_one_sentence_before_it_begins(
+    words, message, folder, trained, tmp_path, monkeypatch, no_work
+):
+    for backend in (torch.cuda, torch.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    usual = ("--config-file", "quickstart", "--weights", trained, "--device", "cpu")
+    usual = (*usual, "--input", folder, "--json", tmp_path / "out.json")
+    words = [word.format(tmp=tmp_path) for word in words]
+    assert message.format(tmp=tmp_path) in complaint(monkeypatch, *usual, *words)
+
+
+NO_CONFIGS = {
+    "text.yaml": (b"hello", "has no keys"),
+    "list.yaml": (b"- 1\n- 2\n", "has no keys"),
+    "other.yaml": (b"MODEL: {DINOS: 1}", "other.yaml': there is no key 'MODEL.DINOS'"),
+    "broken.yaml": (b"MODEL: [", "broken.yaml' is no YAML"),
+    "target.yaml": (b"a: {_target_: builtins.dict}", "dataloader"),
+    "bytes.yaml": (b"\xff\xfe\x00\x01", "codec"),
+    "empty.py": (b"", "dataloader"),
+    "broken.py": (b"model = (", "broken.py has syntax error"),
+    "name.py": (b"model = nowhere", "nowhere"),
+    "import.py": (b"import nowhere_at_all", "nowhere_at_all"),
+    "detector.yaml": (
+        b"MODEL: {META_ARCHITECTURE: ProposalNetwork, WEIGHTS: a.pth}",
+        "that of a ProposalNetwork",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_CONFIGS)
+def test_a_config_that_is_none_is_one_sentence(
+    name, folder, trained, tmp_path, monkeypatch, no_work
+):
+    content, message = NO_CONFIGS[name]
+    (tmp_path / name).write_bytes(content)
+    words = ("--weights", trained, "--device", "cpu", "--input", folder)
+    words = ("--config-file", tmp_path / name, *words, "--json", tmp_path / "out")
+    assert message in complaint(monkeypatch, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--input", "x.png"], "--output FOLDER, --json FILE or --show"),
+        (["--json", "out.json"], "--input FILES or --webcam"),
+        (["--input", "x.png", "--show", "--annotations", "a.json"], "--json FILE"),
+        (["--input", "x.png", "--show", "--batch-size", "0"], "1 or more"),
+        (["--input", "x.png", "--show", "--confidence-threshold", "50"], "between 0 and 1"),
+    ],
+)
+def test_the_demo_refuses_options_that_say_nothing(words, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_demo(monkeypatch, "--config-file", "quickstart", *words)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,494 @@
+"""Which detection finds which object, what follows for every class, and the files that say so."""
+
+import csv
+import json
+import random
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from torch import tensor
+
+from dino_d2.data import DatasetError, read_results, register
+from dino_d2.detection_errors import Matching, confusions, kinds, match
+from dino_d2.error_analysis import analyse, best_threshold, evaluate, worst_first
+from dino_d2.evaluator import ErrorAnalysisEvaluator, write_analysis
+from dino_d2.visualize import draw_errors, draw_image_errors, error_plots
+from dino_d2.visualize.errors import RED, SKY, YELLOW
+
+IMAGE = {"id": 4, "file_name": "4.png", "width": 100, "height": 80}
+CAT, DOG = 3, 7  # ids with gaps
+FILES = ("per_class", "ap_by_size", "precision_recall", "confusion_matrix", "errors")
+
+
+def annotation(bbox, category=CAT, id=1, crowd=0, image=4):
+    entry = {"id": id, "image_id": image, "category_id": category, "bbox": bbox}
+    return entry | {"area": bbox[2] * bbox[3], "iscrowd": crowd}
+
+
+def detection(bbox, category=CAT, score=0.9, image=4):
+    return {"image_id": image, "category_id": category, "bbox": bbox, "score": score}
+
+
+def dataset(*annotations, names=("cat", "dog"), ids=(CAT, DOG), images=(IMAGE,)):
+    categories = [{"id": id, "name": name} for id, name in zip(ids, names, strict=True)]
+    return {"images": list(images), "annotations": list(annotations), "categories": categories}
+
+
+def random_case(seed, categories=3, images=4):
+    """Boxes of all sizes and crowd regions, of which nearly all are detected more or less well."""
+    rng = random.Random(seed)
+    ids = [5 * k + 2 for k in range(categories)]
+    records = [IMAGE | {"id": 3 * i, "file_name": f"{i}.png"} for i in range(images)]
+    truth, found = [], []
+    for record in records:
+        for _ in range(rng.randrange(9)):
+            bbox = [rng.uniform(0, 300), rng.uniform(0, 300), *(rng.uniform(4, 200) for _ in "wh")]
+            category, crowd = rng.choice(ids[:-1]), int(rng.random() < 0.2)
+            truth.append(annotation(bbox, category, len(truth) + 1, crowd, record["id"]))
+        for entry in [x for x in truth if x["image_id"] == record["id"]]:
+            for _ in range(rng.randrange(4)):
+                moved = [x * rng.uniform(0.8, 1.2) for x in entry["bbox"]]
+                category = entry["category_id"] if rng.random() < 0.8 else rng.choice(ids)
+                score = round(rng.random(), 1)  # some scores are equal
+                found.append(detection(moved, category, score, record["id"]))
+    names = [f"class {id}" for id in ids]
+    return dataset(*truth, names=names, ids=ids, images=records), found
+
+
+def matched(annotations, detections):
+    return match(IMAGE, annotations, detections)
+
+
+# Which detection finds which object
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_finds_what_is_as_in_coco_evaluation(seed):
+    data, found = random_case(seed)
+    evaluation = evaluate(data, found)
+    images = {x.image["id"]: x for x in analyse(evaluation).images}
+    checked = 0
+    for entry in evaluation.evalImgs:
+        if entry is None or entry["aRng"] != evaluation.params.areaRng[0]:
+            continue
+        image = images[entry["image_id"]]
+        of_class = [
+            number
+            for number, x in enumerate(image.detections)
+            if x["category_id"] == entry["category_id"]
+        ]
+        ids = [x["id"] for x in image.truth] + [0]
+        assert [ids[image.matches[n]] for n in of_class] == entry["dtMatches"][0].tolist()
+        assert image.ignored[of_class].tolist() == entry["dtIgnore"][0].tolist()
+        checked += len(of_class)
+    assert checked
+
+
+def test_no_more_detections_count_than_in_coco_evaluation():
+    data = dataset(annotation([10, 10, 20, 20]))
+    many = [detection([60, 60, 10, 10], score=0.9)] * 100 + [detection([10, 10, 20, 20], score=0.5)]
+    analysis = analyse(evaluate(data, many), 0.1)
+    assert analysis.sizes[0].AP == 0 and analysis.errors[0].correct == 0
+
+
+@pytest.mark.parametrize(
+    ("bbox", "category", "kind"),
+    [
+        ([10, 10, 20, 20], CAT, "correct"),
+        ([10, 10, 20, 10], CAT, "correct"),  # IoU 0.5
+        ([10, 10, 20, 9], CAT, "localisation"),  # IoU 0.45
+        ([10, 10, 20, 2], CAT, "localisation"),  # IoU 0.1
+        ([10, 10, 20, 1.9], CAT, "background"),
+        ([10, 10, 20, 20], DOG, "classification"),
+        ([10, 10, 20, 10], DOG, "classification"),
+        ([10, 10, 20, 9], DOG, "both"),
+        ([60, 50, 20, 20], DOG, "background"),
+        ([60, 10, 20, 20], CAT, "ignored"),  # inside the crowd region
+        ([60, 10, 20, 20], DOG, "background"),  # which is of another class
+    ],
+)
+def test_a_detection_is(bbox, category, kind):
+    truth = [annotation([10, 10, 20, 20]), annotation([50, 0, 50, 40], id=2, crowd=1)]
+    assert kinds(matched(truth, [detection(bbox, category)])) == [kind]
+
+
+def test_the_less_sure_of_two_is_a_duplicate():
+    both = [detection([10, 10, 20, 19], score=0.6), detection([10, 10, 20, 20], score=0.5)]
+    matching = matched([annotation([10, 10, 20, 20])], both)
+    assert kinds(matching) == ["correct", "duplicate"]
+    assert matching.detections[0]["score"] == 0.6
+
+
+def test_a_detection_below_the_threshold_finds_nothing():
+    matching = matched([annotation([10, 10, 20, 20])], [detection([10, 10, 20, 20], score=0.4)])
+    assert not matching.missed.any()
+    assert matching.above(0.4).missed.tolist() == [False]
+    assert matching.above(0.5).missed.tolist() == [True]
+    assert kinds(matching.above(0.5)) == []
+
+
+def test_the_right_class_finds_an_object_before_a_surer_wrong_one():
+    pair = [detection([10, 10, 20, 20], DOG, 0.9), detection([10, 10, 20, 20], CAT, 0.6)]
+    matching = matched([annotation([10, 10, 20, 20])], pair)
+    assert matching.matches.tolist() == [-1, 0] and confusions(matching).tolist() == [-1, -1]
+
+
+def test_a_detection_that_is_right_is_not_confused_with_a_neighbour():
+    truth = [annotation([10, 10, 20, 20]), annotation([10, 10, 20, 19], DOG, id=2)]
+    matching = matched(truth, [detection([10, 10, 20, 20])])
+    assert matching.matches.tolist() == [0] and confusions(matching).tolist() == [-1]
+    assert matching.missed.tolist() == [False, True]
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ap_is_that_of_coco_evaluation(seed, capsys):
+    evaluation = evaluate(*random_case(seed))
+    analysis = analyse(evaluation)
+    evaluation.summarize()
+    means = analysis.sizes
+    mine = [means[0].AP, means[0].AP50, means[0].AP75, *(x.AP for x in means[1:])]
+    mine += [x.AR for x in means]
+    theirs = np.where(evaluation.stats < 0, np.nan, 100 * evaluation.stats)
+    np.testing.assert_allclose(mine, theirs[[0, 1, 2, 3, 4, 5, 8, 9, 10, 11]])
+    for key in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR"):
+        column = np.array([getattr(x, key) for x in analysis.classes])
+        mean = {"APs": means[1].AP, "APm": means[2].AP, "APl": means[3].AP}
+        expected = mean.get(key, getattr(means[0], key, None))
+        np.testing.assert_allclose(column[~np.isnan(column)].mean(), expected)
+
+
+def test_best_threshold_has_the_greatest_f1_of_all():
+    rng = random.Random(0)
+    outcomes = [(round(rng.random(), 1), rng.random() < 0.5) for _ in range(40)]
+    boxes = 30
+
+    def f1(threshold):
+        kept = [found for score, found in outcomes if score >= threshold]
+        return 2 * sum(kept) / (len(kept) + boxes)
+
+    threshold, precision, recall, best = best_threshold(outcomes, boxes)
+    assert best / 100 == pytest.approx(f1(threshold))
+    assert best / 100 == pytest.approx(max(f1(score) for score, _ in outcomes))
+    kept = [found for score, found in outcomes if score >= threshold]
+    assert precision == pytest.approx(100 * np.mean(kept))
+    assert recall == pytest.approx(100 * sum(kept) / boxes)
+
+
+def test_detections_of_one_score_are_kept_together():
+    _, precision, recall, _ = best_threshold([(0.5, False), (0.5, True), (0.5, False)], 1)
+    assert (precision, recall) == (pytest.approx(100 / 3), 100)
+
+
+@pytest.mark.parametrize(("outcomes", "boxes"), [([], 3), ([(0.5, False)], 3), ([(0.5, False)], 0)])
+def test_there_is_no_best_threshold_where_nothing_is_found(outcomes, boxes):
+    assert np.isnan(best_threshold(outcomes, boxes)).all()
+
+
+def test_confusions_are_counted_by_true_and_detected_class():
+    truth = [
+        annotation([0, 0, 20, 20]),
+        annotation([30, 0, 20, 20], id=2),
+        annotation([60, 0, 20, 20], DOG, id=3),
+        annotation([0, 40, 40, 40], id=4, crowd=1),
+    ]
+    found = [
+        detection([0, 0, 20, 20]),  # a cat
+        detection([30, 0, 20, 20], DOG),  # a cat taken for a dog
+        detection([30, 0, 20, 19], DOG, 0.8),  # once more: nothing is left there
+        detection([0, 40, 20, 20]),  # in the crowd
+        detection([60, 0, 20, 20], DOG, 0.3),  # not sure enough
+    ]
+    analysis = analyse(evaluate(dataset(*truth), found), 0.5)
+    assert analysis.confusion.tolist() == [[1, 1, 0], [0, 0, 1], [0, 1, 0]]
+    assert [x.missed for x in analysis.errors] == [1, 1]
+    assert [x.classification for x in analysis.errors] == [0, 2]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_of_the_confusion_matrix_are_all_boxes_and_columns_all_detections(seed):
+    data, found = random_case(seed)
+    analysis = analyse(evaluate(data, found), 0.3)
+    boxes = [x.boxes for x in analysis.classes]
+    assert analysis.confusion[:-1].sum(axis=1).tolist() == boxes
+    errors = [sum(x[2:-1]) for x in analysis.errors]  # of every kind, and correct
+    assert analysis.confusion[:, :-1].sum(axis=0).tolist() == errors
+    assert np.diag(analysis.confusion)[:-1].tolist() == [x.correct for x in analysis.errors]
+
+
+def test_without_detections_everything_is_missed():
+    analysis = analyse(evaluate(dataset(annotation([10, 10, 20, 20])), []))
+    cat, dog = analysis.classes
+    assert cat.AP == 0 and np.isnan(cat.best_threshold) and analysis.errors[0].missed == 1
+    assert dog.boxes == 0 and np.isnan(dog.AP) and np.isnan(dog.AR)
+
+
+def test_the_worst_image_comes_first_and_sure_mistakes_weigh_more():
+    images = [IMAGE | {"id": i} for i in range(4)]
+    data = dataset(annotation([10, 10, 20, 20], image=3), images=images)
+    mistakes = [detection([60, 50, 9, 9], score=s, image=i) for i, s in ((0, 0.6), (2, 0.9))]
+    ranked = worst_first(analyse(evaluate(data, mistakes)))
+    assert [(badness, x.image["id"]) for badness, x in ranked] == [
+        (1, 3),
+        (0.9, 2),
+        (0.6, 0),
+        (0, 1),
+    ]
+
+
+def test_annotations_stay_as_they_are():
+    data, found = random_case(0)
+    before = json.dumps([data, found])
+    analyse(evaluate(data, found))
+    assert json.dumps([data, found]) == before
+
+
+# Files
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+NAMES = ('cat, "big"', "hund; ä\nnew line")
+
+
+def two_classes():
+    """Of which one has a box, which is found, and of the other is detected what is not there."""
+    found = [detection([10, 10, 20, 20]), detection([60, 50, 9, 9], DOG, 0.8)]
+    return analyse(evaluate(dataset(annotation([10, 10, 20, 20]), names=NAMES), found))
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Their folder; pictures are left out, which take a second."""
+    folder = tmp_path_factory.mktemp("tables")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dino_d2.evaluator.draw_errors", lambda analysis, folder: [])
+        write_analysis(two_classes(), folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_there_are_a_table_and_a_picture_of_each_kind(tmp_path):
+    pictures = write_analysis(two_classes(), tmp_path)
+    assert [x.name for x in pictures] == [f"{name}.png" for name in FILES]
+    names = {x.name for x in tmp_path.iterdir()}
+    assert names == {f"{x}.{y}" for x in FILES for y in ("png", "csv")}
+    assert all(Image.open(path).size[0] > 400 for path in pictures)
+
+
+def test_names_survive_in_tables(tables):
+    folder = tables
+    assert [row[1] for row in rows(folder / "per_class.csv")[1:]] == list(NAMES)
+    assert [row[1] for row in rows(folder / "errors.csv")[1:]] == list(NAMES)
+    matrix = rows(folder / "confusion_matrix.csv")
+    assert matrix[0] == ["true class", *NAMES, "(background)"]
+    assert [row[1:] for row in matrix[1:]] == [["1", "0", "0"], ["0", "0", "0"], ["0", "1", "0"]]
+
+
+def test_a_cell_without_a_value_is_empty(tables):
+    folder = tables
+    head, cat, dog = rows(folder / "per_class.csv")
+    assert dict(zip(head, cat, strict=True)) == {
+        **{"category_id": "3", "name": 'cat, "big"', "boxes": "1", "AP": "100", "AP50": "100"},
+        **{"AP75": "100", "APs": "100", "APm": "", "APl": "", "AR": "100"},
+        **{"best_threshold": "0.9", "precision": "100", "recall": "100", "F1": "100"},
+    }
+    assert dog[3:] == [""] * 11
+
+
+def test_curves_have_a_row_for_every_recall(tables):
+    folder = tables
+    head, *curves = rows(folder / "precision_recall.csv")
+    assert head == ["category_id", "name", "iou", "recall", "precision", "score"]
+    assert len(curves) == 2 * 2 * 101  # classes, IoUs, recalls
+    assert curves[100][2:] == ["0.5", "1", "1", "0.9"] and curves[101][2:4] == ["0.75", "0"]
+    assert curves[-1][4] == ""
+
+
+@pytest.mark.slow
+def test_a_data_set_of_nothing_but_crowds_can_be_drawn(tmp_path):
+    crowd = dataset(annotation([10, 10, 20, 20], crowd=1))
+    assert len(draw_errors(analyse(evaluate(crowd, [])), tmp_path)) == 5
+
+
+def test_of_many_classes_the_most_confused_are_drawn_and_the_others_summed():
+    ids = range(1, 61)
+    truth = [annotation([0, 0, 20, 20], id, id, image=id) for id in ids]
+    found = [detection([0, 0, 20, 20], 2 if id == 50 else id, image=id) for id in ids]
+    data = dataset(
+        *truth, names=[f"c{i}" for i in ids], ids=ids, images=[IMAGE | {"id": i} for i in ids]
+    )
+    analysis = analyse(evaluate(data, found))
+    names, counts, title = error_plots._confused(analysis)
+    assert "25 of 60" in title and {"c2", "c50", "(other classes)"} <= set(names)
+    assert counts[names.index("c50"), names.index("c2")] == 1
+    assert counts.sum() == analysis.confusion.sum() and counts[-2, -2] == 35
+    axes = error_plots._per_class(analysis).axes[0]
+    assert "20 best and the 20 worst of 60" in axes.get_title(loc="left")
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(labels) == 40 and labels[0] == "c50 (1 box)"  # at the bottom: it is not found
+    left = error_plots._precision_recall(analysis).axes[0]
+    assert "60 classes" in left.get_title(loc="left") and len(left.lines) == 66
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 300])
+def test_pictures_of_any_number_of_classes_have_a_bounded_size(number, tmp_path):
+    ids = range(1, number + 1)
+    names = [f"${i}$ a class of a name that is long, {i}" for i in ids]
+    data = dataset(*(annotation([0, 0, 20, 20], id, id) for id in ids), names=names, ids=ids)
+    found = [detection([0, 0, 20, 20], id) for id in ids]
+    for path in write_analysis(analyse(evaluate(data, found)), tmp_path) and tmp_path.glob("*.png"):
+        assert max(Image.open(path).size) < 2500
+
+
+# A picture of an image
+
+
+def count(picture, colour):
+    rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return int((np.asarray(picture) == rgb).all(axis=-1).sum())
+
+
+@pytest.mark.parametrize(
+    ("found", "left", "right"),
+    [
+        ([detection([20, 20, 40, 40])], SKY, SKY),
+        ([detection([20, 20, 40, 40], DOG)], YELLOW, RED),
+        ([], YELLOW, None),
+    ],
+)
+def test_found_wrong_and_missed_have_their_colours(found, left, right):
+    matching = matched([annotation([20, 20, 40, 40])], found)
+    pair = draw_image_errors(Image.new("RGB", (100, 80)), matching, {CAT: "cat", DOG: "dog"}, 300)
+    assert pair.size == (2 * 300 + 12, 240)
+    halves = pair.crop((0, 0, 300, 240)), pair.crop((312, 0, 612, 240))
+    for half, expected in zip(halves, (left, right), strict=True):
+        drawn = {colour for colour in (SKY, RED, YELLOW) if count(half, colour)}
+        assert drawn == {expected} - {None}
+
+
+def test_lines_differ_too():
+    lengths = {}
+    for kind, found in (("found", [detection([20, 20, 40, 40])]), ("missed", [])):
+        matching = matched([annotation([20, 20, 40, 40])], found)
+        pair = draw_image_errors(Image.new("RGB", (100, 80)), matching, {CAT: ""}, 300)
+        lengths[kind] = count(pair.crop((0, 0, 300, 240)), SKY if found else YELLOW)
+    assert lengths["missed"] < 0.7 * lengths["found"]
+
+
+def test_a_crowd_region_is_drawn_in_grey():
+    matching = matched([annotation([20, 20, 40, 40], crowd=1)], [detection([20, 20, 30, 30])])
+    pair = draw_image_errors(Image.new("RGB", (100, 80)), matching, {CAT: "c" * 40}, 300)
+    assert count(pair, "#999999") and not any(count(pair, x) for x in (SKY, RED, YELLOW))
+
+
+# Evaluation
+
+
+def instances(*boxes):
+    result = Instances(
+        (80, 100),
+        pred_boxes=Boxes(tensor([[x, y, x + w, y + h] for x, y, w, h in boxes]).reshape(-1, 4)),
+    )
+    result.scores = tensor([0.9] * len(boxes))
+    result.pred_classes = tensor([0] * len(boxes))
+    return result
+
+
+@pytest.fixture
+def registered(tmp_path, monkeypatch):
+    """A data set of one box; pictures of its analysis are left out, which take a second."""
+    monkeypatch.setattr("dino_d2.evaluator.draw_errors", lambda analysis, folder: [])
+    Image.new("RGB", (100, 80)).save(tmp_path / "4.png")
+    (tmp_path / "val.json").write_text(json.dumps(dataset(annotation([10, 10, 20, 20]))))
+    name = f"{tmp_path}/val.json@{tmp_path}"
+    register(name)
+    yield name
+    DatasetCatalog.remove(name)
+
+
+def test_the_evaluator_finds_what_detectron2_does_and_leaves_the_analysis(registered, tmp_path):
+    results = {}
+    for kind in (COCOEvaluator, ErrorAnalysisEvaluator):
+        evaluator = kind(registered, output_dir=str(tmp_path / kind.__name__))
+        evaluator.reset()
+        evaluator.process([{"image_id": 4}], [{"instances": instances([10, 10, 20, 20])}])
+        results[kind] = evaluator.evaluate()["bbox"]
+    np.testing.assert_equal(*results.values())
+    table = rows(tmp_path / "ErrorAnalysisEvaluator" / "per_class.csv")
+    assert table[1][3] == "100" and results[ErrorAnalysisEvaluator]["AP-cat"] == pytest.approx(100)
+
+
+def test_an_evaluation_without_detections_leaves_no_older_analysis(registered, tmp_path):
+    evaluator = ErrorAnalysisEvaluator(registered, output_dir=str(tmp_path))
+    for found in ([[10, 10, 20, 20]], []):
+        evaluator.reset()
+        evaluator.process([{"image_id": 4}], [{"instances": instances(*found)}])
+        evaluator.evaluate()
+    assert rows(tmp_path / "per_class.csv")[1][3] == "0"
+
+
+def test_the_evaluator_writes_nothing_without_a_folder(registered, tmp_path):
+    before = set(tmp_path.iterdir())
+    evaluator = ErrorAnalysisEvaluator(registered)
+    evaluator.reset()
+    evaluator.process([{"image_id": 4}], [{"instances": instances([10, 10, 20, 20])}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    assert set(tmp_path.iterdir()) == before
+
+
+# Files of results
+
+
+GOOD = detection([1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[", "not JSON"),
+        ({"annotations": []}, "no list of detections but a dict"),
+        ([GOOD, 5], "detection 1 has no image_id"),
+        ([{k: v for k, v in GOOD.items() if k != "score"}], "has no score"),
+        ([GOOD | {"image_id": 5}], "image_id 5"),
+        ([GOOD | {"image_id": "4"}], "image_id '4'"),
+        ([GOOD | {"file_name": "a/5.png"}], "'5.png', but image_id 4 is '4.png'"),
+        ([GOOD | {"category_id": 4}], "category_id 4"),
+        ([GOOD | {"bbox": [1, 2, 3]}], r"bbox \[1, 2, 3\]"),
+        ([GOOD | {"bbox": [1, 2, 3, float("nan")]}], "finite"),
+        ([GOOD | {"score": None}], "score None"),
+    ],
+)
+def test_results_that_do_not_fit_are_refused(content, words, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(DatasetError, match=words) as error:
+        read_results(path, dataset())
+    assert str(path) in str(error.value)
+
+
+def test_missing_results_name_the_nearest_file(tmp_path):
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(DatasetError, match=r"the nearest: .*results\.json"):
+        read_results(tmp_path / "result.json", dataset())
+
+
+def test_results_with_other_keys_are_read(tmp_path):
+    found = [GOOD | {"file_name": "somewhere/4.png", "category": "cat"}]
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert read_results(tmp_path / "results.json", dataset()) == found
+
+
+def test_matchings_of_an_empty_image_are_empty():
+    empty = matched([], [])
+    assert isinstance(empty, Matching) and kinds(empty) == [] and empty.missed.tolist() == []

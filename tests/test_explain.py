@@ -1,0 +1,604 @@
+"""The explaining pictures, the page that holds them, and the program explain.py."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from dino_d2 import modeling, visualize
+from dino_d2.boxes import cxcywh_to_xyxy, iou
+from dino_d2.data import ResizeShortestEdge
+from dino_d2.modeling.matcher import instability
+from dino_d2.modeling.predecessors import LearnedPosition, PointQueries
+from dino_d2.predictor import Predictor
+from dino_d2.structures import Predictions, Target
+from dino_d2.trace import LayerTrace, Matching, denoised_boxes, trace
+from dino_d2.visualize import (
+    draw_denoising,
+    draw_matching,
+    draw_proposals,
+    draw_refinement,
+    draw_sampling,
+    draw_self_attention,
+    html_page,
+    surest_queries,
+)
+from dino_d2.visualize.canvas import show, title_of, zoom
+from dino_d2.visualize.explain_attention import ATTENDED
+from dino_d2.visualize.explain_page import TEXTS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
+import explain  # noqa: E402
+
+CLASSES = ["circle", "square", "star"]
+SIZE = 80, 60  # width and height, of the images to draw on
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+
+
+class Points(PointQueries):
+    def __init__(self, num_classes, **sizes):
+        super().__init__(**sizes)
+
+
+@pytest.fixture
+def image():
+    return Image.fromarray(np.full((SIZE[1], SIZE[0], 3), 127, dtype=np.uint8))
+
+
+@pytest.fixture
+def make_traced(make_dino, make_batch, randomise):
+    """A model, its trace of an image with so many boxes, and these."""
+
+    def make(count=2, size=(60, 80), **options):
+        model = randomise(make_dino(**options), std=0.1).eval()
+        batch = make_batch(count, sizes=[size])
+        (target,) = model.prepare_targets(batch)
+        denoised = [target] if model.denoising else None
+        return model, trace(model, model.preprocess_images(batch), denoised), target
+
+    return make
+
+
+def in_pixels(boxes):
+    return cxcywh_to_xyxy(boxes) * torch.tensor(SIZE).tile(2)
+
+
+def drawn(axes, colour=None):
+    """Corners (n, 4) of the boxes that are drawn, of a colour if one is given."""
+    boxes = [
+        x
+        for x in axes.patches
+        if isinstance(x, Rectangle)
+        and (colour is None or same_color(x.get_edgecolor()[:3], colour))
+    ]
+    return torch.tensor(
+        [[*x.get_xy(), x.get_x() + x.get_width(), x.get_y() + x.get_height()] for x in boxes]
+    )
+
+
+# ---- inference
+
+
+def test_the_surest_queries_come_first():
+    logits = torch.tensor([[[0.0, 3.0], [5.0, -1.0], [-2.0, -3.0], [4.0, 4.5]]])
+    predictions = Predictions(logits, torch.full((1, 4, 4), 0.5))
+    assert surest_queries(predictions) == [1, 3, 0]
+    assert surest_queries(predictions, 9) == [1, 3, 0, 2]
+
+
+def test_every_selected_token_has_a_marker_and_every_explained_query_its_proposal(
+    make_traced, image
+):
+    _, traced, _ = make_traced()
+    figure = draw_proposals(image, traced, [4, 7], CLASSES)
+    left, right = figure.axes[:2]
+    markers = [torch.as_tensor(x.get_offsets().data) for x in left.collections]
+    for level, places in enumerate(markers):
+        centers = traced.selection.centers[0, traced.selection.levels[0] == level]
+        torch.testing.assert_close(places.float(), centers * torch.tensor(SIZE))
+    assert sum(map(len, markers)) == 20
+    boxes = drawn(right)
+    assert len(boxes) == 20 + 2
+    torch.testing.assert_close(boxes[-2:], in_pixels(traced.selection.boxes[0, [4, 7]]))
+
+
+def test_a_box_is_drawn_as_it_starts_and_after_every_layer(make_traced, image):
+    _, traced, _ = make_traced()
+    layers = traced.output.layers
+    figure = draw_refinement(image, traced, [4, 7], CLASSES)
+    for query, (picture, chart) in zip((4, 7), np.reshape(figure.axes, (2, 2)), strict=True):
+        boxes = torch.stack([x.boxes[0, query] for x in (traced.output.proposals, *layers)])
+        torch.testing.assert_close(drawn(picture), in_pixels(boxes))
+        overlap, score = (torch.tensor(np.array(x.get_ydata())).float() for x in chart.lines)
+        corners = cxcywh_to_xyxy(boxes)
+        torch.testing.assert_close(overlap, iou(corners, corners[-1]))
+        label = layers[-1].logits[0, query].argmax()
+        expected = torch.stack([x.logits[0, query, label].sigmoid() for x in layers])
+        torch.testing.assert_close(score, expected)
+
+
+def test_a_point_has_no_box_to_start_with(make_traced, image):
+    _, traced, _ = make_traced(
+        query_selection=Points, denoising=None, position_head=LearnedPosition()
+    )
+    picture, chart = draw_refinement(image, traced, [3], CLASSES).axes
+    assert len(drawn(picture)) == 2  # of two layers
+    (point,) = picture.lines
+    expected = traced.layers[0].reference[0, 3] * torch.tensor(SIZE)
+    assert np.ravel(point.get_xydata()).tolist() == pytest.approx(expected.tolist())
+    assert chart.lines[0].get_xdata().tolist() == [1, 2]
+
+
+def test_sampling_points_are_where_they_are_and_as_large_as_they_weigh(make_traced, image):
+    _, traced, _ = make_traced()
+    figure = draw_sampling(image, traced, [4, 7], CLASSES)
+    layer = traced.layers[-1]
+    grid = np.reshape(figure.axes, (2, len(traced.shapes)))
+    for query, row in zip((4, 7), grid, strict=True):
+        for level, axes in enumerate(row):
+            for head, points in enumerate(axes.collections):
+                places = layer.locations[0, query, head, level] * torch.tensor(SIZE)
+                assert np.allclose(points.get_offsets(), places, atol=1e-3)
+                weights = layer.weights[0, query, head, level]
+                assert np.allclose(points.get_sizes(), 500 * weights)
+        shares = [int(re.match(r"\d+", axes.get_xlabel())[0]) for axes in row]
+        assert sum(shares) == pytest.approx(100, abs=2)
+
+
+def attention_of(weights, boxes):
+    """A trace of one layer whose queries have the given attention (Q, Q) and boxes (Q, 4)."""
+    count = len(boxes)
+    layer = LayerTrace(boxes[None], weights[None], torch.zeros(0), torch.zeros(0))
+    predictions = Predictions(torch.zeros(1, count, 3), boxes[None])
+    output = explain.Trace(None, (), None, [layer])
+    return output._replace(output=type("Output", (), {"layers": [predictions]}))
+
+
+def bars(axes):
+    """Heights of the bars, of one layer, and the line of even attention."""
+    return [x[0].get_height() for x in axes.containers], axes.lines[0].get_ydata()[0]
+
+
+def test_attention_is_shared_out_among_oneself_competitors_and_others(image):
+    boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2]]).repeat(4, 1)
+    boxes[2:, 0] = 0.8  # two queries are elsewhere
+    weights = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).repeat(4, 1)
+    figure = draw_self_attention(image, attention_of(weights, boxes), [0], CLASSES)
+    heights, even = bars(figure.axes[1])
+    assert heights == pytest.approx([40, 30, 30])
+    assert even == pytest.approx(50)
+
+
+def test_lines_lead_to_the_queries_that_are_attended_to_most(image):
+    boxes = torch.rand(30, 4) * 0.2 + 0.4
+    weights = torch.rand(30, 30)
+    weights[5, 5] = 2  # most of all to itself, which is no line
+    figure = draw_self_attention(image, attention_of(weights, boxes), [5], CLASSES)
+    picture = figure.axes[0]
+    weights[5, 5] = 0
+    best = weights[5].topk(ATTENDED).indices.flip(0)
+    torch.testing.assert_close(drawn(picture), in_pixels(boxes[[*best.tolist(), 5]]))
+    ends = torch.stack([torch.tensor(x.get_xydata()[1]) for x in picture.lines]).float()
+    torch.testing.assert_close(ends, boxes[best, :2] * torch.tensor(SIZE))
+
+
+def test_a_query_may_be_alone(image):
+    traced = attention_of(torch.ones(1, 1), torch.full((1, 4), 0.5))
+    figure = draw_self_attention(image, traced, [0], CLASSES)
+    assert bars(figure.axes[1])[0] == [100, 0, 0]
+
+
+def test_the_picture_of_points_goes_by_the_boxes_that_they_become(make_traced, image):
+    _, traced, _ = make_traced(
+        query_selection=Points, denoising=None, position_head=LearnedPosition(), look_forward=0
+    )
+    picture = draw_self_attention(image, traced, [3], CLASSES).axes[0]
+    expected = in_pixels(traced.output.layers[-1].boxes[0, 3])
+    torch.testing.assert_close(drawn(picture, "black")[0], expected)
+
+
+# ---- what they share
+
+
+@pytest.mark.parametrize(
+    "corners",
+    [
+        [10, 20, 30, 40],
+        [-500, -10, 20, 20],  # leaves the image
+        [0, 0, 80, 60],
+        [79, 59, 79, 59],
+        [-5000, -5000, 5000, 5000],
+    ],
+    ids=str,
+)
+def test_a_square_around_boxes_is_shown(image, corners):
+    axes = Figure().subplots()
+    show(axes, image)
+    zoom(axes, image, torch.tensor([corners], dtype=torch.float32))
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert right - left == pytest.approx(bottom - top)
+    assert 0.2 * 80 <= right - left <= 1.3 * 80 + 0.01
+    margin = 0.15 * 80
+    assert left <= max(corners[0], -margin) + 0.01
+    assert top <= max(corners[1], -margin) + 0.01
+    assert right >= min(corners[2], 80 + margin) - 0.01
+    assert bottom >= min(corners[3], 60 + margin) - 0.01
+
+
+def test_boxes_are_in_the_middle_where_there_is_room(image):
+    axes = Figure().subplots()
+    show(axes, image)
+    zoom(axes, image, torch.tensor([[30.0, 20.0, 40.0, 40.0], [35.0, 25.0, 50.0, 30.0]]))
+    assert axes.get_xlim() == (25, 55) and axes.get_ylim() == (45, 15)
+
+
+def test_the_ground_beside_the_image_is_not_shown_without_need(image):
+    axes = Figure().subplots()
+    show(axes, image)
+    zoom(axes, image, torch.tensor([[0.0, 0.0, 20.0, 20.0]]))
+    assert axes.get_xlim() == (0, 30) and axes.get_ylim() == (30, 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_images_of_every_mode_are_shown(image, mode):
+    axes = Figure().subplots()
+    show(axes, image.convert(mode), dim=0.5)
+    shown = axes.images[0]
+    assert shown.get_extent() == [0, 80, 60, 0] and shown.get_array().shape == (60, 80, 3)
+
+
+def test_huge_images_are_made_smaller_and_keep_their_coordinates():
+    axes = Figure().subplots()
+    show(axes, Image.new("L", (10, 6000)))
+    assert axes.images[0].get_extent() == [0, 10, 6000, 0]
+    assert max(axes.images[0].get_array().shape) <= 1600
+
+
+def test_names_of_classes_are_no_formulas():
+    predictions = Predictions(torch.zeros(1, 1, 1), torch.zeros(1, 1, 4))
+    assert title_of(0, predictions, ["$1 and $5 " + "x" * 50]).startswith(r"query 0: \$1 and \$5")
+    assert len(title_of(0, predictions, ["long " * 50])) < 60
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("kind, copies", [("Denoising", 1), ("ContrastiveDenoising", 2)])
+@pytest.mark.parametrize("budget, shown", [(2, 1), (8, 3)])
+def test_noised_boxes_go_in_and_denoised_ones_come_out(
+    make_traced, image, kind, copies, budget, shown
+):
+    _, traced, target = make_traced(denoising=getattr(modeling, kind), budget=budget)
+    denoised = denoised_boxes(traced.output, target)
+    figure = draw_denoising(image, denoised)
+    *pictures, chart, histogram = [axes for part in figure.subfigs for axes in part.axes]
+    assert len(pictures) == 2 * shown
+    for group in range(shown):
+        given, answer = pictures[group], pictures[shown + group]
+        truth = in_pixels(target.boxes)
+        for axes, boxes in ((given, denoised.noised), (answer, denoised.boxes)):
+            expected = torch.cat([truth, in_pixels(boxes[group].flatten(0, 1))])
+            torch.testing.assert_close(drawn(axes), expected)
+        faint = [x.get_alpha() for x in answer.patches[2:]]
+        assert faint == pytest.approx((0.15 + 0.85 * denoised.scores[group].flatten()).tolist())
+    truth = cxcywh_to_xyxy(target.boxes)
+    for copy, points in enumerate(chart.collections):
+        before, after = (
+            iou(cxcywh_to_xyxy(x[:, copy]), truth).flatten()
+            for x in (denoised.noised, denoised.boxes)
+        )
+        assert np.allclose(points.get_offsets(), torch.stack([before, after], 1), atol=1e-6)
+    assert len(chart.collections) == len(histogram.containers) == copies
+    for container in histogram.containers:
+        assert sum(bar.get_height() for bar in container) == pytest.approx(100)
+
+
+def test_of_many_noised_boxes_the_largest_are_drawn(make_traced, image):
+    _, traced, target = make_traced(count=12, budget=12)
+    denoised = denoised_boxes(traced.output, target)
+    given = draw_denoising(image, denoised).subfigs[0].axes[0]
+    largest = denoised.truth.boxes[:, 2:].prod(-1).topk(8).indices.sort().values
+    torch.testing.assert_close(drawn(given, "black"), in_pixels(denoised.truth.boxes[largest]))
+    assert len(drawn(given)) == 3 * 8 and "8 largest" in given.get_title()
+
+
+def test_the_table_says_which_query_a_box_has_and_where_it_is_another(image):
+    queries = torch.tensor([[4, 1, -1], [4, 2, -1], [3, 2, 1]])
+    target = Target(torch.tensor([0, 1, 2]), torch.full((3, 4), 0.5))
+    predictions = Predictions(torch.zeros(1, 5, 3), torch.rand(1, 5, 4))
+    matching = Matching(["proposals", "layer 1", "layer 2"], queries)
+    figure = draw_matching(image, target, matching, predictions, CLASSES)
+    picture, table = figure.axes
+    cells = {
+        tuple(map(int, x.get_position())): x.get_text().replace("none", "-1") for x in table.texts
+    }
+    assert cells == {(i, j): str(int(queries[i, j])) for i in range(3) for j in range(3)}
+    marked = torch.as_tensor(np.array(table.images[0].get_array()))
+    assert marked.tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 1]]  # of each box
+    ticks = [x.get_text() for x in table.get_xticklabels()]
+    assert ticks == ["proposals\n", "layer 1\n33%", "layer 2\n67%"]
+    assert instability(queries).tolist() == pytest.approx([1 / 3, 2 / 3])
+    torch.testing.assert_close(
+        drawn(picture, "#0072b2"), in_pixels(predictions.boxes[0, [3, 2, 1]])
+    )
+
+
+def test_a_box_without_a_query_is_drawn_alone(image):
+    matching = Matching(["layer 1"], torch.tensor([[0, -1]]))
+    target = Target(torch.tensor([0, 1]), torch.full((2, 4), 0.5))
+    predictions = Predictions(torch.zeros(1, 1, 3), torch.rand(1, 1, 4))
+    picture, table = draw_matching(image, target, matching, predictions, CLASSES).axes
+    assert len(drawn(picture, "black")) == 2 and len(drawn(picture, "#0072b2")) == 1
+    assert [x.get_text() for x in table.texts] == ["0", "none"]
+
+
+def test_of_many_boxes_the_largest_are_listed(image, make_targets, make_predictions):
+    (target,), predictions = make_targets(25), make_predictions(1, num_queries=50)
+    order = target.boxes[:, 2:].prod(-1).argsort(descending=True)
+    queries = torch.arange(25).tile(2, 1)
+    queries[1, order[20:]] += 25  # of none that is listed
+    matching = Matching(["layer 1", "layer 2"], queries)
+    picture, table = draw_matching(image, target, matching, predictions, CLASSES).axes
+    expected = in_pixels(target.boxes[order[:20].sort().values])
+    torch.testing.assert_close(drawn(picture, "black"), expected)
+    assert len(table.get_yticklabels()) == 20 and not table.images[0].get_array().any()
+    assert "20 largest" in table.get_title() and "25 boxes" in table.get_xlabel()
+    assert table.get_xticklabels()[1].get_text() == "layer 2\n20%"
+
+
+# ---- the page
+
+
+class Page(HTMLParser):
+    """Its images and text; fails where tags are not closed in order."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.sources, self.text = [], [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.images += [attrs] if tag == "img" else []
+        self.sources += [attrs[name] for name in ("src", "href") if name in attrs]
+        assert tag not in ("script", "link")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_no_other_file():
+    png = BytesIO()
+    Image.new("RGB", (3, 2)).save(png, "PNG")
+    pictures = dict.fromkeys(TEXTS, png.getvalue()) | {"matching": "There is <none>."}
+    page = Page(html_page("About <a & b>", ["One.", "Two < three."], pictures))
+    assert "About <a & b>" in page.text and "Two < three." in page.text
+    assert "There is <none>." in page.text and TEXTS["matching"].reading not in page.text
+    assert len(page.images) == 5 and all(len(x["alt"]) > 20 for x in page.images)
+    assert {base64.b64decode(x["src"].split(",")[1]) for x in page.images} == {png.getvalue()}
+    links = [x for x in page.sources if not x.startswith("data:image/png;base64,")]
+    assert all(x.startswith("https://arxiv.org/abs/") for x in links)
+    for name, text in TEXTS.items():
+        assert text.title in page.text
+        assert (text.source in page.text) == (name != "matching")
+
+
+# ---- the program
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Two images of which the second has boxes, in a folder of their own."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = ["empty.png", "full.png"]
+    for name in names:
+        Image.effect_noise(SIZE, 60).save(folder / name)  # grey
+    images = [
+        {"id": i, "file_name": name, "width": SIZE[0], "height": SIZE[1]}
+        for i, name in enumerate(names)
+    ]
+    boxes = [
+        {"id": 1, "image_id": 1, "category_id": 3, "bbox": [8, 6, 40, 30]},
+        {"id": 2, "image_id": 1, "category_id": 7, "bbox": [60, 30, 40, 20]},  # leaves the image
+        {"id": 3, "image_id": 1, "category_id": 7, "bbox": [0, 0, 80, 60], "iscrowd": 1},
+    ]
+    for box in boxes:
+        box["area"] = box["bbox"][2] * box["bbox"][3]
+    # Neither all classes of the model, nor in its order.
+    categories = [{"id": 3, "name": "star"}, {"id": 7, "name": "circle"}]
+    content = {"images": images, "annotations": boxes, "categories": categories}
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, make_dino, randomise, dataset):
+    """The program on a small model; what it complains about, if it does."""
+    monkeypatch.chdir(dataset)
+
+    def run(*words, classes=CLASSES, **options):
+        model = randomise(make_dino(**options), std=0.1).eval()
+        resize = [ResizeShortestEdge(64, 100)]
+        predictor = Predictor(model, classes=classes, augmentations=resize, image_format="RGB")
+        monkeypatch.setattr(explain.dino_d2, "load", lambda *_: predictor)
+        words = ["explain.py", "--config-file", "tiny", "--output", "out", *map(str, words)]
+        monkeypatch.setattr(sys, "argv", words)
+        try:
+            explain.main()
+        except SystemExit as end:
+            return str(end.code)
+        return None
+
+    return run
+
+
+@pytest.fixture
+def sketch(monkeypatch):
+    """Empty pictures, in no time; what they were to be drawn of, by name."""
+    calls = defaultdict(list)
+    for name in [x for x in vars(visualize) if x.startswith("draw_") and hasattr(explain, x)]:
+        monkeypatch.setattr(
+            explain, name, lambda *args, name=name: calls[name].append(args) or Figure((1, 1))
+        )
+    return calls
+
+
+TRUTH = "--annotations", "all.json", "--images", "images"
+
+
+def test_ground_truth_is_that_of_the_model_s_classes_relative_to_the_image(dataset, monkeypatch):
+    monkeypatch.chdir(dataset)
+    record, classes = explain.find_record("all.json", "images", None)
+    target = explain.to_target(record, classes, CLASSES)
+    assert target.labels.tolist() == [2, 0]  # star and circle; no crowd
+    expected = torch.tensor([[28 / 80, 21 / 60, 0.5, 0.5], [70 / 80, 40 / 60, 0.25, 20 / 60]])
+    torch.testing.assert_close(target.boxes, expected)
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["--annotations", "nothing.json", "--images", "images"], "'nothing.json' does not exist"),
+        (["--annotations", "all.json", "--images", "image"], "folder 'image' does not exist"),
+        (["--annotations", "all.txt", "--images", "images"], "'all.txt' is no .json file"),
+        ([*TRUTH, "--image", "ful.png"], "no image 'ful.png'; the nearest: full.png"),
+        ([*TRUTH, "--query", "3", "20"], "no query 20 for this image: choose 0 to 19"),
+        (["--input", "nothing.png"], "'nothing.png' cannot be read"),
+        (["--input", "all.json"], "'all.json' cannot be read"),
+        (["--input", "images"], "'images' cannot be read"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_what_cannot_be_explained_is_said_in_one_sentence(run, words, complaint):
+    said = run(*words)
+    assert said.startswith("explain.py: ") and complaint in said and "\n" not in said
+
+
+def test_a_class_that_the_model_does_not_know_is_named_with_its_nearest(run):
+    said = run(*TRUTH, classes=["cirkle", "square", "star"])
+    assert "class 'circle'" in said and "nearest: cirkle" in said
+
+
+def test_an_image_of_another_size_than_annotated_is_refused(run, dataset):
+    Image.new("RGB", (60, 80)).save(dataset / "images" / "full.png")
+    assert "is 60 x 80 pixels" in run(*TRUTH)
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        ([], "one of the arguments --input --annotations is required"),
+        (["--annotations", "all.json"], "--annotations and --images go together"),
+        (["--input", "images/full.png", "--image", "full.png"], "--image names one of"),
+        (["--input", "images/full.png", *TRUTH], "not allowed with"),
+        (["--input", "images/full.png", "--query", *range(9)], "at most 8 queries, not 9"),
+    ],
+    ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "",
+)
+def test_options_that_do_not_fit_are_refused(run, words, complaint, capsys):
+    assert run(*words) == "2"
+    assert complaint in capsys.readouterr().err
+
+
+REASONS = {
+    "selection": "The queries of this model are learned",
+    "denoising": "This model is trained without denoising",
+    "truth": "This takes an image with ground truth",
+    "boxes": "The image has no boxes",
+}
+
+
+@pytest.mark.parametrize(
+    "words, options, missing",
+    [
+        (TRUTH, {}, {}),
+        (TRUTH, {"denoising": None}, {"denoising": "denoising"}),
+        (
+            ["--input", "images/empty.png"],
+            {"query_selection": modeling.StaticQueries},
+            {"proposals": "selection", "denoising": "truth", "matching": "truth"},
+        ),
+        (
+            [*TRUTH, "--image", "empty.png"],
+            {},
+            {"denoising": "boxes", "matching": "boxes"},
+        ),
+    ],
+    ids=["all", "no denoising", "learned queries", "no boxes"],
+)
+def test_what_a_model_or_an_image_has_not_is_said_instead(
+    run, sketch, monkeypatch, words, options, missing
+):
+    written = []
+    monkeypatch.setattr(explain, "write", lambda pictures, *_: written.append(pictures))
+    assert run(*words, **options) is None
+    (pictures,) = written
+    assert list(pictures) == list(TEXTS)
+    said = {name: x for name, x in pictures.items() if isinstance(x, str)}
+    assert said.keys() == missing.keys()
+    assert all(said[name].startswith(REASONS[why]) for name, why in missing.items())
+
+
+def test_the_seed_draws_the_noise(run, sketch):
+    for seed in (1, 2, 1):
+        run(*TRUTH, "--seed", seed)
+    noise = [denoised.noised for _, denoised in sketch["draw_denoising"]]
+    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+
+
+@pytest.mark.slow
+def test_the_page_and_its_pictures_are_written(run, dataset, capsys):
+    assert run(*TRUTH, "--query", 3, 1, 3) is None
+    assert "explain.html and its 6 pictures are in 'out'" in capsys.readouterr().out
+    page = Page((dataset / "out" / "explain.html").read_text(encoding="utf-8"))
+    assert "How DINO sees full.png" in page.text and "resized to 85 × 64" in page.text
+    assert "20 queries and 3 classes" in page.text and "queries 3, 1." in page.text
+    embedded = [base64.b64decode(x["src"].split(",")[1]) for x in page.images]
+    assert embedded == [(dataset / "out" / f"{name}.png").read_bytes() for name in TEXTS]
+    for data in embedded:
+        assert len(np.unique(np.asarray(Image.open(BytesIO(data)).convert("L")))) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome")
+def test_a_browser_shows_every_picture(run, sketch, dataset):
+    assert run(*TRUTH) is None
+    page = dataset / "out" / "explain.html"
+    # What the page itself has not, and must not have: a script that writes down what was loaded.
+    script = """<script>addEventListener("load", () => { document.title = "loaded " +
+        [...document.images].filter(x => x.naturalWidth > 0).length + " of " +
+        document.images.length + ", wide " +
+        (document.documentElement.scrollWidth > innerWidth) })</script>"""
+    page.write_text(page.read_text().replace("</head>", f"{script}</head>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900"]
+    profile = f"--user-data-dir={dataset / 'profile'}"
+    shown = subprocess.run(
+        [*command, profile, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    ).stdout
+    assert re.search("<title>(.*?)</title>", shown)[1] == "loaded 6 of 6, wide false"

@@ -1,0 +1,365 @@
+"""Pictures: boxes with labels, sheets, what training sees, and what a detector gets wrong."""
+
+import json
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from dino_d2.data import generate
+from dino_d2.data.stream import TrainingStream
+from dino_d2.model_zoo import get_config_file
+from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_instances, draw_marks, fit
+from dino_d2.visualize.marks import ink_on
+
+PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
+sys.path.insert(0, str(PROGRAMS))
+import visualize_data  # noqa: E402
+import visualize_results  # noqa: E402
+
+BLACK = Image.new("RGB", (200, 150))
+
+
+def count(picture, colour):
+    """Pixels of a colour."""
+    rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return int((np.asarray(picture) == rgb).all(axis=-1).sum())
+
+
+def arguments(program, *words):
+    return program.argument_parser().parse_args([str(word) for word in words])
+
+
+def run(monkeypatch, program, *words):
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, words)])
+    program.main()
+
+
+def complaint(monkeypatch, program, *words):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, program, *words)
+    return str(end.value)
+
+
+# Boxes, labels and sheets
+
+
+def test_a_box_is_drawn_where_it_is():
+    pixels = np.asarray(draw_marks(BLACK, [Mark((50, 60, 120, 130), "", "#ff0000")]))
+    rows, columns = np.nonzero(pixels[..., 0])
+    found = columns.min(), rows.min(), columns.max(), rows.max()
+    np.testing.assert_allclose(found, (50, 60, 120, 130), atol=1)
+    assert not pixels[70:120, 60:110].any()
+
+
+def test_the_image_that_is_drawn_into_stays():
+    grey = Image.new("L", (60, 60))
+    assert draw_marks(grey, [Mark((5, 5, 50, 50), "a", "#ff0000")]).mode == "RGB"
+    assert grey.getextrema() == (0, 0)
+
+
+def test_the_first_mark_is_on_top():
+    box = (50, 60, 120, 130)
+    picture = draw_marks(BLACK, [Mark(box, "", "#ff0000"), Mark(box, "", "#00ff00")])
+    assert count(picture, "#ff0000") and not count(picture, "#00ff00")
+
+
+def test_labels_cover_no_other_label_and_are_left_out_without_room():
+    colours = [f"#0000{i:02x}" for i in range(100, 140)]
+    marks = [Mark((50, 60, 120, 130), "label", colour) for colour in colours]
+    picture = draw_marks(BLACK, marks)
+    whole = count(draw_marks(BLACK, marks[:1]), colours[0]) - count(
+        draw_marks(BLACK, [marks[0]._replace(text="")]), colours[0]
+    )
+    drawn = [count(picture, colour) for colour in colours[1:]]  # the first has the line, too
+    labels = [number for number in drawn if number]
+    assert 3 < len(labels) < len(drawn)
+    assert min(labels) > 0.9 * whole
+
+
+def test_labels_stay_inside_the_image():
+    box = (150, -5, 210, 160)
+    plain = np.asarray(draw_marks(BLACK, [Mark(box, "", "#ff0000")])).astype(int)
+    labelled = np.asarray(draw_marks(BLACK, [Mark(box, "some label", "#ff0000")])).astype(int)
+    rows, columns = np.nonzero((plain != labelled).any(axis=-1))
+    font_height = rows.max() - rows.min()
+    assert font_height > 9 and columns.max() - columns.min() > 50
+
+
+def test_dashes_leave_gaps():
+    solid, dashed = (
+        count(draw_marks(BLACK, [Mark((20, 30, 180, 130), "", "#ff0000", dash)]), "#ff0000")
+        for dash in ((), (2, 2))
+    )
+    assert 0.4 < dashed / solid < 0.7
+
+
+def test_a_box_without_any_side_is_drawn():
+    assert count(draw_marks(BLACK, [Mark((20, 30, 20, 30), "", "#ff0000", (2, 2))]), "#ff0000")
+
+
+@pytest.mark.parametrize(("colour", "ink"), [("#f0e442", "black"), ("#0072b2", "white")])
+def test_ink_is_legible(colour, ink):
+    assert ink_on(colour) == ink
+
+
+def test_every_class_has_its_colour_in_a_picture():
+    found = Instances((150, 200), pred_boxes=Boxes(torch.tensor([[10.0, 60, 60, 120]] * 2)))
+    found.pred_boxes.tensor[1] += 70
+    found.scores, found.pred_classes = torch.tensor([0.9, 0.8]), torch.tensor([1, 9])
+    picture = draw_instances(BLACK, found, [f"class {i}" for i in range(10)])
+    assert count(picture, class_colour(1)) and count(picture, class_colour(9))
+    assert class_colour(2) == class_colour(9)
+
+
+def test_fitting_keeps_the_shape_and_says_the_scale():
+    picture, scale = fit(Image.new("L", (400, 1)), 100)
+    assert picture.size == (100, 1) and scale == 0.25 and picture.mode == "RGB"
+
+
+def test_a_sheet_holds_every_picture_whole():
+    colours = ["#ff0000", "#00ff00", "#0000ff"]
+    sizes = [(90, 60), (50, 80), (20, 20)]
+    pictures = [
+        (Image.new("RGB", size, colour), "caption " * 20)
+        for size, colour in zip(sizes, colours, strict=True)
+    ]
+    sheet = contact_sheet(pictures, 2, "title", [Mark((), "text", "#ff00ff")])
+    assert [count(sheet, colour) for colour in colours] == [w * h for w, h in sizes]
+    assert count(sheet, "#ff00ff")
+
+
+def test_a_long_title_fits_on_its_sheet():
+    picture = [(Image.new("RGB", (20, 20)), "")]
+    sheet = np.asarray(contact_sheet(picture, 4, "a long title " * 9))
+    assert sheet.shape[1] > 1000 and (sheet[:, -8:] == 255).all()
+
+
+# What training sees
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    generate(root, num_train=12, num_val=6)
+    return root
+
+
+def look(shapes, output, *words, style=".yaml"):
+    return [
+        *("--config-file", get_config_file(f"quickstart{style}"), "--output", output),
+        *("--train-json", shapes / "train.json", "--train-images", shapes / "images", *words),
+    ]
+
+
+def source_of(shapes, *words, style=".yaml"):
+    return visualize_data.load(
+        arguments(visualize_data, *look(shapes, "unused", *words, style=style))
+    )
+
+
+@pytest.mark.parametrize("style", [".yaml", ".py"])
+def test_what_is_shown_is_what_the_training_gets(shapes, style):
+    source = source_of(shapes, style=style)
+    batches = TrainingStream(source.plan.build_loader, source.seed)
+    batches.start = 2
+    expected = next(iter(batches))
+    shown = visualize_data.samples(source, 2)
+    for sample, mine in zip(expected, shown, strict=False):
+        assert mine["file_name"] == sample["file_name"]
+        assert torch.equal(mine["image"], sample["image"])
+        assert torch.equal(mine["instances"].gt_boxes.tensor, sample["instances"].gt_boxes.tensor)
+
+
+def test_an_iteration_has_as_many_batches_as_are_accumulated(shapes):
+    whole = visualize_data.samples(source_of(shapes, "SOLVER.IMS_PER_BATCH", "4"), 1)
+    words = ("SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE", "2")
+    parts = visualize_data.samples(source_of(shapes, *words), 1)
+    for _ in range(4):
+        assert torch.equal(next(whole)["image"], next(parts)["image"])
+
+
+def test_boxes_are_around_the_shapes(shapes):
+    source = source_of(shapes)
+    for sample, _ in zip(visualize_data.samples(source, 0), range(6), strict=False):
+        if len(sample["instances"]):
+            break
+    picture, caption = visualize_data.draw(sample, source, 480)
+    plain = fit(visualize_data.to_picture(sample["image"], "RGB"), 480)[0]
+    assert max(picture.size) == 480 and f"{len(sample['instances'])} boxes" in caption
+    changed = (np.asarray(picture) != np.asarray(plain)).any(axis=-1)
+    scale = 480 / max(sample["image"].shape[1:])
+    for box in (scale * sample["instances"].gt_boxes.tensor).round().int().tolist():
+        middle = (box[1] + box[3]) // 2
+        assert changed[middle, max(box[0] - 3, 0) : box[0] + 4].any()
+        assert changed[middle, box[2] - 4 : box[2] + 4].any()
+
+
+def test_the_order_of_colours_is_undone(shapes):
+    pictures = []
+    for image_format in ("RGB", "BGR"):
+        source = source_of(shapes, "INPUT.FORMAT", image_format)
+        sample = next(visualize_data.samples(source, 0))
+        pictures.append(visualize_data.to_picture(sample["image"], source.image_format))
+    assert np.array_equal(*map(np.asarray, pictures))
+
+
+def test_the_program_shows_the_same_images_again(shapes, tmp_path, monkeypatch, capsys):
+    for name, iteration in (("a", 3), ("b", 3), ("c", 4)):
+        words = ("--iteration", iteration, "--num-images", 3, "--per-sheet", 1)
+        run(monkeypatch, visualize_data, *look(shapes, tmp_path / name, *words))
+    sheets = {x: sorted((tmp_path / x).iterdir()) for x in "abc"}
+    assert [x.name for x in sheets["a"]] == [f"sheet_00{i}.png" for i in range(3)]
+    a, b, c = ([x.read_bytes() for x in sheets[x]] for x in "abc")
+    assert a == b != c
+    assert "3 images" in capsys.readouterr().out
+
+
+def test_a_sheet_has_as_many_images_as_are_asked_for(shapes, tmp_path, monkeypatch):
+    run(monkeypatch, visualize_data, *look(shapes, tmp_path, "--num-images", 3, "--per-sheet", 2))
+    widths = [Image.open(path).width for path in sorted(tmp_path.iterdir())]
+    assert len(widths) == 2 and widths[0] > 1.5 * widths[1]
+
+
+def test_one_picture_a_sheet_has_the_size_that_training_sees(shapes, tmp_path, monkeypatch):
+    words = ("--num-images", 1, "--per-sheet", 1)
+    run(monkeypatch, visualize_data, *look(shapes, tmp_path, *words))
+    height, width = next(visualize_data.samples(source_of(shapes), 0))["image"].shape[1:]
+    shown = np.asarray(Image.open(tmp_path / "sheet_000.png"))
+    right, bottom = 12 + width, shown.shape[0] - 12
+    assert (shown[bottom - height : bottom, 12:right] != 255).any(axis=-1).mean() > 0.95
+    assert (shown[bottom:] == 255).all() and (shown[bottom - height : bottom, right:] == 255).all()
+
+
+def test_data_that_cannot_be_shown_are_refused_in_one_sentence(
+    shapes, tmp_path, monkeypatch, capsys
+):
+    def says(*words):
+        return complaint(monkeypatch, visualize_data, *words)
+
+    base = look(shapes, tmp_path)
+    assert "trian.json" in says(*base[:4], "--train-json", "trian.json", "--train-images", shapes)
+    assert "nearest" in says(*base, "INPUT.RANDOM_FLOP", "none")
+    assert "quickstart" in says("--config-file", "quickstat", *base[2:])
+    assert says(*base, "--num-images", "0") == "2" and "1 or more" in capsys.readouterr().err
+    assert says(*base[:6]) == "2" and "go together" in capsys.readouterr().err
+    assert "there is no data" in says(*base[:4], "DATASETS.TRAIN", "()")
+
+
+def test_a_damaged_image_is_named(shapes, tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (shapes / "images").iterdir():
+        (images / path.name).write_bytes(path.read_bytes()[:300])
+    words = look(shapes, tmp_path / "out", "--train-images", images)
+    assert "cannot be read" in complaint(monkeypatch, visualize_data, *words)
+
+
+# What a detector gets wrong
+
+
+@pytest.fixture
+def results(shapes, tmp_path):
+    """Everything of the first images is found, nothing of the last, and one thing is invented."""
+    dataset = json.loads((shapes / "val.json").read_text())
+    last = dataset["images"][-1]["id"]
+    found = [
+        {key: x[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for x in dataset["annotations"]
+        if x["image_id"] != last
+    ]
+    found.append({"image_id": last, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.8})
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    return [
+        *("--annotations", shapes / "val.json", "--images", shapes / "images"),
+        *("--results", tmp_path / "results.json", "--output", tmp_path / "out"),
+    ]
+
+
+class Page(HTMLParser):
+    def __init__(self, path):
+        super().__init__()
+        self.files, self.alts = [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag in ("img", "a"):
+            self.files.append(attrs.get("src") or attrs["href"])
+        if tag == "img":
+            self.alts.append(attrs["alt"])
+
+
+@pytest.mark.slow
+def test_the_page_shows_all_that_was_written(results, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, visualize_results, *results)
+    page = Page(tmp_path / "out" / "index.html")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(page.files) == files - {"index.html"} and len(files) == 12
+    assert all(page.alts)
+    said = capsys.readouterr().out
+    assert "index.html" in said and "AP50" in said and "\nall " in said
+
+
+@pytest.fixture
+def without_plots(monkeypatch):
+    """Pictures of tables, which take a second, are left out."""
+    monkeypatch.setattr("dino_d2.evaluator.draw_errors", lambda analysis, folder: [])
+
+
+def test_images_without_a_mistake_are_not_among_the_worst(
+    results, tmp_path, monkeypatch, without_plots
+):
+    captions = []
+
+    def sheet(pictures, *rest):
+        captions.extend(caption for _, caption in pictures)
+        return contact_sheet(pictures, *rest)
+
+    monkeypatch.setattr(visualize_results, "contact_sheet", sheet)
+    run(monkeypatch, visualize_results, *results)
+    (caption,) = captions
+    assert caption.startswith("1. val_00005.jpg") and "false positives 1" in caption
+
+
+def test_without_mistakes_there_is_no_sheet(results, tmp_path, monkeypatch, without_plots):
+    run(monkeypatch, visualize_results, *results, "--num-images", "0")
+    assert not list((tmp_path / "out").glob("worst*"))
+    assert "No image" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_the_summary_has_the_worst_classes_first(results):
+    analysis = visualize_results.load(arguments(visualize_results, *results))
+    lines = visualize_results.summary(analysis).splitlines()
+    assert lines[0].split() == ["class", "boxes", "AP", "AP50", "AP75", "AR"]
+    values = [float(line.split()[2]) for line in lines[2:]]
+    assert lines[1].startswith("all") and values == sorted(values)
+    assert "better classes" in visualize_results.summary(analysis, 1).splitlines()[-1]
+
+
+def test_results_that_do_not_belong_together_are_refused_in_one_sentence(
+    shapes, results, tmp_path, monkeypatch, capsys
+):
+    def says(*words):
+        return complaint(monkeypatch, visualize_results, *results, *words)
+
+    assert "nearest" in says("--results", tmp_path / "result.json")
+    assert "val.json" in says("--annotations", shapes / "vall.json")
+    assert "nothing' does not exist" in says("--images", shapes / "nothing")
+    (tmp_path / "results.json").write_text('[{"image_id": 99}]')
+    assert "detection 0" in says()
+    assert says("--num-images", "-1") == "2" and "0 or more" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_drawn_is_named(shapes, results, tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (shapes / "images").iterdir():
+        Image.new("RGB", (9, 9)).save(images / path.name)
+    said = complaint(monkeypatch, visualize_results, *results, "--images", images)
+    assert "val_00005.jpg" in said and "9 x 9 pixels" in said
