@@ -17,9 +17,10 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
+        *hidden, last = self.layers
+        for layer in hidden:
             x = self.dropout(layer(x).relu_())  # in place: the layer's backward does not need it
-        return self.layers[-1](x)
+        return last(x)
 
 
 def class_head(embed_dim: int, num_classes: int, prior: float = 0.01) -> nn.Module:

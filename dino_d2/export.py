@@ -1,0 +1,175 @@
+"""The detector as one graph in a file: PyTorch's `.pt2` and ONNX. `projects/dino/EXPORT.md` says
+how the files are used.
+
+A graph maps a batch of padded images and their sizes to boxes, scores and labels. Height and width
+are fixed when exporting, the number of images is not.
+"""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import UserError
+from torch.export import Dim, ExportedProgram
+
+from .exported import ABOUT, INPUTS, About, ExportError, kind_of, needs
+from .modeling.dino import DINO
+from .modeling.postprocess import Detections, best_pairs
+from .ops import reference
+
+OPSET = 18  # has GridSample, LayerNormalization and everything else as one operator
+SCOPES = "pkg.torch.onnx.name_scopes"  # PyTorch's exporter notes there which module a node is of
+
+
+class Exportable(nn.Module):
+    """What a graph computes: a DINO on tensors alone, from pixels to detections."""
+
+    def __init__(self, model: DINO):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            images: (B, 3, H, W) uint8, each in the upper left corner; what is beside it is ignored
+            image_sizes: (B, 2) int64, height and width of each image without padding
+
+        Returns:
+            the fields of `Detections`, a plain tuple so that a file needs nothing of this package;
+            boxes (x0, y0, x1, y1) in pixels of the input, inside the image
+        """
+        model = self.model
+        padding = padding_of(images, image_sizes)
+        pixels = (images.float() - model.pixel_mean) / model.pixel_std
+        features = model.neck(model.backbone(pixels.masked_fill(padding[:, None], 0)))
+        memory = model.encoder(features, padding)
+        queries, _ = model.query_selection(memory)
+        predictions = model.decoder(queries, memory)[-1]
+        boxes, scores, labels = best_pairs(predictions, model.max_detections)
+        limit = image_sizes.flip(1).tile(2)[:, None].to(boxes.dtype)
+        return (boxes * limit).clamp(min=0).minimum(limit), scores, labels
+
+
+def padding_of(images: Tensor, image_sizes: Tensor) -> Tensor:
+    """(B, H, W), True on padding."""
+    height, width = images.shape[-2:]
+    below = torch.arange(height, device=images.device) >= image_sizes[:, :1]
+    right = torch.arange(width, device=images.device) >= image_sizes[:, 1:]
+    return below[:, :, None] | right[:, None]
+
+
+def export(
+    model: DINO,
+    size: tuple[int, int],
+    batch_size: int | None = None,
+    keep_operator: bool = False,
+) -> ExportedProgram:
+    """
+    Args:
+        model: in evaluation mode; `fold_norms` makes its graph smaller
+        size: height and width of all images, padding included
+        batch_size: B; None leaves it open
+        keep_operator: leave `dino_d2::ms_deform_attn` in the graph, which then runs where this
+            package is imported, with its kernels. By default it is decomposed into `grid_sample`
+
+    Raises:
+        ExportError: the model cannot take this size, or needs a fixed number of images
+    """
+    check(model, size)
+    count = batch_size or 2  # of one, PyTorch would conclude that it is always one
+    images = torch.zeros(count, len(model.pixel_mean), *size, dtype=torch.uint8)
+    inputs = images.to(model.device), torch.tensor([size] * count, device=model.device)
+    axes = {} if batch_size else {0: Dim("batch", min=1)}
+    with torch.no_grad():
+        try:
+            program = torch.export.export(Exportable(model), inputs, dynamic_shapes=(axes, axes))
+        except UserError as error:
+            raise ExportError(
+                "the graph of this model depends on the number of images (that of Detectron2's "
+                "Swin does): fix it, with --batch-size 1 or batch_size=1"
+            ) from error
+    if keep_operator:
+        return program
+    table = {
+        torch.ops.dino_d2.ms_deform_attn.default: reference.forward,
+        torch.ops.aten.upsample_nearest2d.vec: nearest,
+    }
+    return program.run_decompositions(table)
+
+
+def nearest(image: Tensor, size: list[int], _: list[float] | None = None) -> Tensor:
+    """PyTorch's nearest interpolation of (B, C, H, W) to a smaller `size`, by indices.
+
+    ONNX's Resize divides by the inverse of PyTorch's factor: of 42 pixels to 6, half come from
+    their neighbours, and then padding is masked in other places.
+    """
+    for axis, length in enumerate(size, start=2):
+        index = torch.arange(length, device=image.device, dtype=torch.float32)
+        image = image.index_select(axis, (index * (image.shape[axis] / length)).long())
+    return image
+
+
+def check(model: DINO, size: tuple[int, int]) -> None:
+    """
+    Raises:
+        ExportError: the model is in training mode, or pads images of this size
+    """
+    if model.training:
+        raise ExportError("the model is in training mode: call model.eval() before exporting it")
+    if min(size) < 1:
+        raise ExportError(f"images of {size[0]} x {size[1]} pixels are empty: name another size")
+    image = torch.zeros(len(model.pixel_mean), *size)
+    padded = tuple(model.preprocess_images([{"image": image}]).tensor.shape[-2:])
+    if padded != tuple(size):
+        raise ExportError(
+            f"the backbone cannot take images of {size[0]} x {size[1]} pixels as they are: the "
+            f"nearest size is {padded[0]} x {padded[1]}"
+        )
+
+
+def save(program: ExportedProgram, path: Path, about: About) -> None:
+    """Write a graph as ONNX (`.onnx`) or as PyTorch's own format (`.pt2`).
+
+    Raises:
+        ExportError: the name ends otherwise, or a package is missing
+    """
+    if kind_of(path) == ".pt2":
+        torch.export.save(program, path, extra_files={ABOUT: json.dumps(about._asdict())})
+        return
+    onnx = needs("onnx")
+    model = to_onnx(program).model_proto
+    for i, node in enumerate(model.graph.node):
+        node.name = f"{scope_of(node)}{node.op_type}_{i}"
+        del node.metadata_props[:]  # they have paths of the machine that exports
+    for value in (*model.graph.input, *model.graph.output):
+        axis = value.type.tensor_type.shape.dim[0]
+        axis.dim_param = axis.dim_param and "batch"  # PyTorch's own name is s and a number,
+    del model.graph.value_info[:], model.graph.metadata_props[:]  # in these too, unneeded
+    properties = {key: json.dumps(value) for key, value in about._asdict().items()}
+    onnx.helper.set_model_props(model, properties)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def to_onnx(program: ExportedProgram) -> "torch.onnx.ONNXProgram":
+    """In standard operators, all in one file."""
+    needs("onnxscript")
+    return torch.onnx.export(
+        program,
+        input_names=INPUTS,
+        output_names=Detections._fields,
+        opset_version=OPSET,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def scope_of(node: Any) -> str:
+    """The module that a node of an ONNX graph is of, named as in a checkpoint, and a slash."""
+    notes = {note.key: note.value for note in node.metadata_props}
+    scopes = ast.literal_eval(notes.get(SCOPES, "[]"))  # from the outermost module to the operator
+    modules = [x.removeprefix("model.") for x in scopes if x.startswith("model.")]
+    return f"{modules[-1]}/" if modules else ""

@@ -1,0 +1,166 @@
+"""Runs exported files, and says how far detections are apart.
+
+`projects/dino/serve_onnx.py` runs one without this package.
+"""
+
+import json
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from .modeling.postprocess import Detections
+
+INPUTS = ("images", "image_sizes")
+ABOUT = "dino_d2"  # under this name a .pt2 file says what it is
+BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # pixels, and points of a score
+
+
+class ExportError(ValueError):
+    """What cannot be exported, or a file that cannot be used, in one sentence."""
+
+
+class About(NamedTuple):
+    """What whoever runs a file has to know."""
+
+    classes: list[str]  # names of the labels
+    size: tuple[int, int]  # height and width of the images
+    image_format: str  # "RGB" or "BGR"
+    batch_size: int | None  # None: any
+
+
+def fit(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """Resize an image to fill `size` without changing its ratio, as evaluation resizes, and pad.
+
+    Args:
+        image: (h, w, 3) uint8
+        size: H and W
+
+    Returns:
+        (3, H, W) uint8 with the image in the upper left corner, and its height and width there
+    """
+    height, width = image.shape[:2]
+    scale = min(size[0] / height, size[1] / width)
+    inside = max(1, round(height * scale)), max(1, round(width * scale))
+    resized = Image.fromarray(image).resize(inside[::-1], Image.Resampling.BILINEAR)
+    padded = np.zeros((*size, 3), np.uint8)
+    padded[: inside[0], : inside[1]] = resized
+    return padded.transpose(2, 0, 1), inside
+
+
+class Exported:
+    """A file that was exported, ready to run: on a CPU if it is ONNX, else where it was exported.
+
+    Args:
+        path: of the file
+
+    Raises:
+        FileNotFoundError: it is not there
+        ExportError: it was written by something else, or a package is missing
+    """
+
+    about: About
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file '{path}'")
+        if kind_of(path) == ".pt2":
+            notes = {ABOUT: ""}
+            self.graph = torch.export.load(path, extra_files=notes).module()
+            about = json.loads(notes[ABOUT] or "{}")
+        else:
+            self.graph = needs("onnxruntime").InferenceSession(
+                path, providers=["CPUExecutionProvider"]
+            )
+            notes = self.graph.get_modelmeta().custom_metadata_map
+            about = {key: json.loads(notes[key]) for key in About._fields if key in notes}
+        if about.keys() != set(About._fields):
+            raise ExportError(f"'{path}' was not written by dino_d2: export it again")
+        self.about = About(**about)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, image_sizes: Tensor) -> Detections:
+        """
+        Args:
+            images, image_sizes: as of `Exportable`, see `fit`
+
+        Raises:
+            ExportError: images of another size, number or type
+        """
+        count, size = self.about.batch_size or len(images), self.about.size
+        expected = (count, 3, *size)
+        if images.shape != expected or images.dtype != torch.uint8:
+            raise ExportError(
+                f"images of {tuple(images.shape)}, {images.dtype}, should be {expected} of uint8: "
+                f"resized and padded to {size[0]} x {size[1]} pixels, as dino_d2.export.fit does"
+            )
+        inside = (image_sizes >= 1) & (image_sizes <= torch.tensor(size))
+        if image_sizes.shape != (count, 2) or not inside.all():
+            raise ExportError(
+                f"image_sizes {image_sizes.tolist()} should be height and width of each of the "
+                f"{count} images, at most {size[0]} and {size[1]}"
+            )
+        if isinstance(self.graph, nn.Module):
+            device = next(self.graph.parameters()).device
+            return Detections(*self.graph(images.to(device), image_sizes.to(device)))
+        inputs = dict(zip(INPUTS, (images.numpy(), image_sizes.numpy()), strict=True))
+        return Detections(*map(torch.from_numpy, self.graph.run(None, inputs)))
+
+
+class Differences(NamedTuple):
+    """Between n pairs of detections; infinite where one has no partner of its class."""
+
+    boxes: Tensor  # (n,), the largest of four coordinates, in pixels
+    scores: Tensor  # (n,)
+
+    @property
+    def tolerable(self) -> bool:
+        close = (self.boxes <= BOX_TOLERANCE) & (self.scores <= SCORE_TOLERANCE)
+        return bool(close.all())
+
+
+def compare(expected: Detections, actual: Detections, threshold: float) -> Differences:
+    """How far apart the detections are that score at least `threshold` in either.
+
+    They are paired by class, box and score, one to one: rounding exchanges ranks.
+    """
+    pairs = []
+    for (box, score, label), (other_box, other_score, other_label) in zip(
+        zip(*expected, strict=True), zip(*actual, strict=True), strict=True
+    ):
+        distance = (box[:, None] - other_box).abs().amax(-1)
+        apart = torch.stack([distance, (score[:, None] - other_score).abs()], -1)
+        apart[label[:, None] != other_label] = torch.inf
+        cost = (apart / torch.tensor([BOX_TOLERANCE, SCORE_TOLERANCE])).amax(-1)
+        rows, columns = map(torch.from_numpy, linear_sum_assignment(cost.nan_to_num(1e9, 1e9)))
+        top = torch.maximum(score[rows], other_score[columns]) >= threshold
+        pairs.append(apart[rows, columns][top])
+    return Differences(*torch.cat(pairs).unbind(-1))
+
+
+def kind_of(path: Path) -> str:
+    """
+    Raises:
+        ExportError: the file would be neither ONNX nor PyTorch's
+    """
+    if path.suffix not in (".onnx", ".pt2"):
+        raise ExportError(f"'{path}' should end in .onnx or in .pt2, which says what is in it")
+    return path.suffix
+
+
+def needs(name: str) -> ModuleType:
+    """An optional package.
+
+    Raises:
+        ExportError: it is not installed
+    """
+    if find_spec(name) is None:
+        raise ExportError(f"ONNX needs the package {name}: pip install onnx onnxscript onnxruntime")
+    return import_module(name)

@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Write a trained DINO into a file that runs without Detectron2: ONNX, or PyTorch's .pt2.
+
+The file is run at once, on images given, and compared with the model on the same padded images: it
+gets its name only where boxes agree within 0.5 pixels and scores within 0.001. See EXPORT.md.
+"""
+
+import argparse
+import glob
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from program import add_model_arguments, make_parser, one_sentence
+from torch import Tensor
+
+import dino_d2
+from dino_d2.export import Exportable, check, export, save
+from dino_d2.exported import (
+    BOX_TOLERANCE,
+    SCORE_TOLERANCE,
+    About,
+    Detections,
+    Differences,
+    Exported,
+    ExportError,
+    compare,
+    fit,
+    kind_of,
+    needs,
+)
+from dino_d2.names import nearest_path
+
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+EPILOG = """
+Examples:
+
+ONNX, for images of at most 104 x 138 pixels, and a server of it:
+    $ python projects/dino/export.py --config-file output/quickstart/config.yaml \\
+        --weights output/quickstart/model_final.pth --size 104 138 \\
+        --images "output/quickstart/data/images/val_000*.jpg" --output output/model.onnx
+    $ python projects/dino/serve_onnx.py output/model.onnx
+
+PyTorch's format, for one image at a time:
+    $ python projects/dino/export.py --config-file output/quickstart/config.yaml \\
+        --weights output/quickstart/model_final.pth --size 104 138 --batch-size 1 \\
+        --images "output/quickstart/data/images/val_000*.jpg" --output output/model.pt2
+"""
+
+Batch = tuple[Tensor, Tensor]  # images and image_sizes
+Detector = Callable[[Tensor, Tensor], Detections]
+
+
+def find_images(inputs: list[str]) -> list[Path]:
+    """The images that paths, folders and patterns mean.
+
+    Raises:
+        FileNotFoundError: one of them means none
+    """
+    images = []
+    for name in inputs:
+        path = Path(name)
+        found = path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+        found = [x for x in found if x.is_file() and (x == path or x.suffix.lower() in SUFFIXES)]
+        if not found:
+            near = "" if path.exists() else nearest_path(name)
+            hint = f"; the nearest: '{near}'" if near else ""
+            raise FileNotFoundError(
+                f"--images '{name}' is no image, nor a folder or pattern of some{hint}"
+            )
+        images += sorted(found)
+    return images
+
+
+def make_batches(images: list[np.ndarray], size: tuple[int, int], count: int | None) -> list[Batch]:
+    """The images as the file takes them, `count` at a time; some twice if they do not come out."""
+    fitted = [fit(image, size) for image in images]
+    if count:
+        fitted = list(islice(cycle(fitted), -(-len(fitted) // count) * count))
+    count = count or 3  # a graph is made with two, and should not insist
+    parts = [zip(*fitted[i : i + count], strict=True) for i in range(0, len(fitted), count)]
+    return [tuple(torch.from_numpy(np.stack(x)) for x in part) for part in parts]
+
+
+def compare_all(
+    batches: list[Batch], expected: Detector, actual: Detector, threshold: float
+) -> Differences:
+    each = [compare(expected(*batch), actual(*batch), threshold) for batch in batches]
+    return Differences(*map(torch.cat, zip(*each, strict=True)))
+
+
+@torch.no_grad()
+def padded(model: dino_d2.DINO, images: Tensor, sizes: Tensor) -> Detections:
+    """What the model detects in padded images, which is what a file should."""
+    found = Exportable(model)(images.to(model.device), sizes.to(model.device))
+    return Detections(*(x.cpu() for x in found))
+
+
+@torch.no_grad()
+def unpadded(model: dino_d2.DINO, images: Tensor, sizes: Tensor) -> Detections:
+    """What the model detects in the same images by themselves, as in evaluation."""
+    cut = [image[:, :h, :w] for image, (h, w) in zip(images, sizes.tolist(), strict=True)]
+    found = [model([{"image": image}])[0]["instances"].to("cpu") for image in cut]
+    parts = [(x.pred_boxes.tensor, x.scores, x.pred_classes) for x in found]
+    return Detections(*zip(*parts, strict=True))
+
+
+def verify(path: Path, model: dino_d2.DINO, batches: list[Batch], threshold: float) -> str:
+    """Says what is wrong with a file, or nothing; what was measured is printed."""
+    found = compare_all(batches, partial(padded, model), Exported(path), threshold)
+    if not len(found.boxes):
+        return (
+            f"no detection in these images scores {threshold} or more, so nothing was compared: "
+            "name other images, or a lower --confidence-threshold"
+        )
+    effect = compare_all(batches, partial(unpadded, model), partial(padded, model), threshold)
+    print(
+        f"{len(found.boxes)} detections compared with the model's: boxes differ by up to "
+        f"{found.boxes.max():.2g} pixels, scores by up to {found.scores.max():.2g}\n"
+        f"without padding the model's own would differ by {effect.boxes.median():.2g} pixels and "
+        f"{effect.scores.median():.2g} (medians)"
+    )
+    if found.tolerable:
+        return ""
+    return (
+        f"that is more than {BOX_TOLERANCE} pixels or {SCORE_TOLERANCE} of a score: '{path}' is "
+        "kept to look at, but does not do what the model does"
+    )
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    parser.add_argument("--output", type=Path, required=True, help="file, .onnx or .pt2")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        required=True,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images that the file takes, in pixels; others are resized and padded to it",
+    )
+    parser.add_argument(
+        "--images", nargs="+", required=True, help="images, folders, patterns to compare it on"
+    )
+    parser.add_argument("--batch-size", type=int, help="images at a time; default: any number")
+    parser.add_argument(
+        "--keep-operator",
+        action="store_true",
+        help="leave dino_d2's operator in a .pt2, which is then faster and needs dino_d2 to run",
+    )
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=0.1,
+        help="detections that score less are not compared; default: 0.1",
+    )
+    add_model_arguments(parser)
+    return parser
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error("--batch-size has to be 1 or more")
+    if kind_of(args.output) == ".onnx":
+        if args.keep_operator:
+            parser.error("--keep-operator is for .pt2 files: ONNX knows standard operators only")
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            needs(name)
+
+
+def main() -> None:
+    parser = argument_parser()
+    args = parser.parse_args()
+    with one_sentence(parser.prog):
+        check_arguments(parser, args)
+        paths = find_images(args.images)
+        predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts)
+        check(predictor.model, args.size)
+        images = [predictor.read(path) for path in paths]
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    about = About(predictor.classes, args.size, predictor.image_format, args.batch_size)
+    batches = make_batches(images, args.size, args.batch_size)
+    try:
+        graph = export(predictor.model, args.size, args.batch_size, args.keep_operator)
+    except ExportError as error:
+        sys.exit(f"{parser.prog}: {error}")
+    unverified = args.output.with_stem(f"{args.output.stem}.unverified")
+    save(graph, unverified, about)
+    wrong = verify(unverified, predictor.model, batches, args.confidence_threshold)
+    if wrong:
+        sys.exit(f"{parser.prog}: {wrong}")
+    unverified.replace(args.output)
+    print(f"'{args.output}' holds what was compared: see EXPORT.md for how to run it")
+
+
+if __name__ == "__main__":
+    main()

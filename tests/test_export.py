@@ -1,0 +1,561 @@
+"""Files that run without Detectron2, `export.py` that writes them and `serve_onnx.py`."""
+
+import json
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyBackbone
+from detectron2.structures import ImageList
+from PIL import Image
+from torch.nn import functional as F
+
+import dino_d2
+from dino_d2.export import Exportable, check, export, nearest, save
+from dino_d2.exported import About, Detections, Exported, ExportError, compare, fit
+from dino_d2.modeling.postprocess import postprocess
+
+PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
+sys.path.insert(0, str(PROGRAMS))
+import export as program  # noqa: E402
+
+SIZE = (48, 64)
+CLASSES = ["circle", "square", "star"]
+
+
+@pytest.fixture
+def model(make_dino, randomise):
+    """One layer of each kind: exporting takes time by the operator."""
+    model = make_dino(denoising=None, max_detections=20, num_layers=1)
+    model.encoder.layers = model.encoder.layers[:1]
+    return randomise(model, std=0.1).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randint(256, (3, 3, *SIZE), dtype=torch.uint8)
+
+
+@pytest.fixture
+def image_sizes():
+    """Of a whole image, of one with padding below, and of one with padding to the right."""
+    return torch.tensor([[48, 64], [33, 64], [48, 41]])
+
+
+@torch.no_grad()
+def detect(model, images, image_sizes):
+    return Detections(*Exportable(model)(images, image_sizes))
+
+
+def detections(boxes, scores, labels):
+    """Of one image."""
+    return Detections(
+        torch.tensor([boxes], dtype=torch.float32), torch.tensor([scores]), torch.tensor([labels])
+    )
+
+
+# ---- what a graph computes
+
+
+def test_images_without_padding_give_what_the_model_gives(model, images):
+    found = detect(model, images, torch.tensor([SIZE] * 3))
+    for i, x in enumerate(model([{"image": image} for image in images])):
+        expected = x["instances"]
+        torch.testing.assert_close(found.boxes[i], expected.pred_boxes.tensor)
+        torch.testing.assert_close(found.scores[i], expected.scores)
+        assert found.labels[i].equal(expected.pred_classes)
+
+
+def test_padding_is_masked_as_in_a_batch_of_the_model(model, images, image_sizes):
+    sizes = [tuple(x) for x in image_sizes.tolist()]
+    cut = [image[:, :h, :w] for image, (h, w) in zip(images, sizes, strict=True)]
+    batch = model.preprocess_images([{"image": image} for image in cut])
+    with torch.no_grad():
+        predictions = model.detect(ImageList(batch.tensor, sizes)).layers[-1]
+    expected = postprocess(predictions, sizes, model.max_detections)
+    for box, score, x in zip(*detect(model, images, image_sizes)[:2], expected, strict=True):
+        x.pred_boxes.clip(x.image_size)
+        torch.testing.assert_close(box, x.pred_boxes.tensor)
+        torch.testing.assert_close(score, x.scores)
+
+
+def test_what_is_in_the_padding_changes_nothing(model, images, image_sizes):
+    expected = detect(model, images, image_sizes)
+    images[1, :, 33:] = 255
+    images[2, :, :, 41:] = 0
+    torch.testing.assert_close(detect(model, images, image_sizes), expected)
+
+
+def test_boxes_stay_inside_the_image(model, images, image_sizes):
+    model.decoder.box_heads[0].layers[-1].bias.data[2:] = 5.0  # nearly as large as the image
+    boxes = detect(model, images, image_sizes).boxes
+    limit = image_sizes.flip(1).tile(2)[:, None]
+    assert (boxes >= 0).all() and (boxes <= limit).all()
+    assert (boxes == limit).any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    # scale 0.5, 2, 0.48 (64 / 133 would not fit: 48 / 100), 0.064: 0.064 rows become one
+    [((96, 100), (48, 50)), ((24, 32), (48, 64)), ((100, 133), (48, 64)), ((1, 1000), (1, 64))],
+)
+def test_images_keep_their_ratio_and_are_padded(shape, expected):
+    image = np.full((*shape, 3), 200, np.uint8)
+    padded, size = fit(image, SIZE)
+    assert size == expected and padded.shape == (3, *SIZE)
+    assert (padded[:, : size[0], : size[1]] == 200).all()
+    assert padded.sum() == 3 * 200 * size[0] * size[1]
+
+
+def test_an_image_of_the_right_size_is_not_resized():
+    image = np.random.default_rng(0).integers(256, size=(*SIZE, 3), dtype=np.uint8)
+    assert (fit(image, SIZE)[0] == image.transpose(2, 0, 1)).all()
+
+
+def test_padding_of_every_size_is_found_where_the_model_finds_it():
+    for length in range(1, 300):
+        mask = torch.rand(1, 1, length, 2 * length)
+        sides = [-(-length // 2**i) for i in range(3, 7)]
+        for size in [(side, 2 * side) for side in sides]:
+            assert nearest(mask, size).equal(F.interpolate(mask, size=size))
+
+
+# ---- how far detections are apart
+
+TWO = detections([[0, 0, 9, 9], [5, 5, 8, 8]], [0.9, 0.5], [1, 0])
+
+
+def test_detections_in_another_order_are_the_same():
+    turned = Detections(*(x.flip(1) for x in TWO))
+    assert [x.tolist() for x in compare(TWO, turned, 0.0)] == [[0, 0], [0, 0]]
+
+
+def test_differences_are_the_largest_of_a_box_and_those_of_the_scores():
+    other = detections([[0, 0, 9, 9.25], [5, 5, 8, 8]], [0.9, 0.75], [1, 0])
+    boxes, scores = compare(TWO, other, 0.0)
+    assert boxes.tolist() == [0.25, 0] and scores.tolist() == [0, 0.25]
+    assert not compare(TWO, other, 0.0).tolerable
+
+
+@pytest.mark.parametrize(("box", "score", "tolerable"), [(0.4, 0, 1), (0.6, 0, 0), (0, 2e-3, 0)])
+def test_half_a_pixel_and_a_thousandth_are_tolerable(box, score, tolerable):
+    other = detections([[0, 0, 9, 9], [5, 5, 8, 8 + box]], [0.9, 0.5 + score], [1, 0])
+    assert compare(TWO, other, 0.1).tolerable == tolerable
+
+
+def test_a_detection_of_another_class_has_no_partner():
+    other = TWO._replace(labels=torch.tensor([[1, 2]]))
+    assert compare(TWO, other, 0.0).boxes.tolist() == [0, torch.inf]
+
+
+def test_a_partner_is_nobody_elses():
+    twice = detections([[0, 0, 9, 9], [0, 0, 9, 9]], [0.9, 0.9], [1, 1])
+    once = detections([[0, 0, 9, 9], [4, 4, 9, 9]], [0.9, 0.9], [1, 1])
+    assert sorted(compare(twice, once, 0.0).boxes.tolist()) == [0, 4]
+
+
+def test_what_scores_less_than_the_threshold_in_both_is_left_out():
+    other = TWO._replace(scores=torch.tensor([[0.9, 0.7]]))
+    assert len(compare(TWO, TWO, 0.6).boxes) == 1
+    assert len(compare(TWO, other, 0.6).boxes) == len(compare(other, TWO, 0.6).boxes) == 2
+
+
+def test_nan_is_not_tolerable():
+    other = TWO._replace(boxes=TWO.boxes.clone().fill_(torch.nan))
+    assert not compare(TWO, other, 0.0).tolerable
+
+
+# ---- what is refused
+
+
+def test_a_model_in_training_is_refused(model):
+    with pytest.raises(ExportError, match="call model.eval()"):
+        check(model.train(), SIZE)
+
+
+def test_an_empty_size_is_refused(model):
+    with pytest.raises(ExportError, match="0 x 64 pixels are empty"):
+        check(model, (0, 64))
+
+
+def test_a_size_that_the_backbone_would_pad_names_the_nearest(model, monkeypatch):
+    monkeypatch.setattr(TinyBackbone, "size_divisibility", 32)
+    check(model, (64, 96))
+    with pytest.raises(ExportError, match="50 x 64 pixels .* nearest size is 64 x 64"):
+        check(model, (50, 64))
+
+
+def test_a_file_is_onnx_or_pt2(tmp_path):
+    with pytest.raises(ExportError, match=r"'.*model.pth' should end in .onnx or in .pt2"):
+        save(None, tmp_path / "model.pth", None)
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript"])
+def test_a_missing_package_is_named_with_its_command(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("dino_d2.exported.find_spec", lambda x: None if x == name else True)
+    monkeypatch.setattr("dino_d2.exported.import_module", lambda _: None)
+    with pytest.raises(ExportError, match=f"package {name}: pip install onnx onnxscript"):
+        save(None, tmp_path / "model.onnx", None)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file '.*model.onnx'"):
+        Exported(tmp_path / "model.onnx")
+
+
+# ---- the files, whose making takes a while
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="module")
+def done():
+    """What was exported and loaded before."""
+    return {}
+
+
+@pytest.fixture
+def exported(model, folder, done):
+    """Path of the file of a kind: of the same model in all tests, as the seed is the same."""
+
+    def exported(kind):
+        path = folder / f"model{kind}"
+        if not path.exists():
+            if "graph" not in done:
+                done["graph"] = export(model, SIZE)
+            save(done["graph"], path, About(CLASSES, SIZE, "RGB", None))
+        return path
+
+    return exported
+
+
+@pytest.fixture
+def load(exported, done):
+    def load(kind):
+        if kind not in done:
+            done[kind] = Exported(exported(kind))
+        return done[kind]
+
+    return load
+
+
+KINDS = pytest.mark.parametrize("kind", [".pt2", ".onnx"])
+
+
+@pytest.mark.slow
+@KINDS
+def test_a_file_gives_what_the_model_gives_for_any_number_of_images(
+    load, model, images, image_sizes, kind
+):
+    file = load(kind)
+    assert file.about == About(CLASSES, list(SIZE), "RGB", None)
+    for count in (1, 2, 3):
+        batch = images[-count:], image_sizes[-count:]
+        boxes, scores = compare(detect(model, *batch), file(*batch), 0.0)
+        assert len(boxes) == count * model.max_detections
+        assert boxes.max() < 1e-3 and scores.max() < 1e-5
+
+
+@pytest.mark.slow
+@KINDS
+def test_a_file_says_what_images_it_takes(load, images, image_sizes, kind):
+    file = load(kind)
+    sentence = r"should be \(3, 3, 48, 64\) of uint8: resized and padded to 48 x 64"
+    for wrong in (images[:, :, :40], images[:, :1], images.float()):
+        with pytest.raises(ExportError, match=sentence):
+            file(wrong, image_sizes)
+    for wrong in (image_sizes + 1, image_sizes - 33, image_sizes[:2]):
+        with pytest.raises(ExportError, match="at most 48 and 64"):
+            file(images, wrong)
+
+
+@pytest.mark.slow
+def test_onnx_has_standard_operators_and_names_of_modules(exported):
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(exported(".onnx"))
+    assert [(x.domain, x.version) for x in graph.opset_import] == [("", 18)]
+    assert {node.domain for node in graph.graph.node} == {""} and not graph.functions
+    assert "Resize" not in {node.op_type for node in graph.graph.node}  # see `nearest`
+    names = [node.name for node in graph.graph.node]
+    assert len(set(names)) == len(names)
+    samples = [name for name in names if "GridSample" in name]
+    assert len(samples) == 4 + 4  # levels, of encoder and decoder
+    assert samples[0].startswith("encoder.layers.0.self_attn/")
+    assert samples[-1].startswith("decoder.layers.0.cross_attn/")
+    shapes = {
+        x.name: [d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim]
+        for x in (*graph.graph.input, *graph.graph.output)
+    }
+    assert shapes == {
+        "images": ["batch", 3, 48, 64],
+        "image_sizes": ["batch", 2],
+        "boxes": ["batch", 20, 4],
+        "scores": ["batch", 20],
+        "labels": ["batch", 20],
+    }
+
+
+@pytest.mark.slow
+def test_onnx_has_no_path_of_the_machine_that_wrote_it(exported):
+    content = exported(".onnx").read_bytes()
+    for path in (Path(dino_d2.__file__).parent, Path(torch.__file__).parent):
+        assert str(path).encode() not in content
+
+
+@pytest.mark.slow
+def test_pt2_runs_without_this_package(exported, model, images, image_sizes, tmp_path):
+    script = (
+        "import sys, torch\n"
+        "graph = torch.export.load(sys.argv[1]).module()\n"
+        "torch.save(graph(*torch.load(sys.argv[2])), sys.argv[2])\n"
+        "assert not {'dino_d2', 'detectron2'} & set(sys.modules)\n"
+    )
+    torch.save((images, image_sizes), tmp_path / "tensors")
+    words = [sys.executable, "-c", script, str(exported(".pt2")), str(tmp_path / "tensors")]
+    subprocess.run(words, check=True, cwd=tmp_path)
+    found = Detections(*torch.load(tmp_path / "tensors"))
+    torch.testing.assert_close(found, detect(model, images, image_sizes), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_operator_may_stay_and_the_number_of_images_be_fixed(
+    model, images, image_sizes, tmp_path
+):
+    graph = export(model, SIZE, batch_size=3, keep_operator=True)
+    assert "dino_d2.ms_deform_attn" in str(graph.graph)
+    save(graph, tmp_path / "model.pt2", About(CLASSES, SIZE, "RGB", 3))
+    file = Exported(tmp_path / "model.pt2")
+    torch.testing.assert_close(file(images, image_sizes), detect(model, images, image_sizes))
+    with pytest.raises(ExportError, match=r"\(2, 3, 48, 64\).* should be \(3, 3, 48, 64\)"):
+        file(images[:2], image_sizes[:2])
+
+
+@pytest.mark.slow
+def test_a_backbone_that_counts_images_needs_a_fixed_number(model, monkeypatch):
+    forward = TinyBackbone.forward
+
+    def count(self, x):
+        return forward(self, x * (int(x.shape[0] / 0.5) > 0))
+
+    monkeypatch.setattr(TinyBackbone, "forward", count)
+    with pytest.raises(ExportError, match="fix it, with --batch-size 1 or batch_size=1"):
+        export(model, SIZE)
+
+
+@pytest.mark.slow
+@KINDS
+def test_a_file_of_somebody_else_is_refused(tmp_path, kind):
+    path = tmp_path / f"other{kind}"
+    other = torch.export.export(torch.nn.ReLU(), (torch.zeros(1),))
+    if kind == ".pt2":
+        torch.export.save(other, path)
+    else:
+        torch.onnx.export(other, f=path, verbose=False)
+    with pytest.raises(ExportError, match="was not written by dino_d2"):
+        Exported(path)
+
+
+# ---- export.py
+
+
+@pytest.fixture
+def picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(60, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.fixture
+def run(model, picture, monkeypatch):
+    """The program with a small model in place of the config's, in the folder of the picture."""
+    predictor = dino_d2.Predictor(model, classes=CLASSES, augmentations=[], image_format="RGB")
+    monkeypatch.setattr(dino_d2, "load", lambda *_: predictor)
+    monkeypatch.chdir(picture.parent)
+
+    def run(*words):
+        words = ["--config-file", "x", "--size", "48", "64", *words]
+        if "--images" not in words:
+            words += ["--images", "picture.png"]
+        monkeypatch.setattr(sys, "argv", ["export.py", *words])
+        try:
+            program.main()
+        except SystemExit as end:
+            return str(end.code)
+        return None
+
+    return run
+
+
+@pytest.fixture
+def pretend(model, monkeypatch):
+    """Nothing is exported; what runs in place of a file is the model, its scores shifted."""
+
+    def pretend(shift=0.0):
+        def run_file(images, image_sizes):
+            found = detect(model, images, image_sizes)
+            return found._replace(scores=found.scores + shift)
+
+        monkeypatch.setattr(program, "export", lambda *_: None)
+        monkeypatch.setattr(program, "save", lambda graph, path, about: path.write_text("graph"))
+        monkeypatch.setattr(program, "Exported", lambda path: run_file)
+
+    return pretend
+
+
+LOW = ("--confidence-threshold", "0")
+
+
+def test_a_file_gets_its_name_when_it_was_compared(run, pretend, capsys):
+    pretend()
+    assert run("--output", "new/model.pt2", *LOW) is None
+    assert [x.name for x in Path("new").iterdir()] == ["model.pt2"]
+    assert "20 detections compared" in capsys.readouterr().out
+
+
+def test_a_file_that_differs_does_not_get_its_name(run, pretend):
+    pretend(shift=0.002)
+    Path("model.pt2").write_text("before")
+    message = run("--output", "model.pt2", *LOW)
+    assert message.startswith("export.py: that is more than 0.5 pixels or 0.001 of a score")
+    assert "'model.unverified.pt2' is kept" in message
+    assert Path("model.pt2").read_text() == "before" and Path("model.unverified.pt2").exists()
+
+
+def test_without_a_detection_nothing_was_compared(run, pretend):
+    pretend()
+    message = run("--output", "model.pt2", "--confidence-threshold", "0.999")
+    assert "no detection in these images scores 0.999 or more" in message
+    assert not Path("model.pt2").exists()
+
+
+def test_a_fixed_number_of_images_is_filled_up(picture):
+    image = np.asarray(Image.open(picture))
+    batches = program.make_batches([image] * 3, SIZE, 2)
+    assert [x.shape for x, _ in batches] == [(2, 3, *SIZE)] * 2
+    assert [len(x) for x, _ in program.make_batches([image] * 4, SIZE, None)] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--output", "model.pth"], "'model.pth' should end in .onnx or in .pt2"),
+        (["--images", "pictur.png"], "no image, nor a folder or pattern of some; the nearest: 'pi"),
+        (["--images", "empty"], "--images 'empty' is no image, nor a folder or pattern of some"),
+        (["--images", "."], "image 'text.png' cannot be read"),
+        (["--size", "0", "64"], "images of 0 x 64 pixels are empty"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(run, words, sentence):
+    Path("empty").mkdir()
+    Path("text.png").write_text("no image")
+    message = run("--output", "model.pt2", *words)
+    assert message.startswith("export.py: ") and "\n" not in message
+    assert sentence in message
+
+
+@pytest.mark.parametrize(
+    "words", [["--batch-size", "0"], ["--keep-operator"]], ids=["no image", "operator in ONNX"]
+)
+def test_impossible_arguments_are_refused(run, words, capsys):
+    assert run("--output", "model.onnx", *words) == "2"
+    assert words[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_the_program_compares_is_the_file(run, exported, monkeypatch):
+    monkeypatch.setattr(program, "export", lambda *_: None)
+    monkeypatch.setattr(program, "save", lambda _, path, about: shutil.copy(file, path))
+    file = exported(".pt2")
+    assert run("--output", "model.pt2", *LOW) is None
+    assert Path("model.pt2").read_bytes() == file.read_bytes()
+
+
+def test_a_model_that_cannot_be_exported_is_said_in_one_sentence(run, monkeypatch):
+    def refuse(*_):
+        raise ExportError("it counts")
+
+    monkeypatch.setattr(program, "export", refuse)
+    assert run("--output", "model.pt2") == "export.py: it counts"
+
+
+# ---- serve_onnx.py
+
+
+@pytest.fixture
+def serve(exported, tmp_path):
+    """Starts the server of a model of RGB or BGR; returns where it listens."""
+    onnx = pytest.importorskip("onnx")
+    processes = []
+
+    def serve(image_format):
+        graph = onnx.load(exported(".onnx"))
+        notes = {x.key: x.value for x in graph.metadata_props}
+        notes["image_format"] = json.dumps(image_format)
+        onnx.helper.set_model_props(graph, notes)
+        onnx.save(graph, tmp_path / "model.onnx")
+        words = [sys.executable, PROGRAMS / "serve_onnx.py", tmp_path / "model.onnx", "0"]
+        processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+        return processes[-1].stdout.readline().strip()
+
+    yield serve
+    for process in processes:
+        process.terminate()
+        process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_the_server_answers_what_the_model_detects(serve, model, picture, image_format):
+    address = serve(image_format)
+    assert address.startswith("http://127.0.0.1:")
+    with urllib.request.urlopen(address, picture.read_bytes()) as answer:
+        found = json.load(answer)
+
+    array, size = fit(np.asarray(Image.open(picture)), SIZE)
+    array = array if image_format == "RGB" else array[::-1].copy()
+    boxes, scores, labels = detect(model, torch.from_numpy(array)[None], torch.tensor([size]))
+    sure = scores >= 0.3
+    names = [CLASSES[i] for i in labels[sure]]
+    boxes = boxes[sure] * (60 / 48)  # from pixels of the input to those of the picture
+    assert len(found) == len(names) > 0 and {*found[0]} == {"class", "score", "box"}
+    expected = [*zip(names, scores[sure].tolist(), boxes.tolist(), strict=True)]
+    for x in found:  # ranks may change places
+        assert any(
+            x["class"] == name
+            and x["score"] == pytest.approx(score, abs=1e-5)
+            and x["box"] == pytest.approx(box, abs=1e-3)
+            for name, score, box in expected
+        )
+
+
+@pytest.mark.slow
+def test_the_server_refuses_what_is_no_image(serve, picture):
+    address = serve("RGB")
+    for upload in (b"no image", b"", picture.read_bytes()[:2000]):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(address, upload)
+        assert refused.value.code == 400
+        assert "no whole image" in json.load(refused.value)["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["nothing.onnx"]])
+def test_the_server_needs_a_file(words, tmp_path):
+    script = [sys.executable, PROGRAMS / "serve_onnx.py", *words]
+    ended = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert "FILE has to be one that export.py wrote" in ended.stderr
+
+
+def test_the_example_has_forty_lines():
+    lines = (PROGRAMS / "serve_onnx.py").read_text().splitlines()
+    assert sum(map(bool, lines)) <= 40
