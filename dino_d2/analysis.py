@@ -1,0 +1,140 @@
+"""What a DINO costs before it runs: floating-point operations and kept activations, by stage."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.structures import ImageList
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import get_shape
+from torch import Tensor, nn
+
+from .modeling.dino import DINO
+from .structures import Target
+
+STAGES = "backbone", "neck", "encoder", "query_selection", "denoising", "decoder"
+
+
+class Flops(NamedTuple):
+    """Multiply-adds, as `fvcore` counts them, of the detection in one image."""
+
+    stages: Counter[str]
+    operators: Counter[str]
+    uncounted: Counter[str]  # calls of operators that have no count: arithmetic by element
+
+
+class Detection(nn.Module):
+    """`DINO.detect` as the forward pass of a module: without what turns boxes into instances.
+
+    Every prediction is returned, of all layers: a trace leaves out what nothing depends on.
+    """
+
+    def __init__(self, model: DINO):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        sizes = [tuple(images.shape[-2:])] * len(images)
+        layers = self.model.detect(ImageList(images, sizes)).layers
+        return [x for predictions in layers for x in predictions]
+
+
+def count_flops(model: DINO, height: int, width: int) -> Flops:
+    """
+    The model is run once. Counted are what `fvcore` knows, matrix products, convolutions and
+    norms, and besides them both kinds of attention; fvcore leaves out arithmetic by element.
+
+    Args:
+        model: in evaluation mode
+        height, width: of the image, in pixels, as the model gets it
+    """
+    image = torch.zeros(1, 3, height, width, device=model.device)
+    analysis = FlopCountAnalysis(Detection(model), image)
+    analysis.set_op_handle(
+        "dino_d2::ms_deform_attn",
+        ms_deform_attn_flops,
+        "aten::scaled_dot_product_attention",
+        attention_flops,
+    )
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis.tracer_warnings("none")
+    with torch.no_grad():
+        of_modules = analysis.by_module()
+    return Flops(
+        Counter({name: of_modules[f"model.{name}"] for name in stages_of(model)}),
+        analysis.by_operator(),
+        analysis.unsupported_ops(),
+    )
+
+
+def ms_deform_attn_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """Of every sample (B, Q, H, L, P), D channels each: four multiply-adds for the bilinear
+    interpolation between pixels, and one with the sample's weight."""
+    channels, samples = get_shape(inputs[0])[-1], prod(get_shape(inputs[3]))
+    return 5 * channels * samples
+
+
+def attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """Of queries (B, H, Q, D), keys (B, H, K, D) and values: two matrix products."""
+    query, key, value = (get_shape(x) for x in inputs[:3])
+    return prod(query[:-1]) * key[-2] * (key[-1] + value[-1])
+
+
+def kept_activations(model: DINO, height: int, width: int, boxes: int) -> Counter[str]:
+    """Bytes by stage that the forward pass of a training step keeps for its backward pass.
+
+    A copy of the model does it, in float32. Parameters are not counted, nor is the criterion, whose
+    share is small; what two stages keep is the first one's.
+
+    Args:
+        model: stays as it is
+        height, width: of the one image, in pixels
+        boxes: in it
+    """
+    model = copy.deepcopy(model).train()
+    image = ImageList(torch.rand(1, 3, height, width, device=model.device), [(height, width)])
+    labels = torch.zeros(boxes, dtype=torch.long, device=model.device)
+    targets = [Target(labels, torch.full((boxes, 4), 0.5, device=model.device))]
+    kept: Counter[str] = Counter()
+    with watched(model, lambda stage, size: kept.update({stage: size})):
+        model.detect(image, targets)
+    return kept
+
+
+@contextmanager
+def watched(model: DINO, report: Callable[[str, int], None]) -> Iterator[None]:
+    """Meanwhile `report` is told the stage and the bytes of everything new that autograd keeps."""
+    stage = "rest"
+    known = {x.untyped_storage()._cdata: x for x in (*model.parameters(), *model.buffers())}
+
+    def enter(name: str) -> None:
+        nonlocal stage
+        stage = name
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in known:  # whose number is not given away while x is held
+            known[storage._cdata] = x
+            report(stage, storage.nbytes())
+        return x
+
+    handles = []
+    for name in stages_of(model):
+        module = getattr(model, name)
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+        handles.append(module.register_forward_hook(lambda *_: enter("rest")))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stages_of(model: DINO) -> list[str]:
+    """Names of the stages that the model has, in the order of the data flow."""
+    return [name for name in STAGES if getattr(model, name) is not None]

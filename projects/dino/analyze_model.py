@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""Where a model's parameters, operations, memory and time are, by stage, as a table.
+
+GFLOPs are 10^9 multiply-adds of inference on one image, as Detectron2's tools/analyze_model.py and
+fvcore count them: matrix products, convolutions, norms and, here, both kinds of attention. Weights
+are random: none are needed.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+
+import numpy as np
+import torch
+from benchmark_model import Setting, Workload, build, load_config
+from benchmarking import MIB, PeakMemory, cell, find_device, headline, machine, positive
+from detectron2.config import CfgNode, instantiate
+from detectron2.data.transforms import AugInput, AugmentationList
+from program import make_parser, one_sentence
+from tabulate import tabulate
+from torch import nn
+
+from dino_d2.analysis import Flops, count_flops, kept_activations, stages_of
+from dino_d2.data.augmentation import ResizeShortestEdge
+from dino_d2.data.coco_faults import read
+from dino_d2.modeling.dino import DINO
+
+COCO_CLASSES = 80  # where the config leaves the number to the data
+BOXES = 7  # in the image of a training step, as COCO has on average
+EPILOG = """
+Examples:
+
+DINO-4scale with R-50 on 800 x 1333 pixels:
+    $ analyze_model.py --config-file dino_R_50_4scale_12ep
+
+A training of one's own, on its own size of images, with fewer queries:
+    $ analyze_model.py --config-file output/quickstart/config.yaml --size 104 139 \\
+        --opts MODEL.DINO.NUM_QUERIES 20
+
+GFLOPs averaged over the first images of a data set, resized as in evaluation:
+    $ analyze_model.py --config-file output/quickstart/config.yaml \\
+        --annotations output/quickstart/data/val.json --images 20
+"""
+
+Size = tuple[int, int]
+
+
+def parameters(module: nn.Module) -> tuple[int, int]:
+    """How many there are, and how many of them are trained."""
+    found = list(module.parameters())
+    return sum(p.numel() for p in found), sum(p.numel() for p in found if p.requires_grad)
+
+
+def evaluation_sizes(setting: Setting, annotations: Path, number: int) -> list[Size]:
+    """Of the first images of a data set, (height, width) as the config has them in evaluation.
+
+    Raises:
+        DatasetError: the file is no COCO annotations
+        ValueError: an image has no size
+    """
+    cfg = load_config(setting)
+    if isinstance(cfg, CfgNode):
+        resize = [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
+    else:
+        resize = instantiate(cfg.dataloader.test.mapper.augmentations)
+    sizes = []
+    for image in read(str(annotations))["images"][:number]:
+        if not all(isinstance(image.get(key), int) for key in ("height", "width")):
+            raise ValueError(f"'{annotations}' has an image without height or width: {image}")
+        x = AugInput(np.zeros((image["height"], image["width"], 3), np.uint8))
+        AugmentationList(resize)(x)
+        sizes.append(x.image.shape[:2])
+    return sizes
+
+
+def average_flops(model: DINO, sizes: Sequence[Size]) -> tuple[Flops, list[int]]:
+    """The mean count over sizes, and the sum of each; every different size is run once."""
+    counts = {size: count_flops(model, *size) for size in dict.fromkeys(sizes)}
+    chosen = [counts[size] for size in sizes]
+    parts = zip(*chosen, strict=True)
+    means = Flops(*(average(counters) for counters in parts))
+    return means, [sum(flops.stages.values()) for flops in chosen]
+
+
+def average(counters: Sequence[Counter]) -> Counter:
+    total: Counter = Counter()
+    for counter in counters:
+        total.update(counter)
+    return Counter({name: value / len(counters) for name, value in total.items()})
+
+
+def measure(setting: Setting, repeats: int) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Of inference, by stage: milliseconds, and the MiB that memory grows by meanwhile at most."""
+    workload = Workload(setting)
+    workload.step(workload.batch)  # creates what stays
+    laps = [workload.step(workload.batch) for _ in range(repeats)]
+    times = {name: median(lap[name] for lap in laps) for name in laps[0]}
+    times["total"] = median(sum(lap.values()) for lap in laps)
+    total = PeakMemory(workload.model.device)
+    workload.step(workload.batch)
+    return times, {"total": total.read(), **stage_memory(workload)}
+
+
+def stage_memory(workload: Workload) -> dict[str, float | None]:
+    started, peaks = {}, {}
+
+    def start(name: str) -> None:
+        started[name] = PeakMemory(workload.model.device)
+
+    def stop(name: str) -> None:
+        peaks[name] = started[name].read()
+
+    for name, stage in workload.model.named_children():
+        stage.register_forward_pre_hook(lambda *_, name=name: start(name))
+        stage.register_forward_hook(lambda *_, name=name: stop(name))
+    workload.step(workload.batch)
+    return peaks
+
+
+def table(
+    model: DINO,
+    flops: Flops,
+    kept: Counter[str],
+    times: dict[str, float],
+    peaks: dict[str, float | None],
+) -> str:
+    """Markdown, aligned so that it can be read as it is."""
+    total = sum(flops.stages.values())
+
+    def row(name: str, module: nn.Module, count: float, kept_bytes: int) -> list[str]:
+        counts = [f"{number / 1e6:.2f} M" for number in parameters(module)]
+        share = f"{count / total:.1%}"
+        costs = [f"{count / 1e9:.2f}", share, times.get(name), peaks.get(name), kept_bytes / MIB]
+        return [name.replace("_", " "), *counts, *map(cell, costs)]
+
+    rows = [row(x, getattr(model, x), flops.stages[x], kept[x]) for x in stages_of(model)]
+    rows.append(row("total", model, total, kept.total()))
+    columns = ["stage", "parameters", "trained", "GFLOPs", "share", "time, ms"]
+    columns += ["memory, MiB", "kept for backward, MiB"]
+    align = ("left", *["right"] * (len(columns) - 1))
+    return tabulate(rows, columns, tablefmt="github", colalign=align, disable_numparse=True)
+
+
+def page(args: argparse.Namespace, body: str, flops: Flops, counts: Sequence[int]) -> str:
+    """The table, with what it is of and what is in its numbers."""
+    height, width = args.size
+    what = f"`{args.config_file}` on {height} x {width} pixels, batch 1, float32"
+    notes = [
+        "GFLOPs: 10^9 multiply-adds of inference. Time and memory: of inference, memory being what "
+        "a stage adds at most. Kept for backward: what the forward pass of a training step with "
+        f"{BOXES} boxes keeps, without parameters.",
+        "Counted, GFLOPs: " + ", ".join(f"{x} {cell(n / 1e9)}" for x, n in rank(flops.operators)),
+        "Not counted, calls: " + ", ".join(f"{x} {cell(n)}" for x, n in rank(flops.uncounted)),
+    ]
+    if args.annotations:
+        gflops = [count / 1e9 for count in counts]
+        what += f"; GFLOPs are means over the first {len(gflops)} images of `{args.annotations}`"
+        notes.insert(
+            0,
+            f"GFLOPs of these images: mean {cell(mean(gflops))}, from {cell(min(gflops))} to "
+            f"{cell(max(gflops))}",
+        )
+    facts = headline(machine(torch.device(args.device)))
+    return "\n\n".join([what, facts, body, *notes])
+
+
+def rank(counter: Counter[str]) -> list[tuple[str, float]]:
+    return [(name.removeprefix("aten::"), number) for name, number in counter.most_common()]
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--config-file", required=True, help="a file, or a name of the model zoo")
+    size = "of the image, in pixels; default: 800 1333"
+    add("--size", nargs=2, type=positive, default=[800, 1333], metavar=("H", "W"), help=size)
+    add("--annotations", type=Path, help="COCO annotations: GFLOPs are of their images instead")
+    add("--images", type=positive, default=20, help="how many of these; default: 20, the first")
+    add("--repeats", type=positive, default=3, help="time is the median of so many; default: 3")
+    add("--device", default=device, help="cpu or cuda; default: cuda if there is one")
+    add("--threads", type=positive, default=torch.get_num_threads(), help="default: PyTorch's")
+    add("--output", type=Path, help="file for the table as well, as Markdown")
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
+    return parser
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
+    """With as many classes as the config says."""
+    setting = Setting(
+        config_file=args.config_file,
+        opts=tuple(args.opts),
+        device=args.device,
+        threads=args.threads,
+        mode="inference",
+        batch=1,
+        size=tuple(args.size),
+        precision="fp32",
+        variant="plain",
+    )
+    cfg = load_config(setting)
+    number = cfg.MODEL.DINO.NUM_CLASSES if isinstance(cfg, CfgNode) else cfg.model.num_classes
+    return setting._replace(classes=number if isinstance(number, int) else COCO_CLASSES)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argument_parser()
+    args = parser.parse_args(words)
+    torch.set_num_threads(args.threads)
+    with one_sentence(parser.prog):
+        find_device(args.device)
+        setting = setting_of(args)
+        model = build(setting).eval()
+        sizes = [setting.size]
+        if args.annotations:
+            sizes = evaluation_sizes(setting, args.annotations, args.images)
+        if args.output:
+            args.output.open("a").close()
+    flops, counts = average_flops(model, sizes)
+    kept = kept_activations(model, *setting.size, BOXES)
+    text = page(args, table(model, flops, kept, *measure(setting, args.repeats)), flops, counts)
+    print(text)
+    if args.output:
+        args.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
