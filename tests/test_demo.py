@@ -20,10 +20,10 @@ from dino_d2.checkpointer import Checkpointer
 from dino_d2.model_zoo import get_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
-import annotate  # noqa: E402
 import demo  # noqa: E402
+import demo_annotate  # noqa: E402
+import demo_video  # noqa: E402
 import results  # noqa: E402
-import video  # noqa: E402
 
 CLASSES = ["circle", "square", "triangle"]
 
@@ -92,7 +92,7 @@ def trained(tmp_path_factory):
 
 
 def test_folders_patterns_and_files_are_found(folder):
-    found, videos = annotate.find_inputs([f"{folder}", f"{folder}/more/*", f"{folder}/a.png"])
+    found, videos = demo_annotate.find_inputs([f"{folder}", f"{folder}/more/*", f"{folder}/a.png"])
     assert found == [folder / "a.png", folder / "b.jpg", folder / "more/a.png"]  # each once
     assert videos == []
 
@@ -100,7 +100,7 @@ def test_folders_patterns_and_files_are_found(folder):
 def test_videos_are_told_from_images_by_their_names(folder):
     for name in ("c.mp4", "d.AVI"):
         (folder / name).touch()
-    images, videos = annotate.find_inputs([str(folder)])
+    images, videos = demo_annotate.find_inputs([str(folder)])
     assert [x.name for x in images] == ["a.png", "b.jpg"]
     assert [x.name for x in videos] == ["c.mp4", "d.AVI"]
 
@@ -109,9 +109,9 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(folder):
     name = folder / "a[1].png"
     (folder / "a.png").rename(name)
     (folder / "a1.png").touch()
-    assert annotate.find_inputs([str(name)])[0] == [name]
+    assert demo_annotate.find_inputs([str(name)])[0] == [name]
     name.unlink()
-    assert annotate.find_inputs([str(name)])[0] == [folder / "a1.png"]
+    assert demo_annotate.find_inputs([str(name)])[0] == [folder / "a1.png"]
 
 
 def test_the_demo_draws_and_writes_what_it_detects(folder, trained, tmp_path, monkeypatch, capsys):
@@ -196,7 +196,7 @@ def test_a_run_in_which_nothing_can_be_read_fails(folder, detector, tmp_path, mo
     ],
 )
 def test_no_picture_of_a_run_replaces_another(names, expected, tmp_path):
-    annotator = annotate.Annotator(None, SimpleNamespace(output=tmp_path), [])
+    annotator = demo_annotate.Annotator(None, SimpleNamespace(output=tmp_path), [])
     found = [annotator.free_path(name, ".png") for name in names]
     assert found == [tmp_path / f"{name}.png" for name in expected]
 
@@ -205,7 +205,7 @@ def test_an_interrupted_run_says_what_was_done(folder, detector, tmp_path, monke
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(annotate, "to_results", interrupted)
+    monkeypatch.setattr(demo_annotate, "to_results", interrupted)
     file = tmp_path / "out.json"
     file.write_text("before")
     message = complaint(monkeypatch, *options("--input", folder, "--json", file))
@@ -303,24 +303,24 @@ def test_a_video_comes_out_annotated_with_the_rate_the_size_and_the_frames_it_ha
 ):
     words = ("--input", write_video(), "--output", tmp_path / "out", "--batch-size", "2")
     run_demo(monkeypatch, *options(*words))
-    drawn = video.Video(tmp_path / "out" / "a.mp4")
+    drawn = demo_video.Video(tmp_path / "out" / "a.mp4")
     assert (drawn.rate, drawn.size, drawn.length) == (12.5, (96, 64), 5)
     assert len(list(drawn)) == 5
     assert "25 detections in 5 frames of 1 video: see" in capsys.readouterr().out
 
 
 def test_frames_are_read_in_order_and_as_rgb(write_video, monkeypatch):
-    frames = list(video.Video(write_video()))
+    frames = list(demo_video.Video(write_video()))
     assert [round(x.mean() / 10) for x in frames] == [0, 1, 2, 3, 4]
-    opened = video.Video(write_video())
+    opened = demo_video.Video(write_video())
     opened.first = np.stack([np.full((64, 96), x, np.uint8) for x in (1, 2, 3)], -1)
     assert next(iter(opened))[0, 0].tolist() == [3, 2, 1]
 
 
 def test_a_written_frame_has_the_colours_of_the_picture(tmp_path, write_video):
-    with video.VideoWriter(tmp_path / "red.mp4", 10, (96, 64)) as writer:
+    with demo_video.VideoWriter(tmp_path / "red.mp4", 10, (96, 64)) as writer:
         writer.write(Image.new("RGB", (96, 64), (200, 0, 0)))
-    red, green, blue = next(iter(video.Video(tmp_path / "red.mp4")))[32, 48].tolist()
+    red, green, blue = next(iter(demo_video.Video(tmp_path / "red.mp4")))[32, 48].tolist()
     assert red > 150 and green < 50 and blue < 50
 
 
@@ -367,7 +367,7 @@ def test_a_video_that_ends_too_early_is_said_to(
 def test_a_video_that_cannot_be_written_is_left_out(
     write_video, detector, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(video, "CODEC", "none")
+    monkeypatch.setattr(demo_video, "CODEC", "none")
     words = ("--input", write_video(), "--output", tmp_path / "out", "--json", tmp_path / "x")
     assert "nothing was done" in complaint(monkeypatch, *options(*words))
     assert "a.mp4' cannot be written: this OpenCV has no codec" in capsys.readouterr().err
@@ -391,7 +391,7 @@ def test_a_missing_opencv_is_one_sentence(folder, tmp_path, monkeypatch):
 @pytest.fixture
 def camera(write_video, monkeypatch):
     """Camera 1 is a video of five frames; what it does after them."""
-    opencv, path, after = video.opencv(), write_video(), []
+    opencv, path, after = demo_video.opencv(), write_video(), []
 
     class Capture:
         def __init__(self, source):
@@ -408,7 +408,7 @@ def camera(write_video, monkeypatch):
 
     proxy = SimpleNamespace(**{name: getattr(opencv, name) for name in dir(opencv)})
     proxy.VideoCapture = Capture
-    monkeypatch.setattr(video, "opencv", lambda: proxy)
+    monkeypatch.setattr(demo_video, "opencv", lambda: proxy)
     return after
 
 
@@ -424,7 +424,7 @@ def test_ctrl_c_ends_a_camera_and_what_was_seen_is_complete(
     cv2 = pytest.importorskip("cv2")
     file = cv2.VideoCapture(str(tmp_path / "out" / "camera_1.mp4"))
     assert file.get(cv2.CAP_PROP_FRAME_COUNT) == 5
-    assert file.get(cv2.CAP_PROP_FPS) == video.USUAL_RATE
+    assert file.get(cv2.CAP_PROP_FPS) == demo_video.USUAL_RATE
 
 
 def test_a_camera_that_is_not_there_is_one_sentence(camera, tmp_path, monkeypatch):
@@ -443,7 +443,7 @@ def screen(monkeypatch):
     proxy.waitKey = lambda wait: keys.pop(0) if keys else -1
     proxy.getWindowProperty = lambda *_: 1.0
     monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(video, "opencv", lambda: proxy)
+    monkeypatch.setattr(demo_video, "opencv", lambda: proxy)
     return SimpleNamespace(shown=shown, keys=keys, cv2=proxy)
 
 
@@ -470,7 +470,7 @@ def test_a_window_that_is_closed_ends_the_program(folder, detector, screen, monk
 
 def test_a_window_shows_blue_green_red_as_opencv_wants_it(screen):
     screen.keys[:] = [0]
-    video.Window().show(Image.new("RGB", (4, 4), (10, 20, 30)), stay=True)
+    demo_video.Window().show(Image.new("RGB", (4, 4), (10, 20, 30)), stay=True)
     assert screen.shown[0][0, 0].tolist() == [30, 20, 10]
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import tensor
 
 from dino_d2.data import DatasetError, read_results, register
-from dino_d2.detection_errors import Matching, confusions, kinds, match
-from dino_d2.error_analysis import analyse, best_threshold, evaluate, worst_first
-from dino_d2.evaluator import ErrorAnalysisEvaluator, write_analysis
+from dino_d2.evaluation.errors import analyse, best_threshold, evaluate, worst_first
+from dino_d2.evaluation.evaluator import ErrorAnalysisEvaluator, write_analysis
+from dino_d2.evaluation.matching import Matching, confusions, kinds, match
 from dino_d2.visualize import draw_errors, draw_image_errors, error_plots
 from dino_d2.visualize.errors import RED, SKY, YELLOW
 
@@ -271,7 +271,7 @@ def tables(tmp_path_factory):
     """Their folder; pictures are left out, which take a second."""
     folder = tmp_path_factory.mktemp("tables")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dino_d2.evaluator.draw_errors", lambda analysis, folder: [])
+        patch.setattr("dino_d2.evaluation.evaluator.draw_errors", lambda analysis, folder: [])
         write_analysis(two_classes(), folder)
     return folder
 
@@ -408,7 +408,7 @@ def instances(*boxes):
 @pytest.fixture
 def registered(tmp_path, monkeypatch):
     """A data set of one box; pictures of its analysis are left out, which take a second."""
-    monkeypatch.setattr("dino_d2.evaluator.draw_errors", lambda analysis, folder: [])
+    monkeypatch.setattr("dino_d2.evaluation.evaluator.draw_errors", lambda analysis, folder: [])
     Image.new("RGB", (100, 80)).save(tmp_path / "4.png")
     (tmp_path / "val.json").write_text(json.dumps(dataset(annotation([10, 10, 20, 20]))))
     name = f"{tmp_path}/val.json@{tmp_path}"

@@ -17,8 +17,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 import dino_d2
-from dino_d2.export import Exportable, check, export, nearest, save
-from dino_d2.exported import About, Detections, Exported, ExportError, compare, fit
+from dino_d2.export import Exportable, check, export, save
+from dino_d2.export.graph import nearest
+from dino_d2.export.runtime import About, Detections, Exported, ExportError, compare, fit
 from dino_d2.modeling.postprocess import postprocess
 
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
@@ -198,8 +199,8 @@ def test_a_file_is_onnx_or_pt2(tmp_path):
 
 @pytest.mark.parametrize("name", ["onnx", "onnxscript"])
 def test_a_missing_package_is_named_with_its_command(name, monkeypatch, tmp_path):
-    monkeypatch.setattr("dino_d2.exported.find_spec", lambda x: None if x == name else True)
-    monkeypatch.setattr("dino_d2.exported.import_module", lambda _: None)
+    monkeypatch.setattr("dino_d2.export.runtime.find_spec", lambda x: None if x == name else True)
+    monkeypatch.setattr("dino_d2.export.runtime.import_module", lambda _: None)
     with pytest.raises(ExportError, match=f"package {name}: pip install onnx onnxscript"):
         save(None, tmp_path / "model.onnx", None)
 

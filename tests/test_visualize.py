@@ -309,7 +309,7 @@ def test_the_page_shows_all_that_was_written(results, tmp_path, monkeypatch, cap
 @pytest.fixture
 def without_plots(monkeypatch):
     """Pictures of tables, which take a second, are left out."""
-    monkeypatch.setattr("dino_d2.evaluator.draw_errors", lambda analysis, folder: [])
+    monkeypatch.setattr("dino_d2.evaluation.evaluator.draw_errors", lambda analysis, folder: [])
 
 
 def test_images_without_a_mistake_are_not_among_the_worst(

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from .. import data
-from ..evaluator import ErrorAnalysisEvaluator
+from ..evaluation.evaluator import ErrorAnalysisEvaluator
 from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
 from .writers import plain, require_wandb

@@ -8,8 +8,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..detection_errors import MIN_IOU, NEAR
-from ..error_analysis import IOU_50, Analysis, SizeScores
+from ..evaluation.errors import IOU_50, Analysis, SizeScores
+from ..evaluation.matching import MIN_IOU, NEAR
 from .errors import BLUE, GREY, ORANGE, RED, SKY, YELLOW, short
 from .marks import PALETTE
 

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from ..detection_errors import ERRORS, Matching, kinds
+from ..evaluation.matching import ERRORS, Matching, kinds
 from .marks import MARGIN, PALETTE, Mark, draw_marks, fit
 
 BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW = PALETTE

@@ -22,7 +22,7 @@ from program import make_parser, one_sentence
 from tabulate import tabulate
 from torch import nn
 
-from dino_d2.analysis import Flops, count_flops, kept_activations, stages_of
+from dino_d2.costs import Flops, count_flops, kept_activations, stages_of
 from dino_d2.data.augmentation import ResizeShortestEdge
 from dino_d2.data.coco_faults import read
 from dino_d2.modeling.dino import DINO

@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from annotate import Annotator, find_inputs, run
+from demo_annotate import Annotator, find_inputs, run
+from demo_video import Video, Window, opencv
 from program import add_model_arguments, make_parser, one_sentence
 from results import category_ids, image_ids, read_annotations
-from video import Video, Window, opencv
 
 import dino_d2
 from dino_d2.checkpoint_io import replacing

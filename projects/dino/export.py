@@ -21,7 +21,7 @@ from torch import Tensor
 
 import dino_d2
 from dino_d2.export import Exportable, check, export, save
-from dino_d2.exported import (
+from dino_d2.export.runtime import (
     BOX_TOLERANCE,
     SCORE_TOLERANCE,
     About,

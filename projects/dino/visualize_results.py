@@ -18,9 +18,9 @@ from program import make_parser, one_sentence
 from dino_d2.data import DatasetError, check, read_image, read_results
 from dino_d2.data.coco_faults import read
 from dino_d2.data.mapper import check_pixels
-from dino_d2.detection_errors import false_positives
-from dino_d2.error_analysis import THRESHOLD, Analysis, analyse, evaluate, worst_first
-from dino_d2.evaluator import write_analysis
+from dino_d2.evaluation.errors import THRESHOLD, Analysis, analyse, evaluate, worst_first
+from dino_d2.evaluation.evaluator import write_analysis
+from dino_d2.evaluation.matching import false_positives
 from dino_d2.visualize import LEGEND, contact_sheet, draw_image_errors
 
 PER_SHEET = 4

@@ -13,7 +13,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .detection_errors import Matching, confusions, false_positives, kinds, match
+from .matching import Matching, confusions, false_positives, kinds, match
 
 THRESHOLD = 0.5  # least score of a detection, as in demo.py
 SIZES = ("all", "small", "medium", "large")  # COCO's, in the order of its evaluation
@@ -57,7 +57,7 @@ class SizeScores(NamedTuple):
 
 
 class ErrorCounts(NamedTuple):
-    """Detections of a class above the threshold by kind, see `detection_errors.kinds`, and how
+    """Detections of a class above the threshold by kind, see `matching.kinds`, and how
     many of its boxes no detection of the class finds."""
 
     category_id: int

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_d2 import model_zoo
-from dino_d2.analysis import Detection, Flops, count_flops, kept_activations, watched
+from dino_d2.costs import Detection, Flops, count_flops, kept_activations, watched
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
 import analyze_model  # noqa: E402

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from demo_video import SUFFIXES as VIDEOS
+from demo_video import Video, VideoError, VideoWriter, Window
 from detectron2.structures import Instances
 from PIL import Image
 from results import to_results
 from tqdm import tqdm
-from video import SUFFIXES as VIDEOS
-from video import Video, VideoError, VideoWriter, Window
 
 import dino_d2
 from dino_d2.data import DatasetError, read_image

@@ -9,8 +9,8 @@ import numpy as np
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
-from .error_analysis import IOU_50, IOU_75, Analysis, analyse, evaluate
-from .visualize import draw_errors
+from ..visualize import draw_errors
+from .errors import IOU_50, IOU_75, Analysis, analyse, evaluate
 
 BACKGROUND = "(background)"
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
-from .exported import ABOUT, INPUTS, About, ExportError, kind_of, needs
-from .modeling.dino import DINO
-from .modeling.postprocess import Detections, best_pairs
-from .ops import reference
+from ..modeling.dino import DINO
+from ..modeling.postprocess import Detections, best_pairs
+from ..ops import reference
+from .runtime import ABOUT, INPUTS, About, ExportError, kind_of, needs
 
 OPSET = 18  # has GridSample, LayerNormalization and everything else as one operator
 SCOPES = "pkg.torch.onnx.name_scopes"  # PyTorch's exporter notes there which module a node is of

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from .modeling.postprocess import Detections
+from ..modeling.postprocess import Detections
 
 INPUTS = ("images", "image_sizes")
 ABOUT = "dino_d2"  # under this name a .pt2 file says what it is

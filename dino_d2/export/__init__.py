@@ -1,0 +1,16 @@
+"""A detector as one file: graph.py writes it, runtime.py runs it."""
+
+from .graph import Exportable, check, export, save
+from .runtime import About, Exported, ExportError, compare, fit
+
+__all__ = [
+    "About",
+    "ExportError",
+    "Exportable",
+    "Exported",
+    "check",
+    "compare",
+    "export",
+    "fit",
+    "save",
+]
