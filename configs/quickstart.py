@@ -3,6 +3,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
+from dino_d2.engine.schedule import share_of
+
 from .dino_R_50_4scale_12ep import dataloader, model, optimizer, train
 
 # A small DINO for the generated shapes of `make demo`: minutes on two CPU cores, from scratch.
@@ -36,7 +38,7 @@ optimizer.params.backbone_multiplier = 1.0
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
     warmup_factor=0.001,
-    warmup_length=100 / 2000,
+    warmup_length=L(share_of)(iterations=100, max_iter="${train.max_iter}"),
 )
 
 train.init_checkpoint = ""

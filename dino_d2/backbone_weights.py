@@ -89,11 +89,16 @@ def from_timm(state: State, names: Iterable[str]) -> State:
     return {places.get(plain(key), key): x for key, x in state.items()}
 
 
-def resize_windows(state: State, initial: State) -> State:
+def resize_windows(state: State, initial: State) -> tuple[State, dict[str, tuple[int, int]]]:
     """The position biases of a Swin transformer for the windows of a model with the same names:
     interpolated (bicubic) between the offsets of the windows that they were trained with, as its
-    authors do for fine-tuning."""
-    resized = {}
+    authors do for fine-tuning.
+
+    Returns:
+        the state, and by the names of the tables (offsets, heads) that were interpolated the sides
+        of the windows before and now; a table of windows that are not square stays as it is
+    """
+    resized, windows = {}, {}
     for key, x in state.items():
         wanted = initial.get(key, x)
         if wanted.shape == x.shape:
@@ -101,11 +106,14 @@ def resize_windows(state: State, initial: State) -> State:
         if key.endswith("relative_position_index"):  # follows from the size
             resized[key] = wanted
         if key.endswith("relative_position_bias_table") and wanted.shape[1] == x.shape[1]:
-            size, heads = isqrt(len(wanted)), x.shape[1]
-            offsets = x.float().T.reshape(1, heads, isqrt(len(x)), -1)
-            grown = F.interpolate(offsets, (size, size), mode="bicubic", align_corners=False)
+            sides, heads = (isqrt(len(x)), isqrt(len(wanted))), x.shape[1]
+            if [side**2 for side in sides] != [len(x), len(wanted)]:
+                continue
+            offsets = x.float().T.reshape(1, heads, sides[0], sides[0])
+            grown = F.interpolate(offsets, (sides[1],) * 2, mode="bicubic", align_corners=False)
             resized[key] = grown.reshape(heads, -1).T.to(x.dtype)
-    return state | resized
+            windows[key] = (sides[0] + 1) // 2, (sides[1] + 1) // 2
+    return state | resized, windows
 
 
 def rename(state: State, table: str, *, back: bool = False) -> State:

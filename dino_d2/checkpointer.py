@@ -11,7 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 
-from . import backbone_weights as backbones
+from . import backbone_weights
 from . import checkpoint as formats
 from .checkpoint import CheckpointError, ClassNames, State
 from .checkpoint_io import DamagedCheckpoint, fetch, read, replacing, weights, write
@@ -28,9 +28,9 @@ CONVERTERS: dict[str, Callable[[State], State]] = {
     "official": formats.from_official,
     "detrex": formats.from_detrex,
     "mmdet": formats.from_mmdet,
-    "model_zoo": backbones.from_model_zoo,
-    "torchvision": backbones.from_torchvision,
-    "convnext": backbones.from_convnext,
+    "model_zoo": backbone_weights.from_model_zoo,
+    "torchvision": backbone_weights.from_torchvision,
+    "convnext": backbone_weights.from_convnext,
 }
 
 # What weights expect of the model around them, and no shape of a tensor tells.
@@ -193,7 +193,10 @@ class Checkpointer(DetectionCheckpointer):
             )
         # timm's ResNets have torchvision's names, and keep them
         is_timms = form == "torchvision" and isinstance(self.model.backbone, TimmBackbone)
-        state = self.to_backbone(state) if form is None or is_timms else to_ours(state, form)
+        if form is None or is_timms:
+            state = self.to_backbone(state, filename)
+        else:
+            state = to_ours(state, form)
         return checkpoint | {"model": state, "source": Source(filename, form, expected)}
 
     def _load_model(self, checkpoint: dict) -> Any:
@@ -206,7 +209,7 @@ class Checkpointer(DetectionCheckpointer):
         if "ema" in self.checkpointables and "ema" in checkpoint:
             average = self.fit_heads(checkpoint["ema"]["weights"], source)
             checkpoint["ema"]["weights"], _ = self.fit_classes(average, source)
-        state = backbones.resize_windows(state, self.model.state_dict())
+        state = self.fit_windows(state, self.model.state_dict(), source.file)
         shapes = {key: x.shape for key, x in self.model.state_dict().items()}
         loaded = {key for key, x in state.items() if x.shape == shapes.get(key)}
         state = scatter(state, self.model.state_dict())
@@ -219,18 +222,40 @@ class Checkpointer(DetectionCheckpointer):
             self.check(source._replace(expected=pixels_of(self.model)))
         return incompatible
 
-    def to_backbone(self, state: State) -> State:
+    def to_backbone(self, state: State, file: str) -> State:
         """Names that nobody knows are matched with those of the backbone, as Detectron2 does."""
         caffe2 = any(key.endswith("_w") for key in state)
         backbone = {k: x for k, x in self.model.state_dict().items() if k.startswith("backbone.")}
         if isinstance(self.model.backbone, TimmBackbone):
-            return backbones.from_timm(state, backbone)
+            return backbone_weights.from_timm(state, backbone)
         # before they are matched: what is of another shape is left out
-        state = backbones.resize_windows(state, backbones.move(backbone, "backbone.", ""))
+        initial = backbone_weights.move(backbone, "backbone.", "")
+        state = self.fit_windows(state, initial, file)
         try:
             return align_and_update_state_dicts(backbone, state, c2_conversion=caffe2)
         except ValueError:  # a name is the end of several: it says nothing
             return state
+
+    def fit_windows(self, state: State, initial: State, file: str) -> State:
+        """Position biases for the windows of the model's Swin transformer: interpolated ones are a
+        good start, but not what was trained.
+
+        Raises:
+            CheckpointError: some would be interpolated, but the weights have to be complete
+        """
+        state, windows = backbone_weights.resize_windows(state, initial)
+        if windows:
+            before, now = next(iter(windows.values()))
+            message = (
+                f"the Swin transformer of '{file}' has windows of {before} x {before}, that of the "
+                f"model has {now} x {now}"
+            )
+            if self.complete:
+                raise CheckpointError(
+                    f"{message}: set model.backbone.window_size to {before}, or fine-tune from them"
+                )
+            logger.warning(f"{message}: {len(windows)} position biases are interpolated")
+        return state
 
     def check(self, source: Source) -> None:
         """Compares the settings of model and weights. A wrong encoding of pixels is always an

@@ -4,14 +4,15 @@ LazyConfig users compose the same classes directly, see configs/common/models/di
 """
 
 from detectron2.config import CfgNode as CN
-from detectron2.config import LazyConfig, get_cfg
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data.transforms import Augmentation
 from detectron2.layers import ShapeSpec
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import Registry
 from omegaconf import DictConfig
 from yaml import YAMLError
 
-from .data import num_classes
+from .data import ResizeShortestEdge, num_classes
 from .modeling import (
     CLASS_LOSS_REGISTRY,
     DENOISING_REGISTRY,
@@ -22,7 +23,7 @@ from .modeling import (
     Encoder,
     SetCriterion,
 )
-from .names import nearest
+from .names import hint
 from .overrides import keys_of, unknown_key
 
 
@@ -120,6 +121,13 @@ def read_config(file: str) -> CN | DictConfig:
     return cfg
 
 
+def evaluation_augmentations(cfg: CN | DictConfig) -> list[Augmentation]:
+    """What resizes an image in the evaluation of a config of either style."""
+    if isinstance(cfg, CN):
+        return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
+    return instantiate(cfg.dataloader.test.mapper.augmentations)
+
+
 def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict:
     """The stages after the backbone, as arguments of :class:`DINO`."""
     c = cfg.MODEL.DINO
@@ -191,6 +199,6 @@ def named(registry: Registry, name: str, key: str) -> type:
     """
     known = dict(registry)
     if name not in known:
-        near = ", ".join(nearest(str(name), known) or sorted(known))
-        raise ValueError(f"MODEL.DINO.{key} is {name!r}, which is unknown; the nearest: {near}")
+        near = hint(str(name), sorted(known))
+        raise ValueError(f"MODEL.DINO.{key} is {name!r}, which is unknown; {near}")
     return known[name]

@@ -12,6 +12,7 @@ from detectron2.structures import ImageList
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .modeling.dino import DINO
 from .structures import Target
@@ -88,7 +89,8 @@ def kept_activations(model: DINO, height: int, width: int, boxes: int) -> Counte
     """Bytes by stage that the forward pass of a training step keeps for its backward pass.
 
     A copy of the model does it, in float32. Parameters are not counted, nor is the criterion, whose
-    share is small; what two stages keep is the first one's.
+    share is small; what two stages keep is the first one's, and what none does is the "rest". Where
+    activations are computed again (`checkpoint` of DINO), inputs are kept in their place.
 
     Args:
         model: stays as it is
@@ -109,7 +111,8 @@ def kept_activations(model: DINO, height: int, width: int, boxes: int) -> Counte
 def watched(model: DINO, report: Callable[[str, int], None]) -> Iterator[None]:
     """Meanwhile `report` is told the stage and the bytes of everything new that autograd keeps."""
     stage = "rest"
-    known = {x.untyped_storage()._cdata: x for x in (*model.parameters(), *model.buffers())}
+    storages = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
+    known = {storage._cdata: storage for storage in storages}
 
     def enter(name: str) -> None:
         nonlocal stage
@@ -117,12 +120,17 @@ def watched(model: DINO, report: Callable[[str, int], None]) -> Iterator[None]:
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage._cdata not in known:  # whose number is not given away while x is held
-            known[storage._cdata] = x
+        if storage._cdata not in known:  # whose number is not given away while it is held
+            known[storage._cdata] = storage
             report(stage, storage.nbytes())
-        return x
+        return x.detach()  # with its history, what is kept would keep itself
 
-    handles = []
+    def keep_inputs(module: nn.Module, inputs: tuple) -> None:
+        for x in tree_leaves(inputs):
+            if isinstance(x, Tensor):
+                keep(x)
+
+    handles = [x.register_forward_pre_hook(keep_inputs) for x in recomputed(model)]
     for name in stages_of(model):
         module = getattr(model, name)
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
@@ -133,6 +141,13 @@ def watched(model: DINO, report: Callable[[str, int], None]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def recomputed(model: DINO) -> list[nn.Module]:
+    """The modules whose activations are not kept but computed again in the backward pass."""
+    backbone = [model.backbone] if model.checkpoint_backbone else []
+    stages = [stage for stage in (model.encoder, model.decoder) if stage.checkpoint]
+    return [*backbone, *(layer for stage in stages for layer in stage.layers)]
 
 
 def stages_of(model: DINO) -> list[str]:

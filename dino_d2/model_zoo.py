@@ -13,7 +13,7 @@ from .checkpoint_io import ReleaseHandler, fetch
 from .checkpointer import Checkpointer
 from .config import read_config
 from .modeling.dino import DINO
-from .names import check_device, nearest, nearest_path
+from .names import check_device, hint, nearest_path
 from .releases import RELEASES, alternatives, find
 
 # Inside the package where it is installed, beside it in a checkout.
@@ -25,11 +25,14 @@ def get_config_file(name: str) -> str:
     """Path of a config such as "dino_R_50_4scale_12ep.py", or of that of a published checkpoint.
 
     Args:
-        name: relative to `configs/`; without a suffix the YAML twin is meant, if there is one
+        name: relative to `configs/`; without a suffix the YAML twin is meant, if there is one. A
+            file that exists is itself, and so is a URL
 
     Raises:
         FileNotFoundError: no such config; names the nearest, which may be a file
     """
+    if _is_file(name):
+        return name
     config = RELEASES[name].config if name in RELEASES else name
     root = next(place for place in _PLACES if place.is_dir())
     suffixes = [""] if config.endswith((".yaml", ".py")) else [".yaml", ".py"]
@@ -37,11 +40,14 @@ def get_config_file(name: str) -> str:
         if path.is_file():
             return str(path)
     names = [str(x.relative_to(root)) for x in root.rglob("*") if x.suffix in (".yaml", ".py")]
+    names.sort(key=lambda x: ("/" in x, x))
     file = nearest_path(name)
-    near = [file] if os.path.isfile(file) else nearest(name, [*names, *RELEASES])
-    raise FileNotFoundError(
-        f"there is no config {name!r}; the nearest: {', '.join(near or sorted(names))}"
-    )
+    end = f"the nearest: {file}" if os.path.isfile(file) else hint(name, [*names, *RELEASES])
+    raise FileNotFoundError(f"there is no config {name!r}; {end}")
+
+
+def _is_file(name: str) -> bool:
+    return "://" in name or os.path.isfile(name)
 
 
 def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
@@ -51,12 +57,13 @@ def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
         name: as for `get_config_file`
         trained: whether its weights are to be those of the published checkpoint `name`, with
             COCO's 80 classes, and not the ImageNet weights that training starts from; they are
-            for `Checkpointer`, Detectron2's own does not know their layouts
+            for `Checkpointer`, Detectron2's own does not know their layouts. A file keeps its own
 
     Raises:
         FileNotFoundError: no such config, or no such published checkpoint
     """
     cfg = read_config(get_config_file(name))
+    trained = trained and not _is_file(name)
     weights = f"dino_d2://{find(name).name}" if trained else None
     if trained and isinstance(cfg, CfgNode):
         cfg.MODEL.WEIGHTS, cfg.MODEL.DINO.NUM_CLASSES = weights, NUM_CLASSES

@@ -2,15 +2,15 @@
 
 import pydoc
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from inspect import Parameter, signature
-from operator import attrgetter
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from .names import nearest
+from .names import hint, nearest
 
 
 def apply_overrides(cfg: CfgNode | DictConfig, overrides: Sequence[str]) -> list[str]:
@@ -45,12 +45,22 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     """The sentence about a key that is none of the known."""
     name = key.split(".")[-1]
     near = nearest(key, known) or [x for x in known if x.split(".")[-1] == name][:3]
-    hint = near or [x for x in known if "." not in x]
-    return f"there is no key '{key}' in the config; the nearest: {', '.join(hint)}"
+    end = (
+        f"the nearest: {', '.join(near)}" if near else hint(key, (x for x in known if "." not in x))
+    )
+    return f"there is no key '{key}' in the config; {end}"
+
+
+def _can_have(cfg: CfgNode, key: str) -> bool:
+    """Whether a key is in a config, or in a section that takes any."""
+    *sections, name = key.split(".")
+    node: Any = cfg
+    for section in sections:
+        node = node.get(section) if isinstance(node, CfgNode) else None
+    return isinstance(node, CfgNode) and (name in node or node.is_new_allowed())
 
 
 def _change_yaml(cfg: CfgNode, words: Sequence[str]) -> Iterator[str]:
-    known = list(keys_of(cfg))
     for index in range(0, len(words), 2):
         key = words[index]
         if "=" in key:
@@ -58,19 +68,26 @@ def _change_yaml(cfg: CfgNode, words: Sequence[str]) -> Iterator[str]:
                 f"a YAML config is changed by KEY VALUE: write {key.replace('=', ' ', 1)!r}, "
                 f"not {key!r}"
             )
-        if key not in known:
-            raise ValueError(unknown_key(key, known))
+        if not _can_have(cfg, key):
+            raise ValueError(unknown_key(key, list(keys_of(cfg))))
         if index + 1 == len(words):
             raise ValueError(f"the key '{key}' has no value after it")
-        value = words[index + 1]
-        try:
-            cfg.merge_from_list([key, value])
-        except ValueError as error:
-            now = attrgetter(key)(cfg)
-            raise ValueError(
-                f"'{key}' takes values such as {now!r} ({type(now).__name__}), not {value!r}"
-            ) from error
+        _set_yaml(cfg, key, words[index + 1])
         yield key
+
+
+def _set_yaml(cfg: CfgNode, key: str, value: str) -> None:
+    parts = key.split(".")
+    now = reduce(lambda node, part: node.get(part), parts, cfg)  # None: a new key
+    if isinstance(now, CfgNode):
+        raise ValueError(f"'{key}' is a section: name one of its keys, as {key}.{next(iter(now))}")
+    change = reduce(lambda inner, part: {part: inner}, reversed(parts), value)
+    try:
+        cfg.merge_from_other_cfg(CfgNode(change))
+    except ValueError as error:
+        raise ValueError(
+            f"'{key}' takes values such as {now!r} ({type(now).__name__}), not {value!r}"
+        ) from error
 
 
 def _change_lazy(cfg: DictConfig, words: Sequence[str]) -> Iterator[str]:
@@ -129,12 +146,17 @@ def _check_lazy(plain: dict, key: str, adds: bool) -> None:
     node: Any = plain
     parts = key.split(".")
     for index, part in enumerate(parts):
-        inside = _inside(node)
+        inside, where = _inside(node), ".".join(parts[:index])
+        if isinstance(node, list) and part not in inside:
+            raise ValueError(
+                f"'{where}' is a list of {len(node)}, numbered from 0, and has no '{part}': to "
+                f"make it longer give all of it, as {where}=[...]"
+            )
         if part not in inside and not (adds or _takes(node, part)):
             known = list(_lazy_keys(plain))
             raise ValueError(f"{unknown_key(key, known)}; '+{key}=VALUE' adds one")
         if not isinstance(node, dict | list | None):
-            raise ValueError(f"'{'.'.join(parts[:index])}' is {node!r}, and has no '{part}' inside")
+            raise ValueError(f"'{where}' is {node!r}, and has no '{part}' inside")
         node = inside.get(part)
 
 
@@ -175,10 +197,21 @@ def _lazy_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _check_target(key: str, value: Any) -> None:
+    """
+    Raises:
+        ValueError: it is no path of what can be called
+    """
+    what = f"'{key}' is {value!r}"
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{what}: give the path of a class or function, as torch.nn.Linear")
     try:
-        locate(value)
+        found = locate(value)
+    except pydoc.ErrorDuringImport as error:
+        raise ValueError(f"{what}, which fails while it is imported: {error}") from error
     except ImportError as error:
         module, _, name = str(value).rpartition(".")
         near = [f"{module}.{x}" for x in nearest(name, dir(pydoc.locate(module)))]
-        hint = f"; the nearest: {', '.join(near)}" if near else ""
-        raise ValueError(f"'{key}' is {value!r}, which cannot be imported{hint}") from error
+        end = f"; the nearest: {', '.join(near)}" if near else ""
+        raise ValueError(f"{what}, which cannot be imported{end}") from error
+    if not callable(found):
+        raise ValueError(f"{what}, which is no class or function but a {type(found).__name__}")

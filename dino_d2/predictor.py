@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Instances
@@ -15,8 +15,7 @@ from . import model_zoo
 from .checkpoint import COCO_80, CheckpointError
 from .checkpoint_io import read, weights
 from .checkpointer import Checkpointer, to_ours
-from .config import read_config
-from .data.augmentation import ResizeShortestEdge
+from .config import evaluation_augmentations
 from .data.mapper import check_mode, read_image
 from .modeling.dino import DINO
 from .modeling.inference import fold_norms
@@ -120,18 +119,10 @@ def load(
         ValueError: no such device, an override that is not one, or a config of another model
         CheckpointError: the weights cannot be had, or are not all that the model needs
     """
-    if os.path.isfile(config):
-        cfg = read_config(config)
-    else:
-        cfg = model_zoo.get_config(config, trained=not weights)
+    cfg = model_zoo.get_config(config, trained=not weights)
     apply_overrides(cfg, overrides)
-    if isinstance(cfg, CfgNode):
-        image_format = cfg.INPUT.FORMAT
-        resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-        augmentations = [resize]
-    else:
-        mapper = cfg.dataloader.test.mapper
-        augmentations, image_format = instantiate(mapper.augmentations), mapper.image_format
+    augmentations = evaluation_augmentations(cfg)
+    is_yaml = isinstance(cfg, CfgNode)
     path = weights or model_zoo.weights_of(cfg)
     classes = classes_of(path)
     model = model_zoo.build(cfg, len(classes), device)
@@ -140,7 +131,7 @@ def load(
         fold_norms(model.eval()),
         classes=classes,
         augmentations=augmentations,
-        image_format=image_format,
+        image_format=cfg.INPUT.FORMAT if is_yaml else cfg.dataloader.test.mapper.image_format,
         dtype=dtype,
     )
 

@@ -6,7 +6,7 @@ IDEA-Research/DINO, IDEA-Research/detrex and open-mmlab/mmdetection.
 
 from typing import NamedTuple
 
-from .names import nearest
+from .names import hint, nearest
 
 # Name, config (relative to configs/), epochs, AP, encoding of pixels, file. No file says which
 # encoding it needs: "dino" is a temperature of 20 and no offset, "detr" 10000 and -0.5.
@@ -106,8 +106,9 @@ def find(name: str) -> Release:
     """
     release = _lookup(name)
     if release is None:
-        near = ", ".join(nearest(name, RELEASES) or RELEASES)
-        raise FileNotFoundError(f"there is no published checkpoint '{name}'; the nearest: {near}")
+        raise FileNotFoundError(
+            f"there is no published checkpoint '{name}'; {hint(name, RELEASES)}"
+        )
     return release
 
 

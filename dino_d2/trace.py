@@ -60,7 +60,7 @@ class Trace(NamedTuple):
     layers: list[LayerTrace]  # of the decoder
 
 
-class Matching(NamedTuple):
+class StageMatching(NamedTuple):
     """Which query stands for each box of an image, stage by stage."""
 
     stages: list[str]  # names of the N stages, in the order in which they refine each other
@@ -168,7 +168,7 @@ def selection_of(
 
 
 @torch.no_grad()
-def match_stages(model: DINO, output: DetectorOutput, target: Target) -> Matching:
+def match_stages(model: DINO, output: DetectorOutput, target: Target) -> StageMatching:
     """Matches one image as in training: the proposals, where they became queries of the same
     classes, and every layer.
 
@@ -182,7 +182,7 @@ def match_stages(model: DINO, output: DetectorOutput, target: Target) -> Matchin
     if output.proposals is not None and not isinstance(model.query_selection, ProposalQueries):
         stages, names = [output.proposals, *stages], ["proposals", *names]
     match = model.criterion.matcher(stack_predictions(stages), [target])
-    return Matching(names, queries_of_boxes(match, len(target.boxes)))
+    return StageMatching(names, queries_of_boxes(match, len(target.boxes)))
 
 
 def denoised_boxes(output: DetectorOutput, target: Target) -> Denoised | None:

@@ -4,6 +4,7 @@ import logging
 import sys
 from functools import partial
 
+import layouts
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,7 @@ def test_a_classifier_of_timm_fills_the_backbone(name, load):
     classifier = timm.create_model(name, **TIMM[name])
     for x in classifier.state_dict().values():
         x.copy_(torch.rand(x.shape).to(x.dtype) + 1)  # unlike any initial value
-    backbone = TimmBackbone(name=name, **TIMM[name])
+    backbone = TimmBackbone(name=name, options=TIMM[name])
     said = load(backbone, classifier.state_dict())
     given = {key.replace("_", "."): x for key, x in classifier.state_dict().items()}
     for key, x in backbone.state_dict().items():
@@ -140,10 +141,10 @@ def test_without_safetensors_the_sentence_says_what_to_install(tmp_path, monkeyp
 CONVNEXT = {"depths": [1, 2, 1, 1], "dims": [8, 12, 16, 24]}
 
 
-def convnext_state():
-    """Random weights of a small ConvNeXt, with its authors' names."""
+def convnext_state(depths=CONVNEXT["depths"], dims=CONVNEXT["dims"]):
+    """Random weights of a ConvNeXt, with its authors' names."""
     state, before = {}, 3
-    for i, (depth, width) in enumerate(zip(CONVNEXT["depths"], CONVNEXT["dims"], strict=True)):
+    for i, (depth, width) in enumerate(zip(depths, dims, strict=True)):
         kernel, (conv, norm) = (2, (1, 0)) if i else (4, (0, 1))  # the stem's norm comes after
         down = f"downsample_layers.{i}"
         state |= linear(f"{down}.{conv}", width, before, kernel, kernel)
@@ -191,7 +192,7 @@ def convnext(state, x):
 
 def test_a_convnext_by_its_authors_names_computes_the_same(load):
     state, image = convnext_state(), torch.rand(1, 3, 64, 96)
-    backbone = TimmBackbone(name="convnext_tiny", **CONVNEXT).eval()
+    backbone = TimmBackbone(name="convnext_tiny", options=CONVNEXT).eval()
     said = load(backbone, {"model": state | linear("norm", 24) | linear("head", 1000, 24)})
     assert f"{len(state)} of " in said and "(convnext)" in said and " 0 were not expected" in said
     expected = convnext(state, image)
@@ -205,7 +206,7 @@ def test_a_convnext_in_a_detector_of_detrex_computes_the_same():
     for i in (1, 2, 3):
         state |= linear(f"norm{i}", CONVNEXT["dims"][i])
     converted = from_detrex({f"backbone.{key}": x for key, x in state.items()})
-    backbone = TimmBackbone(name="convnext_tiny", norm=True, **CONVNEXT).eval()
+    backbone = TimmBackbone(name="convnext_tiny", options=CONVNEXT, norm=True).eval()
     backbone.load_state_dict({k.removeprefix("backbone."): x for k, x in converted.items()})
     expected = convnext(state, image)
     for key, x in backbone(image).items():
@@ -244,7 +245,7 @@ def test_weights_for_other_windows_are_interpolated(layout, load, make_dino):
     grown = swin(7)
     own_index = grown.layers[1].blocks[0].attn.relative_position_index.clone()
     said = load(grown, {"model": content})
-    assert " 0 have another shape" in said
+    assert "windows of 4 x 4, that of the model has 7 x 7: 2 position biases are interp" in said
     table = grown.state_dict()[TABLE].reshape(13, 13, 2)
     before = trained.state_dict()[TABLE].reshape(7, 7, 2)
     # of the same offset, none, is the middle; the corners are the farthest in both
@@ -252,10 +253,25 @@ def test_weights_for_other_windows_are_interpolated(layout, load, make_dino):
     assert torch.equal(grown.layers[1].blocks[0].attn.relative_position_index, own_index)
 
 
+@pytest.mark.parametrize("layout", ["authors", "ours"])
+def test_interpolated_weights_are_not_complete(layout, make_dino, tmp_path):
+    """With those of the same windows the detector is."""
+    trained, model = make_dino(), make_dino()
+    trained.backbone, model.backbone = swin(4), swin(7)
+    file = str(tmp_path / "weights.pth")
+    content = {"authors": trained.backbone, "ours": trained}[layout].state_dict()
+    torch.save({"model": content}, file)
+    with pytest.raises(CheckpointError, match="windows of 4 x 4.* 7 x 7: set .*window_size to 4"):
+        Checkpointer(model, complete=True).load(file)
+    if layout == "ours":
+        Checkpointer(trained, complete=True).load(file)
+
+
 def test_a_bias_that_grows_with_the_offset_still_does():
     ramp = torch.arange(7.0).repeat_interleave(7)[:, None].repeat(1, 3)  # (7 * 7, 3 heads)
-    resized = resize_windows({TABLE: ramp}, {TABLE: torch.zeros(15 * 15, 3)})[TABLE]
-    rows = resized.reshape(15, 15, 3)
+    state, windows = resize_windows({TABLE: ramp}, {TABLE: torch.zeros(15 * 15, 3)})
+    rows = state[TABLE].reshape(15, 15, 3)
+    assert windows == {TABLE: (4, 8)}
     # pixels of 7/15: the centre of row i is at (i + 0.5) * 7 / 15 - 0.5, but at the borders
     expected = (torch.arange(15) + 0.5) * 7 / 15 - 0.5
     assert torch.allclose(rows[2:13, 0, 0], expected[2:13], atol=0.1)  # cubic, not linear
@@ -266,9 +282,19 @@ def test_a_bias_that_grows_with_the_offset_still_does():
 def test_what_is_of_the_same_size_or_of_another_kind_is_not_resized():
     state = {TABLE: torch.rand(49, 3), "layers.0.weight": torch.rand(4, 4)}
     same = {TABLE: torch.zeros(49, 3), "layers.0.weight": torch.zeros(9, 9)}
-    assert all(x is state[key] for key, x in resize_windows(state, same).items())
-    other_heads = {TABLE: torch.zeros(81, 4)}
-    assert resize_windows(state, other_heads)[TABLE] is state[TABLE]
+    resized, windows = resize_windows(state, same)
+    assert all(x is state[key] for key, x in resized.items()) and not windows
+    resized, windows = resize_windows(state, {TABLE: torch.zeros(81, 4)})  # other heads
+    assert resized[TABLE] is state[TABLE] and not windows
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [(13 * 27, 13 * 13), (15 * 15, 15 * 31)], ids=["from", "to"]
+)
+def test_biases_of_windows_that_are_not_square_stay_as_they_are(before, now):
+    table = torch.rand(before, 3)
+    resized, windows = resize_windows({TABLE: table}, {TABLE: torch.zeros(now, 3)})
+    assert resized[TABLE] is table and not windows
 
 
 # ---- ViT
@@ -294,21 +320,48 @@ def test_a_masked_autoencoder_fills_the_vit_of_vitdet(load):
 # ---- the detectors of detrex
 
 
-@pytest.mark.parametrize("name", ["ConvNeXt_T_384", "ViTDet_B"])
-def test_a_detector_of_detrex_has_a_config_that_it_fills(name, monkeypatch):
-    """By the names of its code: only the backbone's and the neck's are not those of a ResNet."""
+def vitdet_state(dim=768, depth=12):
+    """A ViTDet by the names of Detectron2, whose classes detrex takes; four blocks see it all."""
+    state = {"net.pos_embed": torch.rand(1, 1 + 14 * 14, dim)}
+    state |= linear("net.patch_embed.proj", dim, 3, 16, 16)
+    for i in range(depth):
+        block, offsets = f"net.blocks.{i}", 2 * (64 if i % 3 == 2 else 14) - 1
+        state |= linear(f"{block}.norm1", dim) | linear(f"{block}.norm2", dim)
+        state |= linear(f"{block}.attn.qkv", 3 * dim, dim)
+        state |= linear(f"{block}.attn.proj", dim, dim)
+        state |= {f"{block}.attn.rel_pos_{x}": torch.rand(offsets, 64) for x in "hw"}
+        state |= linear(f"{block}.mlp.fc1", 4 * dim, dim) | linear(f"{block}.mlp.fc2", dim, 4 * dim)
+    # twice, once and half as large: a transposed convolution, nothing, a max pooling come before
+    before = {"simfp_3": (1, dim // 2), "simfp_4": (0, dim), "simfp_5": (1, dim)}
+    for name, (first, width) in before.items():
+        for i, shape in enumerate([(256, width, 1, 1), (256, 256, 3, 3)], start=first):
+            state[f"{name}.{i}.weight"] = torch.rand(shape)
+            state |= linear(f"{name}.{i}.norm", 256)
+    upsampling = {"weight": torch.rand(dim, dim // 2, 2, 2), "bias": torch.rand(dim // 2)}
+    return state | {f"simfp_3.0.{key}": x for key, x in upsampling.items()}
+
+
+def convnext_of_detrex():
+    state = convnext_state([3, 3, 9, 3], [96, 192, 384, 768])
+    return state | linear("norm1", 192) | linear("norm2", 384) | linear("norm3", 768)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "backbone"), [("ConvNeXt_T_384", convnext_of_detrex), ("ViTDet_B", vitdet_state)]
+)
+def test_a_detector_of_detrex_has_a_config_that_it_fills(name, backbone, monkeypatch):
+    """Names are those of detrex's code, shapes those of the papers."""
     # ViT reads its rates from a tensor while it is built
     monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
     cfg = model_zoo.get_config(f"detrex/dino_{name}_4scale_12ep.py")
     cfg.model.num_classes = 80
     with torch.device("meta"):
-        ours = instantiate(cfg.model).state_dict()
-    necks = {key.split(".")[2] for key in ours if key.startswith("neck.projections.")}
-    if name.startswith("ViTDet"):  # four maps of the pyramid, and nothing appended
-        assert len(necks) == 4 and not any(key.startswith("neck.downsamples") for key in ours)
-        assert {key.split(".")[1] for key in ours if key.startswith("backbone")} == {
-            *("net", "simfp_3", "simfp_4", "simfp_5")
-        }
-    else:
-        assert len(necks) == 3 and ours["backbone.norms.p5.weight"].shape == (768,)
-        assert ours["backbone.net.stages_2.blocks.8.mlp.fc2.weight"].shape == (384, 1536)
+        ours, theirs = instantiate(cfg.model).state_dict(), backbone()
+    # each tensor is one number, another for each: heads that are equal would count as shared
+    rest = {key: x for key, x in ours.items() if not key.startswith("backbone.")}
+    rest = {key: torch.tensor(i).expand(x.shape) for i, (key, x) in enumerate(rest.items())}
+    converted = from_detrex(
+        layouts.detrex(rest) | {f"backbone.{key}": x for key, x in theirs.items()}
+    )
+    assert {k: x.shape for k, x in converted.items()} == {k: x.shape for k, x in ours.items()}

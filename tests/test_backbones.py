@@ -58,9 +58,7 @@ def make_cfg(config, *overrides):
 
 def timm_cfg(name, *overrides):
     cfg = make_cfg("dino_ConvNeXt_T_384_4scale_12ep", f"model.backbone.name={name}", *overrides)
-    cfg.model.backbone.drop_path_rate = 0.1
-    cfg.model.backbone.update(TIMM[name])
-    cfg.model.neck.input_shape.update(TIMM[name])
+    cfg.model.backbone.options = {"drop_path_rate": 0.1, **TIMM[name]}
     return cfg
 
 
@@ -96,6 +94,7 @@ def test_dino_learns_with_a_model_of_timm_on_images_of_any_size(name, make_batch
     assert [x["instances"].image_size for x in results] == ODD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["dino_ConvNeXt_T_384_4scale_12ep", "dino_ViTDet_B_4scale_12ep"])
 def test_a_backbone_computed_again_learns_the_same(config, make_batch):
     small = {"C": ["model.backbone.name=test_convnext"], "V": VITDET}[config[5]]
@@ -112,10 +111,10 @@ def test_a_backbone_computed_again_learns_the_same(config, make_batch):
 
 @pytest.mark.parametrize("name", FEW)
 def test_maps_of_timm_are_those_that_are_announced(name):
-    backbone = TimmBackbone(name=name, out_features=["p5", "p2"], **TIMM[name])
+    backbone = TimmBackbone(name=name, options=TIMM[name], out_features=["p5", "p2"])
     features = backbone(torch.zeros(2, 3, 64, 96))
     assert list(features) == list(backbone.output_shape()) == ["p2", "p5"]
-    shapes = feature_shapes(name, **TIMM[name])
+    shapes = feature_shapes(name, TIMM[name])
     for (key, shape), stride in zip(backbone.output_shape().items(), (4, 32), strict=True):
         assert features[key].shape == (2, shape.channels, 64 // stride, 96 // stride)
         assert (shape.channels, shape.stride) == (shapes[key].channels, stride)
@@ -145,6 +144,14 @@ def test_the_neck_takes_the_channels_of_whatever_model_is_named():
     )
     channels = [x.channels for x in model.backbone.output_shape().values()]
     assert [projection[0].in_channels for projection in model.neck.projections] == channels
+
+
+def test_the_neck_takes_the_channels_that_an_option_changes():
+    """Of the command line, as a list is there."""
+    small = [f"+model.backbone.options.{x}" for x in ("dims=[8,12,16,24]", "depths=[1,1,1,1]")]
+    model = instantiate(make_cfg("dino_ConvNeXt_T_384_4scale_12ep", *small).model)
+    assert [projection[0].in_channels for projection in model.neck.projections] == [12, 16, 24]
+    model.neck(model.backbone(torch.zeros(1, 3, 64, 64)))
 
 
 def test_yaml_names_a_model_of_timm_and_its_options(make_batch):
@@ -231,7 +238,7 @@ def test_dino_learns_with_backbones_of_the_papers_sizes(config, millions, make_b
     ("options", "sentence"),
     [
         ({"name": "convnext_tinny"}, "no model 'convnext_tinny'; the nearest: convnext_tiny"),
-        ({"name": ""}, "no model ''; the nearest: "),
+        ({"name": ""}, "no model ''; there are: "),
         (
             {"name": "test_convnext", "out_features": ["res3"]},
             "timm's test_convnext has no feature map 'res3'; it has p2, p3, p4, p5",

@@ -150,13 +150,19 @@ def test_without_a_compiler_is_without_a_compiler(monkeypatch):
 def test_an_unknown_device_is_one_sentence(program, device, tmp_path):
     with pytest.raises(SystemExit) as error:
         program.main(["--device", device, "--output", str(tmp_path)])
-    assert f"--device is '{device}'" in str(error.value) and "\n" not in str(error.value)
+    assert f"the device is '{device}'" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_one_sentence():
     with pytest.raises(ValueError, match="PyTorch finds no GPU here"):
         benchmarking.find_device("cuda")
+
+
+def test_a_device_that_cannot_be_measured_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.mps, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="'mps', but only cpu and cuda can be measured"):
+        benchmarking.find_device("mps")
 
 
 @pytest.mark.parametrize("words", [[], ["--growth", "area"]])

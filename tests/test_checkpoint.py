@@ -413,7 +413,10 @@ def assert_fills(state, model_state):
     [
         ("original_4scale_keys.json", "dino_R_50_4scale_12ep", 626),
         ("original_swin_t_keys.json", "dino_Swin_T_224_4scale_12ep", 548),
-        ("original_swin_l_keys.json", "dino_Swin_L_384_4scale_12ep", 716),
+        pytest.param(
+            *("original_swin_l_keys.json", "dino_Swin_L_384_4scale_12ep", 716),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_official_key_has_its_place_and_comes_back(file, config, number, model_state):

@@ -364,6 +364,64 @@ def test_splits_are_found_without_a_yaml_file(yolo):
     assert list(from_yolo(root).datasets) == ["train", "val"]
 
 
+def test_images_in_no_split_are_counted(yolo):
+    root = yolo("0 0.5 0.5 1 1")
+    picture(root / "images" / "train" / "b.jpg")
+    write(root / "labels" / "train" / "b.txt", "1 0.5 0.5 1 1")
+    picture(root / "images" / "more" / "c.jpg")
+    note = "images in no split, left out"
+    assert from_yolo(root).notes[note] == 2  # a.jpg and c.jpg
+    write(root / "data.yaml", "names: [cat, dog]\ntrain: ../yolo/images/train\nval: images/more/")
+    assert from_yolo(root).notes[note] == 1
+
+
+@pytest.mark.parametrize("folder", ["validation", "val2017", "Test", "testset_2"])
+def test_a_folder_that_is_nearly_a_split_is_refused(yolo, folder):
+    root = yolo("0 0.5 0.5 1 1")
+    picture(root / "images" / "train" / "b.jpg")
+    picture(root / "images" / folder / "c.jpg")
+    with pytest.raises(DatasetError, match=f"{folder}' has a name like a split.*train, val, valid"):
+        from_yolo(root)
+
+
+def test_a_split_has_one_folder_and_one_key(yolo):
+    root = yolo("0 0.5 0.5 1 1")
+    for folder in ("images/val", "images/valid"):
+        picture(root / folder / "b.jpg")
+    with pytest.raises(DatasetError, match=r"val' and '.*valid' are both the split 'val'"):
+        from_yolo(root)
+    write(root / "data.yaml", "names: [cat]\nval: images/val\nvalid: images/valid")
+    with pytest.raises(DatasetError, match="has both val and valid"):
+        from_yolo(root)
+
+
+def test_files_that_are_no_pictures_are_left_alone(yolo):
+    root = yolo("0 0.5 0.5 1 1")
+    for name in ("scan.pcd", "weights.h5", "film.mpg"):
+        (root / "images" / name).write_bytes(b"something else")
+    assert len(from_yolo(root).datasets["all"]["images"]) == 1
+
+
+def test_a_split_without_labels_is_left_out_and_counted(yolo):
+    root = yolo("0 0.5 0.5 1 1")
+    for name in ("b", "c"):
+        picture(root / "test" / "images" / f"{name}.jpg")
+    write(root / "data.yaml", "names: [cat]\ntrain: images\ntest: test/images")
+    datasets, notes = from_yolo(root)
+    assert list(datasets) == ["train"]
+    assert notes["images of split 'test', which has no box, left out"] == 2
+    (root / "labels" / "a.txt").unlink()
+    with pytest.raises(DatasetError, match="there are no annotations in train or test"):
+        from_yolo(root)
+
+
+def test_names_are_taken_in_the_order_of_their_numbers(yolo):
+    root = yolo("0 0.5 0.5 1 1")
+    write(root / "data.yaml", "names: {1: dog, 0: cat}\ntrain: images")
+    categories = from_yolo(root).datasets["train"]["categories"]
+    assert [x["name"] for x in categories] == ["cat", "dog"]
+
+
 def test_images_and_labels_may_be_in_one_folder(tmp_path):
     picture(tmp_path / "a.jpg")
     write(tmp_path / "a.txt", "0 0.5 0.5 1 1")
@@ -432,6 +490,9 @@ def test_the_program_overwrites_nothing(yolo, tmp_path, monkeypatch):
 def test_the_program_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="'nowhere' does not exist"):
         run(monkeypatch, "voc", "nowhere", "--output", tmp_path)
+    (tmp_path / "shapes").mkdir()
+    with pytest.raises(SystemExit, match="the nearest: '.*shapes'"):
+        run(monkeypatch, "voc", tmp_path / "shape", "--output", tmp_path)
     with pytest.raises(SystemExit):
         run(monkeypatch, "yolo", tmp_path, "--zero-based", "--output", tmp_path)
     assert "--zero-based is for voc" in capsys.readouterr().err

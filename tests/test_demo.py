@@ -17,13 +17,13 @@ from pycocotools.coco import COCO
 import dino_d2
 from dino_d2.checkpoint import COCO_80
 from dino_d2.checkpointer import Checkpointer
+from dino_d2.data import coco_writer, read_results
 from dino_d2.model_zoo import get_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
 import demo  # noqa: E402
 import demo_annotate  # noqa: E402
 import demo_video  # noqa: E402
-import results  # noqa: E402
 
 CLASSES = ["circle", "square", "triangle"]
 
@@ -105,15 +105,6 @@ def test_videos_are_told_from_images_by_their_names(folder):
     assert [x.name for x in videos] == ["c.mp4", "d.AVI"]
 
 
-def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(folder):
-    name = folder / "a[1].png"
-    (folder / "a.png").rename(name)
-    (folder / "a1.png").touch()
-    assert demo_annotate.find_inputs([str(name)])[0] == [name]
-    name.unlink()
-    assert demo_annotate.find_inputs([str(name)])[0] == [folder / "a1.png"]
-
-
 def test_the_demo_draws_and_writes_what_it_detects(folder, trained, tmp_path, monkeypatch, capsys):
     output, file = tmp_path / "pictures", tmp_path / "detections.json"
     run_demo(
@@ -187,6 +178,16 @@ def test_a_run_in_which_nothing_can_be_read_fails(folder, detector, tmp_path, mo
     assert not file.exists()
 
 
+@pytest.fixture
+def annotator(make_dino, tmp_path):
+    predictor = dino_d2.Predictor(
+        make_dino(max_detections=5).eval(), classes=CLASSES, augmentations=[], image_format="RGB"
+    )
+    return demo_annotate.Annotator(
+        predictor, output=tmp_path, threshold=0.0, batch_size=1, categories=None, taken=[]
+    )
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
@@ -195,10 +196,25 @@ def test_a_run_in_which_nothing_can_be_read_fails(folder, detector, tmp_path, mo
         (["a.png", "b/a.png", "a_1.png"], ["a", "a_1", "a_1_1"]),
     ],
 )
-def test_no_picture_of_a_run_replaces_another(names, expected, tmp_path):
-    annotator = demo_annotate.Annotator(None, SimpleNamespace(output=tmp_path), [])
+def test_no_picture_of_a_run_replaces_another(names, expected, annotator, tmp_path):
     found = [annotator.free_path(name, ".png") for name in names]
     assert found == [tmp_path / f"{name}.png" for name in expected]
+
+
+@pytest.mark.parametrize("place", ["images", "images/../images", "link"])
+def test_pictures_never_replace_the_inputs(place, folder, detector, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(folder)
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    run_demo(monkeypatch, *options("--input", folder, "--output", tmp_path / place))
+    assert {path: path.read_bytes() for path in before} == before
+    added = {path.name for path in folder.glob("*.*")} - {path.name for path in before}
+    assert added == {"a_1.png", "b.png"}
+
+
+def test_results_are_counted_and_only_kept_where_they_are_wanted(annotator, folder):
+    assert annotator.run_images([folder / "a.png"], [1])
+    assert annotator.detections > 0 and annotator.results == []
+    assert annotator.summary() == f"{annotator.detections} detections in 1 image"
 
 
 def test_an_interrupted_run_says_what_was_done(folder, detector, tmp_path, monkeypatch):
@@ -249,6 +265,7 @@ def test_the_json_has_the_ids_of_the_annotations_and_is_read_by_pycocotools(
     with contextlib.redirect_stdout(io.StringIO()):
         loaded = COCO(str(annotations)).loadRes(str(file))
     assert len(loaded.anns) == len(found) == 15
+    assert read_results(file, json.loads(annotations.read_text())) == found
 
 
 def test_without_annotations_images_and_classes_are_counted(
@@ -262,8 +279,16 @@ def test_without_annotations_images_and_classes_are_counted(
 
 
 def test_classes_of_coco_have_its_ids():
-    ids = results.category_ids(COCO_80, None)
+    ids = coco_writer.category_ids(COCO_80, None)
     assert ids[0] == 1 and ids[-1] == 90 and len(set(ids)) == 80
+
+
+def test_the_annotations_are_not_replaced_by_the_detections(folder, annotations, monkeypatch):
+    before = annotations.read_bytes()
+    monkeypatch.chdir(annotations.parent)
+    words = ("--input", folder, "--json", annotations, "--annotations", annotations.name)
+    assert "would replace what is read" in complaint(monkeypatch, *options(*words))
+    assert annotations.read_bytes() == before
 
 
 def test_an_image_that_is_not_annotated_is_one_sentence(folder, annotations, monkeypatch):
@@ -273,10 +298,32 @@ def test_an_image_that_is_not_annotated_is_one_sentence(folder, annotations, mon
     assert f"'{folder / 'bb.jpg'}' is no image of" in message
 
 
+def test_two_inputs_that_are_one_image_of_the_annotations_are_refused(annotations):
+    dataset = coco_writer.read_annotations(annotations)
+    first, second = Path("x/a.png"), Path("y/a.png")
+    with pytest.raises(ValueError, match=f"'{first}' and '{second}' would both be 'a.png'"):
+        coco_writer.image_ids([first, second], dataset)
+    assert coco_writer.image_ids([first, Path("more/a.png")], dataset) == [70, 71]
+
+
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [("images", "has file_name None"), ("categories", "has name None")],
+)
+def test_annotations_without_a_name_are_one_sentence(key, fault, folder, annotations, monkeypatch):
+    dataset = json.loads(annotations.read_text())
+    del dataset[key][1]["file_name" if key == "images" else "name"]
+    annotations.write_text(json.dumps(dataset))
+    words = ("--input", folder, "--json", folder / "out.json", "--annotations", annotations)
+    assert f"'{annotations}': entry 1 of '{key}' {fault}" in complaint(
+        monkeypatch, *options(*words)
+    )
+
+
 def test_a_class_that_is_not_annotated_is_one_sentence(annotations):
     with pytest.raises(ValueError, match="class 'squares' is no category of .*nearest: square"):
-        dataset = results.read_annotations(annotations)
-        results.category_ids(["circle", "squares"], dataset)
+        dataset = coco_writer.read_annotations(annotations)
+        coco_writer.category_ids(["circle", "squares"], dataset)
 
 
 # ---- videos
@@ -307,6 +354,36 @@ def test_a_video_comes_out_annotated_with_the_rate_the_size_and_the_frames_it_ha
     assert (drawn.rate, drawn.size, drawn.length) == (12.5, (96, 64), 5)
     assert len(list(drawn)) == 5
     assert "25 detections in 5 frames of 1 video: see" in capsys.readouterr().out
+
+
+def test_a_video_never_replaces_its_input(write_video, detector, tmp_path, monkeypatch):
+    path = write_video()
+    before = path.read_bytes()
+    run_demo(monkeypatch, *options("--input", path, "--output", tmp_path))
+    assert path.read_bytes() == before
+    assert demo_video.Video(tmp_path / "a_1.mp4").length == 5
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_is_given_back_when_its_video_ends(fails, write_video):
+    with contextlib.suppress(KeyboardInterrupt), demo_video.Video(write_video()) as video:
+        assert len(list(video)) == 5
+        if fails:
+            raise KeyboardInterrupt
+    assert not video.capture.isOpened()
+
+
+def test_the_videos_of_a_run_are_given_back(write_video, detector, tmp_path, monkeypatch):
+    opened = []
+
+    class Watched(demo_video.Video):
+        def __init__(self, source):
+            super().__init__(source)
+            opened.append(self)
+
+    monkeypatch.setattr(demo_annotate, "Video", Watched)
+    run_demo(monkeypatch, *options("--input", write_video(), "--json", tmp_path / "out.json"))
+    assert [x.capture.isOpened() for x in opened] == [False]
 
 
 def test_frames_are_read_in_order_and_as_rgb(write_video, monkeypatch):
@@ -406,6 +483,9 @@ def camera(write_video, monkeypatch):
                 raise after[0]
             return there, frame
 
+        def release(self):
+            self.file.release()
+
     proxy = SimpleNamespace(**{name: getattr(opencv, name) for name in dir(opencv)})
     proxy.VideoCapture = Capture
     monkeypatch.setattr(demo_video, "opencv", lambda: proxy)
@@ -504,10 +584,10 @@ def no_work(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--input", "nowhere/*.jpg"], "--input 'nowhere/*.jpg' is no image or video"),
+        (["--input", "nowhere/*.jpg"], "--input 'nowhere/*.jpg' is no file"),
         (["--input", "{tmp}/imags"], "the nearest: '{tmp}/images'"),
         (["--input", "{tmp}/images/aa.png"], "the nearest: '{tmp}/images/a.png'"),
-        (["--input", "{tmp}/empty"], "--input '{tmp}/empty' is no image or video"),
+        (["--input", "{tmp}/empty"], "--input '{tmp}/empty' is no file, nor a folder"),
         (["--config-file", "quickstrt"], "the nearest: quickstart"),
         (["--weights", "nowhere.pth"], "'nowhere.pth' is no file"),
         (["--weights", "{tmp}/images/notes.txt"], "notes.txt' is damaged or no checkpoint"),
@@ -515,6 +595,9 @@ def no_work(monkeypatch):
         (["--output", "{tmp}/file/more"], "{tmp}/file"),
         (["--json", "{tmp}/nowhere/out.json"], "{tmp}/nowhere"),
         (["--json", "{tmp}/empty"], "--json '{tmp}/empty' is a folder"),
+        (["--json", "{tmp}/images/a.png"], "would replace what is read"),
+        (["--json", "{tmp}/empty/../images/b.jpg"], "would replace what is read"),
+        (["--json", "{weights}"], "would replace what is read"),
         (["--annotations", "{tmp}/none.json"], "'{tmp}/none.json' does not exist"),
         (["--annotations", "{tmp}/image"], "does not exist; the nearest: '{tmp}/images'"),
         (["--device", "cud"], "the nearest: cuda, cpu"),
@@ -533,7 +616,7 @@ def test_what_the_demo_cannot_do_is_one_sentence_before_it_begins(
     (tmp_path / "empty").mkdir()
     usual = ("--config-file", "quickstart", "--weights", trained, "--device", "cpu")
     usual = (*usual, "--input", folder, "--json", tmp_path / "out.json")
-    words = [word.format(tmp=tmp_path) for word in words]
+    words = [word.format(tmp=tmp_path, weights=trained) for word in words]
     assert message.format(tmp=tmp_path) in complaint(monkeypatch, *usual, *words)
 
 
@@ -573,7 +656,7 @@ def test_a_config_that_is_none_is_one_sentence(
         (["--json", "out.json"], "--input FILES or --webcam"),
         (["--input", "x.png", "--show", "--annotations", "a.json"], "--json FILE"),
         (["--input", "x.png", "--show", "--batch-size", "0"], "1 or more"),
-        (["--input", "x.png", "--show", "--confidence-threshold", "50"], "between 0 and 1"),
+        (["--input", "x.png", "--show", "--confidence-threshold", "50"], "number between 0 and 1"),
     ],
 )
 def test_the_demo_refuses_options_that_say_nothing(words, message, monkeypatch, capsys):

@@ -10,14 +10,15 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
+from pycocotools.cocoeval import COCOeval
 from torch import tensor
 
 from dino_d2.data import DatasetError, read_results, register
 from dino_d2.evaluation.errors import analyse, best_threshold, evaluate, worst_first
 from dino_d2.evaluation.evaluator import ErrorAnalysisEvaluator, write_analysis
-from dino_d2.evaluation.matching import Matching, confusions, kinds, match
-from dino_d2.visualize import draw_errors, draw_image_errors, error_plots
-from dino_d2.visualize.errors import RED, SKY, YELLOW
+from dino_d2.evaluation.matching import ImageMatches, confusions, kinds, match
+from dino_d2.visualize import draw_error_plots, draw_image_errors, error_plots
+from dino_d2.visualize.style import GREY, SKY, VERMILION, YELLOW
 
 IMAGE = {"id": 4, "file_name": "4.png", "width": 100, "height": 80}
 CAT, DOG = 3, 7  # ids with gaps
@@ -60,14 +61,16 @@ def random_case(seed, categories=3, images=4):
 
 
 def matched(annotations, detections):
-    return match(IMAGE, annotations, detections)
+    return match(IMAGE, annotations, detections, 100)
 
 
 # Which detection finds which object
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_what_finds_what_is_as_in_coco_evaluation(seed):
+def test_what_finds_what_is_as_in_coco_evaluation(seed, monkeypatch):
+    # The fast evaluation of Detectron2 does not say what it matched.
+    monkeypatch.setattr("dino_d2.evaluation.errors.COCOeval_opt", COCOeval)
     data, found = random_case(seed)
     evaluation = evaluate(data, found)
     images = {x.image["id"]: x for x in analyse(evaluation).images}
@@ -95,6 +98,17 @@ def test_no_more_detections_count_than_in_coco_evaluation():
     assert analysis.sizes[0].AP == 0 and analysis.errors[0].correct == 0
 
 
+def test_as_many_detections_count_as_the_evaluation_is_told():
+    data = dataset(annotation([10, 10, 20, 20]))
+    many = [detection([60, 60, 10, 10], score=0.9)] * 100 + [detection([10, 10, 20, 20], score=0.5)]
+    evaluation = evaluate(data, many)
+    evaluation.params.maxDets = [1, 10, 300]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    analysis = analyse(evaluation, 0.1)
+    assert analysis.classes[0].AR == 100 and analysis.errors[0][2:] == (1, 0, 0, 0, 0, 100, 0)
+
+
 @pytest.mark.parametrize(
     ("bbox", "category", "kind"),
     [
@@ -114,6 +128,23 @@ def test_no_more_detections_count_than_in_coco_evaluation():
 def test_a_detection_is(bbox, category, kind):
     truth = [annotation([10, 10, 20, 20]), annotation([50, 0, 50, 40], id=2, crowd=1)]
     assert kinds(matched(truth, [detection(bbox, category)])) == [kind]
+
+
+@pytest.mark.parametrize(
+    ("same", "other", "kind"),  # heights of objects of both classes, so IoUs in 20ths
+    [
+        (11, 20, "classification"),  # IoU 0.55 with an object that is found, and 1.00
+        (20, 20, "duplicate"),
+        (3, 9, "both"),  # 0.15 and 0.45
+        (9, 9, "localisation"),
+        (9, 3, "localisation"),
+    ],
+)
+def test_the_greater_overlap_decides_and_at_equal_ones_the_class(same, other, kind):
+    truth = [annotation([10, 10, 20, same]), annotation([10, 10, 20, other], DOG, id=2)]
+    surer = detection([10, 10, 20, same], score=0.95)
+    matching = matched(truth, [surer, detection([10, 10, 20, 20], score=0.5)])
+    assert kinds(matching) == ["correct", kind]
 
 
 def test_the_less_sure_of_two_is_a_duplicate():
@@ -271,7 +302,7 @@ def tables(tmp_path_factory):
     """Their folder; pictures are left out, which take a second."""
     folder = tmp_path_factory.mktemp("tables")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dino_d2.evaluation.evaluator.draw_errors", lambda analysis, folder: [])
+        patch.setattr("dino_d2.evaluation.evaluator.draw_error_plots", lambda analysis, folder: [])
         write_analysis(two_classes(), folder)
     return folder
 
@@ -317,7 +348,7 @@ def test_curves_have_a_row_for_every_recall(tables):
 @pytest.mark.slow
 def test_a_data_set_of_nothing_but_crowds_can_be_drawn(tmp_path):
     crowd = dataset(annotation([10, 10, 20, 20], crowd=1))
-    assert len(draw_errors(analyse(evaluate(crowd, [])), tmp_path)) == 5
+    assert len(draw_error_plots(analyse(evaluate(crowd, [])), tmp_path)) == 5
 
 
 def test_of_many_classes_the_most_confused_are_drawn_and_the_others_summed():
@@ -363,7 +394,7 @@ def count(picture, colour):
     ("found", "left", "right"),
     [
         ([detection([20, 20, 40, 40])], SKY, SKY),
-        ([detection([20, 20, 40, 40], DOG)], YELLOW, RED),
+        ([detection([20, 20, 40, 40], DOG)], YELLOW, VERMILION),
         ([], YELLOW, None),
     ],
 )
@@ -373,7 +404,7 @@ def test_found_wrong_and_missed_have_their_colours(found, left, right):
     assert pair.size == (2 * 300 + 12, 240)
     halves = pair.crop((0, 0, 300, 240)), pair.crop((312, 0, 612, 240))
     for half, expected in zip(halves, (left, right), strict=True):
-        drawn = {colour for colour in (SKY, RED, YELLOW) if count(half, colour)}
+        drawn = {colour for colour in (SKY, VERMILION, YELLOW) if count(half, colour)}
         assert drawn == {expected} - {None}
 
 
@@ -389,7 +420,7 @@ def test_lines_differ_too():
 def test_a_crowd_region_is_drawn_in_grey():
     matching = matched([annotation([20, 20, 40, 40], crowd=1)], [detection([20, 20, 30, 30])])
     pair = draw_image_errors(Image.new("RGB", (100, 80)), matching, {CAT: "c" * 40}, 300)
-    assert count(pair, "#999999") and not any(count(pair, x) for x in (SKY, RED, YELLOW))
+    assert count(pair, GREY) and not any(count(pair, x) for x in (SKY, VERMILION, YELLOW))
 
 
 # Evaluation
@@ -408,7 +439,9 @@ def instances(*boxes):
 @pytest.fixture
 def registered(tmp_path, monkeypatch):
     """A data set of one box; pictures of its analysis are left out, which take a second."""
-    monkeypatch.setattr("dino_d2.evaluation.evaluator.draw_errors", lambda analysis, folder: [])
+    monkeypatch.setattr(
+        "dino_d2.evaluation.evaluator.draw_error_plots", lambda analysis, folder: []
+    )
     Image.new("RGB", (100, 80)).save(tmp_path / "4.png")
     (tmp_path / "val.json").write_text(json.dumps(dataset(annotation([10, 10, 20, 20]))))
     name = f"{tmp_path}/val.json@{tmp_path}"
@@ -467,6 +500,8 @@ GOOD = detection([1, 2, 3, 4])
         ([GOOD | {"bbox": [1, 2, 3]}], r"bbox \[1, 2, 3\]"),
         ([GOOD | {"bbox": [1, 2, 3, float("nan")]}], "finite"),
         ([GOOD | {"score": None}], "score None"),
+        ([GOOD | {"file_name": None}], "file_name None"),
+        ([GOOD | {"bbox": [1, 2, -3, 4]}], "width and height have to be 0 or more"),
     ],
 )
 def test_results_that_do_not_fit_are_refused(content, words, tmp_path):
@@ -491,4 +526,4 @@ def test_results_with_other_keys_are_read(tmp_path):
 
 def test_matchings_of_an_empty_image_are_empty():
     empty = matched([], [])
-    assert isinstance(empty, Matching) and kinds(empty) == [] and empty.missed.tolist() == []
+    assert isinstance(empty, ImageMatches) and kinds(empty) == [] and empty.missed.tolist() == []

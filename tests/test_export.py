@@ -127,6 +127,14 @@ def test_padding_of_every_size_is_found_where_the_model_finds_it():
             assert nearest(mask, size).equal(F.interpolate(mask, size=size))
 
 
+@pytest.mark.parametrize("scale", [2.0, 3.0, 1.3, 0.7, (2.0, 0.4)])
+def test_features_are_enlarged_by_a_factor_as_pytorch_does_it(scale):
+    for length in range(5, 60):
+        image = torch.rand(1, 2, length, length + 3)
+        scales = list(scale) if isinstance(scale, tuple) else [scale] * 2
+        assert nearest(image, None, scales).equal(F.interpolate(image, scale_factor=scale))
+
+
 # ---- how far detections are apart
 
 TWO = detections([[0, 0, 9, 9], [5, 5, 8, 8]], [0.9, 0.5], [1, 0])
@@ -159,6 +167,13 @@ def test_a_partner_is_nobody_elses():
     twice = detections([[0, 0, 9, 9], [0, 0, 9, 9]], [0.9, 0.9], [1, 1])
     once = detections([[0, 0, 9, 9], [4, 4, 9, 9]], [0.9, 0.9], [1, 1])
     assert sorted(compare(twice, once, 0.0).boxes.tolist()) == [0, 4]
+
+
+def test_a_detection_that_only_one_side_has_is_infinitely_far():
+    one = Detections(*(x[:, :1] for x in TWO))
+    for pair in ((TWO, one), (one, TWO)):
+        assert sorted(compare(*pair, 0.5).boxes.tolist()) == [0, torch.inf]
+        assert compare(*pair, 0.6).boxes.tolist() == [0]  # the one too many scores 0.5
 
 
 def test_what_scores_less_than_the_threshold_in_both_is_left_out():
@@ -210,6 +225,14 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         Exported(tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK"])
+def test_what_is_no_pt2_is_said_in_one_sentence(tmp_path, content, caplog):
+    (tmp_path / "model.pt2").write_bytes(content)
+    with pytest.raises(ExportError, match=r"model.pt2' is damaged, or no .pt2 file: export it"):
+        Exported(tmp_path / "model.pt2")
+    assert not caplog.records
+
+
 # ---- the files, whose making takes a while
 
 
@@ -258,7 +281,7 @@ def test_a_file_gives_what_the_model_gives_for_any_number_of_images(
     load, model, images, image_sizes, kind
 ):
     file = load(kind)
-    assert file.about == About(CLASSES, list(SIZE), "RGB", None)
+    assert file.about == About(CLASSES, SIZE, "RGB", None)
     for count in (1, 2, 3):
         batch = images[-count:], image_sizes[-count:]
         boxes, scores = compare(detect(model, *batch), file(*batch), 0.0)
@@ -274,9 +297,31 @@ def test_a_file_says_what_images_it_takes(load, images, image_sizes, kind):
     for wrong in (images[:, :, :40], images[:, :1], images.float()):
         with pytest.raises(ExportError, match=sentence):
             file(wrong, image_sizes)
-    for wrong in (image_sizes + 1, image_sizes - 33, image_sizes[:2]):
+    with pytest.raises(ExportError, match=r"\(0, 3, 48, 64\).* should be \(1, 3, 48, 64\)"):
+        file(images[:0], image_sizes[:0])
+    for wrong in (image_sizes + 1, image_sizes - 33):
         with pytest.raises(ExportError, match="at most 48 and 64"):
             file(images, wrong)
+    for wrong in (image_sizes[:2], image_sizes.tile(2)[:, :3], image_sizes.float()):
+        with pytest.raises(ExportError, match=r"should be \(3, 2\) of int64: height and width"):
+            file(images, wrong)
+
+
+@pytest.mark.slow
+@KINDS
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_file_is_said_in_one_sentence(exported, tmp_path, kind, damage, caplog):
+    content = bytearray(exported(kind).read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    else:
+        at = content.find(b"encoder.layers.0.self_attn")
+        content[at - 200 : at] = bytes(200)
+    path = tmp_path / f"model{kind}"
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match=f"model{kind}' is damaged, or no") as refused:
+        Exported(path)
+    assert "\n" not in str(refused.value) and not caplog.records
 
 
 @pytest.mark.slow
@@ -303,6 +348,25 @@ def test_onnx_has_standard_operators_and_names_of_modules(exported):
         "scores": ["batch", 20],
         "labels": ["batch", 20],
     }
+
+
+class Corners(torch.nn.Module):
+    """A graph with what goes in and comes out of a detector, and nothing between."""
+
+    def forward(self, images, image_sizes):
+        sizes = image_sizes.float()
+        return images[:, 0, :2, :4] * sizes[:, :1, None], sizes, image_sizes * 2
+
+
+@pytest.mark.slow
+def test_onnx_keeps_a_fixed_number_of_images(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    inputs = torch.zeros(2, 3, *SIZE, dtype=torch.uint8), torch.tensor([SIZE] * 2)
+    path = tmp_path / "model.onnx"
+    save(torch.export.export(Corners(), inputs), path, About(CLASSES, SIZE, "RGB", 2))
+    graph = onnx.load(path).graph
+    first = [x.type.tensor_type.shape.dim[0].dim_value for x in (*graph.input, *graph.output)]
+    assert first == [2] * 5
 
 
 @pytest.mark.slow
@@ -431,11 +495,11 @@ def test_a_file_that_differs_does_not_get_its_name(run, pretend):
     assert Path("model.pt2").read_text() == "before" and Path("model.unverified.pt2").exists()
 
 
-def test_without_a_detection_nothing_was_compared(run, pretend):
-    pretend()
+def test_without_a_detection_nothing_is_exported(run, monkeypatch):
+    monkeypatch.setattr(program, "export", lambda *_: pytest.fail("in vain"))
     message = run("--output", "model.pt2", "--confidence-threshold", "0.999")
     assert "no detection in these images scores 0.999 or more" in message
-    assert not Path("model.pt2").exists()
+    assert not list(Path().glob("*.pt2"))
 
 
 def test_a_fixed_number_of_images_is_filled_up(picture):
@@ -449,14 +513,16 @@ def test_a_fixed_number_of_images_is_filled_up(picture):
     ("words", "sentence"),
     [
         (["--output", "model.pth"], "'model.pth' should end in .onnx or in .pt2"),
-        (["--images", "pictur.png"], "no image, nor a folder or pattern of some; the nearest: 'pi"),
-        (["--images", "empty"], "--images 'empty' is no image, nor a folder or pattern of some"),
-        (["--images", "."], "image 'text.png' cannot be read"),
+        (["--images", "pictur.png"], "the nearest: 'picture.png'"),
+        (["--images", "empty"], "--images 'empty'"),
+        (["--output", "empty.pt2"], "--output 'empty.pt2' is a folder: name a file"),
+        (["--images", "text.png"], "image 'text.png' cannot be read"),
         (["--size", "0", "64"], "images of 0 x 64 pixels are empty"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(run, words, sentence):
     Path("empty").mkdir()
+    Path("empty.pt2").mkdir()
     Path("text.png").write_text("no image")
     message = run("--output", "model.pt2", *words)
     assert message.startswith("export.py: ") and "\n" not in message
@@ -464,7 +530,9 @@ def test_what_is_wrong_is_said_in_one_sentence(run, words, sentence):
 
 
 @pytest.mark.parametrize(
-    "words", [["--batch-size", "0"], ["--keep-operator"]], ids=["no image", "operator in ONNX"]
+    "words",
+    [["--batch-size", "0"], ["--keep-operator"], ["--confidence-threshold", "50"]],
+    ids=["no image", "operator in ONNX", "percent"],
 )
 def test_impossible_arguments_are_refused(run, words, capsys):
     assert run("--output", "model.onnx", *words) == "2"
@@ -486,6 +554,38 @@ def test_a_model_that_cannot_be_exported_is_said_in_one_sentence(run, monkeypatc
 
     monkeypatch.setattr(program, "export", refuse)
     assert run("--output", "model.pt2") == "export.py: it counts"
+
+
+def test_a_folder_that_nothing_may_be_written_into_is_said_before_the_work(run, monkeypatch):
+    monkeypatch.setattr(program.os, "access", lambda *_: False)
+    monkeypatch.setattr(program, "export", lambda *_: pytest.fail("in vain"))
+    message = run("--output", "new/model.pt2", *LOW)
+    assert message == "export.py: nothing may be written into 'new': name another --output"
+
+
+def test_a_full_disk_is_said_in_one_sentence(run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(program, "export", lambda *_: None)
+    monkeypatch.setattr(program, "save", full)
+    message = run("--output", "model.pt2", *LOW)
+    assert message == "export.py: [Errno 28] No space left on device"
+
+
+def test_an_image_whose_name_looks_like_a_pattern_is_found(run, pretend, picture):
+    pretend()
+    picture.rename("a[1].png")
+    assert run("--output", "model.pt2", *LOW, "--images", "a[1].png") is None
+
+
+def test_the_model_runs_once_on_each_batch_as_the_file_does(run, pretend, monkeypatch):
+    pretend()
+    counts = []
+    padded = program.padded
+    monkeypatch.setattr(program, "padded", lambda *x: counts.append(1) or padded(*x))
+    assert run("--output", "model.pt2", *LOW) is None
+    assert counts == [1]
 
 
 # ---- serve_onnx.py
@@ -536,6 +636,32 @@ def test_the_server_answers_what_the_model_detects(serve, model, picture, image_
             and x["box"] == pytest.approx(box, abs=1e-3)
             for name, score, box in expected
         )
+
+
+@pytest.mark.slow
+def test_the_server_fills_a_fixed_number_of_images(model, picture, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    import serve_onnx
+
+    class Session:
+        """Of a file for two images at a time."""
+
+        def run(self, _, inputs):
+            assert inputs["images"].shape == (2, 3, *SIZE)
+            assert inputs["image_sizes"].shape == (2, 2)
+            found = detect(model, *(torch.from_numpy(x.copy()) for x in inputs.values()))
+            return [x.numpy() for x in found]
+
+    about = About(CLASSES, SIZE, "RGB", 2)._asdict()
+    monkeypatch.setattr(serve_onnx, "session", Session(), raising=False)
+    monkeypatch.setattr(serve_onnx, "about", about, raising=False)
+    two = serve_onnx.detect(Image.open(picture))
+    monkeypatch.setitem(about, "batch_size", None)
+    with pytest.raises(AssertionError):  # the session is of two
+        serve_onnx.detect(Image.open(picture))
+    array, size = fit(np.asarray(Image.open(picture)), SIZE)
+    scores = detect(model, torch.from_numpy(array)[None], torch.tensor([size])).scores
+    assert [x["score"] for x in two] == pytest.approx(scores[scores >= 0.3].tolist(), abs=1e-5)
 
 
 @pytest.mark.slow

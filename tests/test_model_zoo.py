@@ -124,6 +124,20 @@ def test_a_published_name_stands_for_its_config():
         assert os.path.isfile(model_zoo.get_config_file(name))
 
 
+@pytest.mark.parametrize("name", ["mine.yaml", "mine.txt", "quickstart.yaml"])
+def test_a_file_that_exists_is_its_own_config(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    assert model_zoo.get_config_file(name) == name
+    assert model_zoo.get_config_file("https://host/a.yaml") == "https://host/a.yaml"
+
+
+def test_a_file_keeps_the_weights_that_it_names(tmp_path):
+    (tmp_path / "a.yaml").write_text("MODEL: {WEIGHTS: mine.pth, DINO: {NUM_CLASSES: 7}}")
+    cfg = model_zoo.get_config(str(tmp_path / "a.yaml"), trained=True)
+    assert model_zoo.weights_of(cfg) == "mine.pth" and cfg.MODEL.DINO.NUM_CLASSES == 7
+
+
 @pytest.mark.parametrize(
     "name", ["detrex/dino_R_50_4scale_12ep", "detrex/dino_Swin_B_384_4scale_12ep"]
 )

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dino_d2.names import check_device, nearest, nearest_path
+from dino_d2 import names
+from dino_d2.names import check_device, hint, nearest, nearest_path, path_hint
 
 
 def test_the_nearest_names_come_first_whatever_their_case():
@@ -11,6 +12,32 @@ def test_the_nearest_names_come_first_whatever_their_case():
         "SOLVER.BASE_LR"
     )
     assert nearest("xyz", ["OUTPUT_DIR"]) == []
+
+
+def test_among_the_files_of_a_large_dataset_few_are_compared(monkeypatch):
+    files = [f"{7 * i:012d}.jpg" for i in range(20_000)]
+    compare, compared = names.get_close_matches, []
+    monkeypatch.setattr(
+        names, "get_close_matches", lambda name, x: compared.append(len(x)) or compare(name, x)
+    )
+    assert nearest("000000091007.JPEG", files)[0] == "000000091007.jpg"
+    assert nearest("00000091007.jpg", files)[0] == "000000091007.jpg"
+    assert compared == [names.MAX_COMPARED] * 2
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_or_else_with_what_there_is():
+    assert hint("circel", ["circle", "square"]) == "the nearest: circle"
+    assert hint("xyz", ["circle", "square"]) == "there are: circle, square"
+    assert hint("xyz", []) == "there are: none"
+    many = hint("xyz", (str(i) for i in range(names.MAX_LISTED + 2)))
+    assert many.startswith("there are: 0, 1, 2, ") and many.endswith(" and 2 more")
+
+
+def test_a_path_that_exists_has_no_nearest(tmp_path):
+    (tmp_path / "a.json").touch()
+    assert path_hint(tmp_path / "b.json") == f"; the nearest: '{tmp_path / 'a.json'}'"
+    assert path_hint(tmp_path / "a.json") == path_hint(tmp_path) == ""
+    assert path_hint(tmp_path / "nothing" / "like") == ""
 
 
 @pytest.mark.parametrize(
@@ -40,7 +67,7 @@ def test_the_device_of_every_machine_is_there():
     [
         ("gpu", "does not know; the nearest: cpu"),
         ("Cuda", "does not know; the nearest: cuda"),
-        ("??", "does not know; the nearest: cpu, cuda, mps"),
+        ("??", "does not know; there are: cpu, cuda, mps"),
         ("cuda", "finds no GPU here"),
         ("mps", "finds no MPS here"),
         ("meta", "finds no META here"),

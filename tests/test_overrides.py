@@ -134,8 +134,6 @@ def test_an_unknown_key_of_a_yaml_config_is_answered_with_the_nearest(key, near,
         ("train.amp.enable", "train.amp.enabled"),
         ("model.denoising.budgt", "model.denoising.budget"),
         ("model.max_detections.more", "model.max_detections"),
-        ("dataloader.test.mapper.augmentations.1.max_size", "augmentations.0.max_size"),
-        ("dataloader.test.mapper.augmentations.first.max_size", "augmentations.0.max_size"),
         ("train={ema: {enable: true}}", "train.ema.enabled"),
     ],
 )
@@ -146,9 +144,27 @@ def test_an_unknown_key_of_a_lazy_config_is_answered_with_the_nearest(key, near,
     assert "=VALUE' adds one" in message and str(lazy) == before
 
 
+@pytest.mark.parametrize("index", ["1", "first", "5.max_size"])
+@pytest.mark.parametrize("plus", ["", "+"])
+def test_a_list_does_not_grow_by_an_index(index, plus, lazy):
+    before = str(lazy)
+    message = complaint(lazy, f"{plus}dataloader.test.mapper.augmentations.{index}=1")
+    assert "augmentations' is a list of 1, numbered from 0, and has no" in message
+    assert str(lazy) == before
+
+
 def test_a_value_has_no_keys_inside_even_to_be_added(lazy):
     message = complaint(lazy, "+model.max_detections.more=1")
     assert message == "'model.max_detections' is 100, and has no 'more' inside"
+
+
+def test_a_section_that_takes_any_key_takes_a_new_one(yaml):
+    key = "MODEL.TIMM.OPTIONS.strict_img_size"
+    assert apply_overrides(yaml, [key, "False"]) == [key]
+    assert yaml.MODEL.TIMM.OPTIONS == {"drop_path_rate": None, "strict_img_size": False}
+    apply_overrides(yaml, [key, "True"])
+    assert yaml.MODEL.TIMM.OPTIONS.strict_img_size is True
+    assert "there is no key" in complaint(yaml, "MODEL.TIMM.OPTIONS.more.less", "1")
 
 
 @pytest.mark.parametrize(
@@ -158,6 +174,8 @@ def test_a_value_has_no_keys_inside_even_to_be_added(lazy):
         (["SEED", "1", "SOLVER.BASE_LR"], "the key 'SOLVER.BASE_LR' has no value after it"),
         (["SEED", "a"], "'SEED' takes values such as 1 (int), not 'a'"),
         (["INPUT.MIN_SIZE_TEST", "(1, 2)"], "'INPUT.MIN_SIZE_TEST' takes values such as 104"),
+        (["MODEL", "3"], "'MODEL' is a section: name one of its keys, as MODEL."),
+        (["MODEL.TIMM.OPTIONS", "{'a': 1}"], "as MODEL.TIMM.OPTIONS.drop_path_rate"),
     ],
 )
 def test_what_a_yaml_config_does_not_take_is_one_sentence(words, message, yaml):
@@ -174,10 +192,21 @@ def test_what_a_yaml_config_does_not_take_is_one_sentence(words, message, yaml):
         ("train.output_dir=a,b", "has several values"),
         ("model.denoising._target_=dino_d2.modeling.Denoisin", "dino_d2.modeling.Denoising"),
         ("model.denoising._target_=nowhere.Denoising", "which cannot be imported"),
+        ("model.denoising._target_=null", "is None: give the path of a class"),
+        ("model.denoising={_target_: 3}", "is 3: give the path of a class"),
+        ("model.denoising._target_=''", "is '': give the path of a class"),
+        ("model.denoising._target_=dino_d2.modeling", "is no class or function but a module"),
     ],
 )
 def test_what_a_lazy_config_does_not_take_is_one_sentence(word, message, lazy):
     assert message in complaint(lazy, word)
+
+
+def test_a_target_whose_module_fails_is_one_sentence(lazy, tmp_path, monkeypatch):
+    (tmp_path / "imports_what_is_not_there.py").write_text("import nowhere_at_all")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = complaint(lazy, "model.denoising._target_=imports_what_is_not_there.X")
+    assert "fails while it is imported" in message and "nowhere_at_all" in message
 
 
 def test_what_a_config_was_saved_as_takes_the_same_keys(lazy, tmp_path):

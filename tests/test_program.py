@@ -26,7 +26,7 @@ def parser():
     [
         ("--batchsize", "the nearest: --batch-size"),
         ("--outptu=x", "the nearest: --output"),
-        ("--xyz", "the nearest: -h, --help, --batch-size, --output"),
+        ("--xyz", "there are: -h, --help, --batch-size, --output"),
     ],
 )
 def test_an_unknown_option_is_answered_with_the_nearest(option, near, parser, capsys):
@@ -65,6 +65,62 @@ def test_the_programs_name_the_nearest_option(made, word, near, capsys):
     with pytest.raises(SystemExit):
         made().parse_args([word, "x"])
     assert f"unrecognized arguments: {word}; the nearest: {near}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "1", "0.5", "1e-3"])
+def test_a_score_is_a_number_between_0_and_1(text, parser):
+    parser.add_argument("--threshold", type=program.score)
+    assert parser.parse_args(["--threshold", text]).threshold == float(text)
+
+
+@pytest.mark.parametrize("text", ["50", "-0.1", "nan", "high"])
+def test_what_is_no_score_is_refused_with_its_option(text, parser, capsys):
+    parser.add_argument("--threshold", type=program.score)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--threshold={text}"])
+    message = f"argument --threshold: '{text}' is no score: give a number between 0 and 1"
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder of three images, a point cloud and a folder that is named as an image."""
+    for name in ("b.png", "a.JPG", "a1.png", "scan.pcd"):
+        (tmp_path / name).touch()
+    (tmp_path / "c.png").mkdir()
+    return tmp_path
+
+
+def find(*inputs):
+    found = program.find_files([str(x) for x in inputs], program.IMAGE_SUFFIXES, "--images")
+    return [path.name for path in found]
+
+
+def test_a_folder_and_a_pattern_stand_for_the_files_of_these_suffixes(files):
+    assert find(files) == find(files / "*") == ["a.JPG", "a1.png", "b.png"]
+    assert find(files / "?1.*", files) == ["a1.png", "a.JPG", "b.png"]  # each once
+
+
+def test_a_file_that_is_named_is_taken_whatever_its_suffix(files):
+    assert find(files / "scan.pcd") == ["scan.pcd"]
+
+
+def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(files):
+    assert find(files / "a[1].png") == ["a1.png"]
+    (files / "a[1].png").touch()
+    assert find(files / "a[1].png") == ["a[1].png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [("c.png", ".tiff, .webp"), ("*.xyz", ".tiff, .webp"), ("d.png", "the nearest: '{}/c.png'")],
+)
+def test_what_means_no_file_is_one_sentence(name, end, files):
+    with pytest.raises(FileNotFoundError) as caught:
+        find(files / name)
+    message = str(caught.value)
+    assert message.startswith(f"--images '{files / name}' is no file")
+    assert message.endswith(end.format(files))
 
 
 def test_help_ends_with_the_examples_as_they_are_written(parser):

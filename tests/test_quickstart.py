@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from dino_d2.data import generate
-from dino_d2.visualize import draw_curves, draw_detections
+from dino_d2.visualize import draw_curves
 
-QUICKSTART = Path(__file__).parents[1] / "projects" / "dino" / "quickstart.py"
+PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
+sys.path.insert(0, str(PROGRAMS))
+import quickstart  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def sheet(shapes, output, detections):
     results = output / "results.json"
     results.write_text(json.dumps(detections))
     picture = output / "sheet.png"
-    draw_detections(shapes / "val.json", shapes / "images", results, picture)
+    quickstart.draw_detections(shapes, results, picture)
     return pixels(picture)
 
 
@@ -71,7 +73,7 @@ def test_a_training_without_evaluation_has_a_curve_as_well(tmp_path):
 def test_the_demo_says_where_everything_is(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     tiny = ("SOLVER.MAX_ITER", "20", "TEST.EVAL_PERIOD", "10", "SOLVER.IMS_PER_BATCH", "2")
-    command = [sys.executable, QUICKSTART, "--output", tmp_path, *tiny]
+    command = [sys.executable, PROGRAMS / "quickstart.py", "--output", tmp_path, *tiny]
     result = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, env=environment
     )

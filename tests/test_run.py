@@ -130,10 +130,12 @@ def test_evaluation_is_of_the_weights_and_of_their_average(plan, tmp_path, monke
     with torch.no_grad():
         model.decoder.norm.weight.fill_(3)
     told = first._replace(
-        evaluate=lambda x: seen.append(x.decoder.norm.weight[0].item()) or {"bbox": {"AP": 1}}
+        evaluate=lambda x, folder="": (
+            seen.append((folder, x.decoder.norm.weight[0].item())) or {"bbox": {"AP": 1}}
+        )
     )
     assert run.evaluate(told, model, ema) == {"bbox": {"AP": 1}, "ema": {"bbox": {"AP": 1}}}
-    assert seen == [3, 1] and model.decoder.norm.weight[0] == 3
+    assert seen == [("", 3), ("ema", 1)] and model.decoder.norm.weight[0] == 3
 
 
 def test_a_checkpoint_without_averaged_weights_is_evaluated_without(plan, tmp_path, caplog):
@@ -155,7 +157,7 @@ def test_averaged_weights_are_of_the_models_classes(plan, tmp_path):
     saver.save("reversed")
     seen = []
 
-    def look(x):
+    def look(x, folder=""):
         seen.append(x.decoder.class_heads[0].bias.clone())
         return {"bbox": {"AP": 1}}
 
@@ -187,7 +189,7 @@ def test_evaluation_takes_the_averaged_weights_of_a_checkpoint(plan, tmp_path, r
     run.make_checkpointer(model, str(tmp_path), told.test_sets, ema=ema).save("model_0000001")
     told = told._replace(
         weights="" if resume else str(tmp_path / "model_0000001.pth"),
-        evaluate=lambda x: {"bbox": {"AP": 1}},
+        evaluate=lambda *_: {"bbox": {"AP": 1}},
     )
     assert "ema" in run.test(told, resume=resume)
 
@@ -262,7 +264,7 @@ def test_workers_that_would_begin_at_different_steps_do_not(plan, monkeypatch):
 
 def test_periods_of_zero_are_the_end_alone(plan, tmp_path):
     options = ("SOLVER.CHECKPOINT_PERIOD", 0, "TEST.EVAL_PERIOD", 0, "SOLVER.MAX_ITER", 2)
-    run.train(plan(*options)._replace(log_period=0, test_sets=(), evaluate=lambda model: {}))
+    run.train(plan(*options)._replace(log_period=0, test_sets=(), evaluate=lambda *_: {}))
     assert {x.name for x in tmp_path.glob("*.pth")} == {"model_0000001.pth", "model_final.pth"}
 
 
@@ -272,7 +274,7 @@ def test_a_training_that_is_over_leaves_memory(plan, monkeypatch):
     told = plan("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")
     told = told._replace(
         build_model=lambda: models.append(weakref.ref(x := build())) or x,
-        evaluate=lambda model: {},
+        evaluate=lambda *_: {},
     )
     gc.collect()
     gc.disable()
@@ -308,6 +310,17 @@ def test_one_key_freezes_the_whole_backbone(style):
     model = model_zoo.build(cfg, 3, "cpu")
     assert not any(p.requires_grad for p in model.backbone.parameters())
     assert all(p.requires_grad for p in model.neck.parameters())
+
+
+def test_no_run_of_wandb_begins_with_weights_that_cannot_be_loaded(plan, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(run, "require_wandb", lambda: None)
+    monkeypatch.setattr(run, "WandbWriter", lambda *args, **kwargs: begun.append(args))
+    (tmp_path / "damaged.pth").write_bytes(b"PK")
+    told = plan("WANDB.PROJECT", "cells", "MODEL.WEIGHTS", tmp_path / "damaged.pth")
+    with pytest.raises(CheckpointError, match="damaged"):
+        run.train(told)
+    assert not begun and not list(tmp_path.glob("events*"))
 
 
 def test_a_disk_without_room_ends_before_training(plan, monkeypatch):
@@ -472,6 +485,23 @@ def test_a_lazy_plan_evaluates_with_the_loader_and_the_evaluator_of_its_config(s
     cfg = model_zoo.get_config("quickstart.py")
     cfg = LazyConfig.apply_overrides(cfg, [f"dataloader.test.dataset.names=[{name}]"])
     monkeypatch.setattr("dino_d2.engine.plan.run_evaluator", lambda *parts: parts)
-    model, loader, evaluator = make_plan(cfg).evaluate("a model")
+    told = make_plan(cfg)
+    model, loader, evaluator = told.evaluate("a model")
     assert model == "a model" and len(loader.dataset) == 2
     assert isinstance(evaluator, COCOEvaluator)
+    averaged = told.evaluate("a model", "ema")[2]
+    folders = [Path(x._output_dir).name for x in (evaluator, averaged, told.evaluate("a model")[2])]
+    assert folders == ["inference", "ema", "inference"]
+
+
+def test_no_evaluation_overwrites_the_files_of_another(plan, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "dino_d2.engine.plan.run_evaluator", lambda model, loader, evaluator: evaluator._output_dir
+    )
+    assert plan().evaluate("a model") == str(tmp_path / "inference")
+    train, val = (f"{shapes}/{x}.json@{shapes}/images" for x in ("train", "val"))
+    several = plan("DATASETS.TEST", f"('{train}', '{val}')").evaluate("a model", "ema")
+    assert several == {
+        train: str(tmp_path / "inference" / "ema" / "1_train"),
+        val: str(tmp_path / "inference" / "ema" / "2_val"),
+    }

@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 
 from dino_d2 import model_zoo
 from dino_d2.data import generate
@@ -15,6 +15,7 @@ EPOCHS = {"yaml": "SOLVER.EPOCHS", "py": "train.epochs"}
 LR = {"yaml": "SOLVER.BASE_LR", "py": "optimizer.lr"}
 LENGTH = {"yaml": "SOLVER.MAX_ITER", "py": "train.max_iter"}
 EVALUATION = {"yaml": "TEST.EVAL_PERIOD", "py": "train.eval_period"}
+WARM_UP = {"yaml": "SOLVER.WARMUP_ITERS", "py": "lr_multiplier.warmup_length.iterations"}
 SAVING = {"yaml": "SOLVER.CHECKPOINT_PERIOD", "py": "train.checkpointer.period"}
 STYLES = ["yaml", "py"]
 
@@ -104,6 +105,40 @@ def test_what_happens_at_all_happens_in_a_short_training(style, dataset):
     scale_schedule(cfg)
     assert get(cfg, LENGTH[style]) == 2  # of 1.5
     assert get(cfg, EVALUATION[style]) == get(cfg, SAVING[style]) == 1
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((400, 4, 100), 100),  # of 3000 iterations; 2000 in the config
+        ((400, 2, 100), 200),  # as many images
+        ((24, 4, 100), 9),  # of 180: 5 %
+        ((24, 4, 400), 36),  # the 20 % that it was
+        ((24, 4, 0), 0),
+    ],
+)
+def test_a_warm_up_does_not_grow_and_shrink_with_the_data(style, values, expected, dataset):
+    keys = EPOCHS[style], BATCH[style], WARM_UP[style]
+    cfg = on_dataset(style, dataset, dict(zip(keys, values, strict=True)), name="quickstart")
+    scale_schedule(cfg)
+    assert get(cfg, WARM_UP[style]) == expected
+
+
+def test_a_warm_up_in_iterations_is_one_whatever_the_length():
+    cfg = config("py", {LENGTH["py"]: 500}, name="dino_ViTDet_L_4scale_12ep")  # 250 iterations
+    multiplier = instantiate(cfg.lr_multiplier)
+    rates = [multiplier(x) for x in (0, 0.25, 0.5, 0.9, 0.95)]
+    assert rates == pytest.approx([0.001, 0.5, 1, 1, 0.1], abs=1e-3)
+    cfg.train.max_iter = 100
+    assert instantiate(cfg.lr_multiplier.warmup_length) == 1
+
+
+def test_a_warm_up_that_is_a_share_stays_one(dataset):
+    values = {EPOCHS["py"]: 24, "lr_multiplier.warmup_length": 0.05}
+    cfg = on_dataset("py", dataset, values, name="quickstart")
+    scale_schedule(cfg)
+    assert cfg.lr_multiplier.warmup_length == 0.05
 
 
 @pytest.mark.parametrize("style", STYLES)

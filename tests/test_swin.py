@@ -1,10 +1,12 @@
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling.backbone import swin
 from torch import nn
+from torch.export import Dim
 
 from dino_d2 import model_zoo
-from dino_d2.modeling.swin import SwinTransformer
+from dino_d2.modeling.swin import SwinTransformer, window_reverse
 
 SMALL_DETECTOR = [
     *("model.encoder.embed_dim=64", "model.encoder.num_heads=2", "model.encoder.ffn_dim=32"),
@@ -55,11 +57,12 @@ def test_dino_learns_with_each_size_of_the_paper(size, make_batch, monkeypatch):
     assert total / 1e6 == pytest.approx(millions, abs=1)
 
 
-def test_images_are_not_padded_for_it():
-    assert (
-        SwinTransformer(embed_dim=24, depths=[1], num_heads=[1], out_indices=[0]).size_divisibility
-        == 0
-    )
+def test_images_are_not_padded_for_it(make_dino, make_batch):
+    model = make_dino()
+    model.backbone = SwinTransformer(embed_dim=24, depths=[1], num_heads=[1], out_indices=[0])
+    image = model.preprocess_images(make_batch(0, sizes=[(65, 67)])).tensor
+    assert image.shape[-2:] == (65, 67)
+    assert model.backbone(image)["p0"].shape[-2:] == (17, 17)  # windows of 4 pixels, rounded up
 
 
 def test_later_blocks_are_left_out_more_often():
@@ -68,3 +71,22 @@ def test_later_blocks_are_left_out_more_often():
     )
     rates = [block.drop_path.p for layer in model.layers for block in layer.blocks]
     assert rates == pytest.approx([0, 0.15, 0.3])
+
+
+def test_windows_are_put_together_as_they_were_taken_apart():
+    image = torch.rand(2, 12, 20, 3)
+    windows = swin.window_partition(image, 4)
+    assert len(windows) == 2 * 3 * 5
+    assert window_reverse(windows, 4, 12, 20).equal(image)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+def test_its_graph_is_for_any_number_of_images():
+    model = SwinTransformer(
+        embed_dim=8, depths=[2, 1], num_heads=[1, 1], window_size=4, out_indices=[0, 1]
+    ).eval()
+    images = torch.rand(3, 3, 30, 44)
+    graph = torch.export.export(model, (images[:2],), dynamic_shapes=({0: Dim("batch", min=1)},))
+    for count in (1, 3):
+        torch.testing.assert_close(graph.module()(images[:count]), model(images[:count]))

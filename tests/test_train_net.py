@@ -383,7 +383,13 @@ def test_a_number_of_classes_that_contradicts_the_data(style, number, data, monk
     assert "9 classes" in message and "has 4" in message
 
 
-@pytest.mark.parametrize("name", ["quickstart", "Predecessors/dab_deformable_detr_R_50_50ep"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quickstart",
+        pytest.param("Predecessors/dab_deformable_detr_R_50_50ep", marks=pytest.mark.slow),
+    ],
+)
 def test_the_config_that_a_lazy_training_saved_trains(name, data, tmp_path):
     options = overrides(".py", output=tmp_path)
     if name != "quickstart":  # others have no such scheduler

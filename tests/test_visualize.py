@@ -12,10 +12,18 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from dino_d2.data import generate
-from dino_d2.data.stream import TrainingStream
+from dino_d2.engine.run import train
 from dino_d2.model_zoo import get_config_file
-from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_instances, draw_marks, fit
+from dino_d2.visualize import (
+    Mark,
+    class_colour,
+    contact_sheet,
+    draw_instances,
+    draw_marks,
+    resize_long_side,
+)
 from dino_d2.visualize.marks import ink_on
+from dino_d2.visualize.style import escape_name
 
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
 sys.path.insert(0, str(PROGRAMS))
@@ -43,7 +51,9 @@ def run(monkeypatch, program, *words):
 def complaint(monkeypatch, program, *words):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, program, *words)
-    return str(end.value)
+    said = str(end.value)
+    assert said == "2" or said.startswith(f"{program.__name__}.py: ") and "\n" not in said
+    return said
 
 
 # Boxes, labels and sheets
@@ -118,7 +128,7 @@ def test_every_class_has_its_colour_in_a_picture():
 
 
 def test_fitting_keeps_the_shape_and_says_the_scale():
-    picture, scale = fit(Image.new("L", (400, 1)), 100)
+    picture, scale = resize_long_side(Image.new("L", (400, 1)), 100)
     assert picture.size == (100, 1) and scale == 0.25 and picture.mode == "RGB"
 
 
@@ -132,6 +142,30 @@ def test_a_sheet_holds_every_picture_whole():
     sheet = contact_sheet(pictures, 2, "title", [Mark((), "text", "#ff00ff")])
     assert [count(sheet, colour) for colour in colours] == [w * h for w, h in sizes]
     assert count(sheet, "#ff00ff")
+
+
+@pytest.mark.parametrize("break_", ["\n", "\r\n", "\t"])
+def test_names_of_several_lines_are_drawn_on_one(break_):
+    mark = Mark((50, 60, 120, 130), "two words", "#ff0000")
+    broken = mark._replace(text=f"two{break_}words")
+    pictures = [draw_marks(BLACK, [x]) for x in (mark, broken)]
+    sheets = [contact_sheet([(BLACK, x.text)], 1, "title") for x in (mark, broken)]
+    for one, other in (pictures, sheets):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "expected"),
+    [
+        ("cat", 3, "cat"),
+        ("a name\nof lines", 99, "a name of lines"),
+        ("withoutspaces", 8, "without…"),
+        ("with spaces", 6, "with…"),
+        ("$x$", 3, r"\$x\$"),
+    ],
+)
+def test_names_are_cut_off_and_are_no_formulas(name, length, expected):
+    assert escape_name(name, length) == expected
 
 
 def test_a_long_title_fits_on_its_sheet():
@@ -163,17 +197,36 @@ def source_of(shapes, *words, style=".yaml"):
     )
 
 
-@pytest.mark.parametrize("style", [".yaml", ".py"])
-def test_what_is_shown_is_what_the_training_gets(shapes, style):
-    source = source_of(shapes, style=style)
-    batches = TrainingStream(source.plan.build_loader, source.seed)
-    batches.start = 2
-    expected = next(iter(batches))
-    shown = visualize_data.samples(source, 2)
-    for sample, mine in zip(expected, shown, strict=False):
-        assert mine["file_name"] == sample["file_name"]
-        assert torch.equal(mine["image"], sample["image"])
-        assert torch.equal(mine["instances"].gt_boxes.tensor, sample["instances"].gt_boxes.tensor)
+@pytest.mark.parametrize(
+    ("style", "words"),
+    [
+        (".yaml", ("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2")),
+        (".py", ("train.device=cpu", "dataloader.train.total_batch_size=2")),
+    ],
+)
+def test_what_is_shown_is_what_the_training_gets(shapes, tmp_path, style, words):
+    source = source_of(shapes, *words, style=style)
+    batches = []
+
+    def build_model():
+        model = source.plan.build_model()
+        model.register_forward_pre_hook(lambda _, args: batches.append(args[0]))
+        return model
+
+    short = {"max_iter": 2, "ema_decay": None, "test_sets": (), "evaluate": lambda *_: {}}
+    train(source.plan._replace(build_model=build_model, output_dir=str(tmp_path), **short))
+    assert [len(batch) for batch in batches] == [2, 2]
+    for iteration, batch in enumerate(batches):
+        for sample, mine in zip(batch, visualize_data.samples(source, iteration), strict=False):
+            boxes, shown = (x["instances"].gt_boxes.tensor for x in (sample, mine))
+            assert mine["file_name"] == sample["file_name"]
+            assert torch.equal(mine["image"], sample["image"]) and torch.equal(boxes, shown)
+
+
+def test_where_the_config_has_no_seed_it_is_said(shapes, capsys):
+    assert source_of(shapes).seed == 1 and not capsys.readouterr().out
+    assert source_of(shapes, "SEED", "-1").seed == 0
+    assert "no seed in the config" in capsys.readouterr().out
 
 
 def test_an_iteration_has_as_many_batches_as_are_accumulated(shapes):
@@ -190,7 +243,7 @@ def test_boxes_are_around_the_shapes(shapes):
         if len(sample["instances"]):
             break
     picture, caption = visualize_data.draw(sample, source, 480)
-    plain = fit(visualize_data.to_picture(sample["image"], "RGB"), 480)[0]
+    plain = resize_long_side(visualize_data.to_picture(sample["image"], "RGB"), 480)[0]
     assert max(picture.size) == 480 and f"{len(sample['instances'])} boxes" in caption
     changed = (np.asarray(picture) != np.asarray(plain)).any(axis=-1)
     scale = 480 / max(sample["image"].shape[1:])
@@ -281,6 +334,16 @@ def results(shapes, tmp_path):
     ]
 
 
+@pytest.fixture
+def perfect(shapes, tmp_path):
+    """Everything is found, and nothing else; returns the file."""
+    keys = "image_id", "category_id", "bbox"
+    truth = json.loads((shapes / "val.json").read_text())["annotations"]
+    path = tmp_path / "perfect.json"
+    path.write_text(json.dumps([{key: x[key] for key in keys} | {"score": 0.9} for x in truth]))
+    return path
+
+
 class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
@@ -309,7 +372,9 @@ def test_the_page_shows_all_that_was_written(results, tmp_path, monkeypatch, cap
 @pytest.fixture
 def without_plots(monkeypatch):
     """Pictures of tables, which take a second, are left out."""
-    monkeypatch.setattr("dino_d2.evaluation.evaluator.draw_errors", lambda analysis, folder: [])
+    monkeypatch.setattr(
+        "dino_d2.evaluation.evaluator.draw_error_plots", lambda analysis, folder: []
+    )
 
 
 def test_images_without_a_mistake_are_not_among_the_worst(
@@ -327,10 +392,21 @@ def test_images_without_a_mistake_are_not_among_the_worst(
     assert caption.startswith("1. val_00005.jpg") and "false positives 1" in caption
 
 
-def test_without_mistakes_there_is_no_sheet(results, tmp_path, monkeypatch, without_plots):
+def test_without_mistakes_there_is_no_sheet(results, perfect, tmp_path, monkeypatch, without_plots):
+    run(monkeypatch, visualize_results, *results)
+    assert list((tmp_path / "out").glob("worst*"))
+    run(monkeypatch, visualize_results, *results, "--results", perfect)
+    assert not list((tmp_path / "out").glob("worst*"))  # nor that of the run before
+    assert "No image has a mistake" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_where_no_image_was_asked_for_nothing_is_said_of_the_worst(
+    results, tmp_path, monkeypatch, without_plots
+):
     run(monkeypatch, visualize_results, *results, "--num-images", "0")
     assert not list((tmp_path / "out").glob("worst*"))
-    assert "No image" in (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "No image" not in page and "worst images" not in page
 
 
 def test_the_summary_has_the_worst_classes_first(results):
@@ -351,6 +427,9 @@ def test_results_that_do_not_belong_together_are_refused_in_one_sentence(
     assert "nearest" in says("--results", tmp_path / "result.json")
     assert "val.json" in says("--annotations", shapes / "vall.json")
     assert "nothing' does not exist" in says("--images", shapes / "nothing")
+    said = says("--annotations", shapes / "images")
+    assert "images' is no .json file" in said and "@" not in said
+    assert says("--confidence-threshold", "50") == "2" and "'50'" in capsys.readouterr().err
     (tmp_path / "results.json").write_text('[{"image_id": 99}]')
     assert "detection 0" in says()
     assert says("--num-images", "-1") == "2" and "0 or more" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from dino_d2 import model_zoo
 from dino_d2.data import generate
 from dino_d2.engine import run
 from dino_d2.engine.plan import make_plan
-from dino_d2.engine.writers import WandbWriter, plain
+from dino_d2.engine.writers import WandbWriter, plain_config
 
 
 class Run:
@@ -60,12 +60,25 @@ def writer(folder, resume=False, **config):
     return WandbWriter("cells", str(folder), config=config, resume=resume)
 
 
-def plan_of(style, project="cells"):
+def plan_of(style, batch=4, parts=1):
     cfg = model_zoo.get_config(f"quickstart.{style}")
-    if style == "yaml":
-        cfg.merge_from_list(["WANDB.PROJECT", project])
-        return make_plan(cfg)
-    return make_plan(LazyConfig.apply_overrides(cfg, [f"train.wandb_project={project}"]))
+    values = {
+        "yaml": {
+            "WANDB.PROJECT": "cells",
+            "SOLVER.IMS_PER_BATCH": batch,
+            "SOLVER.ACCUMULATE": parts,
+        },
+        "py": {
+            "train.wandb_project": "cells",
+            "dataloader.train.total_batch_size": batch,
+            "train.accumulate": parts,
+        },
+    }[style]
+    if style == "py":
+        cfg = LazyConfig.apply_overrides(cfg, [f"{key}={x}" for key, x in values.items()])
+    else:
+        cfg.merge_from_list([x for pair in values.items() for x in pair])
+    return make_plan(cfg)
 
 
 def test_a_number_is_sent_once_with_its_iteration(wandb, tmp_path):
@@ -175,7 +188,16 @@ def test_a_project_in_the_config_adds_a_writer_to_those_of_detectron2(wandb, tmp
     assert [type(x).__name__ for x in writers] == [
         *("CommonMetricPrinter", "JSONWriter", "TensorboardXWriter", "WandbWriter")
     ]
-    assert json.dumps(wandb.runs[0].options["config"]).count("0.001") >= 1  # learning rate
+    assert wandb.runs[0].options["config"] == plan.config
+
+
+@pytest.mark.parametrize("style", ["yaml", "py"])
+def test_the_batch_of_a_run_is_that_of_a_step_not_of_a_part_of_it(style):
+    config = plan_of(style, batch=16, parts=4).config
+    if style == "yaml":
+        assert config["SOLVER"]["IMS_PER_BATCH"] == 16
+    else:
+        assert config["dataloader"]["train"]["total_batch_size"] == 16
 
 
 @pytest.mark.parametrize("style", ["yaml", "py"])
@@ -185,14 +207,15 @@ def test_by_default_there_is_no_project(style, tmp_path):
     assert len(run.make_writers(plan, goes_on=False)) == 3
 
 
-def test_a_missing_package_is_one_sentence_before_training(monkeypatch):
+def test_a_missing_package_is_one_sentence_before_training_and_no_matter_otherwise(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    plan = plan_of("yaml")._replace(build_model=lambda: pytest.fail("it has begun"))
     with pytest.raises(ValueError, match="wandb is not installed: `pip install wandb`"):
-        plan_of("yaml")
+        run.train(plan)
 
 
 def test_configs_of_both_styles_become_plain_values():
-    yaml, lazy = (plain(model_zoo.get_config(f"quickstart.{x}")) for x in ("yaml", "py"))
+    yaml, lazy = (plain_config(model_zoo.get_config(f"quickstart.{x}")) for x in ("yaml", "py"))
     assert yaml["SOLVER"]["BASE_LR"] == lazy["optimizer"]["lr"] == 0.001
     assert yaml["INPUT"]["MIN_SIZE_TRAIN"] == [96, 104, 112]
     assert lazy["model"]["_target_"] == "DINO" and lazy["train"]["epochs"] is None

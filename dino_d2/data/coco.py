@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from ..names import nearest, nearest_path
+from ..names import nearest, path_hint
 from .coco_faults import DatasetError, clip, evaluation_faults, faults, read
 
 logger = logging.getLogger(__name__)
@@ -172,9 +172,8 @@ def _suggest(what: str, path: str) -> None:
     Raises:
         DatasetError: the path does not exist, but one like it does
     """
-    near = "" if os.path.exists(path) else nearest_path(path)
-    if near:
-        raise DatasetError(f"{what} '{path}' does not exist; the nearest: '{near}'")
+    if near := path_hint(path):
+        raise DatasetError(f"{what} '{path}' does not exist{near}")
 
 
 def _load(json_file: str, image_root: str) -> list[dict]:

@@ -4,6 +4,8 @@ import json
 import os
 from collections.abc import Iterator
 
+from ..names import path_hint
+
 KEYS = ("images", "annotations", "categories")
 
 
@@ -15,6 +17,17 @@ class DatasetError(ValueError):
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].rstrip())
 
 
+def dataset_name(json_file: str | os.PathLike, image_root: str | os.PathLike) -> str:
+    """The name of a dataset of a file of COCO annotations, see `coco.register`.
+
+    Raises:
+        DatasetError: the file is not called .json, as such a name has to say
+    """
+    if not os.fspath(json_file).endswith(".json"):
+        raise DatasetError(f"'{json_file}' is no .json file: give COCO annotations")
+    return f"{json_file}@{image_root}"
+
+
 def read(json_file: str) -> dict[str, list]:
     """The content of a file of COCO annotations.
 
@@ -23,8 +36,8 @@ def read(json_file: str) -> dict[str, list]:
     """
     if not os.path.isfile(json_file):
         raise DatasetError(
-            f"annotation file '{json_file}' does not exist: correct its path, seen from "
-            f"'{os.getcwd()}'"
+            f"annotation file '{json_file}' does not exist{path_hint(json_file)}: correct its "
+            f"path, seen from '{os.getcwd()}'"
         )
     try:
         with open(json_file, encoding="utf-8-sig") as file:
@@ -105,7 +118,7 @@ def _annotation_faults(
         where = f"annotation {annotation['id']} of image '{file_names[image]}'"
         if not isinstance(category, int) or category not in category_ids:
             yield f"{where} has category_id {category!r}, not in 'categories': correct either"
-        if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_finite, bbox))):
+        if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite, bbox))):
             yield f"{where} has bbox {bbox!r}: give [x, y, width, height], finite, in pixels"
         if annotation.get("ignore"):
             yield f"{where} is marked 'ignore', which Detectron2 refuses: delete it"
@@ -121,7 +134,7 @@ def evaluation_faults(annotations: list[dict]) -> Iterator[str]:
             yield "annotation id 0 is never counted as found in evaluation: count from 1"
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 1e9  # false for NaN as well
 
 

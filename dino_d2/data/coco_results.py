@@ -4,8 +4,8 @@ import json
 import os
 from collections.abc import Iterator
 
-from ..names import nearest_path
-from .coco_faults import DatasetError, _is_finite
+from ..names import path_hint
+from .coco_faults import DatasetError, is_finite
 
 KEYS = ("image_id", "category_id", "bbox", "score")
 
@@ -22,8 +22,7 @@ def read_results(path: str | os.PathLike, dataset: dict[str, list]) -> list[dict
         DatasetError: the file is missing, is something else, or does not belong to the dataset
     """
     if not os.path.isfile(path):
-        hint = nearest_path(str(path)) or "none"
-        raise DatasetError(f"results '{path}' do not exist; the nearest: {hint}")
+        raise DatasetError(f"results '{path}' do not exist{path_hint(path)}")
     try:
         with open(path, encoding="utf-8-sig") as file:
             results = json.load(file)
@@ -56,18 +55,22 @@ def _faults(results: list, dataset: dict[str, list]) -> Iterator[str]:
                 "annotations and results of the same images"
             )
         # demo.py counts images itself where it is given no annotations.
-        name = os.path.basename(result.get("file_name", file_names[image]))
-        if name != os.path.basename(file_names[image]):
+        name = result.get("file_name", file_names[image])
+        if not isinstance(name, str):
+            yield f"{where} has file_name {name!r}: make it a string, or leave it out"
+        if os.path.basename(name) != os.path.basename(file_names[image]):
             yield (
-                f"{where} is of '{name}', but image_id {image} is '{file_names[image]}' in the "
-                "annotations: detect with demo.py --annotations"
+                f"{where} is of '{os.path.basename(name)}', but image_id {image} is "
+                f"'{file_names[image]}' in the annotations: detect with demo.py --annotations"
             )
         if not isinstance(category, int) or category not in category_ids:
             yield (
                 f"{where} has category_id {category!r}, which the annotations do not have: give "
                 "results of a model of the same classes"
             )
-        if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_finite, bbox))):
+        if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite, bbox))):
             yield f"{where} has bbox {bbox!r}: give [x, y, width, height], finite, in pixels"
-        if not _is_finite(score):
+        if min(bbox[2:]) < 0:
+            yield f"{where} has bbox {bbox}: its width and height have to be 0 or more"
+        if not is_finite(score):
             yield f"{where} has score {score!r}: give a finite number"

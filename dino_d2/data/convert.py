@@ -17,7 +17,10 @@ from tqdm import tqdm
 from .coco_faults import DatasetError, evaluation_faults, faults
 from .mapper import check_header
 
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+# Of photographs, scans and drawings. Pillow opens more (.pcd, .h5, .mpg), which may be anything.
+SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -56,7 +59,8 @@ def to_coco(
         classes: their names; ids of categories count from 1 in this order
 
     Raises:
-        DatasetError: a box has no area inside its image, or training would refuse the result
+        DatasetError: a box has no area inside its image, training would refuse the result, or no
+            split has a box
     """
     categories = [{"id": id, "name": name} for id, name in enumerate(classes, start=1)]
     datasets, notes = {}, Counter()
@@ -70,12 +74,19 @@ def to_coco(
                 number = len(dataset["annotations"]) + 1  # COCO's evaluation never finds id 0
                 annotation = _annotation(box, image, notes)
                 dataset["annotations"].append({"id": number, "image_id": id, **annotation})
+        if not dataset["annotations"]:
+            notes[f"images of split '{split}', which has no box, left out"] = len(dataset["images"])
+            continue
         fault = next(faults(dataset, root), None) or next(
             evaluation_faults(dataset["annotations"]), None
         )
         if fault:
             raise DatasetError(f"split '{split}' of '{root}': {fault}")
         datasets[split] = dataset
+    if not datasets:
+        raise DatasetError(
+            f"'{root}': there are no annotations in {' or '.join(splits)}: add boxes"
+        )
     return Conversion(datasets, notes)
 
 

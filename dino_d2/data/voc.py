@@ -46,8 +46,9 @@ def from_voc(root: Path, *, zero_based: bool = False) -> Conversion:
 
     VOC counts pixels from 1 and a box includes its last one, so a box begins at xmin - 1 and ends
     at xmax. Objects marked `difficult` become crowd regions: as in VOC's own evaluation, neither
-    finding nor missing them counts; in training, they are left out. Parts of objects, poses and
-    other attributes are not taken over.
+    finding nor missing them counts, but COCO's takes a detection as one of them by the share of its
+    own area inside, where VOC's takes IoU. In training, they are left out. Parts of objects, poses
+    and other attributes are not taken over.
 
     Args:
         root: the folder

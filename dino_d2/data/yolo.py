@@ -1,11 +1,13 @@
 """Annotations of YOLO: a folder of text files, one an image, as Ultralytics lays them out."""
 
+import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
-from ..names import nearest_path
+from ..names import path_hint
 from .coco_faults import DatasetError
 from .convert import (
     Conversion,
@@ -18,12 +20,14 @@ from .convert import (
 )
 
 SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+LIKE_A_SPLIT = re.compile(r"(train(ing)?|val(id|idation)?|test(ing)?)(set)?[-_]?\d*", re.IGNORECASE)
 NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt")
 TOLERANCE = 0.01  # of coordinates beyond the image, as at Ultralytics
 
 
 class YoloFolder(NamedTuple):
     root: Path
+    base: Path  # where its images are, in some folder or other
     classes: list[str]
     images: dict[str, list[Path]]  # by split
 
@@ -33,7 +37,8 @@ def from_yolo(root: Path) -> Conversion:
 
     `data.yaml` (or the only other YAML file) has the splits and the names of the classes. Without
     it, the names are in `classes.txt`, one a line, and the splits are `images/train`,
-    `train/images` and the like, or, if there are none, the one split "all".
+    `train/images` and the like, or, if there are none, the one split "all". A split without any box
+    is left out.
 
     A line of a label file is `class cx cy w h`, relative to width and height of the image, or
     `class x1 y1 x2 y2 x3 y3 ...`, an outline, whose box is taken. An image without a label file is
@@ -53,6 +58,9 @@ def from_yolo(root: Path) -> Conversion:
     }
     conversion = to_coco(splits, folder.root, folder.classes)
     notes["label files without an image, left out"] = len(left_over(folder))
+    used = {os.path.abspath(path) for paths in folder.images.values() for path in paths}
+    there = set(map(os.path.abspath, find_images(folder.base)))
+    notes["images in no split, left out"] = len(there - used)
     conversion.notes.update(notes)
     return conversion
 
@@ -82,15 +90,39 @@ def read_folder(root: Path) -> YoloFolder:
             f"'{root}' has neither data.yaml nor classes.txt: one has to name the classes"
         )
     classes = [line.strip() for line in read_text(files[0]).splitlines() if line.strip()]
-    found = {
-        split: paths
-        for split, names in SPLITS.items()
-        for name in names
-        for pattern in ("images/{}", "{}/images")
-        if (paths := find_images(root / pattern.format(name)))
-    }
     images = root / "images" if (root / "images").is_dir() else root
-    return _checked(YoloFolder(root, classes, found or {"all": find_images(images)}))
+    return _checked(
+        YoloFolder(root, root, classes, find_splits(root) or {"all": find_images(images)})
+    )
+
+
+def find_splits(root: Path) -> dict[str, list[Path]]:
+    """The images of the folders that are named as splits.
+
+    Raises:
+        DatasetError: two folders are one split, or the name of one is nearly that of a split
+    """
+    splits = {name: split for split, names in SPLITS.items() for name in names}
+    named = [(path.name, path) for path in sorted(root.glob("images/*"))]
+    named += [(path.parent.name, path) for path in sorted(root.glob("*/images"))]
+    folders, images = {}, {}
+    for name, folder in named:
+        paths = find_images(folder)
+        if not paths or not LIKE_A_SPLIT.fullmatch(name):
+            continue
+        if name not in splits:
+            raise DatasetError(
+                f"'{folder}' has a name like a split, but those are {', '.join(splits)}: rename "
+                "it, or say in data.yaml which split it is"
+            )
+        split = splits[name]
+        if split in folders:
+            raise DatasetError(
+                f"'{folders[split]}' and '{folder}' are both the split '{split}': put them into "
+                "one folder, or list them in data.yaml"
+            )
+        folders[split], images[split] = folder, paths
+    return {split: images[split] for split in SPLITS if split in images}
 
 
 def read_yaml(path: Path) -> YoloFolder:
@@ -104,19 +136,21 @@ def read_yaml(path: Path) -> YoloFolder:
     if "kpt_shape" in config:
         raise DatasetError(f"'{path}' has 'kpt_shape', so keypoints, which are not boxes")
     if isinstance(names, dict):
-        if list(names) != list(range(len(names))):
+        if names.keys() != set(range(len(names))):
             raise DatasetError(f"'{path}': its 'names' have to be numbered from 0, one by one")
-        names = list(names.values())
+        names = [names[number] for number in range(len(names))]
     base = path.parent / str(config.get("path") or "")
     bases = [base, path.parent] if base.is_dir() else [path.parent]
     images = {}
     for split, keys in SPLITS.items():
-        entries = next((config[key] for key in keys if config.get(key)), [])
-        entries = entries if isinstance(entries, list) else [entries]
+        given = [config[key] for key in keys if config.get(key)]
+        if len(given) > 1:
+            raise DatasetError(f"'{path}' has both {' and '.join(keys)}: put them into one list")
+        entries = given[0] if given and isinstance(given[0], list) else given
         found = [image for entry in entries for image in read_entry(str(entry), bases, path)]
         if found:
             images[split] = list(dict.fromkeys(found))
-    return _checked(YoloFolder(path.parent, [str(name) for name in names], images))
+    return _checked(YoloFolder(path.parent, bases[0], [str(name) for name in names], images))
 
 
 def _checked(folder: YoloFolder) -> YoloFolder:
@@ -134,8 +168,7 @@ def read_entry(entry: str, bases: list[Path], path: Path) -> list[Path]:
     places = [base / name for base in bases for name in (entry, entry.removeprefix("../"))]
     place = next((x for x in places if x.exists()), None)
     if place is None:
-        hint = nearest_path(str(places[0])) or "none"
-        raise DatasetError(f"'{path}': there is no '{places[0]}'; the nearest: {hint}")
+        raise DatasetError(f"'{path}': there is no '{places[0]}'{path_hint(places[0])}")
     if place.is_dir():
         return find_images(place)
     images = []

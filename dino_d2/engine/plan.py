@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +14,14 @@ from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from .. import data
 from ..evaluation.evaluator import ErrorAnalysisEvaluator
 from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
-from .writers import plain, require_wandb
+from .writers import plain_config
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,7 +33,7 @@ class Plan(NamedTuple):
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     build_scheduler: Callable[[torch.optim.Optimizer], Any]  # what Detectron2's hook takes
     build_loader: Callable[[], Any]
-    evaluate: Callable[[nn.Module], dict]
+    evaluate: Callable[..., dict]  # of a model and, for its files, a folder in "inference"
     train_sets: Sequence[str]
     test_sets: Sequence[str]
     output_dir: str
@@ -44,7 +45,7 @@ class Plan(NamedTuple):
     max_to_keep: int | None  # checkpoints; None: all
     log_period: int
     wandb_project: str  # "": none
-    config: dict  # all of it, for people
+    config: dict  # all of it as it was given, for people
     best_metric: str
     precision: torch.dtype | None  # of autocast; None: float32 everywhere
     accumulate: int
@@ -61,16 +62,14 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
             configs/common
 
     Raises:
-        ValueError: a value is none of those that there are, a batch cannot be divided, two
-            settings do not go together, or a package is not installed
+        ValueError: a value is none of those that there are, a batch cannot be divided, or two
+            settings do not go together
     """
     plan = yaml_plan(cfg) if isinstance(cfg, CfgNode) else lazy_plan(cfg)
     if plan.seed >= 2**32:
         raise ValueError(f"the seed is {plan.seed}; it has to be below 2**32")
     if plan.ema_decay is not None:
         check_decay(plan.ema_decay)
-    if plan.wandb_project:
-        require_wandb()
     options = [name for name, value in plan.ddp.items() if value]
     if plan.fsdp and options:
         raise ValueError(f"FSDP does not use {options[0]} of DistributedDataParallel: unset either")
@@ -84,6 +83,7 @@ def yaml_plan(cfg: CfgNode) -> Plan:
         raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it can be ADAMW or SGD")
     if solver.FSDP and cfg.MODEL.META_ARCHITECTURE != "DINO":
         raise ValueError("SOLVER.FSDP shards the stages of a DINO; train this model without it")
+    for_people = plain_config(cfg)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.IMS_PER_BATCH = part_of_batch(solver.IMS_PER_BATCH, solver.ACCUMULATE)
@@ -104,7 +104,7 @@ def yaml_plan(cfg: CfgNode) -> Plan:
         max_to_keep=None,
         log_period=20,
         wandb_project=cfg.WANDB.PROJECT,
-        config=plain(cfg),
+        config=for_people,
         best_metric=cfg.TEST.BEST_METRIC,
         precision=precision_of(amp.DTYPE) if amp.ENABLED else None,
         accumulate=solver.ACCUMULATE,
@@ -147,18 +147,25 @@ def yaml_train_loader(cfg: CfgNode) -> Any:
     return build_detection_train_loader(cfg, mapper=mapper)
 
 
-def yaml_evaluate(cfg: CfgNode, model: nn.Module) -> dict:
-    """The results of the only data set, or those of each under its name."""
-    results = {}
-    for name in cfg.DATASETS.TEST:
+def yaml_evaluate(cfg: CfgNode, model: nn.Module, folder: str = "") -> dict:
+    """The results of the only data set, or those of each under its name.
+
+    Files are in `folder` in "inference" of the output folder; those of several data sets in folders
+    of their own in it.
+    """
+    results, names = {}, cfg.DATASETS.TEST
+    for number, name in enumerate(names, start=1):
         loader = build_detection_test_loader(cfg, name, mapper=data.Mapper(cfg, is_train=False))
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        evaluator = ErrorAnalysisEvaluator(name, output_dir=folder)
-        results[name] = run_evaluator(model, loader, evaluator)
+        own = f"{number}_{Path(name.partition('@')[0]).stem}" if len(names) > 1 else ""
+        path = Path(cfg.OUTPUT_DIR, "inference", folder, own)
+        results[name] = run_evaluator(
+            model, loader, ErrorAnalysisEvaluator(name, output_dir=str(path))
+        )
     return results[name] if len(results) == 1 else results
 
 
 def lazy_plan(cfg: DictConfig) -> Plan:
+    for_people = plain_config(cfg)
     cfg = copy.deepcopy(cfg)
     train, loader = cfg.train, cfg.dataloader
     loader.train.total_batch_size = part_of_batch(loader.train.total_batch_size, train.accumulate)
@@ -179,7 +186,7 @@ def lazy_plan(cfg: DictConfig) -> Plan:
         max_to_keep=train.checkpointer.max_to_keep,
         log_period=train.log_period,
         wandb_project=train.wandb_project,
-        config=plain(cfg),
+        config=for_people,
         best_metric=train.best_metric,
         precision=precision_of(train.amp.dtype) if train.amp.enabled else None,
         accumulate=train.accumulate,
@@ -195,10 +202,15 @@ def lazy_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     return instantiate(cfg.optimizer)
 
 
-def lazy_evaluate(cfg: DictConfig, model: nn.Module) -> dict:
+def lazy_evaluate(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict:
+    """The results of the data set; files are in `folder` in that of the evaluator."""
     if "evaluator" not in cfg.dataloader:
         return {}
-    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    told = copy.deepcopy(cfg).dataloader.evaluator  # with what it refers to
+    for one in told if isinstance(told, ListConfig) else [told]:
+        if one.get("output_dir"):
+            one.output_dir = os.path.join(one.output_dir, folder)
+    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(told)
     return run_evaluator(model, loader, evaluator)
 
 

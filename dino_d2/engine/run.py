@@ -23,7 +23,7 @@ from .ema import EMA
 from .hooks import BestCheckpointer, EvalHook
 from .plan import Plan
 from .trainer import Trainer
-from .writers import WandbWriter
+from .writers import WandbWriter, require_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,34 @@ def train(plan: Plan, *, resume: bool = False) -> None:
         CheckpointError: weights cannot be read or do not fit, or there is no room to save
         DatasetError: an image cannot be used
         NonFiniteLoss: see `Trainer`
+        ValueError: a project of Weights & Biases is named, but `wandb` is not installed
     """
+    if plan.wandb_project:
+        require_wandb()
     os.makedirs(plan.output_dir, exist_ok=True)
     seed = plan.seed if plan.seed >= 0 else comm.shared_random_seed()
     seed_all_rng(seed)  # the same weights on every worker
     model = distribute(plan.build_model(), fsdp=plan.fsdp, **plan.ddp)
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
-    trainer = Trainer(
+    trainer = make_trainer(plan, model, seed)
+    # Or the trainer would hold itself through its hooks, and stay in memory.
+    saved = {"trainer": weakref.proxy(trainer)} | ({"ema": ema} if ema else {})
+    checkpointer = make_checkpointer(model, plan.output_dir, plan.train_sets, **saved)
+    check_room(plan, unwrap(model))
+    goes_on = resume and checkpointer.has_checkpoint()
+    trainer.register_hooks(make_hooks(plan, trainer, checkpointer, ema))
+    checkpointer.resume_or_load(plan.weights, resume=resume)
+    if ema and not ema.updates:
+        ema.reset()  # to the weights that were loaded
+    first = first_iteration(plan, trainer, goes_on)
+    if comm.is_main_process():  # only now: a run of W&B is one of a training that begins
+        writers = make_writers(plan, goes_on)
+        trainer.register_hooks([hooks.PeriodicWriter(writers, plan.log_period or plan.max_iter)])
+    trainer.train(first, plan.max_iter)
+
+
+def make_trainer(plan: Plan, model: nn.Module, seed: int) -> Trainer:
+    return Trainer(
         model,
         TrainingStream(plan.build_loader, seed),
         plan.build_optimizer(unwrap(model)),
@@ -54,16 +75,6 @@ def train(plan: Plan, *, resume: bool = False) -> None:
         skip_non_finite=plan.skip_non_finite,
         output_dir=plan.output_dir,
     )
-    # Or the trainer would hold itself through its hooks, and stay in memory.
-    saved = {"trainer": weakref.proxy(trainer)} | ({"ema": ema} if ema else {})
-    checkpointer = make_checkpointer(model, plan.output_dir, plan.train_sets, **saved)
-    check_room(plan, unwrap(model))
-    goes_on = resume and checkpointer.has_checkpoint()
-    trainer.register_hooks(make_hooks(plan, trainer, checkpointer, ema, goes_on))
-    checkpointer.resume_or_load(plan.weights, resume=resume)
-    if ema and not ema.updates:
-        ema.reset()  # to the weights that were loaded
-    trainer.train(first_iteration(plan, trainer, goes_on), plan.max_iter)
 
 
 def first_iteration(plan: Plan, trainer: Trainer, goes_on: bool) -> int:
@@ -111,7 +122,8 @@ def test(plan: Plan, *, resume: bool = False) -> dict:
 
 
 def evaluate(plan: Plan, model: nn.Module, ema: EMA | None) -> dict:
-    """Results of the model's weights and, as "ema", of the averaged ones."""
+    """Results of the model's weights and, as "ema" and with files in a folder of this name, of the
+    averaged ones."""
     with whole(model):
         share_buffers(model)
         results = plan.evaluate(unwrap(model))
@@ -119,7 +131,7 @@ def evaluate(plan: Plan, model: nn.Module, ema: EMA | None) -> dict:
         return results
     with ema.applied(), whole(model):
         share_buffers(model)
-        averaged = plan.evaluate(unwrap(model))
+        averaged = plan.evaluate(unwrap(model), "ema")
     return results | {"ema": averaged} if results else results
 
 
@@ -143,9 +155,9 @@ def make_hooks(
     trainer: Trainer,
     checkpointer: DetectionCheckpointer,
     ema: EMA | None,
-    goes_on: bool,
 ) -> list[HookBase | None]:
-    """Detectron2's hooks in Detectron2's order, with averaged weights and the best checkpoint."""
+    """Detectron2's hooks in Detectron2's order, with averaged weights and the best checkpoint; what
+    writes comes after them."""
     is_main = comm.is_main_process()
     average = hooks.CallbackHook(after_step=lambda _: ema.update()) if ema else None
     metric = f"ema/{plan.best_metric}" if ema else plan.best_metric
@@ -155,8 +167,6 @@ def make_hooks(
         max_to_keep=plan.max_to_keep if is_main else None,
     )
     best = BestCheckpointer(plan.eval_period, checkpointer, metric)
-    writers = make_writers(plan, goes_on) if is_main else []
-    write = hooks.PeriodicWriter(writers, plan.log_period or plan.max_iter)
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(trainer.optimizer, plan.build_scheduler(trainer.optimizer)),
@@ -164,7 +174,6 @@ def make_hooks(
         save if is_main or plan.fsdp else None,  # a sharded model takes every worker to save
         EvalHook(plan.eval_period, lambda: evaluate(plan, trainer.model, ema)),
         best if plan.best_metric and plan.test_sets else None,
-        write if is_main else None,
     ]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import get_detection_dataset_dicts
@@ -18,6 +18,7 @@ class Keys(NamedTuple):
     lr: str
     max_iter: str
     iterations: tuple[str, ...]  # others that count iterations
+    warm_up: str  # which does, too
 
 
 YAML = Keys(
@@ -26,7 +27,8 @@ YAML = Keys(
     "SOLVER.EPOCHS",
     "SOLVER.BASE_LR",
     "SOLVER.MAX_ITER",
-    ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),
+    ("SOLVER.STEPS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),
+    "SOLVER.WARMUP_ITERS",
 )
 LAZY = Keys(
     "dataloader.train.total_batch_size",
@@ -35,7 +37,9 @@ LAZY = Keys(
     "optimizer.lr",
     "train.max_iter",
     ("train.checkpointer.period", "train.eval_period"),
+    "lr_multiplier.warmup_length.iterations",  # of `share_of`
 )
+LONGEST_WARM_UP = 0.05  # of a training, as Goyal et al. have it: 5 of 90 epochs
 
 
 def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> None:
@@ -44,7 +48,8 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
     With a reference batch R, for which the config is written, and a batch B, the learning rate is
     multiplied by B / R and numbers of iterations by R / B: the same images are seen (the linear
     rule of `SOLVER.REFERENCE_WORLD_SIZE`; Goyal et al., 2017). With a length in epochs the training
-    is as long as so many passes over its own data take, and the other numbers keep their share.
+    is as long as so many passes over its own data take, and the other numbers keep their share; but
+    a warm-up keeps its number of images, up to 5 % of the training or the share that it had.
 
     Args:
         cfg: of either style
@@ -66,6 +71,9 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
     per_image = batch / reference if reference else 1.0
     longer = epochs * count_images(cfg) / batch / max_iter if epochs else 1 / per_image
     factors = dict.fromkeys((keys.max_iter, *keys.iterations), longer) | {keys.lr: per_image}
+    if warm_up := get(cfg, keys.warm_up, 0):
+        longest = LONGEST_WARM_UP * longer * max_iter / warm_up
+        factors[keys.warm_up] = min(1 / per_image, max(longer, longest))
     for key, factor in factors.items():
         if key not in given:
             put(cfg, key, scaled(get(cfg, key), factor))
@@ -90,8 +98,15 @@ def count_images(cfg: CfgNode | DictConfig) -> int:
     return len(get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty))
 
 
-def get(cfg: CfgNode | DictConfig, key: str) -> float | int | tuple:
-    return reduce(getattr, key.split("."), cfg)
+def share_of(iterations: int, max_iter: int) -> float:
+    """Of a training, at most all of it: for the schedulers of a LazyConfig, which count in shares,
+    as `SOLVER.WARMUP_ITERS` of a YAML config does."""
+    return min(iterations / max_iter, 1.0)
+
+
+def get(cfg: CfgNode | DictConfig, key: str, *default: Any) -> Any:
+    """The value of a key; where there is no such key the default, if one is given."""
+    return reduce(lambda node, name: getattr(node, name, *default), key.split("."), cfg)
 
 
 def put(cfg: CfgNode | DictConfig, key: str, value: float | int | tuple) -> None:

@@ -27,7 +27,7 @@ class WandbWriter(EventWriter):
     Args:
         project: of W&B
         output_dir: of the training, remembers the run
-        config: of the training, see `plain`
+        config: of the training, see `plain_config`
         resume: go on with the run that the output folder remembers, if there is one
         window_size: iterations that a median is taken over
     """
@@ -112,14 +112,14 @@ def require_wandb() -> None:
         )
 
 
-def plain(config: Any) -> Any:
+def plain_config(config: Any) -> Any:
     """A config of either style as dicts, lists, numbers and strings; classes by their names."""
     if isinstance(config, DictConfig):
         config = OmegaConf.to_container(config, resolve=False)
     if isinstance(config, Mapping):
-        return {str(key): plain(value) for key, value in config.items()}
+        return {str(key): plain_config(value) for key, value in config.items()}
     if isinstance(config, Sequence) and not isinstance(config, str):
-        return [plain(value) for value in config]
+        return [plain_config(value) for value in config]
     if config is None or isinstance(config, bool | int | float | str):
         return config
     return getattr(config, "__qualname__", None) or str(config)

@@ -10,10 +10,11 @@ from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
+from detectron2.evaluation.coco_evaluation import COCOeval_opt
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .matching import Matching, confusions, false_positives, kinds, match
+from .matching import ImageMatches, confusions, false_positives, kinds, match
 
 THRESHOLD = 0.5  # least score of a detection, as in demo.py
 SIZES = ("all", "small", "medium", "large")  # COCO's, in the order of its evaluation
@@ -81,11 +82,12 @@ class Analysis(NamedTuple):
     errors: list[ErrorCounts]
     confusion: np.ndarray  # (K + 1, K + 1) counts: true class by detected one, background last
     threshold: float
-    images: list[Matching]  # all detections
+    images: list[ImageMatches]  # all detections
 
 
 def evaluate(dataset: dict[str, list], results: list[dict]) -> COCOeval:
-    """COCO's evaluation of boxes, without what it prints.
+    """COCO's evaluation of boxes, by Detectron2's fast code where that is compiled, and without
+    what it prints.
 
     Args:
         dataset: content of a file of COCO annotations that `data.check` accepts as a test set
@@ -102,7 +104,7 @@ def evaluate(dataset: dict[str, list], results: list[dict]) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
         for api in (truth, detections):
             api.createIndex()
-        evaluation = COCOeval(truth, detections, "bbox")
+        evaluation = COCOeval_opt(truth, detections, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation
@@ -115,8 +117,9 @@ def analyse(evaluation: COCOeval, threshold: float = THRESHOLD) -> Analysis:
         threshold: least score of detections in the confusion matrix and the kinds of errors
     """
     truth, detections = evaluation.cocoGt, evaluation.cocoDt
+    limit = evaluation.params.maxDets[-1]
     images = [
-        match(record, truth.imgToAnns.get(id, []), detections.imgToAnns.get(id, []))
+        match(record, truth.imgToAnns.get(id, []), detections.imgToAnns.get(id, []), limit)
         for id, record in sorted(truth.imgs.items())
     ]
     shown = [image.above(threshold) for image in images]
@@ -135,7 +138,7 @@ def analyse(evaluation: COCOeval, threshold: float = THRESHOLD) -> Analysis:
 
 
 def class_scores(
-    evaluation: COCOeval, categories: list[dict], images: list[Matching]
+    evaluation: COCOeval, categories: list[dict], images: list[ImageMatches]
 ) -> list[ClassScores]:
     precision, recall = (
         100 * np.where(evaluation.eval[key] < 0, np.nan, evaluation.eval[key])[..., -1]
@@ -162,7 +165,7 @@ def class_scores(
     ]
 
 
-def _objects(image: Matching) -> list[dict]:
+def _objects(image: ImageMatches) -> list[dict]:
     """Annotations that are to be found."""
     return [x for x, crowd in zip(image.truth, image.crowd, strict=True) if not crowd]
 
@@ -208,7 +211,7 @@ def _mean(values: np.ndarray) -> float:
     return 100 * there.mean() if there.size else np.nan
 
 
-def error_counts(images: list[Matching], categories: list[dict]) -> list[ErrorCounts]:
+def error_counts(images: list[ImageMatches], categories: list[dict]) -> list[ErrorCounts]:
     counts = {category["id"]: Counter() for category in categories}
     for image in images:
         for detection, kind in zip(image.detections, kinds(image), strict=True):
@@ -221,7 +224,7 @@ def error_counts(images: list[Matching], categories: list[dict]) -> list[ErrorCo
     ]
 
 
-def confusion_matrix(images: list[Matching], category_ids: list[int]) -> np.ndarray:
+def confusion_matrix(images: list[ImageMatches], category_ids: list[int]) -> np.ndarray:
     """(K + 1, K + 1) counts, true class by detected class; the last of either is the background.
 
     Detections find boxes of their class first, as in COCO's evaluation; what is left over is
@@ -242,7 +245,7 @@ def confusion_matrix(images: list[Matching], category_ids: list[int]) -> np.ndar
     return counts
 
 
-def worst_first(analysis: Analysis) -> list[tuple[float, Matching]]:
+def worst_first(analysis: Analysis) -> list[tuple[float, ImageMatches]]:
     """Images by falling badness, with their detections above the threshold.
 
     The badness is the number of missed boxes and the sum of the scores of false positives: the

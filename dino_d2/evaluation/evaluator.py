@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
-from ..visualize import draw_errors
+from ..visualize import draw_error_plots
 from .errors import IOU_50, IOU_75, Analysis, analyse, evaluate
 
 BACKGROUND = "(background)"
@@ -46,7 +46,7 @@ def write_analysis(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:
         path = Path(folder, f"{name}.csv")
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(map(_cells, rows))
-    return draw_errors(analysis, folder)
+    return draw_error_plots(analysis, folder)
 
 
 def _tables(analysis: Analysis) -> dict[str, Iterable]:

@@ -11,14 +11,13 @@ from pycocotools import mask
 
 MIN_IOU = 0.5  # of a detection and the object that it finds
 NEAR = 0.1  # IoU below which a detection has nothing to do with an object, as in TIDE
-MAX_DETECTIONS = 100  # of a class in an image: those that COCO's evaluation looks at
 
 # What a detection can be; all but the first are false positives.
 ERRORS = ("classification", "localisation", "both", "duplicate", "background")
 KINDS = ("correct", *ERRORS)
 
 
-class Matching(NamedTuple):
+class ImageMatches(NamedTuple):
     """The boxes of one image, and how they belong together.
 
     Attributes:
@@ -59,7 +58,7 @@ class Matching(NamedTuple):
         missed[self.matches[self.matches >= 0]] = False
         return missed
 
-    def above(self, threshold: float) -> "Matching":
+    def above(self, threshold: float) -> "ImageMatches":
         """Of the detections of at least a score; others would not have changed their matches."""
         count = sum(x["score"] >= threshold for x in self.detections)
         return self._replace(
@@ -67,7 +66,9 @@ class Matching(NamedTuple):
         )
 
 
-def match(image: dict, truth: list[dict], detections: list[dict]) -> Matching:
+def match(
+    image: dict, truth: list[dict], detections: list[dict], max_detections: int
+) -> ImageMatches:
     """As COCO's evaluation does at IoU 0.5, over all sizes: the surest detection first, each takes
     the free box of its class that it overlaps most.
 
@@ -75,25 +76,26 @@ def match(image: dict, truth: list[dict], detections: list[dict]) -> Matching:
         image: record in the file of annotations
         truth: all annotations of the image, with bbox (x, y, width, height) in pixels
         detections: all results of the image, with bbox and score, in any order
+        max_detections: of a class, the surest ones; the evaluation leaves out the others, too
     """
-    detections = surest(detections)
+    detections = surest(detections, max_detections)
     crowd = np.array([bool(x.get("iscrowd")) for x in truth], dtype=bool)
     iou = np.zeros((len(detections), len(truth)))
     if iou.size:
         boxes = ([x["bbox"] for x in some] for some in (detections, truth))
         iou = mask.iou(*boxes, crowd.astype(int).tolist())
     unmatched = np.full(len(detections), -1)
-    matching = Matching(image, truth, detections, iou, crowd, unmatched)
+    matching = ImageMatches(image, truth, detections, iou, crowd, unmatched)
     matches = assign(np.where(matching.same_class, iou, 0), crowd)
     return matching._replace(matches=matches)
 
 
-def surest(detections: list[dict]) -> list[dict]:
-    """By falling score, and no more of a class than COCO's evaluation looks at."""
+def surest(detections: list[dict], count: int) -> list[dict]:
+    """By falling score, at most `count` of a class."""
     seen, kept = Counter(), []
     for detection in sorted(detections, key=lambda x: -x["score"]):
         seen[detection["category_id"]] += 1
-        if seen[detection["category_id"]] <= MAX_DETECTIONS:
+        if seen[detection["category_id"]] <= count:
             kept.append(detection)
     return kept
 
@@ -117,7 +119,7 @@ def assign(iou: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     return matches
 
 
-def confusions(matching: Matching) -> np.ndarray:
+def confusions(matching: ImageMatches) -> np.ndarray:
     """(D,) the box of another class, found by no other detection, that a detection is on, or -1.
 
     Only what is left over by `match` takes part, so what is right stays right.
@@ -126,7 +128,7 @@ def confusions(matching: Matching) -> np.ndarray:
     return assign(np.where(left, matching.iou, 0), np.zeros_like(matching.crowd))
 
 
-def kinds(matching: Matching) -> list[str]:
+def kinds(matching: ImageMatches) -> list[str]:
     """What each detection is: one of `KINDS`, or "ignored" on a crowd region.
 
     The errors are those of TIDE (arXiv 2008.08115, sec. 2.2): on an object of another class
@@ -140,15 +142,15 @@ def kinds(matching: Matching) -> list[str]:
     cases = {
         "ignored": matching.ignored,
         "correct": matching.matches >= 0,
-        "duplicate": same >= MIN_IOU,
+        "duplicate": (same >= MIN_IOU) & (same >= other),
         "classification": other >= MIN_IOU,
-        "localisation": same >= NEAR,
+        "localisation": (same >= NEAR) & (same >= other),
         "both": other >= NEAR,
     }
     return np.select(list(cases.values()), list(cases), default="background").tolist()
 
 
-def false_positives(matching: Matching) -> list[dict]:
+def false_positives(matching: ImageMatches) -> list[dict]:
     """The detections that are some kind of error."""
     pairs = zip(matching.detections, kinds(matching), strict=True)
     return [detection for detection, kind in pairs if kind in ERRORS]

@@ -88,8 +88,8 @@ def export(
             program = torch.export.export(Exportable(model), inputs, dynamic_shapes=(axes, axes))
         except UserError as error:
             raise ExportError(
-                "the graph of this model depends on the number of images (that of Detectron2's "
-                "Swin does): fix it, with --batch-size 1 or batch_size=1"
+                "the graph of this model depends on the number of images: fix it, with "
+                "--batch-size 1 or batch_size=1"
             ) from error
     if keep_operator:
         return program
@@ -100,15 +100,21 @@ def export(
     return program.run_decompositions(table)
 
 
-def nearest(image: Tensor, size: list[int], _: list[float] | None = None) -> Tensor:
-    """PyTorch's nearest interpolation of (B, C, H, W) to a smaller `size`, by indices.
+def nearest(image: Tensor, size: list[int] | None, scales: list[float] | None = None) -> Tensor:
+    """PyTorch's nearest interpolation of (B, C, H, W), by indices.
 
     ONNX's Resize divides by the inverse of PyTorch's factor: of 42 pixels to 6, half come from
     their neighbours, and then padding is masked in other places.
+
+    Args:
+        size: height and width of the result, or None
+        scales: what height and width are multiplied by, without a size
     """
-    for axis, length in enumerate(size, start=2):
-        index = torch.arange(length, device=image.device, dtype=torch.float32)
-        image = image.index_select(axis, (index * (image.shape[axis] / length)).long())
+    for i, length in enumerate(image.shape[2:]):
+        count = int(length * scales[i]) if scales else size[i]
+        step = 1 / scales[i] if scales else length / count
+        index = torch.arange(count, device=image.device, dtype=torch.float32)
+        image = image.index_select(2 + i, (index * step).long())
     return image
 
 
@@ -146,7 +152,8 @@ def save(program: ExportedProgram, path: Path, about: About) -> None:
         del node.metadata_props[:]  # they have paths of the machine that exports
     for value in (*model.graph.input, *model.graph.output):
         axis = value.type.tensor_type.shape.dim[0]
-        axis.dim_param = axis.dim_param and "batch"  # PyTorch's own name is s and a number,
+        if axis.dim_param:  # else the number of images is fixed, and setting a name erases it
+            axis.dim_param = "batch"  # PyTorch's own name is s and a number,
     del model.graph.value_info[:], model.graph.metadata_props[:]  # in these too, unneeded
     properties = {key: json.dumps(value) for key, value in about._asdict().items()}
     onnx.helper.set_model_props(model, properties)

@@ -4,17 +4,20 @@
 """
 
 import json
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..modeling.postprocess import Detections
 
@@ -63,27 +66,14 @@ class Exported:
 
     Raises:
         FileNotFoundError: it is not there
-        ExportError: it was written by something else, or a package is missing
+        ExportError: it is damaged, was written by something else, or a package is missing
     """
-
-    about: About
 
     def __init__(self, path: Path):
         if not path.is_file():
             raise FileNotFoundError(f"there is no file '{path}'")
-        if kind_of(path) == ".pt2":
-            notes = {ABOUT: ""}
-            self.graph = torch.export.load(path, extra_files=notes).module()
-            about = json.loads(notes[ABOUT] or "{}")
-        else:
-            self.graph = needs("onnxruntime").InferenceSession(
-                path, providers=["CPUExecutionProvider"]
-            )
-            notes = self.graph.get_modelmeta().custom_metadata_map
-            about = {key: json.loads(notes[key]) for key in About._fields if key in notes}
-        if about.keys() != set(About._fields):
-            raise ExportError(f"'{path}' was not written by dino_d2: export it again")
-        self.about = About(**about)
+        read = read_pt2 if kind_of(path) == ".pt2" else read_onnx
+        self.graph, self.about = read(path)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, image_sizes: Tensor) -> Detections:
@@ -91,27 +81,83 @@ class Exported:
         Args:
             images, image_sizes: as of `Exportable`, see `fit`
 
+        Returns:
+            on the device of the images
+
         Raises:
-            ExportError: images of another size, number or type
+            ExportError: images or sizes of another shape, number or type
         """
-        count, size = self.about.batch_size or len(images), self.about.size
+        count, size = self.about.batch_size or max(len(images), 1), self.about.size
         expected = (count, 3, *size)
         if images.shape != expected or images.dtype != torch.uint8:
             raise ExportError(
                 f"images of {tuple(images.shape)}, {images.dtype}, should be {expected} of uint8: "
                 f"resized and padded to {size[0]} x {size[1]} pixels, as dino_d2.export.fit does"
             )
-        inside = (image_sizes >= 1) & (image_sizes <= torch.tensor(size))
-        if image_sizes.shape != (count, 2) or not inside.all():
+        if image_sizes.shape != (count, 2) or image_sizes.dtype != torch.int64:
+            raise ExportError(
+                f"image_sizes of {tuple(image_sizes.shape)}, {image_sizes.dtype}, should be "
+                f"{(count, 2)} of int64: height and width of each image"
+            )
+        limit = torch.tensor(size, device=image_sizes.device)
+        if not ((image_sizes >= 1) & (image_sizes <= limit)).all():
             raise ExportError(
                 f"image_sizes {image_sizes.tolist()} should be height and width of each of the "
                 f"{count} images, at most {size[0]} and {size[1]}"
             )
+        return Detections(*(x.to(images.device) for x in self.run(images, image_sizes)))
+
+    def run(self, *inputs: Tensor) -> Iterable[Tensor]:
+        """Boxes, scores and labels, where the graph is."""
         if isinstance(self.graph, nn.Module):
             device = next(self.graph.parameters()).device
-            return Detections(*self.graph(images.to(device), image_sizes.to(device)))
-        inputs = dict(zip(INPUTS, (images.numpy(), image_sizes.numpy()), strict=True))
-        return Detections(*map(torch.from_numpy, self.graph.run(None, inputs)))
+            return self.graph(*(x.to(device) for x in inputs))
+        arrays = dict(zip(INPUTS, (x.cpu().numpy() for x in inputs), strict=True))
+        return map(torch.from_numpy, self.graph.run(None, arrays))
+
+
+def read_pt2(path: Path) -> tuple[nn.Module, About]:
+    """
+    Raises:
+        ExportError: see `Exported`
+    """
+    try:  # before PyTorch, which logs its own traces of what is wrong
+        with ZipFile(path) as archive:
+            whole = archive.testzip() is None
+            texts = [archive.read(x) for x in archive.namelist() if x.endswith(f"/extra/{ABOUT}")]
+    except BadZipFile:
+        whole = False
+    if not whole:
+        raise ExportError(f"'{path}' is damaged, or no .pt2 file: export it again")
+    about = read_about(path, json.loads(texts[0]) if texts else {})
+    return torch.export.load(path).module(), about
+
+
+def read_onnx(path: Path) -> tuple[Any, About]:
+    """
+    Raises:
+        ExportError: see `Exported`
+    """
+    session_of = needs("onnxruntime").InferenceSession
+    try:
+        session = session_of(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's have no class in common
+        reason = str(error).splitlines()[0]
+        raise ExportError(f"'{path}' is damaged, or no ONNX file: {reason}") from error
+    notes = session.get_modelmeta().custom_metadata_map
+    return session, read_about(
+        path, {key: json.loads(notes[key]) for key in About._fields if key in notes}
+    )
+
+
+def read_about(path: Path, notes: dict[str, Any]) -> About:
+    """
+    Raises:
+        ExportError: these are not the notes of this package
+    """
+    if notes.keys() != set(About._fields):
+        raise ExportError(f"'{path}' was not written by dino_d2: export it again")
+    return About(**notes | {"size": tuple(notes["size"])})
 
 
 class Differences(NamedTuple):
@@ -138,10 +184,13 @@ def compare(expected: Detections, actual: Detections, threshold: float) -> Diffe
         distance = (box[:, None] - other_box).abs().amax(-1)
         apart = torch.stack([distance, (score[:, None] - other_score).abs()], -1)
         apart[label[:, None] != other_label] = torch.inf
+        count = max(len(score), len(other_score))  # of both, filled up with what is no partner
+        below, right = count - len(score), count - len(other_score)
+        apart = F.pad(apart, (0, 0, 0, right, 0, below), value=torch.inf)
+        tops = torch.maximum(F.pad(score, (0, below))[:, None], F.pad(other_score, (0, right)))
         cost = (apart / torch.tensor([BOX_TOLERANCE, SCORE_TOLERANCE])).amax(-1)
         rows, columns = map(torch.from_numpy, linear_sum_assignment(cost.nan_to_num(1e9, 1e9)))
-        top = torch.maximum(score[rows], other_score[columns]) >= threshold
-        pairs.append(apart[rows, columns][top])
+        pairs.append(apart[rows, columns][tops[rows, columns] >= threshold])
     return Differences(*torch.cat(pairs).unbind(-1))
 
 

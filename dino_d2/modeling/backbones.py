@@ -1,10 +1,9 @@
 """Backbones beyond those of Detectron2: ViTDet for images of any size, and all models of `timm`."""
 
-from collections.abc import Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import log2
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, SimpleFeaturePyrami
 from detectron2.modeling import ViT as Detectron2ViT
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+
+from ..names import hint
 
 
 class BackboneError(ValueError):
@@ -39,8 +40,9 @@ class ViT(Detectron2ViT):
 class ViTDet(SimpleFeaturePyramid):
     """Feature maps of several strides from the last one of a ViT (ViTDet, section 3).
 
-    Images of any size are padded to multiples of the coarsest stride. Detectron2's class asks for
-    that among its `padding_constraints`, but under a misspelt name that nobody reads.
+    Images of any size are padded to multiples of the coarsest stride but that of `top_block`, which
+    pools the map before it: 32 pixels where the maps are p3 to p6. Detectron2's class asks for that
+    among its `padding_constraints`, but under a misspelt name that nobody reads.
     """
 
     @property
@@ -58,10 +60,10 @@ class TimmBackbone(Backbone):
 
     Args:
         name: what `timm` calls the model, see timm.list_models()
+        options: of timm.create_model, such as drop_path_rate
         out_features: which maps, by their stride: "p3" is that of 2**3 pixels, and so on
         norm: whether a LayerNorm over channels follows each of them, as it does where ConvNeXt and
             FocalNet are backbones of detectors
-        options: of timm.create_model, such as drop_path_rate
 
     Raises:
         BackboneError: `timm` is not installed or has no such model, that has no such map, or it
@@ -73,9 +75,9 @@ class TimmBackbone(Backbone):
         self,
         *,
         name: str,
+        options: Mapping[str, Any] = MappingProxyType({}),
         out_features: Sequence[str] = ("p3", "p4", "p5"),
         norm: bool = False,
-        **options: Any,
     ):
         super().__init__()
         maps = feature_maps(name, options)
@@ -87,7 +89,7 @@ class TimmBackbone(Backbone):
         self._out_feature_channels = {key: maps[key][1].channels for key in maps}
         self._out_feature_strides = {key: maps[key][1].stride for key in maps}
         indices = [maps[key][0] for key in self._out_features]
-        self.net = create_model(name, out_indices=indices, **options)
+        self.net = create_model(name, {**options, "out_indices": indices})
         if self.net.pretrained_cfg["fixed_input_size"] and options.get("strict_img_size", True):
             raise BackboneError(
                 f"timm's {name} takes images of a single size: give it the option "
@@ -103,7 +105,7 @@ class TimmBackbone(Backbone):
             "name": cfg.MODEL.TIMM.NAME,
             "norm": cfg.MODEL.TIMM.NORM,
             "out_features": cfg.MODEL.DINO.IN_FEATURES,
-            **cfg.MODEL.TIMM.OPTIONS,
+            "options": cfg.MODEL.TIMM.OPTIONS,
         }
 
     @property
@@ -120,7 +122,9 @@ class TimmBackbone(Backbone):
         return features | {key: norm(features[key]) for key, norm in self.norms.items()}
 
 
-def feature_shapes(name: str, **options: Any) -> dict[str, ShapeSpec]:
+def feature_shapes(
+    name: str, options: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, ShapeSpec]:
     """Channels and strides of the feature maps of a model of `timm`, for the neck of a LazyConfig.
 
     Args:
@@ -132,22 +136,21 @@ def feature_shapes(name: str, **options: Any) -> dict[str, ShapeSpec]:
     return {key: shape for key, (_, shape) in feature_maps(name, options).items()}
 
 
-def feature_maps(name: str, options: dict[str, Any]) -> dict[str, tuple[int, ShapeSpec]]:
+def feature_maps(name: str, options: Mapping[str, Any]) -> dict[str, tuple[int, ShapeSpec]]:
     """Index and shape of each feature map of a model of `timm`, finest first; of several with the
     same stride it is the last."""
     timm = import_timm()
     if not timm.is_model(name):
-        nearest = ", ".join(get_close_matches(name, timm.list_models(), cutoff=0.0))
-        raise BackboneError(f"timm has no model {name!r}; the nearest: {nearest}")
+        raise BackboneError(f"timm has no model {name!r}; {hint(name, timm.list_models())}")
     with torch.device("meta"):
-        model = create_model(name, **(options | {"pretrained": False}))
+        model = create_model(name, {**options, "pretrained": False})
     return {
         f"p{round(log2(x['reduction']))}": (i, ShapeSpec(x["num_chs"], stride=x["reduction"]))
         for i, x in enumerate(model.feature_info.info)
     }
 
 
-def create_model(name: str, **options: Any) -> nn.Module:
+def create_model(name: str, options: Mapping[str, Any]) -> nn.Module:
     """A model of `timm` that gives feature maps; a LazyConfig's lists are none to `timm`."""
     plain = {
         key: OmegaConf.to_container(x) if OmegaConf.is_config(x) else x

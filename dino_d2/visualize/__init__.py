@@ -1,13 +1,14 @@
 """Pictures of what the model does."""
 
-from .error_plots import draw_errors
+from .error_plots import draw_error_plots
 from .errors import LEGEND, draw_image_errors
 from .explain import draw_proposals, draw_refinement, surest_queries
 from .explain_attention import draw_sampling, draw_self_attention
-from .explain_page import html_page
+from .explain_page import explanation_page
 from .explain_training import draw_denoising, draw_matching
-from .images import draw_curves, draw_detections, draw_instances
-from .marks import Mark, class_colour, contact_sheet, draw_marks, fit
+from .images import draw_curves, draw_instances
+from .marks import Mark, class_colour, contact_sheet, draw_marks, resize_long_side
+from .page import html_figure, html_page
 
 __all__ = [
     "LEGEND",
@@ -16,8 +17,7 @@ __all__ = [
     "contact_sheet",
     "draw_curves",
     "draw_denoising",
-    "draw_detections",
-    "draw_errors",
+    "draw_error_plots",
     "draw_image_errors",
     "draw_instances",
     "draw_marks",
@@ -26,7 +26,9 @@ __all__ = [
     "draw_refinement",
     "draw_sampling",
     "draw_self_attention",
-    "fit",
+    "explanation_page",
+    "html_figure",
     "html_page",
+    "resize_long_side",
     "surest_queries",
 ]

@@ -1,24 +1,23 @@
 """What the explaining pictures share: an image to draw on, boxes, colours and names."""
 
 from collections.abc import Sequence
-from textwrap import shorten
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.typing import ColorType
 from PIL import Image
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy
 from ..structures import Predictions
+from .style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, VERMILION, YELLOW, escape_name
 
-# Okabe and Ito's, which look different to every kind of eye.
-BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#e69f00", "#56b4e9", "#f0e442", "#000000")
+# The strong ones first, as images are dimmed towards white.
+COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, YELLOW, BLACK)
 MARKERS = "o^sDv"
 LONG_SIDE = 1600  # of an image in a picture, in pixels
-DPI = 110
 
 
 def shrink(image: Image.Image) -> Image.Image:
@@ -49,7 +48,13 @@ def to_pixels(places: Tensor, image: Image.Image) -> Tensor:
 
 
 def outline(
-    axes: Axes, box: Tensor, colour, *, width: float = 2.0, style: str = "-", alpha: float = 1.0
+    axes: Axes,
+    box: Tensor,
+    colour: ColorType,
+    *,
+    width: float = 2.0,
+    style: str = "-",
+    alpha: float = 1.0,
 ) -> None:
     """A box (cx, cy, w, h) in pixels, with a seam that keeps it visible on any ground."""
     x, y, x_end, y_end = cxcywh_to_xyxy(box).tolist()
@@ -86,12 +91,7 @@ def tag(axes: Axes, place: Sequence[float], text: str, colour: str = "black") ->
     axes.text(*place, text, color=colour, fontsize=8, bbox=style, va="bottom", clip_on=True)
 
 
-def plain(name: str, length: int = 30) -> str:
-    """A class name that matplotlib does not take for a formula, cut off where it is long."""
-    return shorten(name, length, placeholder=" ...").replace("$", r"\$")
-
-
 def title_of(query: int, predictions: Predictions, classes: Sequence[str]) -> str:
     """What a query of the first image has found."""
     score, label = predictions.logits[0, query].sigmoid().max(0)
-    return f"query {query}: {plain(classes[label])}, {score:.2f}"
+    return f"query {query}: {escape_name(classes[label], 30)}, {score:.2f}"

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation.errors import IOU_50, Analysis, SizeScores
 from ..evaluation.matching import MIN_IOU, NEAR
-from .errors import BLUE, GREY, ORANGE, RED, SKY, YELLOW, short
-from .marks import PALETTE
+from .style import BLUE, DPI, GREY, ORANGE, PALETTE, SKY, VERMILION, YELLOW, escape_name
 
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MAX_BARS, MAX_CLASSES, MAX_CURVES = 40, 25, 6  # that can be told apart in a picture
@@ -26,7 +25,7 @@ EXPLAINED = {
 }
 
 
-def draw_errors(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:
+def draw_error_plots(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:
     """Write per_class, ap_by_size, precision_recall, confusion_matrix and errors as PNG.
 
     Of many classes some are shown, and the title says which.
@@ -44,13 +43,8 @@ def draw_errors(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(Path(folder, f"{name}.png"))
-        figure.savefig(paths[-1], dpi=110)
+        figure.savefig(paths[-1], dpi=DPI)
     return paths
-
-
-def _plain(name: str) -> str:
-    """For matplotlib, to which dollars are formulas."""
-    return short(name).replace("$", r"\$")
 
 
 def _axes(width: float, height: float, title: str, **labels: str) -> tuple[Figure, Axes]:
@@ -82,7 +76,7 @@ def _per_class(analysis: Analysis) -> Figure:
         ([x.AP75 for x in ranked], "D", "black", "AP75 (IoU 0.75)"),
     ):
         axes.plot(values, places, marker, color=colour, markersize=4, label=label, clip_on=False)
-    axes.set_yticks(places, [f"{_plain(x.name)} ({_count(x.boxes, 'box')})" for x in ranked])
+    axes.set_yticks(places, [f"{escape_name(x.name)} ({_count(x.boxes, 'box')})" for x in ranked])
     axes.set_ylim(-0.7, len(ranked) - 0.3)
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(axis="x", alpha=0.3)
@@ -136,7 +130,7 @@ def _precision_recall(analysis: Analysis) -> Figure:
     named.sort(key=lambda k: -analysis.classes[k].AP50)
     for k, colour, line in zip(named, PALETTE, LINES, strict=False):
         scores = analysis.classes[k]
-        label = f"{_plain(scores.name)}: AP50 {scores.AP50:.1f}"
+        label = f"{escape_name(scores.name)}: AP50 {scores.AP50:.1f}"
         curve = analysis.precision[IOU_50, :, k]
         left.plot(recall, curve, color=colour, linestyle=line, lw=2, label=label)
     ious = range(0, len(analysis.precision), 2) if there else ()
@@ -180,7 +174,7 @@ def _confusion_matrix(analysis: Analysis) -> Figure:
 def _confused(analysis: Analysis) -> tuple[list[str], np.ndarray, str]:
     """Names of classes, counts and title: of all classes, or of those most often confused."""
     counts, total = analysis.confusion, len(analysis.classes)
-    names = [_plain(x.name) for x in analysis.classes]
+    names = [escape_name(x.name) for x in analysis.classes]
     if total <= MAX_CLASSES:
         return names, counts, "Confusion matrix"
     between = counts[:-1, :-1] * ~np.eye(total, dtype=bool)
@@ -206,7 +200,7 @@ def _errors(analysis: Analysis) -> Figure:
         f"and of {_count(boxes, 'annotated box')}"
     )
     figure, axes = _axes(9, 4.2, title, xlabel="number")
-    colours = [SKY, *(len(totals) - 2) * [RED], YELLOW]
+    colours = [SKY, *(len(totals) - 2) * [VERMILION], YELLOW]
     bars = axes.barh(
         range(len(totals)), list(totals.values()), color=colours, edgecolor="black", lw=0.5
     )

@@ -3,13 +3,12 @@
 import numpy as np
 from PIL import Image
 
-from ..evaluation.matching import ERRORS, Matching, kinds
-from .marks import MARGIN, PALETTE, Mark, draw_marks, fit
+from ..evaluation.matching import ERRORS, ImageMatches, kinds
+from .marks import MARGIN, Mark, draw_marks, resize_long_side
+from .style import GREY, SKY, VERMILION, YELLOW, short
 
-BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW = PALETTE
-GREY = "#999999"
 CROWD = (GREY, (5, 1))
-STYLES = {"correct": (SKY, ()), "wrong": (RED, (6, 3)), "missed": (YELLOW, (2, 2))}
+STYLES = {"correct": (SKY, ()), "wrong": (VERMILION, (6, 3)), "missed": (YELLOW, (2, 2))}
 LEGEND = [
     Mark((), text, *STYLES[kind])
     for kind, text in (
@@ -21,7 +20,7 @@ LEGEND = [
 
 
 def draw_image_errors(
-    image: Image.Image, matching: Matching, names: dict[int, str], side: int = 760
+    image: Image.Image, matching: ImageMatches, names: dict[int, str], side: int = 760
 ) -> Image.Image:
     """The annotated boxes of an image and, to the right, its detections.
 
@@ -35,7 +34,7 @@ def draw_image_errors(
         RGB; `LEGEND` explains colours and lines. The label of a detection is its class and score
         with, if it is right, the IoU, or else the kind of error
     """
-    image, scale = fit(image, side)
+    image, scale = resize_long_side(image, side)
     annotated, detected = (
         draw_marks(image, [mark._replace(box=scale * mark.box) for mark in marks])
         for marks in (_truth_marks(matching, names), _detection_marks(matching, names))
@@ -46,7 +45,7 @@ def draw_image_errors(
     return pair
 
 
-def _truth_marks(matching: Matching, names: dict[int, str]) -> list[Mark]:
+def _truth_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark]:
     """The missed ones first, so on top."""
     marks = []
     for annotation, missed, crowd in zip(
@@ -58,7 +57,7 @@ def _truth_marks(matching: Matching, names: dict[int, str]) -> list[Mark]:
     return [mark for _, mark in sorted(marks, key=lambda pair: pair[0])]
 
 
-def _detection_marks(matching: Matching, names: dict[int, str]) -> list[Mark]:
+def _detection_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark]:
     """The false positives first, the surest of them on top."""
     marks = []
     for index, kind in enumerate(kinds(matching)):
@@ -74,7 +73,3 @@ def _detection_marks(matching: Matching, names: dict[int, str]) -> list[Mark]:
 def _corners(box: dict) -> np.ndarray:
     x, y, width, height = box["bbox"]
     return np.array([x, y, x + width, y + height])
-
-
-def short(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}…"

@@ -18,10 +18,8 @@ from ..boxes import cxcywh_to_xyxy, iou
 from ..structures import Predictions
 from ..trace import Trace
 from .canvas import (
-    BLUE,
     COLOURS,
     MARKERS,
-    ORANGE,
     outline,
     shape_of,
     show,
@@ -29,6 +27,7 @@ from .canvas import (
     to_pixels,
     zoom,
 )
+from .style import BLUE, VERMILION
 
 PROPOSALS = 50  # boxes that are drawn
 
@@ -128,7 +127,7 @@ def _draw_progress(axes: Axes, trace: Trace, query: int, places: Tensor) -> None
     overlap = iou(corners, corners[-1]).tolist()
     axes.plot(stages[-len(overlap) :], overlap, "o-", color=BLUE, label="IoU with the final box")
     scores = [layer.logits[0, query, label].sigmoid().item() for layer in layers]
-    axes.plot(stages[1:], scores, "s--", color=ORANGE, label="score for the final class")
+    axes.plot(stages[1:], scores, "s--", color=VERMILION, label="score for the final class")
     names = ["start", *map(str, stages[1:])]
     axes.set(ylim=(-0.03, 1.03), xticks=stages, xticklabels=names, xlabel="decoder layer")
     axes.set_ylabel("IoU and score, 0 to 1")

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, iou
 from ..trace import Trace
-from .canvas import BLUE, COLOURS, MARKERS, outline, show, title_of, to_pixels, zoom
+from .canvas import COLOURS, MARKERS, outline, show, title_of, to_pixels, zoom
+from .style import BLUE, ORANGE
 
 ATTENDED = 10  # queries that are drawn
 SAME_PLACE = 0.5  # least IoU
@@ -126,7 +127,7 @@ def _draw_shares(axes: Axes, trace: Trace, query: int) -> None:
     layers = range(1, len(shares) + 1)
     axes.bar(layers, own, color=BLUE, label="itself")
     place = f"queries at its place (IoU ≥ {SAME_PLACE})"
-    axes.bar(layers, near, bottom=own, color="#e69f00", label=place)
+    axes.bar(layers, near, bottom=own, color=ORANGE, label=place)
     axes.bar(layers, far, bottom=own + near, color="#cccccc", label="other queries")
     label = "both, were attention even"
     axes.plot(layers, uniform, "k_", ms=24, mew=2, label=label)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import NamedTuple
 
+from .page import html_figure, html_page
+
 
 class Text(NamedTuple):
     """What is said about a picture."""
@@ -55,7 +57,7 @@ TEXTS = {
         "Noised boxes of some groups, what the model made of them, and charts of all groups.",
         "In training, noised copies of the true boxes are queries of their own. Positives, in "
         "blue, are to find the way back to the black boxes; negatives, of contrastive denoising, "
-        "in orange and noised more, are to be rejected: they should come out faint. In the chart "
+        "in red and noised more, are to be rejected: they should come out faint. In the chart "
         "of boxes, points above the dotted line were improved.",
         "DN-DETR, section 4.3; DINO, section 3.3 and figure 3",
     ),
@@ -70,23 +72,14 @@ TEXTS = {
     ),
 }
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1c1c1c; --ground: #fff; --soft: #5c5c5c; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6e6e6; --ground: #16181a; --soft: #a9a9a9; }
-}
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; color: var(--text);
-  background: var(--ground); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1, h2 { line-height: 1.25; }
-p { max-width: 44rem; }
-figure { margin: 1rem 0 3rem; }
-.scroll { overflow-x: auto; }
-img { display: block; max-width: max(100%, 42rem); border-radius: 6px; background: #fff; }
-.soft, footer { color: var(--soft); font-size: 0.9rem; }
+LINKS = """<footer><p>DINO <a href="https://arxiv.org/abs/2203.03605">2203.03605</a>, DN-DETR
+<a href="https://arxiv.org/abs/2203.01305">2203.01305</a>, Deformable DETR
+<a href="https://arxiv.org/abs/2010.04159">2010.04159</a>, DETR
+<a href="https://arxiv.org/abs/2005.12872">2005.12872</a></p></footer>
 """
 
 
-def html_page(heading: str, facts: list[str], pictures: Mapping[str, bytes | str]) -> str:
+def explanation_page(heading: str, facts: list[str], pictures: Mapping[str, bytes | str]) -> str:
     """An HTML file that needs no other, so that it can be sent as it is.
 
     Args:
@@ -96,37 +89,14 @@ def html_page(heading: str, facts: list[str], pictures: Mapping[str, bytes | str
             a sentence that says why
     """
     sections = "".join(_section(TEXTS[name], picture) for name, picture in pictures.items())
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(heading)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(heading)}</h1>
-<p>{" ".join(map(escape, facts))}</p>
-<main>
-{sections}</main>
-<footer><p>DINO <a href="https://arxiv.org/abs/2203.03605">2203.03605</a>, DN-DETR
-<a href="https://arxiv.org/abs/2203.01305">2203.01305</a>, Deformable DETR
-<a href="https://arxiv.org/abs/2010.04159">2010.04159</a>, DETR
-<a href="https://arxiv.org/abs/2005.12872">2005.12872</a></p></footer>
-</body>
-</html>
-"""
+    said = " ".join(map(escape, facts))
+    return html_page(heading, f"<p>{said}</p>\n<main>\n{sections}</main>\n{LINKS}")
 
 
 def _section(text: Text, picture: bytes | str) -> str:
     if isinstance(picture, str):
-        body = f'<p class="soft">{escape(picture)}</p>'
+        body = f'<p class="soft">{escape(picture)}</p>\n'
     else:
-        data = base64.b64encode(picture).decode()
-        body = (
-            f"<p>{escape(text.reading)}</p>\n"
-            f'<figure><div class="scroll" role="region" tabindex="0" aria-label="picture">'
-            f'<img alt="{escape(text.alt)}" src="data:image/png;base64,{data}"></div>\n'
-            f'<figcaption class="soft">{escape(text.source)}</figcaption></figure>'
-        )
-    return f"<section>\n<h2>{escape(text.title)}</h2>\n{body}\n</section>\n"
+        data = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+        body = f"<p>{escape(text.reading)}</p>\n{html_figure(data, text.alt, text.source)}"
+    return f"<section>\n<h2>{escape(text.title)}</h2>\n{body}</section>\n"

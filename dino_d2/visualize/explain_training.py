@@ -15,13 +15,14 @@ from torch import Tensor
 from ..boxes import cxcywh_to_xyxy, iou
 from ..modeling.matcher import instability
 from ..structures import Predictions, Target
-from ..trace import Denoised, Matching
-from .canvas import BLUE, ORANGE, outline, plain, shape_of, show, tag, to_pixels
+from ..trace import Denoised, StageMatching
+from .canvas import outline, shape_of, show, tag, to_pixels
+from .style import BLUE, VERMILION, escape_name
 
 GROUPS = 3  # of denoising queries, that are drawn
 NOISED = 8  # boxes of them
 BOXES = 20  # that are listed with their queries
-COPIES = ((BLUE, "-", "positive"), (ORANGE, "--", "negative"))
+COPIES = ((BLUE, "-", "positive"), (VERMILION, "--", "negative"))
 
 
 def draw_denoising(image: Image.Image, denoised: Denoised) -> Figure:
@@ -95,7 +96,7 @@ def _draw_totals(figure: SubFigure, denoised: Denoised) -> None:
 def draw_matching(
     image: Image.Image,
     target: Target,
-    matching: Matching,
+    matching: StageMatching,
     predictions: Predictions,
     classes: Sequence[str],
 ) -> Figure:
@@ -128,7 +129,7 @@ def draw_matching(
     left.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=2)
     left.set_title("boxes and their queries")
     labels = target.labels.tolist()
-    names = [f"{n}  {plain(classes[labels[i]], 20)}" for n, i in enumerate(largest, 1)]
+    names = [f"{n}  {escape_name(classes[labels[i]], 20)}" for n, i in enumerate(largest, 1)]
     _draw_table(right, matching, largest, names)
     figure.suptitle("Matching between queries and ground truth", weight="bold")
     return figure
@@ -140,7 +141,7 @@ def _largest(target: Target, count: int) -> list[int]:
     return areas.argsort(descending=True)[:count].sort().values.tolist()
 
 
-def _draw_table(axes: Axes, matching: Matching, boxes: list[int], names: list[str]) -> None:
+def _draw_table(axes: Axes, matching: StageMatching, boxes: list[int], names: list[str]) -> None:
     queries, total = matching.queries[:, boxes], matching.queries.shape[1]
     kept, changed = "#dbe7f3", "#f5b183"
     moved = torch.cat([torch.zeros(1, len(boxes)), (queries[1:] != queries[:-1]).float()])

@@ -1,67 +1,15 @@
 """Images with boxes drawn into them, and the curves of a training."""
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.structures import Instances
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-from .marks import PALETTE, Mark, class_colour, draw_marks
-
-
-def draw_detections(
-    annotations: Path,
-    images: Path,
-    results: Path,
-    output: Path,
-    *,
-    num_images: int = 12,
-    threshold: float = 0.4,
-) -> None:
-    """A sheet of images, each with its ground truth and, to the right, what was detected.
-
-    Args:
-        annotations: COCO-format file
-        images: folder of its images
-        results: detections in COCO's results format, as Detectron2's evaluator leaves them
-        output: PNG to write
-        num_images: the first so many of the file
-        threshold: least score that is drawn
-    """
-    dataset = json.loads(Path(annotations).read_text())
-    names = {category["id"]: category["name"] for category in dataset["categories"]}
-    colours = {c: PALETTE[i % len(PALETTE)] for i, c in enumerate(names)}
-    truth, detections = defaultdict(list), defaultdict(list)
-    for box in dataset["annotations"]:
-        truth[box["image_id"]].append(box)
-    for box in json.loads(Path(results).read_text()):
-        if box["score"] >= threshold:
-            detections[box["image_id"]].append(box)
-
-    shown = dataset["images"][:num_images]
-    columns = 4  # pairs of ground truth and detections
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(16, 2.3 * rows + 0.6), layout="constrained")
-    grid = figure.subplots(rows, 2 * columns, squeeze=False).flatten()
-    for axes in grid:
-        axes.set_axis_off()
-    for i, record in enumerate(shown):
-        picture = Image.open(Path(images) / record["file_name"]).convert("RGB")
-        for axes, boxes, title in (
-            (grid[2 * i], truth[record["id"]], "ground truth"),
-            (grid[2 * i + 1], detections[record["id"]], f"detected, score ≥ {threshold}"),
-        ):
-            axes.imshow(picture)
-            axes.set_title(title, fontsize=8)
-            _draw_boxes(axes, boxes, colours)
-    legend = [Patch(color=colours[c], label=name) for c, name in names.items()]
-    figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 8))
-    figure.savefig(output, dpi=110)
+from .marks import Mark, class_colour, draw_marks
+from .style import DPI
 
 
 def draw_instances(image: Image.Image, instances: Instances, classes: Sequence[str]) -> Image.Image:
@@ -78,16 +26,6 @@ def draw_instances(image: Image.Image, instances: Instances, classes: Sequence[s
         for box, score, label in found
     ]
     return draw_marks(image, marks)
-
-
-def _draw_boxes(axes: Axes, boxes: list[dict], colours: dict[int, str]) -> None:
-    for box in boxes:
-        x, y, width, height = box["bbox"]
-        colour = colours[box["category_id"]]
-        axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=2))
-        if "score" in box:
-            style = {"facecolor": colour, "edgecolor": "none", "pad": 0.5}
-            axes.text(x, y, f"{box['score']:.2f}", color="white", fontsize=6, bbox=style)
 
 
 def draw_curves(metrics: Path, output: Path) -> None:
@@ -111,4 +49,4 @@ def draw_curves(metrics: Path, output: Path) -> None:
         axes.set(xlabel="iteration", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     precision.legend()
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=DPI)

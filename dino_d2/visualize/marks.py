@@ -10,8 +10,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-# Those of Okabe and Ito, which the colour-blind tell apart.
-PALETTE = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442"]
+from .style import PALETTE, one_line
+
 MARGIN = 12  # pixels between the pictures of a sheet
 
 
@@ -20,7 +20,7 @@ class Mark(NamedTuple):
 
     Attributes:
         box: left, top, right and bottom in pixels
-        text: its label; "" for none
+        text: its label, drawn on one line; "" for none
         colour: of the line and of what is behind the text
         dash: lengths of strokes and gaps, in widths of the line; () is a solid line
     """
@@ -43,7 +43,7 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     for mark in reversed(marks):
         _outline(canvas, mark, width)
     font, taken = load_font(max(12, round(min(picture.size) / 36))), []
-    for mark in marks:
+    for mark in (mark._replace(text=one_line(mark.text)) for mark in marks):
         place = _free_place(canvas, mark, font, taken)
         if mark.text and place:
             taken.append(place)
@@ -112,7 +112,7 @@ def _overlap(a: tuple, b: tuple) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def fit(image: Image.Image, side: int) -> tuple[Image.Image, float]:
+def resize_long_side(image: Image.Image, side: int) -> tuple[Image.Image, float]:
     """The image with a long side of so many pixels, and what its boxes are to be multiplied by."""
     scale = side / max(image.size)
     size = [max(1, round(scale * x)) for x in image.size]
@@ -146,6 +146,7 @@ def contact_sheet(
     _draw_legend(canvas, legend, line + MARGIN, small)
     for y, row in zip(np.cumsum([head, *heights[:-1]]).tolist(), rows, strict=True):
         for x, (picture, caption) in zip(count(MARGIN, column), row, strict=False):
+            caption = one_line(caption)
             while caption and small.getlength(caption) > column - MARGIN:
                 caption = caption[:-2].rstrip() + "…"
             canvas.text((x, y), caption, "black", small)

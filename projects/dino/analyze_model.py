@@ -22,25 +22,25 @@ from program import make_parser, one_sentence
 from tabulate import tabulate
 from torch import nn
 
+from dino_d2 import model_zoo
 from dino_d2.costs import Flops, count_flops, kept_activations, stages_of
 from dino_d2.data.augmentation import ResizeShortestEdge
 from dino_d2.data.coco_faults import read
 from dino_d2.modeling.dino import DINO
 
-COCO_CLASSES = 80  # where the config leaves the number to the data
 BOXES = 7  # in the image of a training step, as COCO has on average
 EPILOG = """
 Examples:
 
 DINO-4scale with R-50 on 800 x 1333 pixels:
-    $ analyze_model.py --config-file dino_R_50_4scale_12ep
+    $ python projects/dino/analyze_model.py --config-file dino_R_50_4scale_12ep
 
 A training of one's own, on its own size of images, with fewer queries:
-    $ analyze_model.py --config-file output/quickstart/config.yaml --size 104 139 \\
-        --opts MODEL.DINO.NUM_QUERIES 20
+    $ python projects/dino/analyze_model.py --config-file output/quickstart/config.yaml \\
+        --size 104 139 --opts MODEL.DINO.NUM_QUERIES 20
 
 GFLOPs averaged over the first images of a data set, resized as in evaluation:
-    $ analyze_model.py --config-file output/quickstart/config.yaml \\
+    $ python projects/dino/analyze_model.py --config-file output/quickstart/config.yaml \\
         --annotations output/quickstart/data/val.json --images 20
 """
 
@@ -136,6 +136,7 @@ def table(
         return [name.replace("_", " "), *counts, *map(cell, costs)]
 
     rows = [row(x, getattr(model, x), flops.stages[x], kept[x]) for x in stages_of(model)]
+    rows.append(row("rest", nn.Identity(), 0, kept["rest"]))
     rows.append(row("total", model, total, kept.total()))
     columns = ["stage", "parameters", "trained", "GFLOPs", "share", "time, ms"]
     columns += ["memory, MiB", "kept for backward, MiB"]
@@ -150,7 +151,7 @@ def page(args: argparse.Namespace, body: str, flops: Flops, counts: Sequence[int
     notes = [
         "GFLOPs: 10^9 multiply-adds of inference. Time and memory: of inference, memory being what "
         "a stage adds at most. Kept for backward: what the forward pass of a training step with "
-        f"{BOXES} boxes keeps, without parameters.",
+        f"{BOXES} boxes keeps, without parameters. Rest: outside the stages.",
         "Counted, GFLOPs: " + ", ".join(f"{x} {cell(n / 1e9)}" for x, n in rank(flops.operators)),
         "Not counted, calls: " + ", ".join(f"{x} {cell(n)}" for x, n in rank(flops.uncounted)),
     ]
@@ -202,7 +203,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
     )
     cfg = load_config(setting)
     number = cfg.MODEL.DINO.NUM_CLASSES if isinstance(cfg, CfgNode) else cfg.model.num_classes
-    return setting._replace(classes=number if isinstance(number, int) else COCO_CLASSES)
+    return setting._replace(classes=number if isinstance(number, int) else model_zoo.NUM_CLASSES)
 
 
 def main(words: Sequence[str] | None = None) -> None:

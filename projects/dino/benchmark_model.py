@@ -45,7 +45,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from dino_d2 import DINO, model_zoo
-from dino_d2.config import read_config
+from dino_d2.costs import STAGES
 from dino_d2.layers import deformable_attention
 from dino_d2.modeling.inference import fold_norms
 from dino_d2.overrides import apply_overrides
@@ -55,17 +55,16 @@ EPILOG = """
 Examples:
 
 Inference and a training step, on the GPU if there is one:
-    $ benchmark_model.py
+    $ python projects/dino/benchmark_model.py
 
 Another model, larger, in half precision, as it is and compiled:
-    $ benchmark_model.py --config-file dino_Swin_L_384_4scale_12ep --mode inference \\
-        --batch 1 4 --size 640 640 --size 800 1333 --precision fp32 bf16 --compile
+    $ python projects/dino/benchmark_model.py --config-file dino_Swin_L_384_4scale_12ep \\
+        --mode inference --batch 1 4 --size 640 640 --size 800 1333 --precision fp32 bf16 --compile
 
 How time and memory grow with the area of the image and with the number of boxes in it:
-    $ benchmark_model.py --growth area boxes
+    $ python projects/dino/benchmark_model.py --growth area boxes
 """
 
-STAGES = "backbone", "neck", "encoder", "query_selection", "denoising", "decoder", "criterion"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PUBLISHED = "published form"
 
@@ -192,8 +191,7 @@ def build(setting: Setting) -> DINO:
 
 
 def load_config(setting: Setting) -> CfgNode | DictConfig:
-    name = setting.config_file
-    cfg = read_config(name) if os.path.isfile(name) else model_zoo.get_config(name)
+    cfg = model_zoo.get_config(setting.config_file)
     apply_overrides(cfg, setting.opts)
     return cfg
 
@@ -312,7 +310,7 @@ def page(rows: list[dict], args: argparse.Namespace) -> str:
 
 
 def stage_table(rows: list[dict]) -> str:
-    order = [*STAGES, "backward", "optimizer", "rest"]
+    order = [*STAGES, "criterion", "backward", "optimizer", "rest"]
     stages = [name for name in order if name in rows[0]["stages_ms"]]
     columns = ["setting", "model", "total", "faster", *stages, "memory, MiB"]
     cells = [

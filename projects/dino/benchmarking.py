@@ -21,6 +21,7 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor
 from torch.nn import functional as F
 
+from dino_d2.names import check_device
 from dino_d2.ops import backends
 from dino_d2.ops.reference import resolve
 
@@ -64,14 +65,10 @@ def find_device(name: str) -> torch.device:
     Raises:
         ValueError: it is not there, or nothing that can be measured
     """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device is {name!r}, which PyTorch does not know") from error
+    check_device(name)
+    device = torch.device(name)
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}, but only cpu and cuda can be measured")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r}, but PyTorch finds no GPU here")
+        raise ValueError(f"the device is {name!r}, but only cpu and cuda can be measured")
     return device
 
 

@@ -18,14 +18,14 @@ EPILOG = """
 Examples:
 
 From official DINO, detrex or mmdetection, which is detected:
-    $ convert_checkpoint.py checkpoint0011_4scale.pth dino.pth
-    $ convert_checkpoint.py dino_d2://detrex/dino_R_50_4scale_24ep dino.pth
+    $ python projects/dino/convert_checkpoint.py checkpoint0011_4scale.pth dino.pth
+    $ python projects/dino/convert_checkpoint.py dino_d2://detrex/dino_R_50_4scale_24ep dino.pth
 
 Back to the layout of official DINO:
-    $ convert_checkpoint.py output/model_final.pth official.pth --to official
+    $ python projects/dino/convert_checkpoint.py output/model_final.pth official.pth --to official
 
 The averaged weights of a training with EMA, which detect better; without its optimizer:
-    $ convert_checkpoint.py output/model_best.pth dino.pth --ema
+    $ python projects/dino/convert_checkpoint.py output/model_best.pth dino.pth --ema
 """
 
 

@@ -14,24 +14,25 @@ from program import make_parser, one_sentence
 
 from dino_d2.data import from_voc, from_yolo
 from dino_d2.data.convert import Conversion, write
+from dino_d2.names import path_hint
 
 EPILOG = """
 Examples:
 
 VOC: Annotations/*.xml, JPEGImages and, for splits, ImageSets/Main/{train,val,trainval,test}.txt
-    $ convert_dataset.py voc my/VOC2012 --output my/coco
+    $ python projects/dino/convert_dataset.py voc my/VOC2012 --output my/coco
 
 The same by a tool that counts pixels from 0:
-    $ convert_dataset.py voc my/cells --zero-based --output my/coco
+    $ python projects/dino/convert_dataset.py voc my/cells --zero-based --output my/coco
 
 YOLO, as Ultralytics lays it out: data.yaml (or classes.txt), images and labels
-    $ convert_dataset.py yolo my/shapes --output my/coco
-    $ convert_dataset.py yolo my/shapes/data.yaml --output my/coco
+    $ python projects/dino/convert_dataset.py yolo my/shapes --output my/coco
+    $ python projects/dino/convert_dataset.py yolo my/shapes/data.yaml --output my/coco
 
 Then look at it, and train:
-    $ visualize_data.py --config-file configs/quickstart.yaml \\
+    $ python projects/dino/visualize_data.py --config-file configs/quickstart.yaml \\
         --train-json my/coco/train.json --train-images my/shapes --output look
-    $ train_net.py --config-file configs/quickstart.yaml \\
+    $ python projects/dino/train_net.py --config-file configs/quickstart.yaml \\
         --train-json my/coco/train.json --train-images my/shapes \\
         --val-json my/coco/val.json --val-images my/shapes
 """
@@ -57,7 +58,7 @@ def convert(args: argparse.Namespace) -> tuple[Conversion, dict[str, Path]]:
         ValueError: the data set cannot be converted, or a file is there already
     """
     if not args.dataset.exists():
-        raise ValueError(f"'{args.dataset}' does not exist")
+        raise ValueError(f"'{args.dataset}' does not exist{path_hint(args.dataset)}")
     if args.format == "voc":
         conversion = from_voc(args.dataset, zero_based=args.zero_based)
     else:

@@ -5,16 +5,17 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from demo_annotate import Annotator, find_inputs, run
 from demo_video import Video, Window, opencv
-from program import add_model_arguments, make_parser, one_sentence
-from results import category_ids, image_ids, read_annotations
+from program import add_model_arguments, make_parser, one_sentence, score
 
 import dino_d2
 from dino_d2.checkpoint_io import replacing
+from dino_d2.data.coco_writer import category_ids, image_ids, read_annotations
 
 EPILOG = """
 The JSON is a list in COCO's results format, as pycocotools' loadRes reads it: image_id,
@@ -59,14 +60,18 @@ def argument_parser() -> argparse.ArgumentParser:
         help="a camera, by default the first (0), until q is pressed in the window, or Ctrl-C",
     )
     add_model_arguments(parser)
-    parser.add_argument("--output", type=Path, help="folder for annotated pictures and videos")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for annotated pictures and videos; inputs that are in it stay as they are",
+    )
     parser.add_argument("--json", type=Path, help="file for the detections, see below")
     parser.add_argument("--show", action="store_true", help="in a window; needs OpenCV")
     parser.add_argument(
         "--annotations", type=Path, help="COCO-format file that gives the JSON its ids"
     )
     parser.add_argument(
-        "--confidence-threshold", type=float, default=0.5, help="0 to 1 (default: 0.5)"
+        "--confidence-threshold", type=score, default=0.5, help="0 to 1 (default: 0.5)"
     )
     parser.add_argument("--batch-size", type=int, default=1, help="images at once (default: 1)")
     parser.add_argument(
@@ -88,22 +93,48 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("--annotations is about the ids of --json FILE")
     if args.batch_size < 1:
         parser.error("--batch-size has to be 1 or more")
-    if not 0 <= args.confidence_threshold <= 1:
-        parser.error("--confidence-threshold has to be between 0 and 1")
     return args
 
 
-def prepare_outputs(args: argparse.Namespace) -> None:
+def prepare_outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
     """
+    Args:
+        inputs: files that are read, besides the annotations, the config and the weights
+
     Raises:
         OSError: there cannot be such a file or folder
+        ValueError: the JSON would replace what is read
     """
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
     if args.json:
         if args.json.is_dir():
             raise IsADirectoryError(f"--json '{args.json}' is a folder")
+        read = (*inputs, *filter(None, (args.annotations, args.config_file, args.weights)))
+        if args.json.exists() and args.json.resolve() in {Path(x).resolve() for x in read}:
+            raise ValueError(f"--json '{args.json}' would replace what is read: name another file")
         tempfile.TemporaryFile(dir=args.json.parent).close()
+
+
+def make_annotator(
+    args: argparse.Namespace, inputs: Sequence[Path], annotations: dict[str, list] | None
+) -> Annotator:
+    """
+    Raises:
+        ValueError: the model or the window cannot be had, or the annotations are of other classes
+    """
+    window = Window() if args.show else None
+    dtype = getattr(torch, args.dtype)
+    predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts, dtype)
+    return Annotator(
+        predictor,
+        output=args.output,
+        threshold=args.confidence_threshold,
+        batch_size=args.batch_size,
+        categories=category_ids(predictor.classes, annotations) if args.json else None,
+        taken=[*inputs, args.json] if args.json else inputs,
+        window=window,
+    )
 
 
 def main() -> None:
@@ -111,20 +142,17 @@ def main() -> None:
     args = parse(parser)
     with one_sentence(parser.prog):
         images, videos = find_inputs(args.input)
+        inputs = [*images, *videos]
         if args.webcam is not None:
             videos = [*videos, Video(args.webcam)]
         if videos and args.annotations:
             raise ValueError("--annotations knows images: leave out videos and cameras")
         annotations = read_annotations(args.annotations) if args.annotations else None
         ids = image_ids(images, annotations)
-        prepare_outputs(args)
+        prepare_outputs(args, inputs)
         if videos:
             opencv()
-        window = Window() if args.show else None
-        dtype = getattr(torch, args.dtype)
-        predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts, dtype)
-        categories = category_ids(predictor.classes, annotations)
-    annotator = Annotator(predictor, args, categories, window)
+        annotator = make_annotator(args, inputs, annotations)
     try:
         run(annotator, images, ids, videos)
     except KeyboardInterrupt:
@@ -135,7 +163,8 @@ def main() -> None:
     if args.json:
         with one_sentence(parser.prog), replacing(str(args.json)) as file:
             file.write(json.dumps(annotator.results, indent=1).encode())
-    print(annotator.summary())
+    places = " and ".join(f"'{path}'" for path in (args.output, args.json) if path)
+    print(annotator.summary() + (f": see {places}" if places else ""))
 
 
 if __name__ == "__main__":

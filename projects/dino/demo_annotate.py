@@ -1,9 +1,7 @@
 """Images and videos in, annotated ones and results out: the work of `demo.py`."""
 
-import argparse
-import glob
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import count, islice
@@ -11,19 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from demo_video import SUFFIXES as VIDEOS
-from demo_video import Video, VideoError, VideoWriter, Window
+from demo_video import VIDEO_SUFFIXES, Video, VideoError, VideoWriter, Window
 from detectron2.structures import Instances
 from PIL import Image
-from results import to_results
+from program import IMAGE_SUFFIXES, find_files
 from tqdm import tqdm
 
 import dino_d2
 from dino_d2.data import DatasetError, read_image
-from dino_d2.names import nearest_path
+from dino_d2.data.coco_writer import to_results
 from dino_d2.visualize import draw_instances
-
-IMAGES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 class Shot(NamedTuple):
@@ -39,22 +34,8 @@ def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[Path]]:
     Raises:
         FileNotFoundError: one of them means none
     """
-    found = []
-    for name in inputs:
-        path = Path(name)
-        inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
-        kinds = IMAGES | VIDEOS
-        files = sorted(x for x in inside if x.suffix.lower() in kinds and x.is_file())
-        files = [path] if path.is_file() else files
-        if not files:
-            near = "" if path.exists() else nearest_path(name)
-            raise FileNotFoundError(
-                f"--input '{name}' is no image or video, nor a folder or pattern of some"
-                + (f"; the nearest: '{near}'" if near else "")
-            )
-        found += files
-    found = list(dict.fromkeys(found))
-    is_video = [path.suffix.lower() in VIDEOS for path in found]
+    found = find_files(inputs, IMAGE_SUFFIXES | VIDEO_SUFFIXES, "--input")
+    is_video = [path.suffix.lower() in VIDEO_SUFFIXES for path in found]
     images, videos = (
         [path for path, x in zip(found, is_video, strict=True) if x is kind]
         for kind in (False, True)
@@ -67,36 +48,48 @@ class Annotator:
 
     Args:
         predictor: what detects
-        args: of the program
-        categories: the id of each class
+        output: folder for the annotated; None: nothing is drawn into files
+        threshold: the least score of a detection
+        batch_size: images at once
+        categories: the id of each class in `results`; None: no results are kept
+        taken: files that are not to be replaced by annotated ones: the inputs above all
         window: where pictures are shown
     """
 
     def __init__(
         self,
         predictor: dino_d2.Predictor,
-        args: argparse.Namespace,
-        categories: list[int],
+        *,
+        output: Path | None,
+        threshold: float,
+        batch_size: int,
+        categories: Sequence[int] | None,
+        taken: Iterable[Path],
         window: Window | None = None,
     ):
-        self.predictor, self.args, self.categories = predictor, args, categories
-        self.window = window
-        self.results: list[dict] = []
-        self.images = self.frames = self.videos = self.left_out = 0
-        self.taken: set[Path] = set()
+        self.predictor, self.output, self.window = predictor, output, window
+        self.threshold, self.batch_size, self.categories = threshold, batch_size, categories
+        self.taken = {path.resolve() for path in taken}
+        self.results: list[dict] = []  # of all images, in COCO's format
+        self.detections = self.images = self.frames = self.videos = self.left_out = 0
 
     def run_images(self, paths: list[Path], ids: list[int]) -> bool:
-        """Whether the person at the window wants more, as `run_video`."""
+        """Images that cannot be read are left out; whether the person at the window wants more."""
         shots = self.detect(self.read(paths, ids))
         for shot, instances in tqdm(shots, total=len(paths), unit="image", disable=None):
             self.images += 1
-            save = self.args.output and self.free_path(shot.names["file_name"], ".png")
+            save = self.output and self.free_path(shot.names["file_name"], ".png")
             if not self.draw(shot, instances, save and partial(Image.Image.save, fp=save)):
                 return False
         return True
 
     def run_video(self, video: Video, first_id: int) -> bool:
-        """
+        """Whether the person at the window wants more.
+
+        Args:
+            video: its frames
+            first_id: of its first frame in the results
+
         Raises:
             VideoError: the annotated one cannot be written
         """
@@ -104,7 +97,7 @@ class Annotator:
             Shot(picture, {"image_id": first_id + i, "file_name": video.name, "frame": i})
             for i, picture in enumerate(video)
         )
-        path = self.args.output and self.free_path(video.name, ".mp4")
+        path = self.output and self.free_path(video.name, ".mp4")
         writer = VideoWriter(path, video.rate, video.size) if path else None
         found = tqdm(self.detect(shots), total=video.length or None, unit="frame", disable=None)
         self.videos += 1
@@ -130,14 +123,16 @@ class Annotator:
             yield Shot(picture, {"image_id": image_id, "file_name": str(path)})
 
     def detect(self, shots: Iterator[Shot]) -> Iterator[tuple[Shot, Instances]]:
-        """In batches; the results are kept."""
-        while batch := list(islice(shots, self.args.batch_size)):
+        """In batches; counts the detections, and keeps the results that are wanted."""
+        while batch := list(islice(shots, self.batch_size)):
             found = self.predictor([shot.picture for shot in batch])
             for shot, instances in zip(batch, found, strict=True):
-                instances = instances[instances.scores >= self.args.confidence_threshold]
-                self.results += to_results(
-                    shot.names, instances, self.predictor.classes, self.categories
-                )
+                instances = instances[instances.scores >= self.threshold]
+                if self.categories:
+                    self.results += to_results(
+                        shot.names, instances, self.predictor.classes, self.categories
+                    )
+                self.detections += len(instances)
                 yield shot, instances
 
     def draw(
@@ -158,12 +153,13 @@ class Annotator:
         return not self.window or self.window.show(picture, stay=stay)
 
     def free_path(self, name: str, suffix: str) -> Path:
-        """A file of the output folder, named as the input, that no other of this run has."""
+        """A file of the output folder, named as the input, that no other of this run is: neither
+        one that was written, nor one that is read."""
         stem = Path(name).stem
         names = (f"{stem}{f'_{i}' if i else ''}{suffix}" for i in count())
-        paths = (self.args.output / name for name in names)
-        path = next(path for path in paths if path not in self.taken)
-        self.taken.add(path)
+        paths = (self.output / name for name in names)
+        path = next(path for path in paths if path.resolve() not in self.taken)
+        self.taken.add(path.resolve())
         return path
 
     def leave_out(self, error: Exception) -> None:
@@ -174,11 +170,8 @@ class Annotator:
         parts = [plural(self.images, "image")] if self.images or not self.videos else []
         if self.videos:
             parts.append(f"{plural(self.frames, 'frame')} of {plural(self.videos, 'video')}")
-        places = " and ".join(f"'{x}'" for x in (self.args.output, self.args.json) if x)
-        return (
-            f"{plural(len(self.results), 'detection')} in {' and '.join(parts)}"
-            + (f", {plural(self.left_out, 'input')} left out" if self.left_out else "")
-            + (f": see {places}" if places else "")
+        return f"{plural(self.detections, 'detection')} in {' and '.join(parts)}" + (
+            f", {plural(self.left_out, 'input')} left out" if self.left_out else ""
         )
 
 
@@ -200,7 +193,7 @@ def run(
         if not more:
             return
         try:
-            video = source if isinstance(source, Video) else Video(source)
-            more = annotator.run_video(video, first_frame + annotator.frames)
+            with source if isinstance(source, Video) else Video(source) as video:
+                more = annotator.run_video(video, first_frame + annotator.frames)
         except VideoError as error:
             annotator.leave_out(error)

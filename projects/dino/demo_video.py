@@ -9,7 +9,9 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
+VIDEO_SUFFIXES = frozenset(
+    (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+)
 CODEC = "mp4v"
 USUAL_RATE = 25.0  # of a camera that does not tell
 
@@ -33,7 +35,8 @@ def opencv() -> ModuleType:
 
 
 class Video:
-    """Iterates over the frames, (H, W, 3) of uint8 and RGB, of a file or a camera, once.
+    """Iterates over the frames, (H, W, 3) of uint8 and RGB, of a file or a camera, once; its
+    context ends with the file or camera given back.
 
     Args:
         source: a path, or the number of a camera
@@ -49,6 +52,7 @@ class Video:
         self.capture = cv2.VideoCapture(source if is_camera else str(source))
         there, self.first = self.capture.read()
         if not there:
+            self.capture.release()
             raise VideoError(
                 f"camera {source} cannot be read: is it connected, and not in use? others have "
                 "other numbers"
@@ -67,6 +71,12 @@ class Video:
         while there:
             yield np.ascontiguousarray(frame[:, :, ::-1])
             there, frame = self.capture.read()
+
+    def __enter__(self) -> "Video":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.capture.release()
 
 
 class VideoWriter:

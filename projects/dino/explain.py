@@ -13,14 +13,16 @@ from typing import NamedTuple
 
 import torch
 from detectron2.data import DatasetCatalog
+from matplotlib.figure import Figure
 from PIL import Image
 from program import add_model_arguments, make_parser, one_sentence
 
 import dino_d2
 from dino_d2.boxes import xyxy_to_cxcywh
 from dino_d2.data import class_names, read_image
+from dino_d2.data.coco_faults import dataset_name
 from dino_d2.data.mapper import check_pixels
-from dino_d2.names import nearest
+from dino_d2.names import hint
 from dino_d2.structures import Predictions, Target
 from dino_d2.trace import Trace, denoised_boxes, match_stages, trace
 from dino_d2.visualize import (
@@ -30,10 +32,11 @@ from dino_d2.visualize import (
     draw_refinement,
     draw_sampling,
     draw_self_attention,
-    html_page,
+    explanation_page,
     surest_queries,
 )
 from dino_d2.visualize.canvas import shrink
+from dino_d2.visualize.style import DPI
 
 MAX_QUERIES = 8
 EPILOG = """
@@ -74,17 +77,19 @@ def find_record(annotations: str, images: str, name: str | None) -> tuple[dict, 
     Raises:
         ValueError: the dataset has something wrong, or no such image
     """
-    if not annotations.endswith(".json"):
-        raise ValueError(f"--annotations '{annotations}' is no .json file: give COCO annotations")
-    dataset = f"{annotations}@{images}"
+    dataset = dataset_name(annotations, images)
     classes = class_names([dataset])
     records = {os.path.relpath(x["file_name"], images): x for x in DatasetCatalog.get(dataset)}
     if name is None:
-        return max(records.values(), key=lambda x: len(x["annotations"]) > 0), classes
+        return max(records.values(), key=lambda x: len(objects(x)) > 0), classes
     if name not in records:
-        near = ", ".join(nearest(name, records) or list(records)[:3])
-        raise ValueError(f"'{annotations}' has no image '{name}'; the nearest: {near}")
+        raise ValueError(f"'{annotations}' has no image '{name}'; {hint(name, records)}")
     return records[name], classes
+
+
+def objects(record: dict) -> list[dict]:
+    """Annotations without those of crowds, as in training."""
+    return [x for x in record["annotations"] if not x["iscrowd"]]
 
 
 def to_target(record: dict, classes: list[str], known: list[str]) -> Target:
@@ -98,14 +103,13 @@ def to_target(record: dict, classes: list[str], known: list[str]) -> Target:
     Raises:
         ValueError: the model does not know a class
     """
-    boxes = [x for x in record["annotations"] if not x["iscrowd"]]
+    boxes = objects(record)
     names = [classes[x["category_id"]] for x in boxes]
     for name in names:
         if name not in known:
-            near = ", ".join(nearest(name, known) or known[:3])
             raise ValueError(
                 f"'{record['file_name']}' has a box of class '{name}', which the model does not "
-                f"know; its nearest: {near}"
+                f"know; {hint(name, known)}"
             )
     corners = torch.tensor([x["bbox"] for x in boxes], dtype=torch.float32).view(-1, 4)
     corners[:, 2:] += corners[:, :2]
@@ -155,7 +159,7 @@ def choose(queries: list[int], predictions: Predictions) -> list[int]:
 
 def draw(
     subject: Subject, recorded: Trace, model: dino_d2.DINO, queries: list[int], classes: list[str]
-) -> dict:
+) -> dict[str, Figure | str]:
     """Figures by name or, of what cannot be drawn, a sentence that says why."""
     subject = subject._replace(picture=shrink(subject.picture))  # once, not in every picture
     what = subject.picture, recorded, queries, classes
@@ -171,7 +175,7 @@ def draw(
 
 def draw_training(
     subject: Subject, recorded: Trace, model: dino_d2.DINO, classes: list[str]
-) -> dict:
+) -> dict[str, Figure | str]:
     """As `draw`."""
     picture, target = subject.picture, subject.target
     if target is None or not len(target.labels):
@@ -188,17 +192,19 @@ def draw_training(
     return {"denoising": denoising, "matching": matching}
 
 
-def write(pictures: dict, subject: Subject, facts: list[str], folder: Path) -> None:
+def write(
+    pictures: dict[str, Figure | str], subject: Subject, facts: list[str], folder: Path
+) -> None:
     """The page and a PNG of each figure."""
     contents = {}
     for name, figure in pictures.items():
         contents[name] = figure
         if not isinstance(figure, str):
             file = folder / f"{name}.png"
-            figure.savefig(file, dpi=110)
+            figure.savefig(file, dpi=DPI)
             contents[name] = file.read_bytes()
     heading = f"How DINO sees {Path(subject.path).name}"
-    page = html_page(heading, facts, contents)
+    page = explanation_page(heading, facts, contents)
     (folder / "explain.html").write_text(page, encoding="utf-8")
 
 

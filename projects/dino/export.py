@@ -6,17 +6,21 @@ gets its name only where boxes agree within 0.5 pixels and scores within 0.001. 
 """
 
 import argparse
-import glob
+import os
 import sys
-from collections.abc import Callable
-from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from program import add_model_arguments, make_parser, one_sentence
+from program import (
+    IMAGE_SUFFIXES,
+    add_model_arguments,
+    find_files,
+    make_parser,
+    one_sentence,
+    score,
+)
 from torch import Tensor
 
 import dino_d2
@@ -34,9 +38,7 @@ from dino_d2.export.runtime import (
     kind_of,
     needs,
 )
-from dino_d2.names import nearest_path
 
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 EPILOG = """
 Examples:
 
@@ -53,28 +55,6 @@ PyTorch's format, for one image at a time:
 """
 
 Batch = tuple[Tensor, Tensor]  # images and image_sizes
-Detector = Callable[[Tensor, Tensor], Detections]
-
-
-def find_images(inputs: list[str]) -> list[Path]:
-    """The images that paths, folders and patterns mean.
-
-    Raises:
-        FileNotFoundError: one of them means none
-    """
-    images = []
-    for name in inputs:
-        path = Path(name)
-        found = path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
-        found = [x for x in found if x.is_file() and (x == path or x.suffix.lower() in SUFFIXES)]
-        if not found:
-            near = "" if path.exists() else nearest_path(name)
-            hint = f"; the nearest: '{near}'" if near else ""
-            raise FileNotFoundError(
-                f"--images '{name}' is no image, nor a folder or pattern of some{hint}"
-            )
-        images += sorted(found)
-    return images
 
 
 def make_batches(images: list[np.ndarray], size: tuple[int, int], count: int | None) -> list[Batch]:
@@ -88,9 +68,9 @@ def make_batches(images: list[np.ndarray], size: tuple[int, int], count: int | N
 
 
 def compare_all(
-    batches: list[Batch], expected: Detector, actual: Detector, threshold: float
+    expected: list[Detections], actual: list[Detections], threshold: float
 ) -> Differences:
-    each = [compare(expected(*batch), actual(*batch), threshold) for batch in batches]
+    each = [compare(*pair, threshold) for pair in zip(expected, actual, strict=True)]
     return Differences(*map(torch.cat, zip(*each, strict=True)))
 
 
@@ -110,27 +90,25 @@ def unpadded(model: dino_d2.DINO, images: Tensor, sizes: Tensor) -> Detections:
     return Detections(*zip(*parts, strict=True))
 
 
-def verify(path: Path, model: dino_d2.DINO, batches: list[Batch], threshold: float) -> str:
-    """Says what is wrong with a file, or nothing; what was measured is printed."""
-    found = compare_all(batches, partial(padded, model), Exported(path), threshold)
-    if not len(found.boxes):
-        return (
-            f"no detection in these images scores {threshold} or more, so nothing was compared: "
-            "name other images, or a lower --confidence-threshold"
-        )
-    effect = compare_all(batches, partial(unpadded, model), partial(padded, model), threshold)
+def verify(
+    path: Path,
+    model: dino_d2.DINO,
+    batches: list[Batch],
+    expected: list[Detections],
+    threshold: float,
+) -> bool:
+    """Whether the file detects in these batches what is expected; prints what was measured."""
+    file = Exported(path)
+    found = compare_all(expected, [file(*batch) for batch in batches], threshold)
+    alone = [unpadded(model, *batch) for batch in batches]
+    effect = compare_all(alone, expected, threshold)
     print(
         f"{len(found.boxes)} detections compared with the model's: boxes differ by up to "
         f"{found.boxes.max():.2g} pixels, scores by up to {found.scores.max():.2g}\n"
         f"without padding the model's own would differ by {effect.boxes.median():.2g} pixels and "
         f"{effect.scores.median():.2g} (medians)"
     )
-    if found.tolerable:
-        return ""
-    return (
-        f"that is more than {BOX_TOLERANCE} pixels or {SCORE_TOLERANCE} of a score: '{path}' is "
-        "kept to look at, but does not do what the model does"
-    )
+    return found.tolerable
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -155,7 +133,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--confidence-threshold",
-        type=float,
+        type=score,
         default=0.1,
         help="detections that score less are not compared; default: 0.1",
     )
@@ -173,27 +151,49 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             needs(name)
 
 
+def check_output(path: Path) -> None:
+    """Makes its folder.
+
+    Raises:
+        OSError: nothing can be written there
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"--output '{path}' is a folder: name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"nothing may be written into '{path.parent}': name another --output")
+
+
 def main() -> None:
     parser = argument_parser()
     args = parser.parse_args()
+    threshold, size = args.confidence_threshold, tuple(args.size)
     with one_sentence(parser.prog):
         check_arguments(parser, args)
-        paths = find_images(args.images)
+        paths = find_files(args.images, IMAGE_SUFFIXES, "--images")
         predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts)
-        check(predictor.model, args.size)
+        check(predictor.model, size)
         images = [predictor.read(path) for path in paths]
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    about = About(predictor.classes, args.size, predictor.image_format, args.batch_size)
-    batches = make_batches(images, args.size, args.batch_size)
-    try:
-        graph = export(predictor.model, args.size, args.batch_size, args.keep_operator)
-    except ExportError as error:
-        sys.exit(f"{parser.prog}: {error}")
+        check_output(args.output)
+    batches = make_batches(images, size, args.batch_size)
+    expected = [padded(predictor.model, *batch) for batch in batches]
+    if not any((x.scores >= threshold).any() for x in expected):
+        sys.exit(
+            f"{parser.prog}: no detection in these images scores {threshold} or more, so there is "
+            "nothing to compare: name other images, or a lower --confidence-threshold"
+        )
     unverified = args.output.with_stem(f"{args.output.stem}.unverified")
-    save(graph, unverified, about)
-    wrong = verify(unverified, predictor.model, batches, args.confidence_threshold)
-    if wrong:
-        sys.exit(f"{parser.prog}: {wrong}")
+    about = About(predictor.classes, size, predictor.image_format, args.batch_size)
+    try:
+        graph = export(predictor.model, size, args.batch_size, args.keep_operator)
+        save(graph, unverified, about)
+    except (ExportError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    if not verify(unverified, predictor.model, batches, expected, threshold):
+        sys.exit(
+            f"{parser.prog}: that is more than {BOX_TOLERANCE} pixels or {SCORE_TOLERANCE} of a "
+            f"score: '{unverified}' is kept to look at, but does not do what the model does"
+        )
     unverified.replace(args.output)
     print(f"'{args.output}' holds what was compared: see EXPORT.md for how to run it")
 

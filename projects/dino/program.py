@@ -1,14 +1,19 @@
 """What the programs of this folder share: their arguments, and how they say what is wrong."""
 
 import argparse
+import glob
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from itertools import takewhile
+from pathlib import Path
 
 from omegaconf.errors import OmegaConfBaseException
 
-from dino_d2.names import nearest
+from dino_d2.data import convert
+from dino_d2.names import hint, path_hint
+
+IMAGE_SUFFIXES = convert.SUFFIXES
 
 # What reading a config raises: Detectron2, yacs and omegaconf have their own ways.
 BAD_INPUT = (
@@ -25,8 +30,7 @@ class Parser(argparse.ArgumentParser):
         for word in takewhile("--".__ne__, sys.argv[1:] if args is None else args):
             option = word.partition("=")[0]
             if option.startswith("--") and not any(x.startswith(option) for x in known):
-                near = nearest(option, known) or known
-                self.error(f"unrecognized arguments: {option}; the nearest: {', '.join(near)}")
+                self.error(f"unrecognized arguments: {option}; {hint(option, known)}")
         return super().parse_args(args, namespace)
 
 
@@ -68,6 +72,49 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="changes of the config, the last of all options: KEY VALUE ... for a YAML file, "
         "KEY=VALUE ... for a .py file",
     )
+
+
+def score(text: str) -> float:
+    """The `type` of an option that is a score.
+
+    Raises:
+        ArgumentTypeError: it is no number from 0 to 1
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no score: give a number between 0 and 1")
+    return value
+
+
+def find_files(inputs: Sequence[str], suffixes: Set[str], option: str) -> list[Path]:
+    """The files that paths, folders and patterns mean, each once; sorted within each of them.
+
+    Args:
+        inputs: a file is taken whatever its suffix, and before a pattern
+        suffixes: of the files that folders and patterns stand for, in lower case, as ".png"
+        option: that has the inputs, as "--images"
+
+    Raises:
+        FileNotFoundError: an input means no file; names the nearest
+    """
+    found: list[Path] = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_file():
+            found.append(path)
+            continue
+        inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+        files = sorted(x for x in inside if x.suffix.lower() in suffixes and x.is_file())
+        if not files:
+            endings = (
+                f", nor a folder or pattern of files that end in {', '.join(sorted(suffixes))}"
+            )
+            raise FileNotFoundError(f"{option} '{name}' is no file{path_hint(name) or endings}")
+        found += files
+    return list(dict.fromkeys(found))
 
 
 @contextmanager

@@ -7,10 +7,29 @@ from pathlib import Path
 
 import torch
 import train_net
+from PIL import Image
 
-from dino_d2 import visualize
-from dino_d2.data import generate
+from dino_d2.data import generate, read_results
+from dino_d2.data.coco_faults import read
+from dino_d2.evaluation.errors import THRESHOLD, analyse, evaluate
 from dino_d2.model_zoo import get_config_file
+from dino_d2.visualize import LEGEND, contact_sheet, draw_curves, draw_image_errors
+
+SHOWN = 12  # images
+
+
+def draw_detections(data: Path, results: Path, output: Path) -> None:
+    """A sheet of the first validation images: to the left what there is, to the right what was
+    detected."""
+    dataset = read(str(data / "val.json"))
+    names = {x["id"]: x["name"] for x in dataset["categories"]}
+    pictures = []
+    for matches in analyse(evaluate(dataset, read_results(results, dataset))).images[:SHOWN]:
+        image = Image.open(data / "images" / matches.image["file_name"])
+        pair = draw_image_errors(image, matches.above(THRESHOLD), names, side=300)
+        pictures.append((pair, matches.image["file_name"]))
+    title = f"Validation images: annotated, and detected with score ≥ {THRESHOLD:g}"
+    contact_sheet(pictures, 3, title, LEGEND).save(output)
 
 
 def main() -> None:
@@ -34,13 +53,9 @@ def main() -> None:
         )
     )
 
-    visualize.draw_curves(metrics, args.output / "curves.png")
-    visualize.draw_detections(
-        data / "val.json",
-        data / "images",
-        args.output / "inference" / "coco_instances_results.json",
-        args.output / "detections.png",
-    )
+    draw_curves(metrics, args.output / "curves.png")
+    results = args.output / "inference" / "coco_instances_results.json"
+    draw_detections(data, results, args.output / "detections.png")
     result = json.loads(metrics.read_text().splitlines()[-1])
     print(
         f"AP {result['bbox/AP']:.1f}, AP50 {result['bbox/AP50']:.1f} on the validation images. "

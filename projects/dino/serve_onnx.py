@@ -14,10 +14,10 @@ def detect(image: Image.Image) -> list[dict]:
     (height, width), names = about["size"], about["classes"]
     scale = min(height / image.height, width / image.width)
     h, w = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-    pixels = np.zeros((1, height, width, 3), np.uint8)
-    pixels[0, :h, :w] = image.resize((w, h), Image.Resampling.BILINEAR)
+    pixels = np.zeros((about["batch_size"] or 1, height, width, 3), np.uint8)
+    pixels[:, :h, :w] = image.resize((w, h), Image.Resampling.BILINEAR)
     pixels = (pixels if about["image_format"] == "RGB" else pixels[..., ::-1]).transpose(0, 3, 1, 2)
-    found = session.run(None, {"images": pixels, "image_sizes": np.array([[h, w]])})
+    found = session.run(None, {"images": pixels, "image_sizes": np.array([[h, w]] * len(pixels))})
     boxes = found[0][0] * np.float32([image.width / w, image.height / h] * 2)
     rows = zip(boxes.tolist(), found[1][0].tolist(), found[2][0], strict=True)
     return [{"class": names[c], "score": s, "box": b} for b, s, c in rows if s >= 0.3]

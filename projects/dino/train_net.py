@@ -34,25 +34,30 @@ EPILOG = """
 Examples:
 
 Train on COCO, found where DETECTRON2_DATASETS points, with 8 GPUs:
-    $ train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml --num-gpus 8
+    $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
+        --num-gpus 8
 
 Train on data of one's own, in COCO format; works with .py configs too:
-    $ train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
+    $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
         --train-json my/train.json --train-images my/images \\
         --val-json my/val.json --val-images my/images
 
 Train for 50 passes over it, 16 images a step, worked on 2 at a time:
-    $ train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml --train-json ... \\
-        SOLVER.EPOCHS 50 SOLVER.ACCUMULATE 8
+    $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
+        --train-json ... SOLVER.EPOCHS 50 SOLVER.ACCUMULATE 8
 
 Change the config at the end of the command, YAML and LazyConfig:
-    $ train_net.py --config-file configs/quickstart.yaml SOLVER.BASE_LR 0.001 OUTPUT_DIR out
-    $ train_net.py --config-file configs/quickstart.py optimizer.lr=0.001 train.output_dir=out
+    $ python projects/dino/train_net.py --config-file configs/quickstart.yaml \\
+        SOLVER.BASE_LR 0.001 OUTPUT_DIR out
+    $ python projects/dino/train_net.py --config-file configs/quickstart.py \\
+        optimizer.lr=0.001 train.output_dir=out
 
 Evaluate a checkpoint, of one's own or a published one; go on with an interrupted training:
-    $ train_net.py --config-file ... --eval-only MODEL.WEIGHTS out/model_final.pth
-    $ train_net.py --config-file ... --eval-only MODEL.WEIGHTS dino_d2://detrex/dino_R_50_4scale_24ep
-    $ train_net.py --config-file ... --resume
+    $ python projects/dino/train_net.py --config-file ... --eval-only \\
+        MODEL.WEIGHTS out/model_final.pth
+    $ python projects/dino/train_net.py --config-file ... --eval-only \\
+        MODEL.WEIGHTS dino_d2://detrex/dino_R_50_4scale_24ep
+    $ python projects/dino/train_net.py --config-file ... --resume
 """
 
 # What goes wrong later and needs no traceback.
@@ -65,11 +70,9 @@ def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     Raises:
         ValueError: the config, the data or the machine cannot do what is asked for
     """
-    file = args.config_file
-    if not file:
+    if not args.config_file:
         raise ValueError("--config-file is missing: a file, or a name such as quickstart.py")
-    if "://" not in file and not os.path.isfile(file):
-        file = model_zoo.get_config_file(file)
+    file = model_zoo.get_config_file(args.config_file)
     if not file.endswith((".yaml", ".yml", ".py")):
         raise ValueError(f"--config-file is {file!r}, neither a .yaml nor a .py file")
     cfg = read_config(file)

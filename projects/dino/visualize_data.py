@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """See what training sees: images as the loader gives them, with the boxes that are left.
 
-Augmentation, cropping and clipping are those of the training, made with its seed: iteration 0 shows
-the images of the first step, and the same iteration always shows the same.
+Augmentation, cropping and clipping are those of the training. With a seed in the config iteration 0
+shows the images of the first step; without one, every training draws its own, and seed 0 is shown.
+The same iteration always shows the same.
 """
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,25 +21,24 @@ from program import make_parser, one_sentence
 from tqdm import tqdm
 
 from dino_d2 import data, model_zoo
-from dino_d2.config import read_config
 from dino_d2.data import DatasetError
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine.plan import Plan, make_plan
 from dino_d2.overrides import apply_overrides
-from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_marks, fit
+from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_marks, resize_long_side
 
 SIDE = 480  # pixels of a picture in a sheet of several
 COLUMNS = 4
 EPILOG = """
-Examples:
+Examples, after `make demo`:
 
 Sheets of the first 24 images of a training:
-    $ visualize_data.py --config-file configs/quickstart.yaml \\
+    $ python projects/dino/visualize_data.py --config-file configs/quickstart.yaml \\
         --train-json output/quickstart/data/train.json \\
         --train-images output/quickstart/data/images --output look
 
 As they come at iteration 1000, one picture an image; the config is changed at the end:
-    $ visualize_data.py --config-file configs/quickstart.yaml \\
+    $ python projects/dino/visualize_data.py --config-file configs/quickstart.yaml \\
         --train-json output/quickstart/data/train.json \\
         --train-images output/quickstart/data/images --output look \\
         --iteration 1000 --num-images 4 --per-sheet 1 INPUT.RANDOM_FLIP none
@@ -52,7 +51,7 @@ class Source(NamedTuple):
     plan: Plan
     classes: list[str]
     image_format: str  # "RGB", "BGR": the order of the channels that the model gets
-    seed: int
+    seed: int  # of the config; 0 where it has none
 
 
 def load(args: argparse.Namespace) -> Source:
@@ -60,8 +59,7 @@ def load(args: argparse.Namespace) -> Source:
     Raises:
         ValueError: the config or the data cannot be used
     """
-    file = args.config_file
-    cfg = read_config(file if os.path.isfile(file) else model_zoo.get_config_file(file))
+    cfg = model_zoo.get_config(args.config_file)
     apply_overrides(cfg, args.opts)
     names = [f"{args.train_json}@{args.train_images}"] if args.train_json else None
     if isinstance(cfg, CfgNode):
@@ -75,7 +73,8 @@ def load(args: argparse.Namespace) -> Source:
     if not plan.train_sets:
         raise ValueError("there is no data: give --train-json and --train-images")
     data.check(plan.train_sets, (), None)
-    # Without a seed in the config, a training draws one; here one is as good as another.
+    if plan.seed < 0:
+        print("no seed in the config, so a training draws one: 0 in its place")
     return Source(plan, data.class_names(plan.train_sets), image_format, max(plan.seed, 0))
 
 
@@ -102,7 +101,7 @@ def draw(sample: dict, source: Source, side: int | None) -> tuple[Image.Image, s
     name = Path(sample["file_name"]).name
     instances = sample["instances"]
     caption = f"{name}  {picture.width} x {picture.height}, {len(instances)} boxes"
-    picture, scale = fit(picture, side or max(picture.size))
+    picture, scale = resize_long_side(picture, side or max(picture.size))
     labels = instances.gt_classes.tolist()
     marks = [
         Mark([scale * x for x in box], source.classes[label], class_colour(label))

@@ -13,15 +13,22 @@ from html import escape
 from pathlib import Path
 
 from PIL import Image
-from program import make_parser, one_sentence
+from program import make_parser, one_sentence, score
 
 from dino_d2.data import DatasetError, check, read_image, read_results
-from dino_d2.data.coco_faults import read
+from dino_d2.data.coco_faults import dataset_name, read
 from dino_d2.data.mapper import check_pixels
 from dino_d2.evaluation.errors import THRESHOLD, Analysis, analyse, evaluate, worst_first
 from dino_d2.evaluation.evaluator import write_analysis
 from dino_d2.evaluation.matching import false_positives
-from dino_d2.visualize import LEGEND, contact_sheet, draw_image_errors
+from dino_d2.visualize import (
+    LEGEND,
+    contact_sheet,
+    draw_image_errors,
+    html_figure,
+    html_page,
+)
+from dino_d2.visualize.style import short
 
 PER_SHEET = 4
 CAPTIONS = {
@@ -31,30 +38,23 @@ CAPTIONS = {
     "drops to 0 early belongs to a class with boxes that are never found.",
     "confusion_matrix": "What annotated boxes (rows) are detected as (columns), above the "
     "threshold.",
-    "errors": "Kinds of errors above the threshold, as in TIDE (arXiv 2008.08115).",
+    "errors": "Kinds of errors above the threshold, as in TIDE (arXiv 2008.08115). Missed are all "
+    "boxes that no detection of their class finds; TIDE leaves out those beside other errors.",
 }
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 1100px }
-body { padding: 0 1rem }
-img { max-width: 100%; height: auto; background: white }
-pre { overflow-x: auto }
-figure { margin: 1.5rem 0 }
-:root { color-scheme: light dark }
-"""
 EPILOG = """
-Examples:
+Examples, after `make demo`:
 
 What evaluation left in the output folder of a training:
-    $ visualize_results.py --annotations output/quickstart/data/val.json \\
+    $ python projects/dino/visualize_results.py --annotations output/quickstart/data/val.json \\
         --images output/quickstart/data/images \\
         --results output/quickstart/inference/coco_instances_results.json --output errors
 
 What demo.py detected:
-    $ demo.py --config-file output/quickstart/config.yaml \\
+    $ python projects/dino/demo.py --config-file output/quickstart/config.yaml \\
         --weights output/quickstart/model_final.pth --confidence-threshold 0 \\
         --input "output/quickstart/data/images/val_*.jpg" --json detected.json \\
         --annotations output/quickstart/data/val.json
-    $ visualize_results.py --annotations output/quickstart/data/val.json \\
+    $ python projects/dino/visualize_results.py --annotations output/quickstart/data/val.json \\
         --images output/quickstart/data/images --results detected.json --output errors
 """
 
@@ -64,14 +64,14 @@ def load(args: argparse.Namespace) -> Analysis:
     Raises:
         DatasetError: annotations, images or results cannot be used
     """
-    check((), [f"{args.annotations}@{args.images}"], None)
+    check((), [dataset_name(args.annotations, args.images)], None)
     dataset = read(str(args.annotations))
     results = read_results(args.results, dataset)
     return analyse(evaluate(dataset, results), args.confidence_threshold)
 
 
 def draw_worst(analysis: Analysis, args: argparse.Namespace) -> list[Path]:
-    """Write sheets of the worst images.
+    """Write sheets of the worst images, in the place of those of an earlier run.
 
     Returns:
         the files
@@ -89,6 +89,8 @@ def draw_worst(analysis: Analysis, args: argparse.Namespace) -> list[Path]:
         wrong, missed = len(false_positives(matching)), int(matching.missed.sum())
         caption = f"{number}. {path.name}: missed {missed}, false positives {wrong} ({badness:.2f})"
         pictures.append((draw_image_errors(picture, matching, names), caption))
+    for path in args.output.glob("worst_*.png"):
+        path.unlink()
     sheets = []
     for start in range(0, len(pictures), PER_SHEET):
         sheets.append(args.output / f"worst_{start // PER_SHEET:03}.png")
@@ -112,33 +114,29 @@ def summary(analysis: Analysis, rows: int = 20) -> str:
 
 
 def _row(name: str, boxes: int, values: list[float]) -> str:
-    name = name if len(name) <= 24 else f"{name[:23]}…"
-    return f"{name:24} {boxes:7,} " + " ".join(f"{value:6.1f}" for value in values)
+    return f"{short(name):24} {boxes:7,} " + " ".join(f"{value:6.1f}" for value in values)
 
 
-def write_index(analysis: Analysis, pictures: list[Path], sheets: list[Path], path: Path) -> None:
-    """A page of everything that was written beside it."""
+def index_page(analysis: Analysis, pictures: list[Path], sheets: list[Path] | None) -> str:
+    """HTML of everything that was written beside it.
+
+    Args:
+        pictures: those of the tables
+        sheets: of the worst images; None where none were asked for
+    """
     tables = "".join(
-        f'<li><a href="{escape(x.stem)}.csv">{escape(x.stem)}.csv</a></li>' for x in pictures
+        f'<li><a href="{escape(x.stem)}.csv">{escape(x.stem)}.csv</a></li>\n' for x in pictures
     )
-    figures = "".join(
-        f'<figure><img src="{x.name}" alt="{escape(CAPTIONS[x.stem])}">'
-        f"<figcaption>{escape(CAPTIONS[x.stem])}</figcaption></figure>"
-        for x in pictures
-    )
+    body = f"<pre>{escape(summary(analysis, 80))}</pre>\n<ul>\n{tables}</ul>\n"
+    body += "".join(html_figure(x.name, CAPTIONS[x.stem], CAPTIONS[x.stem]) for x in pictures)
+    if sheets is None:
+        return html_page("Error analysis", body)
     worst = "".join(
-        f'<figure><img src="{x.name}" alt="worst images, sheet {number}"></figure>'
+        html_figure(x.name, f"worst images, sheet {number}", "")
         for number, x in enumerate(sheets, start=1)
     )
-    path.write_text(
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>Error analysis</title><style>{STYLE}</style></head><body>"
-        f"<h1>Error analysis</h1><pre>{escape(summary(analysis, 80))}</pre><ul>{tables}</ul>"
-        f"{figures}<h2>The worst images</h2>"
-        f"{worst or '<p>No image has a mistake above the threshold.</p>'}</body></html>",
-        encoding="utf-8",
-    )
+    worst = worst or "<p>No image has a mistake above the threshold.</p>\n"
+    return html_page("Error analysis", f"{body}<h2>The worst images</h2>\n{worst}")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -150,7 +148,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-images", type=int, default=12, help="of the worst; default: 12")
     parser.add_argument(
         "--confidence-threshold",
-        type=float,
+        type=score,
         default=THRESHOLD,
         help="least score of what is drawn, confused and counted as error; AP takes all "
         f"detections; default: {THRESHOLD}",
@@ -172,7 +170,8 @@ def main() -> None:
         sys.exit(f"{parser.prog}: {error}")
     pictures = write_analysis(analysis, args.output)
     index = args.output / "index.html"
-    write_index(analysis, pictures, sheets, index)
+    page = index_page(analysis, pictures, sheets if args.num_images else None)
+    index.write_text(page, encoding="utf-8")
     print(summary(analysis))
     print(f"Everything is in '{index}'")
 

@@ -6,7 +6,8 @@ from dino_d2.modeling.backbones import ViT, ViTDet
 
 from .dino_R_50 import model
 
-# ViT-B; blocks 2, 5, 8 and 11 attend to all of the image, the others within windows.
+# ViT-B; blocks 2, 5, 8 and 11 attend to all of the image, the others within windows. Images
+# are padded to the largest of their batch, as with other backbones; detrex has square_pad=1024.
 model.backbone = L(ViTDet)(
     net=L(ViT)(
         img_size=1024,

@@ -9,6 +9,8 @@ model.backbone = L(TimmBackbone)(
     name="convnext_tiny",
     out_features=["p3", "p4", "p5"],
     norm=True,
-    drop_path_rate=None,
+    options=dict(drop_path_rate=None),
 )
-model.neck.input_shape = L(feature_shapes)(name="${...backbone.name}")
+model.neck.input_shape = L(feature_shapes)(
+    name="${...backbone.name}", options="${...backbone.options}"
+)

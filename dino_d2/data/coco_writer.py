@@ -1,48 +1,53 @@
-"""Detections in COCO's results format."""
+"""Detections as COCO's results format has them, with the ids of annotations where there are some;
+`coco_results` reads them."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.structures import BoxMode, Instances
 
-from dino_d2.checkpoint import COCO_80, COCO_91
-from dino_d2.data.coco_faults import read
-from dino_d2.names import nearest, nearest_path
+from ..checkpoint import COCO_80, COCO_91
+from ..names import hint
+from .coco_faults import DatasetError, _entry_faults, read
 
 
-def read_annotations(file: Path) -> dict:
-    """
+def read_annotations(file: Path) -> dict[str, list]:
+    """What ids are taken from: images and categories are checked, annotations are not.
+
     Raises:
-        FileNotFoundError: there is no such file; names the nearest
-        DatasetError: it has no COCO annotations
+        DatasetError: there is no such file, or it has no COCO annotations
     """
-    near = "" if file.exists() else nearest_path(str(file))
-    if near:
-        raise FileNotFoundError(f"--annotations '{file}' does not exist; the nearest: '{near}'")
-    return read(str(file))
+    annotations = read(str(file))
+    for key in ("images", "categories"):
+        if fault := next(_entry_faults(key, annotations[key]), None):
+            raise DatasetError(f"'{file}': {fault}")
+    return annotations
 
 
-def image_ids(paths: Sequence[Path], annotations: dict | None) -> list[int]:
+def image_ids(paths: Sequence[Path], annotations: dict[str, list] | None) -> list[int]:
     """Those of the annotations, by the longest end of the path that they name; or numbers from 1.
 
     Raises:
-        ValueError: an image is not among those of the annotations
+        ValueError: an image is not among those of the annotations, or two are the same there
     """
     if not annotations:
         return list(range(1, len(paths) + 1))
     known = {x["file_name"]: x["id"] for x in annotations["images"]}
-    ids = []
+    found: dict[int, Path] = {}
     for path in paths:
         ends = (Path(*path.parts[i:]).as_posix() for i in range(len(path.parts)))
         name = next((end for end in ends if end in known), None)
         if name is None:
-            near = ", ".join(nearest(path.name, known)) or "none"
-            raise ValueError(f"'{path}' is no image of the annotations; the nearest: {near}")
-        ids.append(known[name])
-    return ids
+            raise ValueError(f"'{path}' is no image of the annotations; {hint(path.name, known)}")
+        other = found.setdefault(known[name], path)
+        if other is not path:
+            raise ValueError(
+                f"'{other}' and '{path}' would both be '{name}' of the annotations: leave out one"
+            )
+    return list(found)
 
 
-def category_ids(classes: Sequence[str], annotations: dict | None) -> list[int]:
+def category_ids(classes: Sequence[str], annotations: dict[str, list] | None) -> list[int]:
     """Those of the annotations, by name; or COCO's for its classes, or numbers from 1.
 
     Raises:
@@ -54,9 +59,9 @@ def category_ids(classes: Sequence[str], annotations: dict | None) -> list[int]:
     known = {x["name"]: x["id"] for x in annotations["categories"]}
     for name in classes:
         if name not in known:
-            near = ", ".join(nearest(name, known) or known)
             raise ValueError(
-                f"the model's class '{name}' is no category of the annotations; the nearest: {near}"
+                f"the model's class '{name}' is no category of the annotations; "
+                + hint(name, known)
             )
     return [known[name] for name in classes]
 
@@ -64,7 +69,8 @@ def category_ids(classes: Sequence[str], annotations: dict | None) -> list[int]:
 def to_results(
     names: dict, instances: Instances, classes: Sequence[str], categories: Sequence[int]
 ) -> list[dict]:
-    """
+    """The detections of an image, as `read_results` takes them.
+
     Args:
         names: what tells the image: image_id, and others that go along
         instances: with pred_boxes in pixels, scores and pred_classes
