@@ -216,11 +216,16 @@ class Checkpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint | {"model": state})
         # More may be missing than the model says: it sets running statistics silently.
         missing = sorted(shapes.keys() - loaded)
-        self.report(incompatible, missing, new_classes, source)
+        fits = not is_dino or 2 * len(missing) < len(shapes)
+        self.report(incompatible, missing, source, fits)
+        if new_classes and fits:
+            self.report_new(new_classes, source)
         self.refuse(missing, new_classes, source)
         if not is_dino and "backbone.stem.conv1.weight" in loaded:
             self.check(source._replace(expected=pixels_of(self.model)))
-        return incompatible
+        # What is returned is listed by Detectron2; the names of another model say nothing.
+        unfit = incompatible._replace(incorrect_shapes=[])
+        return unfit if fits else unfit._replace(missing_keys=[], unexpected_keys=[])
 
     def to_backbone(self, state: State, file: str) -> State:
         """Names that nobody knows are matched with those of the backbone, as Detectron2 does."""
@@ -297,21 +302,30 @@ class Checkpointer(DetectionCheckpointer):
             )
         return formats.select_classes(state, given, self.classes, gather(self.model.state_dict()))
 
-    def report(
-        self, incompatible: Any, missing: list[str], new_classes: list[str], source: Source
-    ) -> None:
+    def report(self, incompatible: Any, missing: list[str], source: Source, fits: bool) -> None:
+        """In one sentence, a warning where the config may be another than that of the weights."""
         _, unexpected, other_shape = incompatible
         total = len(self.model.state_dict())
-        logger.info(
+        message = (
             f"{total - len(missing)} of {total} tensors are from '{source.file}' "
             f"({source.form or 'a backbone'}), {len(missing)} keep their initial values, "
             f"{len(unexpected)} were not expected, {len(other_shape)} have another shape"
         )
-        if new_classes:
-            logger.warning(
-                f"{len(new_classes)} of {len(self.classes)} classes are new to '{source.file}' and "
-                f"start anew in the class heads and the label embedding: {', '.join(new_classes)}"
+        if other_shape:
+            key, given, wanted = other_shape[0]
+            message += f", such as {key}: {given} in the file, {wanted} in the model"
+        if not fits:
+            message += (
+                "; the weights are of another model than the config: take the config that they "
+                "were trained with or, to train this one, weights of its backbone"
             )
+        logger.log(logging.INFO if fits and not other_shape else logging.WARNING, message)
+
+    def report_new(self, classes: list[str], source: Source) -> None:
+        logger.warning(
+            f"{len(classes)} of {len(self.classes)} classes are new to '{source.file}' and "
+            f"start anew in the class heads and the label embedding: {', '.join(classes)}"
+        )
 
     def refuse(self, missing: list[str], new_classes: list[str], source: Source) -> None:
         """

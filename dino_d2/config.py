@@ -101,8 +101,14 @@ def read_config(file: str) -> CN | DictConfig:
     """
     if file.endswith(".py"):
         return LazyConfig.load(file)
-    with PathManager.open(file) as opened:
-        is_lazy = "_target_:" in opened.read()
+    try:
+        with PathManager.open(file) as opened:
+            is_lazy = "_target_:" in opened.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"'{file}' is no config but a binary file: give a .yaml or .py file here, and a "
+            "checkpoint as the weights"
+        ) from error
     if is_lazy:
         return LazyConfig.load(file)
     cfg = get_cfg()

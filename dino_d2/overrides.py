@@ -29,8 +29,14 @@ def apply_overrides(cfg: CfgNode | DictConfig, overrides: Sequence[str]) -> list
         ValueError: an override cannot be read, its key is unknown, or its value is of another type
             than the CfgNode's
     """
-    change = _change_yaml if isinstance(cfg, CfgNode) else _change_lazy
-    return list(change(cfg, overrides))
+    is_yaml = isinstance(cfg, CfgNode)
+    for word in overrides[:: 2 if is_yaml else 1]:
+        if word.startswith("--"):
+            raise ValueError(
+                f"{word!r} is an option, not a key of the config: write it before the changes of "
+                "the config, which are the last of a command"
+            )
+    return list((_change_yaml if is_yaml else _change_lazy)(cfg, overrides))
 
 
 def keys_of(cfg: dict, prefix: str = "") -> Iterator[str]:

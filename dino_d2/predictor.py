@@ -22,6 +22,7 @@ from .modeling.inference import fold_norms
 from .overrides import apply_overrides
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 class Predictor:
@@ -33,6 +34,9 @@ class Predictor:
         image_format: "RGB" or "BGR", what the model takes
         dtype: of matrix products and convolutions, by autocast; bfloat16 more than doubles the
             speed of processors and GPUs that have instructions for it, and moves scores a little
+
+    Raises:
+        ValueError: the dtype is not one of `DTYPES`
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class Predictor:
         image_format: str,
         dtype: torch.dtype = torch.float32,
     ):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}: give {', '.join(map(str, DTYPES))}")
         self.model = model
         self.classes = list(classes)
         self.augmentation = T.AugmentationList(augmentations)
@@ -62,7 +68,7 @@ class Predictor:
             pred_boxes in pixels of the image, scores (falling) and pred_classes, of each image
 
         Raises:
-            ValueError: an array is something else
+            ValueError: it is none of these
             DatasetError: a file cannot be read, or an image has more than 8 bits per channel
         """
         if isinstance(images, list | tuple):
@@ -92,12 +98,17 @@ class Predictor:
         if isinstance(image, Image.Image):
             check_mode(image.mode, "a PIL image")
             return convert_PIL_to_numpy(image, self.image_format)
+        if not isinstance(image, str | os.PathLike):
+            raise ValueError(
+                "an image has to be a path, a PIL image or an RGB array (H, W, 3) of uint8, and "
+                f"several a list of them, but this is of type {type(image).__name__}"
+            )
         return read_image(os.fspath(image), self.image_format)
 
 
 def load(
-    config: str,
-    weights: str = "",
+    config: str | os.PathLike,
+    weights: str | os.PathLike = "",
     device: str | None = None,
     overrides: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
@@ -116,9 +127,11 @@ def load(
 
     Raises:
         FileNotFoundError: no such config, or without weights no such published checkpoint
-        ValueError: no such device, an override that is not one, or a config of another model
+        ValueError: no such device or dtype, an override that is not one, a config of another model,
+            or a name that is no string
         CheckpointError: the weights cannot be had, or are not all that the model needs
     """
+    config, weights = _name("config", config), _name("weights", weights or "")
     cfg = model_zoo.get_config(config, trained=not weights)
     apply_overrides(cfg, overrides)
     augmentations = evaluation_augmentations(cfg)
@@ -134,6 +147,16 @@ def load(
         image_format=cfg.INPUT.FORMAT if is_yaml else cfg.dataloader.test.mapper.image_format,
         dtype=dtype,
     )
+
+
+def _name(argument: str, value: str | os.PathLike) -> str:
+    """
+    Raises:
+        ValueError: it is neither a string nor a path
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{argument} is of type {type(value).__name__}: give a name or a path")
+    return os.fspath(value)
 
 
 def classes_of(path: str) -> list[str]:

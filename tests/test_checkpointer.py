@@ -174,9 +174,58 @@ def test_the_log_counts_what_is_missing_unexpected_and_of_another_shape(make_mod
     total = len(before)
     (line,) = messages(log)
     assert line.startswith(f"{total - 3} of {total} tensors are from '{path}' (dino_d2), 3 keep")
-    assert "4 were not expected, 1 have another shape" in line
+    shapes = "(7, 64) in the file, (20, 64) in the model"
+    assert line.endswith(
+        "4 were not expected, 1 have another shape, such as query_selection.content.weight: "
+        + shapes
+    )
     content = "query_selection.content.weight"
     assert torch.equal(model.state_dict()[content], before[content])
+
+
+def lines_of_detectron2(log):
+    """Its warnings, by their records."""
+    records = log.get_records("call")
+    return [x.getMessage() for x in records if x.name.startswith("fvcore") and x.levelno > 20]
+
+
+@pytest.fixture
+def fvcore(log, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fvcore"), "propagate", True)
+
+
+def test_a_checkpoint_of_another_model_is_one_warning(make_model, file, log, fvcore):
+    """And none for each of its tensors, nor for its classes."""
+    state = copied(make_model())
+    other = {k: torch.cat([x, x], -1) if x.dim() else x for k, x in state.items()}
+    other |= {"neck.projections.0.1.bias": state["neck.projections.0.1.bias"]}
+    other |= {f"backbone.stages.{i}.weight": torch.ones(1) for i in range(4)}
+    path = file({"model": other, "dino_d2": {"classes": NAMES}})
+    Checkpointer(make_model(), classes=NAMES).load(path)
+    (line,) = messages(log, logging.WARNING)
+    assert "take the config that they were trained with" in line and "\n" not in line
+    assert lines_of_detectron2(log) == []
+
+
+def test_a_few_tensors_of_another_model_are_listed_and_other_shapes_are_one_warning(
+    make_model, file, log, fvcore
+):
+    state = copied(make_model())
+    del state["encoder.layers.0.norm1.bias"]
+    for name in ("weight", "bias"):
+        state[f"neck.projections.0.0.{name}"] = torch.ones(7)
+    path = file({"model": state, "dino_d2": {"classes": NAMES}})
+    Checkpointer(make_model(), classes=NAMES).load(path)
+    (line,) = messages(log, logging.WARNING)
+    assert "2 have another shape" in line and "another model" not in line
+    (listed,) = lines_of_detectron2(log)
+    assert "encoder.layers.0.norm1.bias" in listed
+
+
+def test_weights_of_a_backbone_are_of_no_other_model(make_model, file, log):
+    state = {k: x for k, x in copied(make_model()).items() if k.startswith("backbone.")}
+    Checkpointer(make_model()).load(file(state))
+    assert messages(log, logging.WARNING) == []
 
 
 @pytest.mark.parametrize("state", [{"foo.weight": torch.ones(3)}, {"bias": torch.ones(16)}])

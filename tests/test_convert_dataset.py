@@ -191,6 +191,10 @@ EXTERNAL = (
         (voc_xml(voc_object(xmax=0)), r"no area inside its image of 64 x 48"),
         (voc_xml(voc_object(), width=48, height=64), r"48 x 64, but .* has 64 x 48"),
         (voc_xml(voc_object(), width="wide"), "its width is 'wide'"),
+        (
+            voc_xml(voc_object(extra="<difficult>perhaps</difficult>")),
+            "object 1 has <difficult>perhaps</difficult>: give 0 or 1",
+        ),
         (voc_xml(), "there are no annotations"),
     ],
 )
@@ -206,6 +210,32 @@ def test_a_split_of_voc_needs_its_files(voc):
     write(root / "ImageSets" / "Main" / "val.txt", "a\nb\n")
     with pytest.raises(DatasetError, match=r"val\.txt', line 2: there is no XML file of 'b'"):
         from_voc(root)
+
+
+@pytest.mark.parametrize("line", ["my photo 1", "my photo 1 -1", "my photo 1  1"])
+def test_names_in_splits_of_voc_may_have_spaces(voc, line):
+    root = voc(voc_object())
+    picture(root / "JPEGImages" / "my photo 1.jpg")
+    write(root / "Annotations" / "my photo 1.xml", voc_xml(voc_object(), name="my photo 1.jpg"))
+    write(root / "ImageSets" / "Main" / "train.txt", f"a 1\n{line}\na\n")
+    names = by_image(from_voc(root).datasets["train"])
+    assert list(names) == ["a.jpg", "my photo 1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("text", "crowd"), [("true", 1), ("True ", 1), ("false", 0), ("", 0), ("1", 1)]
+)
+def test_difficult_may_be_a_word(voc, text, crowd):
+    root = voc(voc_object(extra=f"<difficult>{text}</difficult>"))
+    assert from_voc(root).datasets["all"]["annotations"][0]["iscrowd"] == crowd
+
+
+def test_a_split_of_voc_without_images_is_left_out_and_counted(voc):
+    root = voc(voc_object())
+    write(root / "ImageSets" / "Main" / "train.txt", "a\n")
+    write(root / "ImageSets" / "Main" / "val.txt", "\n")
+    datasets, notes = from_voc(root)
+    assert list(datasets) == ["train"] and notes["splits without images, left out"] == 1
 
 
 def test_voc_without_images_or_files_is_refused(voc, tmp_path):
@@ -329,6 +359,10 @@ def test_a_wrong_line_is_named(yolo, text, words):
         ("names: [cat]\ntrain: image", "there is no '.*image'; the nearest: .*images"),
         ("names: [cat]\ntrain: list.txt", r"list\.txt', line 2: there is no image"),
         ("names: [cat]", "has no images where its splits are"),
+        ("names: [cat]\nnc: 3\ntrain: images", "has nc 3 but 1 names"),
+        ("names: [cat, cat]\ntrain: images", "categories 1 and 2 are both 'cat'"),
+        ("names: [cat, ' ']\ntrain: images", "category 2 has an empty name"),
+        ("names: {0: cat, 1: }\ntrain: images", "category 2 has an empty name"),
     ],
 )
 def test_a_wrong_yaml_file_is_named(yolo, text, words):
@@ -415,6 +449,21 @@ def test_a_split_without_labels_is_left_out_and_counted(yolo):
         from_yolo(root)
 
 
+def test_a_folder_without_images_is_counted(yolo):
+    root = yolo("0 0.5 0.5 1 1")
+    (root / "empty").mkdir()
+    write(root / "data.yaml", "names: [cat]\nnc: 1\ntrain: images\nval: empty")
+    datasets, notes = from_yolo(root)
+    assert list(datasets) == ["train"] and notes["splits without images, left out"] == 1
+
+
+def test_a_blank_line_among_the_classes_does_not_shift_them(yolo):
+    root = yolo("2 0.5 0.5 1 1")
+    write(root / "classes.txt", "cat\n\ndog\n\n")
+    with pytest.raises(DatasetError, match="category 2 has an empty name"):
+        from_yolo(root)
+
+
 def test_names_are_taken_in_the_order_of_their_numbers(yolo):
     root = yolo("0 0.5 0.5 1 1")
     write(root / "data.yaml", "names: {1: dog, 0: cat}\ntrain: images")
@@ -487,12 +536,16 @@ def test_the_program_overwrites_nothing(yolo, tmp_path, monkeypatch):
     assert (tmp_path / "all.json").read_text() == "mine"
 
 
-def test_the_program_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
+def test_the_program_ends_with_one_sentence(yolo, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="'nowhere' does not exist"):
         run(monkeypatch, "voc", "nowhere", "--output", tmp_path)
     (tmp_path / "shapes").mkdir()
     with pytest.raises(SystemExit, match="the nearest: '.*shapes'"):
         run(monkeypatch, "voc", tmp_path / "shape", "--output", tmp_path)
+    write(tmp_path / "file", "")
+    data = yolo("0 0.5 0.5 1 1")
+    with pytest.raises(SystemExit, match="it is a file"):
+        run(monkeypatch, "yolo", data, "--output", tmp_path / "file")
     with pytest.raises(SystemExit):
         run(monkeypatch, "yolo", tmp_path, "--zero-based", "--output", tmp_path)
     assert "--zero-based is for voc" in capsys.readouterr().err

@@ -47,6 +47,17 @@ def cells(text):
     return {row[0].strip(): [x.strip() for x in row[1:]] for row in rows}
 
 
+def write_annotations(path, sizes):
+    """COCO's, of images (height, width) without boxes."""
+    images = [
+        {"id": i, "file_name": f"{i}.jpg", "height": height, "width": width}
+        for i, (height, width) in enumerate(sizes)
+    ]
+    categories = [{"id": 1, "name": "cat"}]
+    content = {"images": images, "annotations": [], "categories": categories}
+    path.write_text(json.dumps(content))
+
+
 @pytest.fixture(scope="module")
 def small():
     """Of quickstart.yaml: 2 + 3 layers, 128 channels, 3 levels, 4 points, 30 queries."""
@@ -188,8 +199,7 @@ def test_the_table_has_every_stage_and_its_sum(analyze, tmp_path):
 
 def test_sizes_of_a_data_set_are_those_of_evaluation(tmp_path):
     images = [(100, 200), (100, 200), (300, 100)]  # at short sides of 64, but 100 at most
-    dataset = {"images": [{"height": h, "width": w} for h, w in images]}
-    (tmp_path / "x.json").write_text(json.dumps(dataset | {"annotations": [], "categories": []}))
+    write_annotations(tmp_path / "x.json", images)
     size = "INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "100"
     words = ["--config-file", "dino_R_50_4scale_12ep", "--opts", *size]
     setting = analyze_model.setting_of(analyze_model.argument_parser().parse_args(words))
@@ -203,9 +213,8 @@ def test_sizes_of_a_data_set_are_those_of_evaluation(tmp_path):
 
 @pytest.mark.slow
 def test_the_page_says_what_its_means_are_of(analyze, tmp_path):
-    content = {"images": [{"height": 50, "width": 64}] * 3, "annotations": [], "categories": []}
-    (tmp_path / "x.json").write_text(json.dumps(content))
-    words = "--size", "64", "64", "--annotations", str(tmp_path / "x.json"), "--images", "2"
+    write_annotations(tmp_path / "x.json", [(50, 64)] * 3)
+    words = "--size", "64", "64", "--annotations", str(tmp_path / "x.json"), "--num-images", "2"
     page = analyze(*words, opts=[*TINY, "INPUT.MIN_SIZE_TEST", "64"])
     assert "means over the first 2 images" in page and "GFLOPs of these images: mean" in page
 
@@ -229,17 +238,51 @@ def test_means_weigh_every_image(monkeypatch):
     [
         (["--config-file", "dino_R_50_4scal"], "nearest: .*dino_R_50_4scale"),
         (["--annotations", "nowhere.json"], "'nowhere.json' does not exist"),
-        (["--annotations", "{folder}/sizeless.json"], "an image without height or width"),
+        (["--annotations", "{folder}/sizeless.json"], "'0.jpg' has height and width .0, 50.: make"),
+        (["--annotations", "{folder}/number.json"], "entry 0 of 'images' has id None"),
         (["--device", "gpu"], "'gpu', which PyTorch does not know"),
         (["--output", "{folder}/no/table.md"], "No such file or directory"),
         (["--opts", "MODEL.DINO.QUERIES", "3"], "QUERIES"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, words, part):
-    content = {"images": [{"id": 1}], "annotations": [], "categories": []}
-    (tmp_path / "sizeless.json").write_text(json.dumps(content))
+    write_annotations(tmp_path / "sizeless.json", [(0, 50)])
+    number = {"images": [7], "annotations": [], "categories": []}
+    (tmp_path / "number.json").write_text(json.dumps(number))
     words = [word.format(folder=tmp_path) for word in words]
     words = [*("--config-file", "quickstart", "--device", "cpu", "--threads", "1"), *words]
     with pytest.raises(SystemExit, match=part) as error:
         analyze_model.main(words)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--size", "63", "800"], "63 pixels are too few: give at least 64"),
+        (["--size", "-1", "800"], "'-1' is no number from 1 on"),
+        (["--num-images", "3"], "--num-images is of --annotations, which are not given"),
+        (["--images", "3"], "the nearest: --num-images"),
+    ],
+)
+def test_numbers_that_cannot_be_used_are_refused(words, sentence, capsys):
+    with pytest.raises(SystemExit):
+        analyze_model.main(["--config-file", "quickstart", *words])
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_least_image_is_large_enough_for_batch_norms_of_any_stage():
+    opts = "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"
+    cfg = model_zoo.get_config("dino_R_50_4scale_12ep")
+    cfg.merge_from_list([*TINY, *opts])
+    side = analyze_model.MIN_SIDE
+    assert kept_activations(model_zoo.build(cfg, 3, "cpu"), side, side, 2)["backbone"]
+
+
+def test_an_interruption_is_one_sentence(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analyze_model, "build", interrupt)
+    with pytest.raises(SystemExit, match="interrupted before there was a table"):
+        analyze_model.main(["--config-file", "quickstart", "--device", "cpu", "--threads", "1"])

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools.coco import COCO
 
 import dino_d2
 from dino_d2.checkpoint import COCO_80
 from dino_d2.checkpointer import Checkpointer
-from dino_d2.data import coco_writer, read_results
+from dino_d2.data import DatasetError, coco_writer, read_results
 from dino_d2.model_zoo import get_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
@@ -114,7 +115,7 @@ def test_the_demo_draws_and_writes_what_it_detects(folder, trained, tmp_path, mo
         *("--confidence-threshold", "0.001", "--batch-size", "2"),
     )
     assert {x.name for x in output.iterdir()} == {"a.png", "b.png", "a_1.png"}
-    assert Image.open(output / "b.png").size == (90, 60)
+    assert Image.open(output / "b.png").size == (630, 420)  # 7 times: at most 640
     detections = json.loads(file.read_text())
     assert {x["file_name"] for x in detections} == {str(x) for x in folder.rglob("*.[jp][pn]g")}
     assert all(x["category"] in CLASSES and x["score"] >= 0.001 for x in detections)
@@ -211,6 +212,26 @@ def test_pictures_never_replace_the_inputs(place, folder, detector, tmp_path, mo
     assert added == {"a_1.png", "b.png"}
 
 
+def test_a_folder_with_the_name_of_a_picture_is_passed_by(folder, detector, tmp_path, monkeypatch):
+    output, file = tmp_path / "out", tmp_path / "out.json"
+    (output / "a.png").mkdir(parents=True)
+    run_demo(monkeypatch, *options("--input", folder, "--output", output, "--json", file))
+    assert {path.name for path in output.glob("*") if path.is_file()} == {"a_1.png", "b.png"}
+    assert len(json.loads(file.read_text())) == 10
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"), [((90, 60), 7), ((60, 320), 2), ((321, 2), 1), ((2000, 1000), 1)]
+)
+def test_small_images_are_enlarged_with_their_boxes(size, factor):
+    boxes = torch.tensor([[1.0, 2, 30, 40]])
+    found = Instances(size[::-1], pred_boxes=Boxes(boxes.clone()), scores=torch.ones(1))
+    image, larger = demo_annotate.enlarge(Image.new("RGB", size), found)
+    assert image.size == larger.image_size[::-1] == (factor * size[0], factor * size[1])
+    assert torch.equal(larger.pred_boxes.tensor, factor * boxes)
+    assert torch.equal(found.pred_boxes.tensor, boxes) and torch.equal(larger.scores, found.scores)
+
+
 def test_results_are_counted_and_only_kept_where_they_are_wanted(annotator, folder):
     assert annotator.run_images([folder / "a.png"], [1])
     assert annotator.detections > 0 and annotator.results == []
@@ -222,11 +243,25 @@ def test_an_interrupted_run_says_what_was_done(folder, detector, tmp_path, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo_annotate, "to_results", interrupted)
-    file = tmp_path / "out.json"
+    output, file = tmp_path / "pictures", tmp_path / "out.json"
     file.write_text("before")
-    message = complaint(monkeypatch, *options("--input", folder, "--json", file))
-    assert "interrupted after 0 detections in 0 images" in message and "without the JSON" in message
+    words = options("--input", folder, "--json", file)
+    done = "demo.py: interrupted after 0 detections in 0 images"
+    lacks = f"; '{file}' is not written"
+    assert complaint(monkeypatch, *words) == done + lacks
+    assert complaint(monkeypatch, *words, "--output", output) == f"{done}: see '{output}'{lacks}"
     assert file.read_text() == "before"
+
+
+def test_an_interrupted_run_without_a_json_says_nothing_of_one(
+    folder, detector, tmp_path, monkeypatch
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_annotate, "draw_instances", interrupted)
+    message = complaint(monkeypatch, *options("--input", folder, "--output", tmp_path / "out"))
+    assert message.endswith(f"in 1 image: see '{tmp_path / 'out'}'")
 
 
 # ---- the JSON
@@ -318,6 +353,23 @@ def test_annotations_without_a_name_are_one_sentence(key, fault, folder, annotat
     assert f"'{annotations}': entry 1 of '{key}' {fault}" in complaint(
         monkeypatch, *options(*words)
     )
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_an_entry_of_the_annotations_that_is_a_number_is_one_sentence(key, annotations):
+    dataset = json.loads(annotations.read_text())
+    dataset[key][1] = 5
+    annotations.write_text(json.dumps(dataset))
+    with pytest.raises(DatasetError, match=f"'{annotations}': entry 1 of '{key}'"):
+        coco_writer.read_annotations(annotations)
+
+
+def test_the_folder_of_the_json_is_made_as_that_of_the_pictures(
+    folder, detector, tmp_path, monkeypatch
+):
+    file = tmp_path / "new" / "folder" / "out.json"
+    run_demo(monkeypatch, *options("--input", folder, "--json", file))
+    assert len(json.loads(file.read_text())) == 10
 
 
 def test_a_class_that_is_not_annotated_is_one_sentence(annotations):
@@ -530,7 +582,7 @@ def screen(monkeypatch):
 def test_images_are_shown_until_a_key_and_q_ends(folder, detector, screen, monkeypatch, capsys):
     screen.keys[:] = [-1, -1, ord(" "), ord("q")]
     run_demo(monkeypatch, *options("--input", folder, folder / "more", "--show"))
-    assert [x.shape for x in screen.shown] == [(60, 90, 3)] * 2 and screen.keys == []
+    assert [x.shape for x in screen.shown] == [(420, 630, 3)] * 2 and screen.keys == []
     assert capsys.readouterr().out.strip().endswith("10 detections in 2 images")
 
 
@@ -591,9 +643,9 @@ def no_work(monkeypatch):
         (["--config-file", "quickstrt"], "the nearest: quickstart"),
         (["--weights", "nowhere.pth"], "'nowhere.pth' is no file"),
         (["--weights", "{tmp}/images/notes.txt"], "notes.txt' is damaged or no checkpoint"),
-        (["--output", "{tmp}/file"], "{tmp}/file"),
-        (["--output", "{tmp}/file/more"], "{tmp}/file"),
-        (["--json", "{tmp}/nowhere/out.json"], "{tmp}/nowhere"),
+        (["--output", "{tmp}/file"], "--output '{tmp}/file' cannot be written into (it is"),
+        (["--output", "{tmp}/file/more"], "(Not a directory)"),
+        (["--json", "{tmp}/file/out.json"], "the folder of --json '{tmp}/file' cannot be written"),
         (["--json", "{tmp}/empty"], "--json '{tmp}/empty' is a folder"),
         (["--json", "{tmp}/images/a.png"], "would replace what is read"),
         (["--json", "{tmp}/empty/../images/b.jpg"], "would replace what is read"),
@@ -626,7 +678,7 @@ NO_CONFIGS = {
     "other.yaml": (b"MODEL: {DINOS: 1}", "other.yaml': there is no key 'MODEL.DINOS'"),
     "broken.yaml": (b"MODEL: [", "broken.yaml' is no YAML"),
     "target.yaml": (b"a: {_target_: builtins.dict}", "dataloader"),
-    "bytes.yaml": (b"\xff\xfe\x00\x01", "codec"),
+    "bytes.yaml": (b"\xff\xfe\x00\x01", "bytes.yaml' is no config but a binary file"),
     "empty.py": (b"", "dataloader"),
     "broken.py": (b"model = (", "broken.py has syntax error"),
     "name.py": (b"model = nowhere", "nowhere"),

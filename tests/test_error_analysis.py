@@ -307,6 +307,19 @@ def tables(tmp_path_factory):
     return folder
 
 
+def test_the_legend_of_curves_has_every_class_and_is_whole():
+    names = ("_hidden", "W" * 30, "M" * 30, "a", "b", "c")
+    data = dataset(*(annotation([10, 10, 20, 20], k) for k in range(1, 7)))
+    data["categories"] = [{"id": k, "name": name} for k, name in enumerate(names, start=1)]
+    figure = error_plots._precision_recall(analyse(evaluate(data, [])))
+    figure.draw_without_rendering()
+    legend = figure.axes[0].get_legend()
+    box, canvas = legend.get_window_extent(), figure.bbox
+    assert any("_hidden" in text.get_text() for text in legend.get_texts())
+    assert len(legend.get_texts()) == len(names)
+    assert canvas.x0 <= box.x0 and box.x1 <= figure.axes[1].bbox.x0
+
+
 @pytest.mark.slow
 def test_there_are_a_table_and_a_picture_of_each_kind(tmp_path):
     pictures = write_analysis(two_classes(), tmp_path)
@@ -500,6 +513,7 @@ GOOD = detection([1, 2, 3, 4])
         ([GOOD | {"bbox": [1, 2, 3]}], r"bbox \[1, 2, 3\]"),
         ([GOOD | {"bbox": [1, 2, 3, float("nan")]}], "finite"),
         ([GOOD | {"score": None}], "score None"),
+        ([GOOD | {"score": 5}], "score 5: give a number from 0 to 1"),
         ([GOOD | {"file_name": None}], "file_name None"),
         ([GOOD | {"bbox": [1, 2, -3, 4]}], "width and height have to be 0 or more"),
     ],
@@ -516,6 +530,11 @@ def test_missing_results_name_the_nearest_file(tmp_path):
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(DatasetError, match=r"the nearest: .*results\.json"):
         read_results(tmp_path / "result.json", dataset())
+
+
+def test_a_folder_of_results_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="are a folder: give the JSON file"):
+        read_results(tmp_path, dataset())
 
 
 def test_results_with_other_keys_are_read(tmp_path):

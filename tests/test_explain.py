@@ -269,6 +269,25 @@ def test_huge_images_are_made_smaller_and_keep_their_coordinates():
     assert max(axes.images[0].get_array().shape) <= 1600
 
 
+@pytest.mark.parametrize("size", [(1, 500), (500, 1)])
+def test_an_image_that_would_be_a_line_is_stretched(size):
+    axes = Figure((4, 4)).subplots()
+    show(axes, Image.new("RGB", size))
+    axes.apply_aspect()
+    shown = axes.get_position()
+    assert 0.5 < shown.width / shown.height < 2
+
+
+def test_the_legend_of_sampling_points_covers_no_caption(make_traced, image):
+    figure = draw_sampling(image, make_traced()[1], [3], CLASSES)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    captions = [axes.xaxis.label.get_window_extent() for axes in figure.axes]
+    box = legend.get_window_extent()  # in pixels
+    assert box.y0 < 1  # at the very edge: the layout keeps no room for more
+    assert box.y1 + 3 < min(caption.y0 for caption in captions)
+
+
 def test_names_of_classes_are_no_formulas():
     predictions = Predictions(torch.zeros(1, 1, 1), torch.zeros(1, 1, 4))
     assert title_of(0, predictions, ["$1 and $5 " + "x" * 50]).startswith(r"query 0: \$1 and \$5")
@@ -499,9 +518,14 @@ def test_an_image_of_nothing_but_crowds_is_not_the_first_with_boxes(dataset, mon
         (["--annotations", "all.txt", "--images", "images"], "'all.txt' is no .json file"),
         ([*TRUTH, "--image", "ful.png"], "no image 'ful.png'; the nearest: full.png"),
         ([*TRUTH, "--query", "3", "20"], "no query 20 for this image: choose 0 to 19"),
-        (["--input", "nothing.png"], "'nothing.png' cannot be read"),
+        (["--input", "nothing.png"], "--input 'nothing.png' is no file"),
+        (["--input", "images/ful.png"], "is no file; the nearest: 'images/full.png'"),
+        (
+            [*TRUTH, "--output", "all.json"],
+            "--output 'all.json' cannot be written into (it is a file)",
+        ),
         (["--input", "all.json"], "'all.json' cannot be read"),
-        (["--input", "images"], "'images' cannot be read"),
+        (["--input", "images"], "--input 'images' is no file"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -528,6 +552,7 @@ def test_an_image_of_another_size_than_annotated_is_refused(run, dataset):
         (["--input", "images/full.png", "--image", "full.png"], "--image names one of"),
         (["--input", "images/full.png", *TRUTH], "not allowed with"),
         (["--input", "images/full.png", "--query", *range(9)], "at most 8 queries, not 9"),
+        ([*TRUTH, "--seed", 10**20], "--seed is a number from 0 to"),
     ],
     ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "",
 )
@@ -573,6 +598,14 @@ def test_what_a_model_or_an_image_has_not_is_said_instead(
     said = {name: x for name, x in pictures.items() if isinstance(x, str)}
     assert said.keys() == missing.keys()
     assert all(said[name].startswith(REASONS[why]) for name, why in missing.items())
+
+
+def test_an_interruption_is_one_sentence(run, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explain, "trace", interrupt)
+    assert run(*TRUTH).startswith("explain.py: interrupted")
 
 
 def test_the_seed_draws_the_noise(run, sketch):

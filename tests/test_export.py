@@ -1,7 +1,12 @@
 """Files that run without Detectron2, `export.py` that writes them and `serve_onnx.py`."""
 
+import io
 import json
+import logging
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -25,6 +30,8 @@ from dino_d2.modeling.postprocess import postprocess
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
 sys.path.insert(0, str(PROGRAMS))
 import export as program  # noqa: E402
+import serve_onnx  # noqa: E402
+from onnx_detector import OnnxDetector  # noqa: E402
 
 SIZE = (48, 64)
 CLASSES = ["circle", "square", "star"]
@@ -556,11 +563,20 @@ def test_a_model_that_cannot_be_exported_is_said_in_one_sentence(run, monkeypatc
     assert run("--output", "model.pt2") == "export.py: it counts"
 
 
-def test_a_folder_that_nothing_may_be_written_into_is_said_before_the_work(run, monkeypatch):
-    monkeypatch.setattr(program.os, "access", lambda *_: False)
+@pytest.mark.parametrize("folder", ["/proc", "/dev/null", "/dev/null/new"])
+def test_where_nothing_can_be_written_is_said_before_the_work(run, monkeypatch, folder):
     monkeypatch.setattr(program, "export", lambda *_: pytest.fail("in vain"))
-    message = run("--output", "new/model.pt2", *LOW)
-    assert message == "export.py: nothing may be written into 'new': name another --output"
+    message = run("--output", f"{folder}/model.pt2", *LOW)
+    assert message.startswith(f"export.py: nothing can be written into '{folder}': name another")
+
+
+def test_the_exporter_does_not_warn_of_what_it_cannot_fold(run, pretend, monkeypatch, caplog):
+    pretend()
+    caplog.set_level("WARNING", "onnxscript")  # and back to what it was after the test
+    logger = logging.getLogger("onnxscript.optimizer._constant_folding")
+    monkeypatch.setattr(program, "export", lambda *_: logger.warning("Skipping"))
+    assert run("--output", "model.pt2", *LOW) is None
+    assert not caplog.records
 
 
 def test_a_full_disk_is_said_in_one_sentence(run, monkeypatch):
@@ -638,51 +654,146 @@ def test_the_server_answers_what_the_model_detects(serve, model, picture, image_
         )
 
 
-@pytest.mark.slow
-def test_the_server_fills_a_fixed_number_of_images(model, picture, monkeypatch):
-    pytest.importorskip("onnxruntime")
-    import serve_onnx
+class TwoImages:
+    """The session of a file for two images at a time."""
 
-    class Session:
-        """Of a file for two images at a time."""
+    def __init__(self, model):
+        self.model = model
 
-        def run(self, _, inputs):
-            assert inputs["images"].shape == (2, 3, *SIZE)
-            assert inputs["image_sizes"].shape == (2, 2)
-            found = detect(model, *(torch.from_numpy(x.copy()) for x in inputs.values()))
-            return [x.numpy() for x in found]
+    def run(self, _, inputs):
+        assert inputs["images"].shape == (2, 3, *SIZE)
+        assert inputs["image_sizes"].shape == (2, 2)
+        found = detect(self.model, *(torch.from_numpy(x.copy()) for x in inputs.values()))
+        return [x.numpy() for x in found]
 
-    about = About(CLASSES, SIZE, "RGB", 2)._asdict()
-    monkeypatch.setattr(serve_onnx, "session", Session(), raising=False)
-    monkeypatch.setattr(serve_onnx, "about", about, raising=False)
-    two = serve_onnx.detect(Image.open(picture))
-    monkeypatch.setitem(about, "batch_size", None)
-    with pytest.raises(AssertionError):  # the session is of two
-        serve_onnx.detect(Image.open(picture))
-    array, size = fit(np.asarray(Image.open(picture)), SIZE)
+
+def test_the_detector_fills_a_fixed_number_of_images(model, picture):
+    detector = object.__new__(OnnxDetector)
+    detector.session = TwoImages(model)
+    detector.about = About(CLASSES, SIZE, "BGR", 2)._asdict()
+    found = detector(Image.open(picture), 0.4)
+    array, size = fit(np.asarray(Image.open(picture))[..., ::-1], SIZE)
     scores = detect(model, torch.from_numpy(array)[None], torch.tensor([size])).scores
-    assert [x["score"] for x in two] == pytest.approx(scores[scores >= 0.3].tolist(), abs=1e-5)
+    assert [x["score"] for x in found] == pytest.approx(scores[scores >= 0.4].tolist(), abs=1e-5)
+    assert found
+
+
+STAND_IN = """
+import numpy as np
+
+class InferenceSession:
+    def __init__(self, path, providers):
+        if "damaged" in path:
+            raise RuntimeError("cannot be read")
+        notes = dict(size="[48, 64]", image_format='"RGB"', batch_size="null", classes='["cell"]')
+        self.custom_metadata_map = {} if "other" in path else notes
+
+    def get_modelmeta(self):
+        return self
+
+    def run(self, _, inputs):
+        return np.float32([[[0, 0, 48, 48]]]), np.float32([[0.5]]), np.int64([[0]])
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the server with a stand-in for onnxruntime, which takes a second to import."""
+    (tmp_path / "onnxruntime.py").write_text(STAND_IN)
+    processes = []
+
+    def start(*words):
+        words = [sys.executable, PROGRAMS / "serve_onnx.py", *words]
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        processes.append(subprocess.Popen(words, **pipes, env=env, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def post(address, content):
+    """Status and answer."""
+    try:
+        with urllib.request.urlopen(address, content, timeout=8) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as refused:
+        return refused.code, json.load(refused)
+
+
+def test_a_client_that_sends_too_little_blocks_nobody(start, picture):
+    address = start("model.onnx", "0").stdout.readline().strip()
+    with socket.create_connection(address.removeprefix("http://").split(":")) as silent:
+        silent.sendall(b"POST / HTTP/1.0\r\nContent-Length: 100\r\n\r\nx")
+        answer = [{"class": "cell", "score": 0.5, "box": [0, 0, 60, 60]}]
+        assert post(address, picture.read_bytes()) == (200, answer)
+
+
+def test_a_client_that_stays_silent_is_refused(monkeypatch):
+    assert 0 < serve_onnx.Handler.timeout <= 60
+    monkeypatch.setattr(serve_onnx.Handler, "timeout", 0.1)
+    client, server = socket.socketpair()
+    with client, server:
+        client.sendall(b"POST / HTTP/1.0\r\nContent-Length: 100\r\n\r\nx")
+        serve_onnx.Handler(server, ("client", 0), None)
+        assert client.recv(100).startswith(b"HTTP/1.0 400")
+
+
+def test_the_server_refuses_what_is_no_image_of_8_bits(start, picture):
+    address = start("model.onnx", "0").stdout.readline().strip()
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(deep := io.BytesIO(), "PNG")
+    whole = picture.read_bytes()
+    for upload in (b"no image", b"", whole[:2000], deep.getvalue()):
+        status, answer = post(address, upload)
+        assert status == 400 and "no whole image with 8 bits" in answer["error"]
+
+
+def test_the_server_ends_at_control_c_without_a_trace(start):
+    process = start("model.onnx", "0")
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "" and process.returncode == 0
+
+
+def test_the_server_says_what_is_wrong_in_one_sentence(start):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        used = str(other.getsockname()[1])
+        wrong = {
+            ("model.onnx", used): f"port {used} cannot be used, name another: [Errno",
+            ("model.onnx", "99999"): "port 99999 cannot be used, name another",
+            ("damaged.onnx",): "'damaged.onnx' is no file that export.py wrote: cannot be read",
+            ("other.onnx",): "'other.onnx' is no file that export.py wrote: its notes are missing",
+            ("model.onnx", "x"): "argument port: invalid int value: 'x'",
+            (): "the following arguments are required: file",
+        }
+        processes = {words: start(*words) for words in wrong}
+        for words, sentence in wrong.items():
+            error = processes[words].communicate(timeout=20)[1]
+            assert sentence in error.splitlines()[-1] and "Traceback" not in error
+            assert processes[words].returncode
+
+
+def test_the_server_names_the_package_that_is_missing(start, tmp_path):
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError")
+    error = start("model.onnx").communicate()[1]
+    assert error == "serve_onnx.py: onnxruntime is missing: pip install onnxruntime\n"
 
 
 @pytest.mark.slow
-def test_the_server_refuses_what_is_no_image(serve, picture):
-    address = serve("RGB")
-    for upload in (b"no image", b"", picture.read_bytes()[:2000]):
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(address, upload)
-        assert refused.value.code == 400
-        assert "no whole image" in json.load(refused.value)["error"]
+@pytest.mark.parametrize("content", [None, b"no graph"])
+def test_the_detector_needs_a_file_of_the_exporter(content, tmp_path):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="model.onnx' is no file that export.py wrote: .*ONNXRun"):
+        OnnxDetector(str(path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [[], ["nothing.onnx"]])
-def test_the_server_needs_a_file(words, tmp_path):
-    script = [sys.executable, PROGRAMS / "serve_onnx.py", *words]
-    ended = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
-    assert "FILE has to be one that export.py wrote" in ended.stderr
-
-
-def test_the_example_has_forty_lines():
-    lines = (PROGRAMS / "serve_onnx.py").read_text().splitlines()
+@pytest.mark.parametrize("name", ["serve_onnx.py", "onnx_detector.py"])
+def test_the_examples_have_forty_lines(name):
+    lines = (PROGRAMS / name).read_text().splitlines()
     assert sum(map(bool, lines)) <= 40

@@ -182,6 +182,20 @@ def test_what_a_yaml_config_does_not_take_is_one_sentence(words, message, yaml):
     assert message in complaint(yaml, *words)
 
 
+@pytest.mark.parametrize("option", ["--resume", "--num-gpus=2"])
+def test_an_option_after_the_overrides_is_said_to_be_one(option, yaml, lazy):
+    before = str(yaml), str(lazy)
+    message = f"'{option}' is an option, not a key of the config: write it before the changes"
+    assert complaint(yaml, "OUTPUT_DIR", "x", option).startswith(message)
+    assert complaint(lazy, "train.seed=1", option).startswith(message)
+    assert (str(yaml), str(lazy)) == before
+
+
+def test_a_value_may_begin_as_an_option_does(yaml):
+    apply_overrides(yaml, ["OUTPUT_DIR", "--x"])
+    assert yaml.OUTPUT_DIR == "--x"
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -318,6 +318,39 @@ def test_an_array_that_is_no_image_is_one_sentence(make_predictor, shape, kind):
     assert message.endswith(f"{shape} of {np.dtype(kind)}") and "\n" not in message
 
 
+@pytest.mark.parametrize("wrong", [None, 3, b"\xff\xd8", torch.zeros(3, 4, 4), {"a": 1}, iter([])])
+def test_what_is_no_image_is_one_sentence_that_says_what_is(wrong, make_predictor):
+    for given in (wrong, [wrong]):
+        with pytest.raises(ValueError, match=r"a path, a PIL image or an RGB array") as caught:
+            make_predictor()(given)
+        message = str(caught.value)
+        assert message.endswith(f"of type {type(wrong).__name__}") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3,), "config is of type int: give a name or a path"),
+        (("quickstart", 3), "weights is of type int: give a name or a path"),
+        ((None, "a.pth"), "config is of type NoneType: give a name or a path"),
+    ],
+)
+def test_a_name_that_is_no_string_is_one_sentence(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dino_d2.load(*arguments)
+
+
+def test_paths_load_as_their_strings_do(trained):
+    predictor = dino_d2.load(Path(get_config_file("quickstart")), trained, device="cpu")
+    assert predictor.classes == CLASSES
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float64])
+def test_a_dtype_that_cannot_be_is_refused_at_once(dtype, make_dino):
+    with pytest.raises(ValueError, match="give torch.float32, torch.bfloat16, torch.float16"):
+        Predictor(make_dino(), classes=CLASSES, augmentations=[], image_format="RGB", dtype=dtype)
+
+
 # ---- files of weights that bring code along
 
 

@@ -123,6 +123,36 @@ def test_what_means_no_file_is_one_sentence(name, end, files):
     assert message.endswith(end.format(files))
 
 
+def test_a_folder_is_made_with_those_around_it(tmp_path):
+    for _ in range(2):  # the second time it is there
+        program.make_folder(tmp_path / "a" / "b", "--output")
+        assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("file", "it is a file"), ("file/more", "Not a directory"), ("a" * 300, "File name too long")],
+)
+def test_what_can_be_no_folder_is_one_sentence(name, reason, tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    with pytest.raises(ValueError) as caught:
+        program.make_folder(path, "--output")
+    assert str(caught.value) == (
+        f"--output '{path}' cannot be written into ({reason}): name another folder"
+    )
+
+
+def test_a_folder_that_takes_no_files_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/tmpqlbnmfl8")
+
+    monkeypatch.setattr(program.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"\(Permission denied\)") as caught:
+        program.make_folder(tmp_path, "--output")
+    assert "tmpqlbnmfl8" not in str(caught.value)
+
+
 def test_help_ends_with_the_examples_as_they_are_written(parser):
     assert parser.format_help().endswith("Examples:\n    $ as written\n")
 

@@ -536,3 +536,13 @@ def test_a_batch_that_workers_cannot_share_is_one_sentence(style, data, monkeypa
     options = overrides(style, output=tmp_path)
     words = [*config(style), *data, "--num-gpus", "3", *options]
     assert "2 images cannot be divided" in complaint(monkeypatch, *words)
+
+
+@pytest.mark.parametrize(
+    ("style", "option"),
+    [(".yaml", ["WANDB.PROJECT", "cells"]), (".py", ["train.wandb_project=cells"])],
+)
+def test_a_training_for_wandb_without_wandb_is_refused(style, option, data, monkeypatch, tmp_path):
+    monkeypatch.setattr("dino_d2.engine.writers.importlib.util.find_spec", lambda _: None)
+    options = [*overrides(style, output=tmp_path), *option]
+    assert "pip install wandb" in complaint(monkeypatch, *config(style), *data, *options)

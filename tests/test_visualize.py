@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -142,6 +143,33 @@ def test_a_sheet_holds_every_picture_whole():
     sheet = contact_sheet(pictures, 2, "title", [Mark((), "text", "#ff00ff")])
     assert [count(sheet, colour) for colour in colours] == [w * h for w, h in sizes]
     assert count(sheet, "#ff00ff")
+
+
+@pytest.mark.parametrize("width", [1, 12, 30])
+def test_a_caption_without_room_is_left_out(width):
+    pictures = [(Image.new("RGB", (width, 90), "#ff0000"), "caption")] * 9
+    assert count(contact_sheet(pictures, 9, ""), "#ff0000") == 9 * 90 * width
+
+
+def test_a_caption_has_the_room_that_the_title_makes():
+    picture = Image.new("RGB", (20, 20), "#ff0000")
+    title = "a title that is much wider than the picture"
+    narrow, wide = (
+        np.asarray(contact_sheet([(picture, "train_00017.jpg")], 1, text)) for text in ("", title)
+    )
+    lines = slice(50, 70)  # below the title
+    assert (wide[lines, 100:] == 0).any() and narrow.shape[1] < 100
+
+
+def test_letters_that_the_font_lacks_are_said_once(caplog, monkeypatch):
+    monkeypatch.setattr("detectron2.utils.logger._LOG_COUNTER", Counter())
+    box = (50, 60, 120, 130)
+    draw_marks(BLACK, [Mark(box, "Käfer žluťoučký", "#ff0000")])
+    assert not caplog.records
+    for _ in range(2):
+        draw_marks(BLACK, [Mark(box, "猫", "#ff0000")])
+    (record,) = caplog.records
+    assert "lacks letters of '猫'" in record.message
 
 
 @pytest.mark.parametrize("break_", ["\n", "\r\n", "\t"])
@@ -301,6 +329,8 @@ def test_data_that_cannot_be_shown_are_refused_in_one_sentence(
     assert "quickstart" in says("--config-file", "quickstat", *base[2:])
     assert says(*base, "--num-images", "0") == "2" and "1 or more" in capsys.readouterr().err
     assert says(*base[:6]) == "2" and "go together" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert "(it is a file)" in says(*base, "--output", tmp_path / "file")
     assert "there is no data" in says(*base[:4], "DATASETS.TRAIN", "()")
 
 
@@ -397,7 +427,7 @@ def test_without_mistakes_there_is_no_sheet(results, perfect, tmp_path, monkeypa
     assert list((tmp_path / "out").glob("worst*"))
     run(monkeypatch, visualize_results, *results, "--results", perfect)
     assert not list((tmp_path / "out").glob("worst*"))  # nor that of the run before
-    assert "No image has a mistake" in (tmp_path / "out" / "index.html").read_text()
+    assert "There is no image with a mistake" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_where_no_image_was_asked_for_nothing_is_said_of_the_worst(
@@ -427,6 +457,11 @@ def test_results_that_do_not_belong_together_are_refused_in_one_sentence(
     assert "nearest" in says("--results", tmp_path / "result.json")
     assert "val.json" in says("--annotations", shapes / "vall.json")
     assert "nothing' does not exist" in says("--images", shapes / "nothing")
+    assert "@" not in says("--images", "/nope")
+    (tmp_path / "folder.json").mkdir()
+    assert "folder.json' is a folder" in says("--annotations", tmp_path / "folder.json")
+    assert "are a folder" in says("--results", tmp_path)
+    assert "(it is a file)" in says("--output", tmp_path / "results.json")
     said = says("--annotations", shapes / "images")
     assert "images' is no .json file" in said and "@" not in said
     assert says("--confidence-threshold", "50") == "2" and "'50'" in capsys.readouterr().err
@@ -435,10 +470,26 @@ def test_results_that_do_not_belong_together_are_refused_in_one_sentence(
     assert says("--num-images", "-1") == "2" and "0 or more" in capsys.readouterr().err
 
 
-def test_an_image_that_cannot_be_drawn_is_named(shapes, results, tmp_path, monkeypatch):
+def test_an_image_that_cannot_be_drawn_is_named_and_left_out(
+    shapes, results, tmp_path, monkeypatch, capsys, without_plots
+):
     images = tmp_path / "images"
     images.mkdir()
     for path in (shapes / "images").iterdir():
         Image.new("RGB", (9, 9)).save(images / path.name)
-    said = complaint(monkeypatch, visualize_results, *results, "--images", images)
+    run(monkeypatch, visualize_results, *results, "--images", images)
+    said = capsys.readouterr().err
     assert "val_00005.jpg" in said and "9 x 9 pixels" in said
+    assert {"index.html", "per_class.csv"} <= {x.name for x in (tmp_path / "out").iterdir()}
+
+
+def test_an_interruption_is_one_sentence(shapes, results, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    for program, words in (
+        (visualize_results, results),
+        (visualize_data, look(shapes, tmp_path)),
+    ):
+        monkeypatch.setattr(program, "load", interrupt)
+        assert "interrupted" in complaint(monkeypatch, program, *words)

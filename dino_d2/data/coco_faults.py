@@ -34,6 +34,8 @@ def read(json_file: str) -> dict[str, list]:
     Raises:
         DatasetError: the file is missing, is not JSON, or holds something else
     """
+    if os.path.isdir(json_file):
+        raise DatasetError(f"'{json_file}' is a folder: give a file of COCO annotations in it")
     if not os.path.isfile(json_file):
         raise DatasetError(
             f"annotation file '{json_file}' does not exist{path_hint(json_file)}: correct its "
@@ -82,11 +84,23 @@ def _entry_faults(key: str, entries: list) -> Iterator[str]:
         text = {"images": "file_name", "categories": "name"}.get(key)
         if text and not isinstance(entry.get(text), str):
             yield f"entry {number} of '{key}' has {text} {entry.get(text)!r}: make it a string"
+    if key == "categories":
+        yield from _name_faults(entries)
+
+
+def _name_faults(categories: list[dict]) -> Iterator[str]:
+    ids = {}
+    for id, name in ((category["id"], category["name"]) for category in categories):
+        if not name.strip():
+            yield f"category {id} has an empty name: say what it is"
+        if name in ids:
+            yield f"categories {ids[name]} and {id} are both '{name}': give each its own name"
+        ids[name] = id
 
 
 def _image_faults(images: list[dict], image_root: str) -> Iterator[str]:
     if not os.path.isdir(image_root):
-        yield f"its image folder '{image_root}' does not exist: correct the path after the '@'"
+        yield f"its image folder '{image_root}' does not exist: correct its path"
     for image in images:
         size = image.get("width"), image.get("height")
         if not all(isinstance(side, int) and side > 0 for side in size):

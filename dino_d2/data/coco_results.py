@@ -21,6 +21,8 @@ def read_results(path: str | os.PathLike, dataset: dict[str, list]) -> list[dict
     Raises:
         DatasetError: the file is missing, is something else, or does not belong to the dataset
     """
+    if os.path.isdir(path):
+        raise DatasetError(f"results '{path}' are a folder: give the JSON file in it")
     if not os.path.isfile(path):
         raise DatasetError(f"results '{path}' do not exist{path_hint(path)}")
     try:
@@ -72,5 +74,5 @@ def _faults(results: list, dataset: dict[str, list]) -> Iterator[str]:
             yield f"{where} has bbox {bbox!r}: give [x, y, width, height], finite, in pixels"
         if min(bbox[2:]) < 0:
             yield f"{where} has bbox {bbox}: its width and height have to be 0 or more"
-        if not is_finite(score):
-            yield f"{where} has score {score!r}: give a finite number"
+        if not (is_finite(score) and 0 <= score <= 1):
+            yield f"{where} has score {score!r}: give a number from 0 to 1"

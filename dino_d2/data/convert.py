@@ -74,6 +74,9 @@ def to_coco(
                 number = len(dataset["annotations"]) + 1  # COCO's evaluation never finds id 0
                 annotation = _annotation(box, image, notes)
                 dataset["annotations"].append({"id": number, "image_id": id, **annotation})
+        if not dataset["images"]:
+            notes["splits without images, left out"] += 1
+            continue
         if not dataset["annotations"]:
             notes[f"images of split '{split}', which has no box, left out"] = len(dataset["images"])
             continue

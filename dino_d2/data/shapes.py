@@ -5,12 +5,13 @@ data has: objects of many sizes that overlap, images of many sizes, and images w
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from ..checkpoint_io import replacing
 
 IMAGE_SIDE = (96, 136)  # pixels, each side drawn independently
 DIAMETER = (30, 84)  # pixels, of the circle around a shape
@@ -70,9 +71,8 @@ def generate(root: Path, num_train: int = 480, num_val: int = 96, seed: int = 0)
         for number, (split, count) in enumerate(splits.items())
     }
     for split, dataset in datasets.items():
-        temporary = root / f"{split}.json.tmp"
-        temporary.write_text(json.dumps(dataset))
-        os.replace(temporary, root / f"{split}.json")
+        with replacing(str(root / f"{split}.json")) as file:
+            file.write(json.dumps(dataset).encode())
 
 
 def _remove_generated(path: Path, description: str) -> None:

@@ -1,6 +1,7 @@
 """Annotations of PASCAL VOC: a folder of XML files, one an image."""
 
 import math
+import re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterator
@@ -99,14 +100,18 @@ def read_splits(folder: Path, files: dict[str, VocFile]) -> dict[str, list[str]]
     for path in (folder / f"{split}.txt" for split in SPLITS):
         if not path.is_file():
             continue
-        lines = enumerate(read_text(path).splitlines(), start=1)
-        stems = {line.split()[0]: number for number, line in lines if line.strip()}
-        for stem, number in stems.items():
-            if stem not in files:
-                raise DatasetError(
-                    f"'{path}', line {number}: there is no XML file of '{stem}': add it, or delete "
-                    "the line"
-                )
+        stems = {}  # each once, in their order
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
+            # Behind the name may be what VOC says of a class: there (1), not there (-1), hard (0).
+            names = line.strip(), re.sub(r"\s+(-1|0|1)$", "", line.strip())
+            if names[0]:
+                stem = next((x for x in names if x in files), None)
+                if stem is None:
+                    raise DatasetError(
+                        f"'{path}', line {number}: there is no XML file of '{names[1]}': add it, "
+                        "or delete the line"
+                    )
+                stems[stem] = None
         splits[path.stem] = list(stems)
     return splits
 
@@ -154,8 +159,14 @@ def _objects(root: ET.Element, path: Path) -> Iterator[VocObject]:
             raise DatasetError(
                 f"{where} ('{name}') has no <bndbox> of four numbers: xmin, ymin, xmax and ymax"
             )
-        difficult = _number(element.findtext("difficult", "0")) == 1
-        yield VocObject(name, tuple(values), difficult, where)
+        yield VocObject(name, tuple(values), _difficult(element, where), where)
+
+
+def _difficult(element: ET.Element, where: str) -> bool:
+    text = element.findtext("difficult", "").strip().lower()
+    if text not in ("", "0", "1", "false", "true"):
+        raise DatasetError(f"{where} has <difficult>{text}</difficult>: give 0 or 1")
+    return text in ("1", "true")
 
 
 def _number(text: str | None) -> float:

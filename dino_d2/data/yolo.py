@@ -89,7 +89,8 @@ def read_folder(root: Path) -> YoloFolder:
         raise DatasetError(
             f"'{root}' has neither data.yaml nor classes.txt: one has to name the classes"
         )
-    classes = [line.strip() for line in read_text(files[0]).splitlines() if line.strip()]
+    # A blank line among them stays: without it, the classes below would get other numbers.
+    classes = [line.strip() for line in read_text(files[0]).rstrip().splitlines()]
     images = root / "images" if (root / "images").is_dir() else root
     return _checked(
         YoloFolder(root, root, classes, find_splits(root) or {"all": find_images(images)})
@@ -139,6 +140,8 @@ def read_yaml(path: Path) -> YoloFolder:
         if names.keys() != set(range(len(names))):
             raise DatasetError(f"'{path}': its 'names' have to be numbered from 0, one by one")
         names = [names[number] for number in range(len(names))]
+    if config.get("nc", len(names)) != len(names):
+        raise DatasetError(f"'{path}' has nc {config['nc']} but {len(names)} names: correct either")
     base = path.parent / str(config.get("path") or "")
     bases = [base, path.parent] if base.is_dir() else [path.parent]
     images = {}
@@ -148,9 +151,10 @@ def read_yaml(path: Path) -> YoloFolder:
             raise DatasetError(f"'{path}' has both {' and '.join(keys)}: put them into one list")
         entries = given[0] if given and isinstance(given[0], list) else given
         found = [image for entry in entries for image in read_entry(str(entry), bases, path)]
-        if found:
+        if entries:
             images[split] = list(dict.fromkeys(found))
-    return _checked(YoloFolder(path.parent, bases[0], [str(name) for name in names], images))
+    classes = ["" if name is None else str(name) for name in names]
+    return _checked(YoloFolder(path.parent, bases[0], classes, images))
 
 
 def _checked(folder: YoloFolder) -> YoloFolder:

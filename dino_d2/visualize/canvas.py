@@ -17,6 +17,7 @@ from .style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, VERMILION, YELLOW, esc
 # The strong ones first, as images are dimmed towards white.
 COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, YELLOW, BLACK)
 MARKERS = "o^sDv"
+MIN_SHAPE = 0.04  # short side in relation to the long one
 LONG_SIDE = 1600  # of an image in a picture, in pixels
 
 
@@ -28,11 +29,15 @@ def shrink(image: Image.Image) -> Image.Image:
 
 
 def show(axes: Axes, image: Image.Image, dim: float = 0.0) -> None:
-    """The image, `dim` (0 to 1) of the way to white, in coordinates of its own pixels."""
+    """The image, `dim` (0 to 1) of the way to white, in coordinates of its own pixels.
+
+    One so narrow that it would be a line is stretched.
+    """
     width, height = image.size
     picture = shrink(image)
     picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), dim)
-    axes.imshow(picture, extent=(0, width, height, 0), interpolation="bilinear")
+    aspect = "equal" if min(image.size) > MIN_SHAPE * max(image.size) else "auto"
+    axes.imshow(picture, aspect=aspect, extent=(0, width, height, 0), interpolation="bilinear")
     axes.set(xticks=[], yticks=[], facecolor="#dddddd", autoscale_on=False)
     axes.spines[:].set_visible(False)
 
@@ -88,7 +93,7 @@ def zoom(axes: Axes, image: Image.Image, corners: Tensor) -> None:
 def tag(axes: Axes, place: Sequence[float], text: str, colour: str = "black") -> None:
     """Text on a ground of its own."""
     style = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
-    axes.text(*place, text, color=colour, fontsize=8, bbox=style, va="bottom", clip_on=True)
+    axes.text(*place, text, color=colour, fontsize=10, bbox=style, va="bottom", clip_on=True)
 
 
 def title_of(query: int, predictions: Predictions, classes: Sequence[str]) -> str:

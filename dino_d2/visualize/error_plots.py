@@ -130,7 +130,8 @@ def _precision_recall(analysis: Analysis) -> Figure:
     named.sort(key=lambda k: -analysis.classes[k].AP50)
     for k, colour, line in zip(named, PALETTE, LINES, strict=False):
         scores = analysis.classes[k]
-        label = f"{escape_name(scores.name)}: AP50 {scores.AP50:.1f}"
+        # The name at the end, as Matplotlib hides what begins with an underscore.
+        label = f"AP50 {scores.AP50:.1f}: {escape_name(scores.name)}"
         curve = analysis.precision[IOU_50, :, k]
         left.plot(recall, curve, color=colour, linestyle=line, lw=2, label=label)
     ious = range(0, len(analysis.precision), 2) if there else ()
@@ -144,7 +145,8 @@ def _precision_recall(analysis: Analysis) -> Figure:
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3)
+            columns = 1 if axes is left else 3
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=columns)
     return figure
 
 

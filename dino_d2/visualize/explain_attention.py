@@ -54,7 +54,9 @@ def draw_sampling(
         Line2D([], [], **_style(0), color="grey", ms=_area(x) ** 0.5, label=f"weight {x:.0%}")
         for x in (0.05, 0.2, 0.5)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=int(1.7 * levels))
+    # The layout keeps no room for padding, which would move the legend into the row's captions.
+    place = {"loc": "outside lower center", "borderaxespad": 0}
+    figure.legend(handles=handles, ncols=int(1.7 * levels), **place)
     figure.suptitle("Sampling points of deformable attention, last decoder layer", weight="bold")
     return figure
 

@@ -1,6 +1,7 @@
 """Boxes with labels, drawn into images, and sheets of such images."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import count, pairwise, product
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from detectron2.utils.logger import log_first_n
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from .style import PALETTE, one_line
@@ -43,7 +46,9 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     for mark in reversed(marks):
         _outline(canvas, mark, width)
     font, taken = load_font(max(12, round(min(picture.size) / 36))), []
-    for mark in (mark._replace(text=one_line(mark.text)) for mark in marks):
+    marks = [mark._replace(text=one_line(mark.text)) for mark in marks]
+    _warn_of_gaps(mark.text for mark in marks)
+    for mark in marks:
         place = _free_place(canvas, mark, font, taken)
         if mark.text and place:
             taken.append(place)
@@ -54,8 +59,31 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
 
 @cache
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """The one that matplotlib brings: it has more letters than PIL's own."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+    """The one that Matplotlib brings: it has more letters than PIL's own, but no Chinese, Japanese
+    or Korean ones."""
+    return ImageFont.truetype(_font_file(), size)
+
+
+def _font_file() -> Path:
+    return Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+
+
+@cache
+def _letters() -> frozenset[int]:
+    """Code points that the font has."""
+    return frozenset(FT2Font(str(_font_file())).get_charmap())
+
+
+def _warn_of_gaps(texts: Iterable[str]) -> None:
+    """Once in a run, as every picture has the same classes."""
+    for text in texts:
+        if not _letters().issuperset(map(ord, text)):
+            log_first_n(
+                logging.WARNING,
+                f"the font of the pictures lacks letters of '{text}', which are drawn as empty "
+                "boxes",
+                name=__name__,
+            )
 
 
 def class_colour(label: int) -> str:
@@ -135,23 +163,30 @@ def contact_sheet(
     """
     big, small = load_font(24), load_font(18)
     line, columns = sum(big.getmetrics()) + MARGIN, min(columns, len(pictures))
-    column = max(picture.width for picture, _ in pictures) + MARGIN
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     heights = [max(picture.height for picture, _ in row) + line for row in rows]
     head = (2 if legend else 1) * line + MARGIN
-    needed = max(round(big.getlength(title)), _legend_width(legend, small), columns * column)
-    sheet = Image.new("RGB", (MARGIN + needed, head + sum(heights)), "white")
+    widest = max(picture.width for picture, _ in pictures)
+    named = max(round(big.getlength(title)), _legend_width(legend, small))
+    column = max(widest + MARGIN, named // columns)
+    width = MARGIN + max(named, columns * column)
+    sheet = Image.new("RGB", (width, head + sum(heights)), "white")
     canvas = ImageDraw.Draw(sheet)
     canvas.text((MARGIN, MARGIN), title, "black", big)
     _draw_legend(canvas, legend, line + MARGIN, small)
     for y, row in zip(np.cumsum([head, *heights[:-1]]).tolist(), rows, strict=True):
         for x, (picture, caption) in zip(count(MARGIN, column), row, strict=False):
-            caption = one_line(caption)
-            while caption and small.getlength(caption) > column - MARGIN:
-                caption = caption[:-2].rstrip() + "…"
-            canvas.text((x, y), caption, "black", small)
+            canvas.text((x, y), _cut(caption, small, column - MARGIN), "black", small)
             sheet.paste(picture, (x, y + line - MARGIN))
     return sheet
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """On one line of at most so many pixels; "" where not even an ellipsis has room."""
+    text = one_line(text)
+    while text and font.getlength(text) > width:
+        text = text[:-2].rstrip() + "…" if len(text) > 1 else ""
+    return text
 
 
 def _draw_legend(

@@ -7,6 +7,7 @@ are random: none are needed.
 """
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +17,21 @@ import numpy as np
 import torch
 from benchmark_model import Setting, Workload, build, load_config
 from benchmarking import MIB, PeakMemory, cell, find_device, headline, machine, positive
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from detectron2.data.transforms import AugInput, AugmentationList
 from program import make_parser, one_sentence
 from tabulate import tabulate
 from torch import nn
 
 from dino_d2 import model_zoo
+from dino_d2.config import evaluation_augmentations
 from dino_d2.costs import Flops, count_flops, kept_activations, stages_of
-from dino_d2.data.augmentation import ResizeShortestEdge
-from dino_d2.data.coco_faults import read
+from dino_d2.data import DatasetError
+from dino_d2.data.coco_writer import read_annotations
 from dino_d2.modeling.dino import DINO
 
+MIN_SIDE = 64  # pixels: of the coarsest map of a backbone, a batch norm needs more than one
+NUM_IMAGES = 20
 BOXES = 7  # in the image of a training step, as COCO has on average
 EPILOG = """
 Examples:
@@ -41,7 +45,7 @@ A training of one's own, on its own size of images, with fewer queries:
 
 GFLOPs averaged over the first images of a data set, resized as in evaluation:
     $ python projects/dino/analyze_model.py --config-file output/quickstart/config.yaml \\
-        --annotations output/quickstart/data/val.json --images 20
+        --annotations output/quickstart/data/val.json --num-images 20
 """
 
 Size = tuple[int, int]
@@ -57,20 +61,19 @@ def evaluation_sizes(setting: Setting, annotations: Path, number: int) -> list[S
     """Of the first images of a data set, (height, width) as the config has them in evaluation.
 
     Raises:
-        DatasetError: the file is no COCO annotations
-        ValueError: an image has no size
+        DatasetError: the file has no COCO annotations, or an image has no size
     """
-    cfg = load_config(setting)
-    if isinstance(cfg, CfgNode):
-        resize = [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
-    else:
-        resize = instantiate(cfg.dataloader.test.mapper.augmentations)
+    resize = AugmentationList(evaluation_augmentations(load_config(setting)))
     sizes = []
-    for image in read(str(annotations))["images"][:number]:
-        if not all(isinstance(image.get(key), int) for key in ("height", "width")):
-            raise ValueError(f"'{annotations}' has an image without height or width: {image}")
-        x = AugInput(np.zeros((image["height"], image["width"], 3), np.uint8))
-        AugmentationList(resize)(x)
+    for image in read_annotations(annotations)["images"][:number]:
+        size = image.get("height"), image.get("width")
+        if not all(isinstance(side, int) and side > 0 for side in size):
+            raise DatasetError(
+                f"'{annotations}': image '{image['file_name']}' has height and width {size}: make "
+                "them positive integers"
+            )
+        x = AugInput(np.zeros((*size, 3), np.uint8))
+        resize(x)
         sizes.append(x.image.shape[:2])
     return sizes
 
@@ -171,15 +174,23 @@ def rank(counter: Counter[str]) -> list[tuple[str, float]]:
     return [(name.removeprefix("aten::"), number) for name, number in counter.most_common()]
 
 
+def side(text: str) -> int:
+    """For argparse: of an image."""
+    if positive(text) < MIN_SIDE:
+        raise argparse.ArgumentTypeError(f"{text} pixels are too few: give at least {MIN_SIDE}")
+    return int(text)
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
     add = parser.add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--config-file", required=True, help="a file, or a name of the model zoo")
-    size = "of the image, in pixels; default: 800 1333"
-    add("--size", nargs=2, type=positive, default=[800, 1333], metavar=("H", "W"), help=size)
+    size = f"of the image, in pixels, at least {MIN_SIDE} each; default: 800 1333"
+    add("--size", nargs=2, type=side, default=[800, 1333], metavar=("H", "W"), help=size)
     add("--annotations", type=Path, help="COCO annotations: GFLOPs are of their images instead")
-    add("--images", type=positive, default=20, help="how many of these; default: 20, the first")
+    number = f"how many of these; default: {NUM_IMAGES}, the first"
+    add("--num-images", type=positive, metavar="N", help=number)
     add("--repeats", type=positive, default=3, help="time is the median of so many; default: 3")
     add("--device", default=device, help="cpu or cuda; default: cuda if there is one")
     add("--threads", type=positive, default=torch.get_num_threads(), help="default: PyTorch's")
@@ -209,14 +220,23 @@ def setting_of(args: argparse.Namespace) -> Setting:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(words)
+    if args.num_images and not args.annotations:
+        parser.error("--num-images is of --annotations, which are not given")
+    try:
+        work(parser.prog, args)
+    except KeyboardInterrupt:
+        sys.exit(f"{parser.prog}: interrupted before there was a table")
+
+
+def work(prog: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    with one_sentence(parser.prog):
+    with one_sentence(prog):
         find_device(args.device)
         setting = setting_of(args)
         model = build(setting).eval()
         sizes = [setting.size]
         if args.annotations:
-            sizes = evaluation_sizes(setting, args.annotations, args.images)
+            sizes = evaluation_sizes(setting, args.annotations, args.num_images or NUM_IMAGES)
         if args.output:
             args.output.open("a").close()
     flops, counts = average_flops(model, sizes)

@@ -10,7 +10,7 @@ image without a label file is one without boxes. What had to be decided is count
 import argparse
 from pathlib import Path
 
-from program import make_parser, one_sentence
+from program import make_folder, make_parser, one_sentence
 
 from dino_d2.data import from_voc, from_yolo
 from dino_d2.data.convert import Conversion, write
@@ -67,7 +67,7 @@ def convert(args: argparse.Namespace) -> tuple[Conversion, dict[str, Path]]:
     for path in paths.values():
         if path.exists():
             raise ValueError(f"'{path}' exists, and is not overwritten: choose another --output")
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output, "--output")
     return conversion, paths
 
 

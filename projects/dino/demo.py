@@ -4,14 +4,13 @@
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from demo_annotate import Annotator, find_inputs, run
 from demo_video import Video, Window, opencv
-from program import add_model_arguments, make_parser, one_sentence, score
+from program import add_model_arguments, make_folder, make_parser, one_sentence, score
 
 import dino_d2
 from dino_d2.checkpoint_io import replacing
@@ -63,7 +62,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for annotated pictures and videos; inputs that are in it stay as they are",
+        help="folder for annotated pictures and videos; inputs that are in it stay as they are; "
+        "small images are drawn enlarged, so that there is room for labels",
     )
     parser.add_argument("--json", type=Path, help="file for the detections, see below")
     parser.add_argument("--show", action="store_true", help="in a window; needs OpenCV")
@@ -102,18 +102,18 @@ def prepare_outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
         inputs: files that are read, besides the annotations, the config and the weights
 
     Raises:
-        OSError: there cannot be such a file or folder
-        ValueError: the JSON would replace what is read
+        IsADirectoryError: the JSON is a folder
+        ValueError: the JSON would replace what is read, or there cannot be such a folder
     """
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_folder(args.output, "--output")
     if args.json:
         if args.json.is_dir():
             raise IsADirectoryError(f"--json '{args.json}' is a folder")
         read = (*inputs, *filter(None, (args.annotations, args.config_file, args.weights)))
         if args.json.exists() and args.json.resolve() in {Path(x).resolve() for x in read}:
             raise ValueError(f"--json '{args.json}' would replace what is read: name another file")
-        tempfile.TemporaryFile(dir=args.json.parent).close()
+        make_folder(args.json.parent, "the folder of --json")
 
 
 def make_annotator(
@@ -157,7 +157,9 @@ def main() -> None:
         run(annotator, images, ids, videos)
     except KeyboardInterrupt:
         if args.webcam is None:  # for a camera, it is the end
-            sys.exit(f"{parser.prog}: interrupted after {annotator.summary()}, without the JSON")
+            done = annotator.summary() + (f": see '{args.output}'" if args.output else "")
+            lacks = f"; '{args.json}' is not written" if args.json else ""
+            sys.exit(f"{parser.prog}: interrupted after {done}{lacks}")
     if not annotator.images + annotator.frames:
         sys.exit(f"{parser.prog}: nothing was done: no input could be read")
     if args.json:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from demo_video import VIDEO_SUFFIXES, Video, VideoError, VideoWriter, Window
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from program import IMAGE_SUFFIXES, find_files
 from tqdm import tqdm
@@ -19,6 +19,10 @@ import dino_d2
 from dino_d2.data import DatasetError, read_image
 from dino_d2.data.coco_writer import to_results
 from dino_d2.visualize import draw_instances
+
+# Pixels of the long side that pictures of small images have at most: at the size of the image,
+# labels would hide what they name.
+ENLARGED_SIDE = 640
 
 
 class Shot(NamedTuple):
@@ -143,10 +147,16 @@ class Annotator:
         *,
         stay: bool = True,
     ) -> bool:
-        """Saves and shows the annotated picture; whether the person at the window wants more."""
+        """Saves and shows the annotated picture; whether the person at the window wants more.
+
+        Args:
+            stay: whether it is an image, which may be enlarged and is shown until a key is pressed
+        """
         if not save and not self.window:
             return True
         image = Image.fromarray(shot.picture)
+        if stay:
+            image, instances = enlarge(image, instances)
         picture = draw_instances(image, instances, self.predictor.classes)
         if save:
             save(picture)
@@ -154,11 +164,11 @@ class Annotator:
 
     def free_path(self, name: str, suffix: str) -> Path:
         """A file of the output folder, named as the input, that no other of this run is: neither
-        one that was written, nor one that is read."""
+        one that was written, nor one that is read; nor is it a folder."""
         stem = Path(name).stem
         names = (f"{stem}{f'_{i}' if i else ''}{suffix}" for i in count())
         paths = (self.output / name for name in names)
-        path = next(path for path in paths if path.resolve() not in self.taken)
+        path = next(x for x in paths if x.resolve() not in self.taken and not x.is_dir())
         self.taken.add(path.resolve())
         return path
 
@@ -173,6 +183,16 @@ class Annotator:
         return f"{plural(self.detections, 'detection')} in {' and '.join(parts)}" + (
             f", {plural(self.left_out, 'input')} left out" if self.left_out else ""
         )
+
+
+def enlarge(image: Image.Image, instances: Instances) -> tuple[Image.Image, Instances]:
+    """A small image and its boxes by a whole factor, to at most `ENLARGED_SIDE`; a larger one as
+    it is."""
+    factor = max(1, ENLARGED_SIDE // max(image.size))
+    width, height = (factor * side for side in image.size)
+    larger = Instances((height, width), **instances.get_fields())
+    larger.pred_boxes = Boxes(factor * instances.pred_boxes.tensor)
+    return image.resize((width, height)), larger
 
 
 def warn(sentence: str) -> None:

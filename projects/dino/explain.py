@@ -8,6 +8,7 @@ between queries; for an image with ground truth also denoising and matching.
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +16,14 @@ import torch
 from detectron2.data import DatasetCatalog
 from matplotlib.figure import Figure
 from PIL import Image
-from program import add_model_arguments, make_parser, one_sentence
+from program import add_model_arguments, make_folder, make_parser, one_sentence
 
 import dino_d2
 from dino_d2.boxes import xyxy_to_cxcywh
 from dino_d2.data import class_names, read_image
 from dino_d2.data.coco_faults import dataset_name
 from dino_d2.data.mapper import check_pixels
-from dino_d2.names import hint
+from dino_d2.names import hint, path_hint
 from dino_d2.structures import Predictions, Target
 from dino_d2.trace import Trace, denoised_boxes, match_stages, trace
 from dino_d2.visualize import (
@@ -124,7 +125,10 @@ def read_subject(args: argparse.Namespace, known: list[str]) -> Subject:
         ValueError: the image or its ground truth cannot be read
     """
     path, target = args.input, None
-    if args.annotations:
+    if not args.annotations:
+        if not os.path.isfile(path):
+            raise ValueError(f"--input '{path}' is no file{path_hint(path)}")
+    else:
         record, classes = find_record(args.annotations, args.images, args.image)
         check_pixels(record)
         path, target = record["file_name"], to_target(record, classes, known)
@@ -242,18 +246,27 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         parser.error("--image names one of --annotations; for another image there is --input")
     if len(args.query) > MAX_QUERIES:
         parser.error(f"--query takes at most {MAX_QUERIES} queries, not {len(args.query)}")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed is a number from 0 to {2**63 - 1}, not {args.seed}")
     return parser, args
 
 
 def main() -> None:
     parser, args = parse()
-    with one_sentence(parser.prog):
+    try:
+        work(parser.prog, args)
+    except KeyboardInterrupt:
+        sys.exit(f"{parser.prog}: interrupted before everything was written")
+
+
+def work(prog: str, args: argparse.Namespace) -> None:
+    with one_sentence(prog):
         predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts)
         subject = read_subject(args, predictor.classes)
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_folder(args.output, "--output")
     recorded, resized = run(predictor, subject, args.seed)
     predictions = recorded.output.layers[-1]
-    with one_sentence(parser.prog):
+    with one_sentence(prog):
         queries = choose(args.query, predictions)
     facts = [
         resized,

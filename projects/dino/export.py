@@ -6,8 +6,9 @@ gets its name only where boxes agree within 0.5 pixels and scores within 0.001. 
 """
 
 import argparse
-import os
+import logging
 import sys
+import tempfile
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -159,9 +160,14 @@ def check_output(path: Path) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(f"--output '{path}' is a folder: name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"nothing may be written into '{path.parent}': name another --output")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"nothing can be written into '{path.parent}': name another --output ({error.strerror})"
+        ) from error
 
 
 def main() -> None:
@@ -183,6 +189,7 @@ def main() -> None:
             "nothing to compare: name other images, or a lower --confidence-threshold"
         )
     unverified = args.output.with_stem(f"{args.output.stem}.unverified")
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it cannot fold
     about = About(predictor.classes, size, predictor.image_format, args.batch_size)
     try:
         graph = export(predictor.model, size, args.batch_size, args.keep_operator)

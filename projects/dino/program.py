@@ -3,6 +3,7 @@
 import argparse
 import glob
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from itertools import takewhile
@@ -115,6 +116,25 @@ def find_files(inputs: Sequence[str], suffixes: Set[str], option: str) -> list[P
             raise FileNotFoundError(f"{option} '{name}' is no file{path_hint(name) or endings}")
         found += files
     return list(dict.fromkeys(found))
+
+
+def make_folder(path: Path, what: str) -> None:
+    """A folder to write into, with those that it is in, where there is none yet.
+
+    Args:
+        what: it is, as "--output"
+
+    Raises:
+        ValueError: there cannot be one, or it cannot be written into
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise ValueError(
+            f"{what} '{path}' cannot be written into ({reason}): name another folder"
+        ) from error
 
 
 @contextmanager

@@ -1,48 +1,46 @@
 """Serve an ONNX file of export.py without Detectron2: an image is posted, JSON is the answer."""
 
+import argparse
 import io
 import json
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
-import onnxruntime
+from onnx_detector import OnnxDetector
 from PIL import Image, ImageOps
 
-
-def detect(image: Image.Image) -> list[dict]:
-    (height, width), names = about["size"], about["classes"]
-    scale = min(height / image.height, width / image.width)
-    h, w = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-    pixels = np.zeros((about["batch_size"] or 1, height, width, 3), np.uint8)
-    pixels[:, :h, :w] = image.resize((w, h), Image.Resampling.BILINEAR)
-    pixels = (pixels if about["image_format"] == "RGB" else pixels[..., ::-1]).transpose(0, 3, 1, 2)
-    found = session.run(None, {"images": pixels, "image_sizes": np.array([[h, w]] * len(pixels))})
-    boxes = found[0][0] * np.float32([image.width / w, image.height / h] * 2)
-    rows = zip(boxes.tolist(), found[1][0].tolist(), found[2][0], strict=True)
-    return [{"class": names[c], "score": s, "box": b} for b, s, c in rows if s >= 0.3]
+EXAMPLE = "then, for example: curl --data-binary @image.jpg http://127.0.0.1:8000"
+REFUSAL = "this is no whole image with 8 bits a channel: post the bytes of a file"
 
 
 class Handler(BaseHTTPRequestHandler):
+    timeout = 10  # seconds that a client may be silent
+
     def do_POST(self) -> None:
-        try:
+        image = None
+        with suppress(Exception):  # Pillow raises anything
             data = self.rfile.read(int(self.headers["Content-Length"]))
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-        except Exception:  # Pillow raises anything
-            status, answer = 400, {"error": "this is no whole image: post the bytes of a file"}
-        else:
-            status, answer = 200, detect(image)
-        self.send_response(status)
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        good = image is not None and image.mode[0] not in "IF"  # 16 bits would be clipped
+        answer = detect(image) if good else {"error": REFUSAL}
+        self.send_response(200 if good else 400)
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("file", help="written by export.py, ending in .onnx")
+    parser.add_argument("port", type=int, nargs="?", default=8000, help="0: any; default: 8000")
+    args = parser.parse_args()
     try:
-        session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-        about = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
-        server = HTTPServer(("127.0.0.1", int((sys.argv[2:] or ["8000"])[0])), Handler)
-    except Exception as error:
-        sys.exit(f"serve_onnx.py FILE [PORT]: FILE has to be one that export.py wrote: {error}")
-    print(f"http://127.0.0.1:{server.server_port}", flush=True)
-    server.serve_forever()
+        detect = OnnxDetector(args.file)
+        server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
+    except (ImportError, ValueError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    except (OSError, OverflowError) as error:
+        sys.exit(f"{parser.prog}: port {args.port} cannot be used, name another: {error}")
+    with suppress(KeyboardInterrupt):
+        print(f"http://127.0.0.1:{server.server_port}", flush=True)
+        server.serve_forever()

@@ -26,6 +26,7 @@ from dino_d2.engine.plan import make_plan, part_of_batch
 from dino_d2.engine.run import test, train
 from dino_d2.engine.schedule import scale_schedule
 from dino_d2.engine.trainer import NonFiniteLoss
+from dino_d2.engine.writers import require_wandb
 from dino_d2.modeling import BackboneError
 from dino_d2.names import check_device
 from dino_d2.overrides import apply_overrides
@@ -76,7 +77,11 @@ def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     if not file.endswith((".yaml", ".yml", ".py")):
         raise ValueError(f"--config-file is {file!r}, neither a .yaml nor a .py file")
     cfg = read_config(file)
-    return load_yaml(cfg, args) if isinstance(cfg, CfgNode) else load_lazy(cfg, args)
+    cfg = load_yaml(cfg, args) if isinstance(cfg, CfgNode) else load_lazy(cfg, args)
+    plan = make_plan(cfg)
+    if plan.wandb_project and not args.eval_only:
+        require_wandb()
+    return cfg
 
 
 def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
@@ -104,7 +109,6 @@ def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
             cfg.SOLVER.REFERENCE_BATCH = cfg.SOLVER.IMS_PER_BATCH
         scale_schedule(cfg, given=given)
         part_of_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, world_size(args))
-    make_plan(cfg)
     cfg.freeze()
     return cfg
 
@@ -132,7 +136,6 @@ def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
         scale_schedule(cfg, given=given)
         batch = cfg.dataloader.train.total_batch_size
         part_of_batch(batch, cfg.train.accumulate, world_size(args))
-    make_plan(cfg)
     return cfg
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from detectron2.config import CfgNode
 from PIL import Image
-from program import make_parser, one_sentence
+from program import make_folder, make_parser, one_sentence
 from tqdm import tqdm
 
 from dino_d2 import data, model_zoo
@@ -154,13 +154,20 @@ def main() -> None:
         parser.error("--train-json and --train-images go together")
     if min(args.num_images, args.per_sheet, args.iteration + 1) < 1:
         parser.error("--num-images and --per-sheet have to be 1 or more, --iteration 0 or more")
-    with one_sentence(parser.prog):
+    try:
+        work(parser.prog, args)
+    except KeyboardInterrupt:
+        sys.exit(f"{parser.prog}: interrupted before everything was written")
+
+
+def work(prog: str, args: argparse.Namespace) -> None:
+    with one_sentence(prog):
         source = load(args)
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_folder(args.output, "--output")
     try:
         counts = run(source, args)
     except DatasetError as error:
-        sys.exit(f"{parser.prog}: {error}")
+        sys.exit(f"{prog}: {error}")
     empty = counts.pop("empty")
     classes = ", ".join(f"{source.classes[k]} {n}" for k, n in counts.most_common())
     print(

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 from PIL import Image
-from program import make_parser, one_sentence, score
+from program import make_folder, make_parser, one_sentence, score
 
 from dino_d2.data import DatasetError, check, read_image, read_results
 from dino_d2.data.coco_faults import dataset_name, read
@@ -37,9 +37,10 @@ CAPTIONS = {
     "precision_recall": "Precision over recall, of each class and at several IoUs. A curve that "
     "drops to 0 early belongs to a class with boxes that are never found.",
     "confusion_matrix": "What annotated boxes (rows) are detected as (columns), above the "
-    "threshold.",
-    "errors": "Kinds of errors above the threshold, as in TIDE (arXiv 2008.08115). Missed are all "
-    "boxes that no detection of their class finds; TIDE leaves out those beside other errors.",
+    "threshold. Missed are here the boxes that are detected as no class at all.",
+    "errors": "Kinds of errors above the threshold, as in TIDE (arXiv 2008.08115). Missed are here "
+    "all boxes that no detection of their class finds, also those detected as another class; TIDE "
+    "leaves out those beside other errors.",
 }
 EPILOG = """
 Examples, after `make demo`:
@@ -73,19 +74,23 @@ def load(args: argparse.Namespace) -> Analysis:
 def draw_worst(analysis: Analysis, args: argparse.Namespace) -> list[Path]:
     """Write sheets of the worst images, in the place of those of an earlier run.
 
+    An image that cannot be read, or has another size than its annotations say, is left out with a
+    sentence.
+
     Returns:
         the files
-
-    Raises:
-        DatasetError: an image cannot be read, or has another size than its annotations say
     """
     names = {x.category_id: x.name for x in analysis.classes}
     worst = [pair for pair in worst_first(analysis) if pair[0] > 0][: args.num_images]
     pictures = []
     for number, (badness, matching) in enumerate(worst, start=1):
         path = args.images / matching.image["file_name"]
-        check_pixels(matching.image | {"file_name": str(path)})
-        picture = Image.fromarray(read_image(str(path), "RGB"))
+        try:
+            check_pixels(matching.image | {"file_name": str(path)})
+            picture = Image.fromarray(read_image(str(path), "RGB"))
+        except DatasetError as error:
+            print(f"left out of the worst images: {error}", file=sys.stderr)
+            continue
         wrong, missed = len(false_positives(matching)), int(matching.missed.sum())
         caption = f"{number}. {path.name}: missed {missed}, false positives {wrong} ({badness:.2f})"
         pictures.append((draw_image_errors(picture, matching, names), caption))
@@ -135,7 +140,7 @@ def index_page(analysis: Analysis, pictures: list[Path], sheets: list[Path] | No
         html_figure(x.name, f"worst images, sheet {number}", "")
         for number, x in enumerate(sheets, start=1)
     )
-    worst = worst or "<p>No image has a mistake above the threshold.</p>\n"
+    worst = worst or "<p>There is no image with a mistake above the threshold to show.</p>\n"
     return html_page("Error analysis", f"{body}<h2>The worst images</h2>\n{worst}")
 
 
@@ -161,14 +166,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.num_images < 0:
         parser.error("--num-images has to be 0 or more")
-    with one_sentence(parser.prog):
-        analysis = load(args)
-        args.output.mkdir(parents=True, exist_ok=True)
     try:
-        sheets = draw_worst(analysis, args)
-    except DatasetError as error:
-        sys.exit(f"{parser.prog}: {error}")
+        work(parser.prog, args)
+    except KeyboardInterrupt:
+        sys.exit(f"{parser.prog}: interrupted before everything was written")
+
+
+def work(prog: str, args: argparse.Namespace) -> None:
+    with one_sentence(prog):
+        analysis = load(args)
+        make_folder(args.output, "--output")
     pictures = write_analysis(analysis, args.output)
+    sheets = draw_worst(analysis, args)
     index = args.output / "index.html"
     page = index_page(analysis, pictures, sheets if args.num_images else None)
     index.write_text(page, encoding="utf-8")

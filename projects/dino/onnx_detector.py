@@ -1,0 +1,47 @@
+"""Detects with an ONNX file of export.py: copy this file where there is no Detectron2."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+NOTES = ("classes", "size", "image_format", "batch_size")
+
+
+class OnnxDetector:
+    """
+    Args:
+        path: of the file
+
+    Raises:
+        ImportError: onnxruntime is not installed
+        ValueError: the file is missing, damaged, or was written by something else
+    """
+
+    def __init__(self, path: str):
+        try:
+            from onnxruntime import InferenceSession
+        except ImportError as error:
+            raise ImportError("onnxruntime is missing: pip install onnxruntime") from error
+        try:
+            self.session = InferenceSession(path, providers=["CPUExecutionProvider"])
+            notes = self.session.get_modelmeta().custom_metadata_map
+            self.about = {key: json.loads(notes[key]) for key in NOTES}
+        except Exception as error:  # onnxruntime's have no class in common
+            reason = "its notes are missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"'{path}' is no file that export.py wrote: {reason}") from error
+
+    def __call__(self, image: Image.Image, threshold: float = 0.3) -> list[dict]:
+        """Class, score and box (x0, y0, x1, y1 in pixels) of what scores at least the threshold."""
+        (height, width), count = self.about["size"], self.about["batch_size"] or 1
+        scale = min(height / image.height, width / image.width)
+        h, w = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+        resized = image.convert("RGB").resize((w, h), Image.Resampling.BILINEAR)
+        padded = resized.crop((0, 0, width, height))
+        pixels = np.array([[padded.getchannel(x) for x in self.about["image_format"]]] * count)
+        inputs = {"images": pixels, "image_sizes": np.array([[h, w]] * count, np.int64)}
+        boxes, scores, labels = (x[0] for x in self.session.run(None, inputs))
+        boxes = boxes * np.float32([image.width / w, image.height / h] * 2)
+        rows = zip(boxes.tolist(), scores.tolist(), labels, strict=True)
+        names = self.about["classes"]
+        return [{"class": names[c], "score": s, "box": b} for b, s, c in rows if s >= threshold]
