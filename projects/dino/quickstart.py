@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import train_net
 from PIL import Image
+from program import make_parser
 
 from dino_d2.data import generate, read_results
 from dino_d2.data.coco_faults import read
@@ -15,6 +16,10 @@ from dino_d2.evaluation.errors import THRESHOLD, analyse, evaluate
 from dino_d2.model_zoo import get_config_file
 from dino_d2.visualize import LEGEND, contact_sheet, draw_curves, draw_image_errors
 
+EPILOG = """
+Example, which is `make demo` with other random numbers, in a folder of its own:
+    $ python projects/dino/quickstart.py --output output/quickstart_1 SEED 1
+"""
 SHOWN = 12  # images
 
 
@@ -33,7 +38,7 @@ def draw_detections(data: Path, results: Path, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__, EPILOG)
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes of the YAML config")
     args = parser.parse_args()
