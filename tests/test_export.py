@@ -752,10 +752,13 @@ def test_the_server_refuses_what_is_no_image_of_8_bits(start, picture):
 
 
 def test_the_server_ends_at_control_c_without_a_trace(start):
+    # A shell has what runs in the background ignore the signal, and so would the server.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start("model.onnx", "0")
+    signal.signal(signal.SIGINT, handler)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    assert process.communicate()[1] == "" and process.returncode == 0
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == 0
 
 
 def test_the_server_says_what_is_wrong_in_one_sentence(start):
