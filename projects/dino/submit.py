@@ -52,6 +52,7 @@ class Training:
         # from within another, whose variables it inherits.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         sys.argv = [self.program, *self.words]
+        sys.path.insert(0, str(Path(self.program).parent))  # as for a program that Python runs
         try:
             runpy.run_path(self.program, run_name="__main__")
         except SystemExit as end:
