@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from ..names import path_hint
 
@@ -41,13 +42,7 @@ def read(json_file: str) -> dict[str, list]:
             f"annotation file '{json_file}' does not exist{path_hint(json_file)}: correct its "
             f"path, seen from '{os.getcwd()}'"
         )
-    try:
-        with open(json_file, encoding="utf-8-sig") as file:
-            dataset = json.load(file)
-    except ValueError as error:
-        raise DatasetError(
-            f"'{json_file}' is not JSON ({error}): it may be cut off, write or fetch it again"
-        ) from error
+    dataset = read_json(json_file)
     found = ", ".join(dataset) if isinstance(dataset, dict) else f"a {type(dataset).__name__}"
     for key in KEYS:
         if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
@@ -58,10 +53,24 @@ def read(json_file: str) -> dict[str, list]:
     return dataset
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """
+    Raises:
+        DatasetError: the file is not JSON
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise DatasetError(
+            f"'{path}' is not JSON ({error}): it may be cut off, write or fetch it again"
+        ) from error
+
+
 def faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:
     """What is wrong, in the order in which one part relies on another: the first is of use."""
     for key in KEYS:
-        yield from _entry_faults(key, dataset[key])
+        yield from entry_faults(key, dataset[key])
     yield from _image_faults(dataset["images"], image_root)
     yield from _annotation_faults(*(dataset[key] for key in KEYS))
     sizes = {image["id"]: (image["width"], image["height"]) for image in dataset["images"]}
@@ -70,7 +79,8 @@ def faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:
         yield "no box has any area inside its image: give [x, y, width, height] in pixels"
 
 
-def _entry_faults(key: str, entries: list) -> Iterator[str]:
+def entry_faults(key: str, entries: list) -> Iterator[str]:
+    """What is wrong with the entries of one of the KEYS, without a look at the others."""
     if not entries:
         yield f"there are no {key}: fill the list"
     seen = set()

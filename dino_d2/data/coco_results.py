@@ -1,11 +1,10 @@
 """Files of detections in COCO's results format, read so that what is wrong is said at once."""
 
-import json
 import os
 from collections.abc import Iterator
 
 from ..names import path_hint
-from .coco_faults import DatasetError, is_finite
+from .coco_faults import DatasetError, is_finite, read_json
 
 KEYS = ("image_id", "category_id", "bbox", "score")
 
@@ -25,13 +24,7 @@ def read_results(path: str | os.PathLike, dataset: dict[str, list]) -> list[dict
         raise DatasetError(f"results '{path}' are a folder: give the JSON file in it")
     if not os.path.isfile(path):
         raise DatasetError(f"results '{path}' do not exist{path_hint(path)}")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            results = json.load(file)
-    except ValueError as error:
-        raise DatasetError(
-            f"'{path}' is not JSON ({error}): it may be cut off, write it again"
-        ) from error
+    results = read_json(path)
     if not isinstance(results, list):
         raise DatasetError(
             f"'{path}' is no list of detections but a {type(results).__name__}: give results, "

@@ -8,7 +8,7 @@ from detectron2.structures import BoxMode, Instances
 
 from ..checkpoint import COCO_80, COCO_91
 from ..names import hint
-from .coco_faults import DatasetError, _entry_faults, read
+from .coco_faults import DatasetError, entry_faults, read
 
 
 def read_annotations(file: Path) -> dict[str, list]:
@@ -19,7 +19,7 @@ def read_annotations(file: Path) -> dict[str, list]:
     """
     annotations = read(str(file))
     for key in ("images", "categories"):
-        if fault := next(_entry_faults(key, annotations[key]), None):
+        if fault := next(entry_faults(key, annotations[key]), None):
             raise DatasetError(f"'{file}': {fault}")
     return annotations
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from ..checkpoint_io import replacing
 from .coco_faults import DatasetError, evaluation_faults, faults
 from .mapper import check_header
 
@@ -148,6 +149,5 @@ def read_text(path: Path) -> str:
 
 def write(dataset: dict, path: Path) -> None:
     """Either the whole file is there or, if writing fails, what was there before."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(dataset))
-    os.replace(temporary, path)
+    with replacing(str(path)) as file:
+        file.write(json.dumps(dataset).encode())

@@ -7,7 +7,6 @@ are random: none are needed.
 """
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from benchmark_model import Setting, Workload, build, load_config
 from benchmarking import MIB, PeakMemory, cell, find_device, headline, machine, positive
 from detectron2.config import CfgNode
 from detectron2.data.transforms import AugInput, AugmentationList
-from program import make_parser, one_sentence
+from program import interruptible, make_parser, one_sentence
 from tabulate import tabulate
 from torch import nn
 
@@ -222,10 +221,8 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     if args.num_images and not args.annotations:
         parser.error("--num-images is of --annotations, which are not given")
-    try:
+    with interruptible(parser.prog, "there was a table"):
         work(parser.prog, args)
-    except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: interrupted before there was a table")
 
 
 def work(prog: str, args: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ between queries; for an image with ground truth also denoising and matching.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from matplotlib.figure import Figure
 from PIL import Image
-from program import add_model_arguments, make_folder, make_parser, one_sentence
+from program import add_model_arguments, interruptible, make_folder, make_parser, one_sentence
 
 import dino_d2
 from dino_d2.boxes import xyxy_to_cxcywh
@@ -253,10 +252,8 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 def main() -> None:
     parser, args = parse()
-    try:
+    with interruptible(parser.prog):
         work(parser.prog, args)
-    except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: interrupted before everything was written")
 
 
 def work(prog: str, args: argparse.Namespace) -> None:

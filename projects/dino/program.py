@@ -138,6 +138,22 @@ def make_folder(path: Path, what: str) -> None:
 
 
 @contextmanager
+def interruptible(prog: str, before: str = "everything was written") -> Iterator[None]:
+    """Around the work of a program: Ctrl-C ends it with a sentence.
+
+    Args:
+        before: what had not happened yet, when
+
+    Raises:
+        SystemExit: with that sentence
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"{prog}: interrupted before {before}")
+
+
+@contextmanager
 def one_sentence(prog: str) -> Iterator[None]:
     """Around what reads the user's input: says what is wrong with it in one sentence, and ends.
 

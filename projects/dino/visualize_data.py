@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from detectron2.config import CfgNode
 from PIL import Image
-from program import make_folder, make_parser, one_sentence
+from program import interruptible, make_folder, make_parser, one_sentence
 from tqdm import tqdm
 
 from dino_d2 import data, model_zoo
@@ -154,10 +154,8 @@ def main() -> None:
         parser.error("--train-json and --train-images go together")
     if min(args.num_images, args.per_sheet, args.iteration + 1) < 1:
         parser.error("--num-images and --per-sheet have to be 1 or more, --iteration 0 or more")
-    try:
+    with interruptible(parser.prog):
         work(parser.prog, args)
-    except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: interrupted before everything was written")
 
 
 def work(prog: str, args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 from PIL import Image
-from program import make_folder, make_parser, one_sentence, score
+from program import interruptible, make_folder, make_parser, one_sentence, score
 
 from dino_d2.data import DatasetError, check, read_image, read_results
 from dino_d2.data.coco_faults import dataset_name, read
@@ -166,10 +166,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.num_images < 0:
         parser.error("--num-images has to be 0 or more")
-    try:
+    with interruptible(parser.prog):
         work(parser.prog, args)
-    except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: interrupted before everything was written")
 
 
 def work(prog: str, args: argparse.Namespace) -> None:
