@@ -3,6 +3,7 @@
 Fixtures named `make_*` are functions that build what they are named after.
 """
 
+import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
@@ -142,6 +143,14 @@ def make_memory():
         return flatten(levels, padding, torch.randn(len(shapes), channels))
 
     return make
+
+
+@pytest.fixture
+def image():
+    """Red at the left, blue at the right: (H, W) is (60, 90)."""
+    array = np.zeros((60, 90, 3), np.uint8)
+    array[:, :45, 0] = array[:, 45:, 2] = 200
+    return array
 
 
 @pytest.fixture

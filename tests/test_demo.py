@@ -44,14 +44,6 @@ def complaint(monkeypatch, *words):
 
 
 @pytest.fixture
-def image():
-    """Red at the left, blue at the right: (H, W) is (60, 90)."""
-    array = np.zeros((60, 90, 3), np.uint8)
-    array[:, :45, 0] = array[:, 45:, 2] = 200
-    return array
-
-
-@pytest.fixture
 def folder(image, tmp_path):
     """Two images, one of them once more in a folder inside, and something else."""
     (tmp_path / "images" / "more").mkdir(parents=True)

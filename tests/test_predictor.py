@@ -32,14 +32,6 @@ CLASSES = ["circle", "square", "triangle"]
 
 
 @pytest.fixture
-def image():
-    """Red at the left, blue at the right: (H, W) is (60, 90)."""
-    array = np.zeros((60, 90, 3), np.uint8)
-    array[:, :45, 0] = array[:, 45:, 2] = 200
-    return array
-
-
-@pytest.fixture
 def make_predictor(make_dino):
     model = make_dino().eval()
 
