@@ -6,6 +6,9 @@
 ## VENV=dir       the environment to use (default: .venv, created where it is missing).
 ##                PyTorch and Detectron2 already in it are used as they are.
 ## PYTHON=python  the interpreter to create it with (default: python3; 3.10 to 3.13)
+## PYTORCH_INDEX=url  where to take PyTorch from if it is missing (default: pip's index, whose PyTorch
+##                for Linux has CUDA). For CPUs alone: https://download.pytorch.org/whl/cpu
+## REPOINT=yes    let an environment that has dino_d2 from another checkout use this one
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -13,6 +16,10 @@ BIN    := $(VENV)/bin
 # Written last, so that an interrupted installation is taken up again.
 READY  := $(VENV)/.dino_d2-ready
 
+# An environment may be shared by checkouts: it is ready for the one that it was last set up from.
+ifneq ($(shell cat "$(READY)" 2>/dev/null),$(CURDIR))
+.PHONY: $(READY)
+endif
 .PHONY: help demo test lint clean
 .DELETE_ON_ERROR:
 
@@ -35,8 +42,8 @@ clean:
 	find configs dino_d2 projects tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): Makefile setup.py requirements.txt projects/dino/install.py $(wildcard dino_d2/ops/csrc/*) | $(BIN)/python
-	@$(BIN)/python projects/dino/install.py
-	@touch $@
+	@$(BIN)/python projects/dino/install.py --pytorch-index "$(PYTORCH_INDEX)" $(if $(REPOINT),--repoint)
+	@echo "$(CURDIR)" > $@
 
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))" || { \

@@ -67,7 +67,7 @@ def work(rank, folder, job):
 def run(tmp_path):
     """Runs `job(rank, **inputs)` in two workers, and gives the two results."""
 
-    def run(job, timeout=100, **inputs):
+    def run(job, timeout=600, **inputs):
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
         torch.save(inputs, folder / "inputs.pt")
         workers = multiprocessing.start_processes(
@@ -347,7 +347,7 @@ def test_workers_detect_in_as_many_passes_as_each_has_sizes_of_images(
     sizes = [(64, 64), (48, 80), (64, 40), (48, 80), (64, 64)]
     a, b, c, d, e = make_batch(1, 1, 1, 1, 1, sizes=sizes)
     shares = [([a, b, c], [d]), ([], [e])]  # of three passes and one, then of none and one
-    results = run(detections, model=model, shares=shares, timeout=40)
+    results = run(detections, model=model, shares=shares)
     model.eval()
     with torch.no_grad():
         expected = [x["instances"].pred_boxes.tensor for x in model([a, b, c, d, e])]
@@ -657,7 +657,7 @@ def begin(*words):
     )
 
 
-def finish(*processes, timeout=120):
+def finish(*processes, timeout=600):
     """Their exit codes and what they said; all have to end in time."""
     end = time.monotonic() + timeout
     try:
@@ -706,7 +706,7 @@ def test_torchrun_starts_workers_on_two_machines(program):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_worker_that_fails_ends_all(program, launcher):
     words = [*LAUNCHERS[launcher](program), program.parent / "found", "fail"]
-    codes, said = finish(begin(*words), timeout=60)  # workers wait for each other for 30 minutes
+    codes, said = finish(begin(*words))  # workers wait for each other for 30 minutes
     assert codes == [1] and "RuntimeError: the second worker fails" in said
     assert found(program) == []
 

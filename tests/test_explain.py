@@ -645,6 +645,6 @@ def test_a_browser_shows_every_picture(run, sketch, dataset):
         [*command, profile, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     ).stdout
     assert re.search("<title>(.*?)</title>", shown)[1] == "loaded 6 of 6, wide false"

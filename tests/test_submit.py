@@ -174,7 +174,7 @@ def log(tmp_path):
     return (tmp_path / "out" / "log.txt").read_text()
 
 
-def wait_for(condition, timeout=120):
+def wait_for(condition, timeout=600):
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, f"nothing happened for {timeout} s"
@@ -194,7 +194,7 @@ def test_a_preempted_training_goes_on_and_ends(begin, tmp_path):
     (controller,) = children(process.pid)
     for task in children(controller):
         os.kill(task, signal.SIGUSR2)  # as SLURM does some time before it ends a job
-    said, _ = process.communicate(timeout=200)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     assert "Rank of current process: 0. World size: 2" in log(tmp_path)
     starts = [x for x in log(tmp_path).splitlines() if "Starting training from iteration" in x]
@@ -207,6 +207,6 @@ def test_a_preempted_training_goes_on_and_ends(begin, tmp_path):
 @needs_no_or_two_gpus
 def test_what_ends_a_training_is_said_where_it_was_submitted(begin):
     process = begin("MODEL.WEIGHTS", "nowhere.pth")
-    said, _ = process.communicate(timeout=100)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "RuntimeError: train_net.py: MODEL.WEIGHTS: " in said and "nowhere.pth" in said

@@ -239,7 +239,8 @@ def test_denoised_boxes_are_sorted_by_group_and_copy(make_traced, kind, copies):
         assert torch.equal(denoised.noised[place], reference)
         assert torch.equal(denoised.boxes[place], last.boxes[0, query])
         score = last.logits[0, query, target.labels[query % 2]].sigmoid()
-        assert denoised.scores[place] == score
+        # of one and of many at once: a vectorised sigmoid may round otherwise
+        torch.testing.assert_close(denoised.scores[place], score)
     assert torch.equal(denoised.truth.boxes, target.boxes)
 
 

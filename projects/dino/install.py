@@ -1,21 +1,28 @@
 """Complete the environment of the interpreter that runs this (`make` does): PyTorch and Detectron2
 where they are missing, and dino_d2 in editable mode. What is there already is left as it is."""
 
+import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import zipfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The newest that the tests have passed with. Python 3.10 gets torch 2.14, its last.
-PYTORCH = ["torch<2.16", "torchvision==0.29.2"]
+# What the tests have passed with. pip takes the newest that the index and its constraints allow.
+PYTORCH = ["torch>=2.10,<2.16", "torchvision>=0.25"]
+FROM_PIPS_INDEX = """\
+Installing PyTorch. On Linux it comes with CUDA: 2.7 GB to download, 6 GB on disk, about two minutes
+on a fast line. For CPUs alone a tenth of that will do: see PYTORCH_INDEX in `make help`."""
 
 # PyPI has no `detectron2`. This is its main branch of 2024, packed by the authors of SAL for Python
 # 3.10. Everything in it that DINO uses is plain Python: the rest of the wheel, an extension for one
@@ -56,21 +63,43 @@ def installed(name):
         return []
 
 
-def main(scratch):
+def other_checkout():
+    """The folder that this environment takes dino_d2 from, where that is another than this one."""
+    try:
+        origin = distribution("dino_d2").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    folder = Path(url2pathname(urlparse(json.loads(origin or "{}").get("url", "")).path))
+    # An environment whose checkout was moved or deleted has nothing to lose.
+    return folder if folder.is_dir() and folder.resolve() != ROOT else None
+
+
+def add_pytorch(index):
+    if index or not installed("torch"):
+        print(f"Installing PyTorch from {index}" if index else FROM_PIPS_INDEX, flush=True)
+    # Naming the versions that are there makes pip keep them, or fail where it cannot.
+    torch, torchvision = PYTORCH
+    requirements = installed("torch") or [torch], installed("torchvision") or [torchvision]
+    pip("install", *("--index-url", index) * bool(index), *sum(requirements, []))
+    check = [sys.executable, "-c", "import torch, torchvision"]
+    tried = subprocess.run(check, stderr=subprocess.PIPE, text=True)
+    if tried.returncode:
+        reason = (tried.stderr.splitlines() or ["no reason given"])[-1]
+        sys.exit(
+            f"{' and '.join(installed('torch') + installed('torchvision'))} do not work together "
+            f"({reason}): remove both and run this again, or install the two from one index."
+        )
+
+
+def install(scratch, index):
     # On the disk of the environment: /tmp may be in memory, and too small for PyTorch.
     os.environ["TMPDIR"] = str(scratch)
     if subprocess.call([sys.executable, "-m", "pip", "--version"], stdout=subprocess.DEVNULL):
         subprocess.call([sys.executable, "-m", "ensurepip"])
 
-    if not installed("torch"):
-        print(
-            "Installing PyTorch. On Linux it comes with CUDA: 2.7 GB to download, 6 GB on disk,\n"
-            "about two minutes on a fast line.",
-            flush=True,
-        )
-        pip("install", *PYTORCH)
+    if not (installed("torch") and installed("torchvision")):
+        add_pytorch(index)
 
-    # Naming the versions that are there makes pip keep them, or fail where it cannot.
     requirements = installed("torch") + installed("torchvision")
     print("Installing dino_d2 beside", *requirements, flush=True)
     has_detectron2 = find_spec("detectron2") is not None
@@ -83,6 +112,33 @@ def main(scratch):
         add_detectron2(scratch)
 
 
+def main(words=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--pytorch-index",
+        metavar="URL",
+        default="",
+        help="the index that PyTorch is installed from where it is missing, as "
+        "https://download.pytorch.org/whl/cpu (default: pip's)",
+    )
+    parser.add_argument(
+        "--repoint",
+        action="store_true",
+        help="make an environment that has dino_d2 from another checkout use this one",
+    )
+    args = parser.parse_args(words)
+    if (other := other_checkout()) and not args.repoint:
+        sys.exit(
+            f"{sys.prefix} has dino_d2 installed from {other}, and is left as it is: "
+            "use another environment (make VENV=...), or let it use this checkout "
+            "(make REPOINT=yes ..., or install.py --repoint)."
+        )
+    try:
+        with tempfile.TemporaryDirectory(dir=sys.prefix) as folder:
+            install(Path(folder), args.pytorch_index)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from here.")
+
+
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(dir=sys.prefix) as folder:
-        main(Path(folder))
+    main()
