@@ -3,8 +3,13 @@
 Importing the package registers the meta-architecture `DINO`; `load` gives a trained one.
 """
 
-from .config import add_dino_config
-from .modeling.dino import DINO
-from .predictor import Predictor, load
+import warnings
+
+with warnings.catch_warnings():
+    # Detectron2 and fvcore call what PyTorch deprecates as they are imported.
+    warnings.simplefilter("ignore", FutureWarning)
+    from .config import add_dino_config
+    from .modeling.dino import DINO
+    from .predictor import Predictor, load
 
 __all__ = ["DINO", "Predictor", "add_dino_config", "load"]

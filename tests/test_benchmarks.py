@@ -38,7 +38,7 @@ def run_ops(output, *words):
 
 
 def run_model(output, *words, style="yaml"):
-    config = "--config-file", f"dino_R_50_4scale_12ep.{style}"
+    config = "--config-file", f"dino_R_50_4scale_12ep.{style}", "--device", "cpu"
     size = "--size", "64", "96", "--repeats", "1", "--device", "cpu", "--threads", "1"
     words = *config, *size, "--output", str(output), *words, "--opts", *TINY[style]
     benchmark_model.main(list(words))
@@ -299,7 +299,7 @@ def test_precision_is_that_of_the_model(precision, dtype, make_workload):
 
 def test_a_variant_is_what_is_measured(make_workload, monkeypatch):
     made = lambda model: model.requires_grad_(False)  # noqa: E731
-    monkeypatch.setitem(benchmark_model.VARIANTS["inference"], "frozen", made)
+    monkeypatch.setitem(benchmark_model.PREPARE, "frozen", made)
     assert not any(p.requires_grad for p in make_workload("frozen").model.parameters())
 
 
@@ -323,7 +323,7 @@ def test_growth_has_a_point_for_each_value_and_a_plot_for_each_quantity(tmp_path
 
 @pytest.mark.parametrize("style", ["yaml", "py"])
 def test_every_quantity_changes_what_is_measured(style, tmp_path):
-    config = "--config-file", f"dino_R_50_4scale_12ep.{style}"
+    config = "--config-file", f"dino_R_50_4scale_12ep.{style}", "--device", "cpu"
     args = benchmark_model.argument_parser().parse_args(config)
     base = benchmark_model.first_setting(args, 64)
     for quantity, (first, *_, last) in benchmark_model.GROWTH.items():

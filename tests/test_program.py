@@ -1,10 +1,14 @@
 """What the programs share: options, and one sentence about what is wrong."""
 
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+
+from dino_d2.data.convert import SUFFIXES
 
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
 sys.path.insert(0, str(PROGRAMS))
@@ -92,7 +96,7 @@ def files(tmp_path):
 
 
 def find(*inputs):
-    found = program.find_files([str(x) for x in inputs], program.IMAGE_SUFFIXES, "--images")
+    found = program.find_files([str(x) for x in inputs], SUFFIXES, "--images")
     return [path.name for path in found]
 
 
@@ -189,3 +193,41 @@ def test_what_omegaconf_says_of_its_objects_is_left_out():
 def test_a_mistake_of_the_program_keeps_its_traceback():
     with pytest.raises(TypeError), program.one_sentence("it.py"):
         raise TypeError("a bug")
+
+
+ALL = sorted(x.name for x in PROGRAMS.glob("*.py") if "__main__" in x.read_text())
+ASK = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+for name in sys.argv[2:]:
+    for option in ("--help", "--no-such-option"):
+        sys.argv = [name, option]
+        try:
+            runpy.run_path(f"{sys.path[0]}/{name}", run_name="__main__")
+        except SystemExit as end:
+            assert end.code == (0 if option == "--help" else 2), name
+        slow = {"torch", "detectron2", "matplotlib", "scipy"} & sys.modules.keys()
+        assert not slow, f"{name} {option} imports {slow}"
+"""
+
+
+def test_help_and_wrong_options_do_not_wait_for_what_takes_seconds_to_import():
+    assert len(ALL) == 15
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK, PROGRAMS, *ALL], capture_output=True, text=True
+    )
+    assert asked.returncode == 0, asked.stderr
+
+
+@pytest.mark.slow
+def test_the_package_imports_in_silence_and_nothing_that_only_some_calls_need():
+    code = "import dino_d2, sys; print([x for x in sys.modules if x.startswith('scipy.opt')])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("[]\n", "")
+
+
+def test_control_c_is_a_line_wherever_it_comes():
+    code = "import program; raise KeyboardInterrupt"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=PROGRAMS, capture_output=True, text=True)
+    assert ran.stderr.strip().endswith(": interrupted") and len(ran.stderr.splitlines()) == 2
+    assert ran.returncode in (130, -signal.SIGINT)

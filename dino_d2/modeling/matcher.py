@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from detectron2.utils.registry import Registry
 from fvcore.nn import sigmoid_focal_loss
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -156,6 +155,8 @@ def assign(costs: Tensor, counts: list[int]) -> Tensor:
         (3, N, n) int64, of each of n pairs its image, its query and its box, counted through the
         batch; every stage has the same images
     """
+    from scipy.optimize import linear_sum_assignment  # takes half a second to import
+
     table = np.nan_to_num(costs.numpy(), nan=NOT_FINITE, posinf=NOT_FINITE, neginf=NOT_FINITE)
     packed, end = [], 0
     for image, count in enumerate(counts):

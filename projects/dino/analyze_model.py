@@ -12,26 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 
-import numpy as np
-import torch
-from benchmark_model import Setting, Workload, build, load_config
-from benchmarking import MIB, PeakMemory, cell, find_device, headline, machine, positive
-from detectron2.config import CfgNode
-from detectron2.data.transforms import AugInput, AugmentationList
-from program import interruptible, make_parser, one_sentence
-from tabulate import tabulate
-from torch import nn
-
-from dino_d2 import model_zoo
-from dino_d2.config import evaluation_augmentations
-from dino_d2.costs import Flops, count_flops, kept_activations, stages_of
-from dino_d2.data import DatasetError
-from dino_d2.data.coco_writer import read_annotations
-from dino_d2.modeling.dino import DINO
+from program import interruptible, make_parser, one_sentence, positive
 
 MIN_SIDE = 64  # pixels: of the coarsest map of a backbone, a batch norm needs more than one
 NUM_IMAGES = 20
-BOXES = 7  # in the image of a training step, as COCO has on average
 EPILOG = """
 Examples:
 
@@ -46,6 +30,61 @@ GFLOPs averaged over the first images of a data set, resized as in evaluation:
     $ python projects/dino/analyze_model.py --config-file output/quickstart/config.yaml \\
         --annotations output/quickstart/data/val.json --num-images 20
 """
+
+
+def side(text: str) -> int:
+    """For argparse: of an image."""
+    if positive(text) < MIN_SIDE:
+        raise argparse.ArgumentTypeError(f"{text} pixels are too few: give at least {MIN_SIDE}")
+    return int(text)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    add = parser.add_argument
+    add("--config-file", required=True, help="a file, or a name of the model zoo")
+    size = f"of the image, in pixels, at least {MIN_SIDE} each; default: 800 1333"
+    add("--size", nargs=2, type=side, default=[800, 1333], metavar=("H", "W"), help=size)
+    add("--annotations", type=Path, help="COCO annotations: GFLOPs are of their images instead")
+    number = f"how many of these; default: {NUM_IMAGES}, the first"
+    add("--num-images", type=positive, metavar="N", help=number)
+    add("--repeats", type=positive, default=3, help="time is the median of so many; default: 3")
+    add("--device", default="", help="cpu or cuda; default: cuda if there is one")
+    add("--threads", type=positive, help="default: PyTorch's")
+    add("--output", type=Path, help="file for the table as well, as Markdown")
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
+    return parser
+
+
+def parse(words: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argument_parser()
+    args = parser.parse_args(words)
+    if args.num_images and not args.annotations:
+        parser.error("--num-images is of --annotations, which are not given")
+    return parser, args
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    parse()
+
+
+import numpy as np
+import torch
+from benchmark_model import Setting, Workload, build, load_config
+from benchmarking import MIB, PeakMemory, cell, find_device, headline, machine
+from detectron2.config import CfgNode
+from detectron2.data.transforms import AugInput, AugmentationList
+from tabulate import tabulate
+from torch import nn
+
+from dino_d2 import model_zoo
+from dino_d2.config import evaluation_augmentations
+from dino_d2.costs import Flops, count_flops, kept_activations, stages_of
+from dino_d2.data import DatasetError
+from dino_d2.data.coco_writer import read_annotations
+from dino_d2.modeling.dino import DINO
+
+BOXES = 7  # in the image of a training step, as COCO has on average
 
 Size = tuple[int, int]
 
@@ -173,31 +212,6 @@ def rank(counter: Counter[str]) -> list[tuple[str, float]]:
     return [(name.removeprefix("aten::"), number) for name, number in counter.most_common()]
 
 
-def side(text: str) -> int:
-    """For argparse: of an image."""
-    if positive(text) < MIN_SIDE:
-        raise argparse.ArgumentTypeError(f"{text} pixels are too few: give at least {MIN_SIDE}")
-    return int(text)
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EPILOG)
-    add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--config-file", required=True, help="a file, or a name of the model zoo")
-    size = f"of the image, in pixels, at least {MIN_SIDE} each; default: 800 1333"
-    add("--size", nargs=2, type=side, default=[800, 1333], metavar=("H", "W"), help=size)
-    add("--annotations", type=Path, help="COCO annotations: GFLOPs are of their images instead")
-    number = f"how many of these; default: {NUM_IMAGES}, the first"
-    add("--num-images", type=positive, metavar="N", help=number)
-    add("--repeats", type=positive, default=3, help="time is the median of so many; default: 3")
-    add("--device", default=device, help="cpu or cuda; default: cuda if there is one")
-    add("--threads", type=positive, default=torch.get_num_threads(), help="default: PyTorch's")
-    add("--output", type=Path, help="file for the table as well, as Markdown")
-    add("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
-    return parser
-
-
 def setting_of(args: argparse.Namespace) -> Setting:
     """With as many classes as the config says."""
     setting = Setting(
@@ -217,18 +231,16 @@ def setting_of(args: argparse.Namespace) -> Setting:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argument_parser()
-    args = parser.parse_args(words)
-    if args.num_images and not args.annotations:
-        parser.error("--num-images is of --annotations, which are not given")
+    parser, args = parse(words)
     with interruptible(parser.prog, "there was a table"):
         work(parser.prog, args)
 
 
 def work(prog: str, args: argparse.Namespace) -> None:
+    args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
     with one_sentence(prog):
-        find_device(args.device)
+        args.device = str(find_device(args.device))
         setting = setting_of(args)
         model = build(setting).eval()
         sizes = [setting.size]

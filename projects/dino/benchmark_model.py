@@ -19,37 +19,7 @@ from statistics import median
 from typing import NamedTuple
 from unittest import mock
 
-import torch
-from benchmarking import (
-    PeakMemory,
-    Stopwatch,
-    cell,
-    draw_growth,
-    find_device,
-    headline,
-    in_new_process,
-    interleave,
-    machine,
-    markdown,
-    positive,
-    published_form_from_offsets,
-    save,
-)
-from detectron2.config import CfgNode
-from detectron2.structures import Boxes, Instances
-from omegaconf import DictConfig
-from program import make_parser, one_sentence
-from torch import nn
-from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile
-
-from dino_d2 import DINO, model_zoo
-from dino_d2.costs import STAGES
-from dino_d2.layers import deformable_attention
-from dino_d2.modeling.inference import fold_norms
-from dino_d2.overrides import apply_overrides
-from dino_d2.solver import ClippedAdamW, parameter_groups
+from program import make_parser, one_sentence, positive
 
 EPILOG = """
 Examples:
@@ -65,7 +35,80 @@ How time and memory grow with the area of the image and with the number of boxes
     $ python projects/dino/benchmark_model.py --growth area boxes
 """
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+GROWTH_SIZE, DEFAULT_SIZE = 320, 640
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# What a model can be made into before it is measured, for --variant
+VARIANTS = {
+    "inference": ["plain", "folded", "compiled"],
+    "training": ["plain", "checkpointed", "compiled"],
+}
+
+# --growth: what is changed, and which values it takes; the sides of images in pixels
+GROWTH = {
+    "area": (192, 288, 416, 576, 768),
+    "queries": (100, 300, 900, 1500),
+    "boxes": (1, 10, 100, 1000, 3000),
+    "classes": (80, 200, 400, 800, 1203),
+    "threads": tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= (os.cpu_count() or 1)),
+}
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    add = parser.add_argument
+    names = list(dict.fromkeys(name for mode in VARIANTS.values() for name in mode))
+    add("--config-file", default="dino_R_50_4scale_12ep", help="a file, or a name of the model zoo")
+    add("--mode", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: both")
+    add("--batch", nargs="+", type=positive, default=[1], help="images; default: 1")
+    size = f"of images, may be repeated; default: {DEFAULT_SIZE} each, for --growth {GROWTH_SIZE}"
+    add("--size", nargs=2, action="append", type=positive, metavar=("H", "W"), help=size)
+    add("--boxes", type=positive, default=7, help="of each image, in training; default: 7")
+    add("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="default: fp32")
+    add("--variant", nargs="+", choices=names, default=["plain"], help="default: plain")
+    add("--compile", dest="variant", action="append_const", const="compiled", help="that, too")
+    add("--growth", nargs="+", choices=GROWTH, help="plot time and memory against these instead")
+    add("--repeats", type=positive, default=3, help="rounds; default: 3")
+    add("--device", default="", help="cpu or cuda; default: cuda if there is one")
+    add("--threads", type=positive, help="default: PyTorch's")
+    add("--output", type=Path, default=Path("output/benchmark_model"))
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
+    return parser
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    argument_parser().parse_args()
+
+
+import torch
+from benchmarking import (
+    PeakMemory,
+    Stopwatch,
+    cell,
+    draw_growth,
+    find_device,
+    headline,
+    in_new_process,
+    interleave,
+    machine,
+    markdown,
+    published_form_from_offsets,
+    save,
+)
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
+from omegaconf import DictConfig
+from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+from dino_d2 import DINO, model_zoo
+from dino_d2.costs import STAGES
+from dino_d2.layers import deformable_attention
+from dino_d2.modeling.inference import fold_norms
+from dino_d2.overrides import apply_overrides
+from dino_d2.solver import ClippedAdamW, parameter_groups
+
 PUBLISHED = "published form"
 
 # Operators, by how their names begin; what none of these calls is the rest.
@@ -77,15 +120,6 @@ KINDS = {
         "aten::_scaled_dot_product",
     ),
 }
-
-# --growth: what is changed, and which values it takes; the sides of images in pixels
-GROWTH = {
-    "area": (192, 288, 416, 576, 768),
-    "queries": (100, 300, 900, 1500),
-    "boxes": (1, 10, 100, 1000, 3000),
-    "classes": (80, 200, 400, 800, 1203),
-    "threads": tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= (os.cpu_count() or 1)),
-}
 TRAINED = "boxes", "classes"  # measured in training, where they weigh most
 GROWN = {  # what it is on a plot, and the powers of it that time and memory may grow with
     "area": ("area of the image, pixels", (1, 1)),
@@ -95,16 +129,11 @@ GROWN = {  # what it is on a plot, and the powers of it that time and memory may
     "threads": ("threads", (-1, 0)),
 }
 GROWTH_LAYERS = 2  # in the encoder and in the decoder: enough to see growth, and quick
-GROWTH_SIZE, DEFAULT_SIZE = 320, 640
 KEYS = {  # of YAML and of LazyConfig
     "queries": ("MODEL.DINO.NUM_QUERIES", "model.query_selection.num_queries"),
     "encoder layers": ("MODEL.DINO.ENCODER_LAYERS", "model.encoder.num_layers"),
     "decoder layers": ("MODEL.DINO.DECODER_LAYERS", "model.decoder.num_layers"),
 }
-
-
-def as_built(model: DINO) -> DINO:
-    return model
 
 
 def compiled(model: DINO) -> DINO:
@@ -120,10 +149,10 @@ def checkpointed(model: DINO) -> DINO:
     return model
 
 
-# What a model can be made into before it is measured, for --variant
-VARIANTS: dict[str, dict[str, Callable[[DINO], DINO]]] = {
-    "inference": {"plain": as_built, "folded": fold_norms, "compiled": compiled},
-    "training": {"plain": as_built, "checkpointed": checkpointed, "compiled": compiled},
+PREPARE: dict[str, Callable[[DINO], DINO]] = {
+    "folded": fold_norms,
+    "checkpointed": checkpointed,
+    "compiled": compiled,
 }
 
 
@@ -148,8 +177,9 @@ class Workload:
 
     def __init__(self, setting: Setting):
         self.setting, device = setting, torch.device(setting.device)
-        prepare = VARIANTS[setting.mode].get(setting.variant, as_built)
-        self.model = prepare(build(setting).train(setting.mode == "training"))
+        self.model = build(setting).train(setting.mode == "training")
+        if setting.variant in PREPARE:
+            self.model = PREPARE[setting.variant](self.model)
         if setting.mode == "training":
             self.optimizer = ClippedAdamW(parameter_groups(self.model, lr=1e-4), lr=1e-4)
         self.batch = make_batch(setting)
@@ -222,10 +252,8 @@ def operator_of(setting: Setting) -> AbstractContextManager:
 
 
 def autocast(setting: Setting) -> AbstractContextManager:
-    dtype = PRECISIONS[setting.precision]
-    if dtype is None:
-        return nullcontext()
-    return torch.autocast(torch.device(setting.device).type, dtype)
+    kind, dtype = torch.device(setting.device).type, getattr(torch, PRECISIONS[setting.precision])
+    return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
 
 def measure(settings: Sequence[Setting], repeats: int) -> list[dict]:
@@ -409,36 +437,14 @@ def first_setting(args: argparse.Namespace, side: int) -> Setting:
     )
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EPILOG)
-    add = parser.add_argument
-    names = list(dict.fromkeys(name for mode in VARIANTS.values() for name in mode))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--config-file", default="dino_R_50_4scale_12ep", help="a file, or a name of the model zoo")
-    add("--mode", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: both")
-    add("--batch", nargs="+", type=positive, default=[1], help="images; default: 1")
-    size = f"of images, may be repeated; default: {DEFAULT_SIZE} each, for --growth {GROWTH_SIZE}"
-    add("--size", nargs=2, action="append", type=positive, metavar=("H", "W"), help=size)
-    add("--boxes", type=positive, default=7, help="of each image, in training; default: 7")
-    add("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="default: fp32")
-    add("--variant", nargs="+", choices=names, default=["plain"], help="default: plain")
-    add("--compile", dest="variant", action="append_const", const="compiled", help="that, too")
-    add("--growth", nargs="+", choices=GROWTH, help="plot time and memory against these instead")
-    add("--repeats", type=positive, default=3, help="rounds; default: 3")
-    add("--device", default=device, help="cpu or cuda; default: cuda if there is one")
-    add("--threads", type=positive, default=torch.get_num_threads(), help="default: PyTorch's")
-    add("--output", type=Path, default=Path("output/benchmark_model"))
-    add("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
-    return parser
-
-
 def main(words: Sequence[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(words)
+    args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler calls a lack of GPUs an error
     with one_sentence(parser.prog):
-        find_device(args.device)
+        args.device = str(find_device(args.device))
         args.output.mkdir(parents=True, exist_ok=True)
         build(first_setting(args, DEFAULT_SIZE))
     (grow if args.growth else compare)(args)

@@ -15,25 +15,7 @@ from statistics import median
 from typing import NamedTuple
 from unittest import mock
 
-import torch
-from benchmarking import (
-    find_device,
-    headline,
-    interleave,
-    is_installed,
-    machine,
-    markdown,
-    positive,
-    published_form,
-    published_form_from_offsets,
-    save,
-    timer,
-)
-from program import make_parser
-from torch import Tensor
-
-from dino_d2.ops import dispatch, embedding_bag, ms_deform_attn, ms_deform_attn_from_offsets
-from dino_d2.ops.reference import resolve
+from program import make_parser, positive
 
 EPILOG = """
 Examples:
@@ -46,6 +28,40 @@ The CPU alone, on one thread, for a smaller image:
 
 Other packages take part where they are installed: torch-ms-deform-attn, on a GPU deformops too.
 """
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    parser.add_argument("--device", nargs="+", default=[], help="default: all there are")
+    parser.add_argument("--size", nargs=2, type=positive, default=[800, 1333], metavar=("H", "W"))
+    parser.add_argument("--queries", type=positive, default=1100, help="decoder; default: 1100")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds; default: 5")
+    parser.add_argument("--threads", type=positive, help="of the CPU; default: PyTorch's")
+    parser.add_argument("--output", type=Path, default=Path("output/benchmark_ops"))
+    return parser
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    argument_parser().parse_args()
+
+
+import torch
+from benchmarking import (
+    find_device,
+    headline,
+    interleave,
+    is_installed,
+    machine,
+    markdown,
+    published_form,
+    published_form_from_offsets,
+    save,
+    timer,
+)
+from torch import Tensor
+
+from dino_d2.ops import dispatch, embedding_bag, ms_deform_attn, ms_deform_attn_from_offsets
+from dino_d2.ops.reference import resolve
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
 STRIDES = 8, 16, 32, 64
@@ -262,18 +278,6 @@ def run(device: torch.device, args: argparse.Namespace) -> tuple[str, list[dict]
     return "\n\n".join([title, headline(machine(device)), markdown(columns, table)]), results
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EPILOG)
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    parser.add_argument("--device", nargs="+", default=devices, help="default: all there are")
-    parser.add_argument("--size", nargs=2, type=positive, default=[800, 1333], metavar=("H", "W"))
-    parser.add_argument("--queries", type=positive, default=1100, help="decoder; default: 1100")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds; default: 5")
-    parser.add_argument("--threads", type=positive, help="of the CPU; default: PyTorch's")
-    parser.add_argument("--output", type=Path, default=Path("output/benchmark_ops"))
-    return parser
-
-
 def main(words: Sequence[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(words)
@@ -281,7 +285,8 @@ def main(words: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     try:
-        devices = [find_device(name) for name in args.device]
+        there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        devices = [find_device(name) for name in args.device or there]
         pages, results = zip(*(run(device, args) for device in devices), strict=True)
     except (ValueError, ArithmeticError) as error:
         sys.exit(f"{parser.prog}: {error}")

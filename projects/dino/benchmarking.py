@@ -1,6 +1,5 @@
 """What the two benchmarks share: the published form of the operator, clocks, tables, plots."""
 
-import argparse
 import ctypes
 import importlib.util
 import json
@@ -62,21 +61,18 @@ def published_form_from_offsets(
 
 def find_device(name: str) -> torch.device:
     """
+    Args:
+        name: "": the GPU if there is one
+
     Raises:
         ValueError: it is not there, or nothing that can be measured
     """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(name)
     device = torch.device(name)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"the device is {name!r}, but only cpu and cuda can be measured")
     return device
-
-
-def positive(text: str) -> int:
-    """For argparse: a number from 1 on."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)
 
 
 def machine(device: torch.device) -> dict[str, str]:

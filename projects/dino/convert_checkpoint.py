@@ -5,14 +5,11 @@ Training and evaluation read every layout as it is; converting is for keeping or
 number of classes stays: official DINO has the 91 category ids of COCO, and a model of 80 picks its.
 """
 
+import argparse
 import os
 import sys
 
 from program import make_parser
-
-from dino_d2.checkpoint import CheckpointError, to_official
-from dino_d2.checkpoint_io import fetch, read, weights, write
-from dino_d2.checkpointer import EXPECTED, coco_classes, encoding_of, to_ours
 
 EPILOG = """
 Examples:
@@ -27,6 +24,24 @@ Back to the layout of official DINO:
 The averaged weights of a training with EMA, which detect better; without its optimizer:
     $ python projects/dino/convert_checkpoint.py output/model_best.pth dino.pth --ema
 """
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    parser.add_argument("source", help="a file, a URL or dino_d2://NAME of the model zoo")
+    parser.add_argument("target", help="the file to write")
+    parser.add_argument("--to", choices=("dino_d2", "official"), default="dino_d2")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    return parser
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    argument_parser().parse_args()
+
+
+from dino_d2.checkpoint import CheckpointError, to_official
+from dino_d2.checkpoint_io import fetch, read, weights, write
+from dino_d2.checkpointer import EXPECTED, coco_classes, encoding_of, to_ours
 
 
 def convert(source: str, to: str, *, ema: bool = False) -> dict:
@@ -56,11 +71,7 @@ def convert(source: str, to: str, *, ema: bool = False) -> dict:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, EPILOG)
-    parser.add_argument("source", help="a file, a URL or dino_d2://NAME of the model zoo")
-    parser.add_argument("target", help="the file to write")
-    parser.add_argument("--to", choices=("dino_d2", "official"), default="dino_d2")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    parser = argument_parser()
     args = parser.parse_args()
     if os.path.exists(args.target):
         sys.exit(f"{parser.prog}: '{args.target}' exists, and is not overwritten")

@@ -12,10 +12,6 @@ from pathlib import Path
 
 from program import make_folder, make_parser, one_sentence
 
-from dino_d2.data import from_voc, from_yolo
-from dino_d2.data.convert import Conversion, write
-from dino_d2.names import path_hint
-
 EPILOG = """
 Examples:
 
@@ -51,6 +47,23 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argument_parser()
+    args = parser.parse_args()
+    if args.zero_based and args.format != "voc":
+        parser.error("--zero-based is for voc")
+    return parser, args
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    parse()
+
+
+from dino_d2.data import from_voc, from_yolo
+from dino_d2.data.convert import Conversion, write
+from dino_d2.names import path_hint
+
+
 def convert(args: argparse.Namespace) -> tuple[Conversion, dict[str, Path]]:
     """What was converted, and the files to write by split.
 
@@ -72,10 +85,7 @@ def convert(args: argparse.Namespace) -> tuple[Conversion, dict[str, Path]]:
 
 
 def main() -> None:
-    parser = argument_parser()
-    args = parser.parse_args()
-    if args.zero_based and args.format != "voc":
-        parser.error("--zero-based is for voc")
+    parser, args = parse()
     with one_sentence(parser.prog):
         conversion, paths = convert(args)
         for split, dataset in conversion.datasets.items():

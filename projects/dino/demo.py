@@ -7,14 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from demo_annotate import Annotator, find_inputs, run
-from demo_video import Video, Window, opencv
 from program import add_model_arguments, make_folder, make_parser, one_sentence, score
-
-import dino_d2
-from dino_d2.checkpoint_io import replacing
-from dino_d2.data.coco_writer import category_ids, image_ids, read_annotations
 
 EPILOG = """
 The JSON is a list in COCO's results format, as pycocotools' loadRes reads it: image_id,
@@ -83,7 +76,8 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argument_parser()
     args = parser.parse_args()
     if not args.input and args.webcam is None:
         parser.error("say what to look at: --input FILES or --webcam")
@@ -93,7 +87,20 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("--annotations is about the ids of --json FILE")
     if args.batch_size < 1:
         parser.error("--batch-size has to be 1 or more")
-    return args
+    return parser, args
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    parse()
+
+
+import torch
+from demo_annotate import Annotator, find_inputs, run
+from demo_video import Video, Window, opencv
+
+import dino_d2
+from dino_d2.checkpoint_io import replacing
+from dino_d2.data.coco_writer import category_ids, image_ids, read_annotations
 
 
 def prepare_outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
@@ -138,8 +145,7 @@ def make_annotator(
 
 
 def main() -> None:
-    parser = argument_parser()
-    args = parse(parser)
+    parser, args = parse()
     with one_sentence(parser.prog):
         images, videos = find_inputs(args.input)
         inputs = [*images, *videos]

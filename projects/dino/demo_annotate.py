@@ -12,12 +12,13 @@ import numpy as np
 from demo_video import VIDEO_SUFFIXES, Video, VideoError, VideoWriter, Window
 from detectron2.structures import Boxes, Instances
 from PIL import Image
-from program import IMAGE_SUFFIXES, find_files
+from program import find_files
 from tqdm import tqdm
 
 import dino_d2
 from dino_d2.data import DatasetError, read_image
 from dino_d2.data.coco_writer import to_results
+from dino_d2.data.convert import SUFFIXES as IMAGE_SUFFIXES
 from dino_d2.visualize import draw_instances
 
 # Pixels of the long side that pictures of small images have at most: at the size of the image,

@@ -11,32 +11,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from detectron2.data import DatasetCatalog
-from matplotlib.figure import Figure
-from PIL import Image
 from program import add_model_arguments, interruptible, make_folder, make_parser, one_sentence
-
-import dino_d2
-from dino_d2.boxes import xyxy_to_cxcywh
-from dino_d2.data import class_names, read_image
-from dino_d2.data.coco_faults import dataset_name
-from dino_d2.data.mapper import check_pixels
-from dino_d2.names import hint, path_hint
-from dino_d2.structures import Predictions, Target
-from dino_d2.trace import Trace, denoised_boxes, match_stages, trace
-from dino_d2.visualize import (
-    draw_denoising,
-    draw_matching,
-    draw_proposals,
-    draw_refinement,
-    draw_sampling,
-    draw_self_attention,
-    explanation_page,
-    surest_queries,
-)
-from dino_d2.visualize.canvas import shrink
-from dino_d2.visualize.style import DPI
 
 MAX_QUERIES = 8
 EPILOG = """
@@ -60,6 +35,76 @@ A photograph, with a published checkpoint:
     $ python projects/dino/explain.py --config-file detrex/dino_R_50_4scale_24ep \\
         --input photo.jpg --output explained
 """
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    add_model_arguments(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--input", metavar="IMAGE", help="an image without ground truth")
+    what.add_argument("--annotations", metavar="JSON", help="COCO annotations of the images")
+    parser.add_argument("--images", metavar="FOLDER", help="folder of the annotated images")
+    parser.add_argument(
+        "--image", metavar="NAME", help="one of them; default: the first that has boxes"
+    )
+    parser.add_argument(
+        "--query",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help=f"queries to explain, at most {MAX_QUERIES}; default: those of the 3 highest scores",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the denoising noise; default: 0")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/explain"), help="default: output/explain"
+    )
+    return parser
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argument_parser()
+    args = parser.parse_args()
+    if bool(args.annotations) != bool(args.images):
+        parser.error("--annotations and --images go together")
+    if args.image and not args.annotations:
+        parser.error("--image names one of --annotations; for another image there is --input")
+    if len(args.query) > MAX_QUERIES:
+        parser.error(f"--query takes at most {MAX_QUERIES} queries, not {len(args.query)}")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed is a number from 0 to {2**63 - 1}, not {args.seed}")
+    return parser, args
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    parse()
+
+
+import torch
+from detectron2.data import DatasetCatalog
+from matplotlib.figure import Figure
+from PIL import Image
+
+import dino_d2
+from dino_d2.boxes import xyxy_to_cxcywh
+from dino_d2.data import class_names, read_image
+from dino_d2.data.coco_faults import dataset_name
+from dino_d2.data.mapper import check_pixels
+from dino_d2.names import hint, path_hint
+from dino_d2.structures import Predictions, Target
+from dino_d2.trace import Trace, denoised_boxes, match_stages, trace
+from dino_d2.visualize import (
+    draw_denoising,
+    draw_matching,
+    draw_proposals,
+    draw_refinement,
+    draw_sampling,
+    draw_self_attention,
+    explanation_page,
+    surest_queries,
+)
+from dino_d2.visualize.canvas import shrink
+from dino_d2.visualize.style import DPI
 
 
 class Subject(NamedTuple):
@@ -209,45 +254,6 @@ def write(
     heading = f"How DINO sees {Path(subject.path).name}"
     page = explanation_page(heading, facts, contents)
     (folder / "explain.html").write_text(page, encoding="utf-8")
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EPILOG)
-    add_model_arguments(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--input", metavar="IMAGE", help="an image without ground truth")
-    what.add_argument("--annotations", metavar="JSON", help="COCO annotations of the images")
-    parser.add_argument("--images", metavar="FOLDER", help="folder of the annotated images")
-    parser.add_argument(
-        "--image", metavar="NAME", help="one of them; default: the first that has boxes"
-    )
-    parser.add_argument(
-        "--query",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="N",
-        help=f"queries to explain, at most {MAX_QUERIES}; default: those of the 3 highest scores",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the denoising noise; default: 0")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output/explain"), help="default: output/explain"
-    )
-    return parser
-
-
-def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argument_parser()
-    args = parser.parse_args()
-    if bool(args.annotations) != bool(args.images):
-        parser.error("--annotations and --images go together")
-    if args.image and not args.annotations:
-        parser.error("--image names one of --annotations; for another image there is --input")
-    if len(args.query) > MAX_QUERIES:
-        parser.error(f"--query takes at most {MAX_QUERIES} queries, not {len(args.query)}")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed is a number from 0 to {2**63 - 1}, not {args.seed}")
-    return parser, args
 
 
 def main() -> None:

@@ -12,32 +12,12 @@ import tempfile
 from itertools import cycle, islice
 from pathlib import Path
 
-import numpy as np
-import torch
 from program import (
-    IMAGE_SUFFIXES,
     add_model_arguments,
     find_files,
     make_parser,
     one_sentence,
     score,
-)
-from torch import Tensor
-
-import dino_d2
-from dino_d2.export import Exportable, check, export, save
-from dino_d2.export.runtime import (
-    BOX_TOLERANCE,
-    SCORE_TOLERANCE,
-    About,
-    Detections,
-    Differences,
-    Exported,
-    ExportError,
-    compare,
-    fit,
-    kind_of,
-    needs,
 )
 
 EPILOG = """
@@ -54,6 +34,62 @@ PyTorch's format, for one image at a time:
         --weights output/quickstart/model_final.pth --size 104 138 --batch-size 1 \\
         --images "output/quickstart/data/images/val_000*.jpg" --output output/model.pt2
 """
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    parser.add_argument("--output", type=Path, required=True, help="file, .onnx or .pt2")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        required=True,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images that the file takes, in pixels; others are resized and padded to it",
+    )
+    parser.add_argument(
+        "--images", nargs="+", required=True, help="images, folders, patterns to compare it on"
+    )
+    parser.add_argument("--batch-size", type=int, help="images at a time; default: any number")
+    parser.add_argument(
+        "--keep-operator",
+        action="store_true",
+        help="leave dino_d2's operator in a .pt2, which is then faster and needs dino_d2 to run",
+    )
+    parser.add_argument(
+        "--confidence-threshold",
+        type=score,
+        default=0.1,
+        help="detections that score less are not compared; default: 0.1",
+    )
+    add_model_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    argument_parser().parse_args()
+
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dino_d2
+from dino_d2.data.convert import SUFFIXES as IMAGE_SUFFIXES
+from dino_d2.export import Exportable, check, export, save
+from dino_d2.export.runtime import (
+    BOX_TOLERANCE,
+    SCORE_TOLERANCE,
+    About,
+    Detections,
+    Differences,
+    Exported,
+    ExportError,
+    compare,
+    fit,
+    kind_of,
+    needs,
+)
 
 Batch = tuple[Tensor, Tensor]  # images and image_sizes
 
@@ -110,36 +146,6 @@ def verify(
         f"{effect.scores.median():.2g} (medians)"
     )
     return found.tolerable
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EPILOG)
-    parser.add_argument("--output", type=Path, required=True, help="file, .onnx or .pt2")
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        required=True,
-        metavar=("HEIGHT", "WIDTH"),
-        help="of the images that the file takes, in pixels; others are resized and padded to it",
-    )
-    parser.add_argument(
-        "--images", nargs="+", required=True, help="images, folders, patterns to compare it on"
-    )
-    parser.add_argument("--batch-size", type=int, help="images at a time; default: any number")
-    parser.add_argument(
-        "--keep-operator",
-        action="store_true",
-        help="leave dino_d2's operator in a .pt2, which is then faster and needs dino_d2 to run",
-    )
-    parser.add_argument(
-        "--confidence-threshold",
-        type=score,
-        default=0.1,
-        help="detections that score less are not compared; default: 0.1",
-    )
-    add_model_arguments(parser)
-    return parser
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

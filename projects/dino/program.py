@@ -1,26 +1,38 @@
-"""What the programs of this folder share: their arguments, and how they say what is wrong."""
+"""What the programs of this folder share: their arguments, and how they say what is wrong.
+
+Imported before anything that takes seconds to import, which this does where it is used.
+"""
 
 import argparse
 import glob
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
+from types import TracebackType
 
-from omegaconf.errors import OmegaConfBaseException
+# What reading a config raises, beside the errors of omegaconf: Detectron2 has its own ways.
+BAD_INPUT = (ValueError, AssertionError, KeyError, ImportError, OSError, SyntaxError, NameError)
 
-from dino_d2.data import convert
-from dino_d2.names import hint, path_hint
+# Detectron2 and fvcore call what PyTorch deprecates; who runs a program cannot act on it.
+warnings.filterwarnings("ignore", category=FutureWarning)
 
-IMAGE_SUFFIXES = convert.SUFFIXES
 
-# What reading a config raises: Detectron2, yacs and omegaconf have their own ways.
-BAD_INPUT = (
-    *(ValueError, AssertionError, KeyError, ImportError, OSError, SyntaxError, NameError),
-    OmegaConfBaseException,
-)
+def say_interrupted(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Wherever Ctrl-C comes, also while something is imported, it ends in a line."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say_interrupted
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,25 +43,22 @@ class Parser(argparse.ArgumentParser):
         for word in takewhile("--".__ne__, sys.argv[1:] if args is None else args):
             option = word.partition("=")[0]
             if option.startswith("--") and not any(x.startswith(option) for x in known):
-                self.error(f"unrecognized arguments: {option}; {hint(option, known)}")
+                near = get_close_matches(option, known)
+                near = f"the nearest: {near[0]}" if near else f"there are: {', '.join(known)}"
+                self.error(f"unrecognized arguments: {option}; {near}")
         return super().parse_args(args, namespace)
 
 
-def make_parser(
-    description: str, examples: str, parents: Sequence[argparse.ArgumentParser] = ()
-) -> Parser:
+def make_parser(description: str, examples: str) -> Parser:
     """
     Args:
         description: one sentence
         examples: what `--help` ends with, as it is written
-        parents: parsers whose arguments this one has, too
     """
     return Parser(
         description=description,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=parents,
-        add_help=not parents,  # theirs is inherited
     )
 
 
@@ -73,6 +82,39 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="changes of the config, the last of all options: KEY VALUE ... for a YAML file, "
         "KEY=VALUE ... for a .py file",
     )
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained, on which data, by how many workers: Detectron2's options, and data."""
+    add = parser.add_argument
+    add("--config-file", default="", metavar="FILE", help="a file, or a name of the model zoo")
+    add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    add("--eval-only", action="store_true", help="evaluate, and do not train")
+    for split in ("train", "val"):
+        add(f"--{split}-json", metavar="FILE", help="annotations, COCO format")
+        add(f"--{split}-images", metavar="FOLDER", help="where its images are")
+    add("--num-gpus", type=int, default=1, help="workers of *each machine*; default: 1")
+    add("--num-machines", type=int, default=1, help="default: 1")
+    add("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
+    # Detectron2's default is the same for all trainings of a user, which then collide.
+    add("--dist-url", default="auto", help="of the first machine, as tcp://HOST:PORT")
+    add(
+        "opts",
+        nargs=argparse.REMAINDER,
+        help="changes of the config, the last of all: KEY VALUE ... for a YAML file, KEY=VALUE ... "
+        "for a .py file",
+    )
+
+
+def positive(text: str) -> int:
+    """The `type` of an option that is a number from 1 on.
+
+    Raises:
+        ArgumentTypeError: it is none
+    """
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def score(text: str) -> float:
@@ -101,6 +143,8 @@ def find_files(inputs: Sequence[str], suffixes: Set[str], option: str) -> list[P
     Raises:
         FileNotFoundError: an input means no file; names the nearest
     """
+    from dino_d2.names import path_hint
+
     found: list[Path] = []
     for name in inputs:
         path = Path(name)
@@ -160,6 +204,8 @@ def one_sentence(prog: str) -> Iterator[None]:
     Raises:
         SystemExit: with that sentence
     """
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         yield
     except OmegaConfBaseException as error:  # its other lines describe its objects

@@ -5,10 +5,28 @@ import argparse
 import json
 from pathlib import Path
 
+from program import make_parser
+
+EPILOG = """
+Example, which is `make demo` with other random numbers, in a folder of its own:
+    $ python projects/dino/quickstart.py --output output/quickstart_1 SEED 1
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes of the YAML config")
+    return parser
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    argument_parser().parse_args()
+
+
 import torch
 import train_net
 from PIL import Image
-from program import make_parser
 
 from dino_d2.data import generate, read_results
 from dino_d2.data.coco_faults import read
@@ -16,10 +34,6 @@ from dino_d2.evaluation.errors import THRESHOLD, analyse, evaluate
 from dino_d2.model_zoo import get_config_file
 from dino_d2.visualize import LEGEND, contact_sheet, draw_curves, draw_image_errors
 
-EPILOG = """
-Example, which is `make demo` with other random numbers, in a folder of its own:
-    $ python projects/dino/quickstart.py --output output/quickstart_1 SEED 1
-"""
 SHOWN = 12  # images
 
 
@@ -38,10 +52,7 @@ def draw_detections(data: Path, results: Path, output: Path) -> None:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, EPILOG)
-    parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes of the YAML config")
-    args = parser.parse_args()
+    args = argument_parser().parse_args()
     data, metrics = args.output / "data", args.output / "metrics.json"
 
     generate(data)

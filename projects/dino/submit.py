@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import train_net
-from program import make_parser
+from program import add_training_arguments, make_parser
+
+TRAIN_NET = Path(__file__).resolve().with_name("train_net.py")
 
 EPILOG = """
 Examples:
@@ -129,8 +130,9 @@ def options(args: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argument_parser()
     args = parser.parse_args()
-    checker = train_net.argument_parser()
-    checker.prog = "train_net.py"
+    checker = make_parser("What follows --.", "")
+    add_training_arguments(checker)
+    checker.prog = TRAIN_NET.name
     checker.parse_args(args.words)  # what it refuses should not wait in a queue
     try:
         import submitit
@@ -145,7 +147,7 @@ def main() -> None:
         executor.update_parameters(**options(args))
     except (RuntimeError, ValueError) as error:  # no SLURM here; several nodes of this machine
         sys.exit(f"{parser.prog}: {error}")
-    job = executor.submit(Training(str(Path(train_net.__file__).resolve()), args.words))
+    job = executor.submit(Training(str(TRAIN_NET), args.words))
     print(f"job {job.job_id}: logs are {job.paths.stdout} and {job.paths.stderr}", flush=True)
     if args.local:
         try:

@@ -9,27 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from operator import attrgetter
 
-from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
-from program import make_parser, one_sentence
-from torch.multiprocessing import ProcessExitedException
-
-from dino_d2 import data, model_zoo
-from dino_d2.checkpoint import CheckpointError
-from dino_d2.config import read_config
-from dino_d2.data import DatasetError
-from dino_d2.distributed import check_gpus, launch, world_size
-from dino_d2.engine.plan import make_plan, part_of_batch
-from dino_d2.engine.run import test, train
-from dino_d2.engine.schedule import scale_schedule
-from dino_d2.engine.trainer import NonFiniteLoss
-from dino_d2.engine.writers import require_wandb
-from dino_d2.modeling import BackboneError
-from dino_d2.names import check_device
-from dino_d2.overrides import apply_overrides
+from program import add_training_arguments, make_parser, one_sentence
 
 EPILOG = """
 Examples:
@@ -60,6 +40,51 @@ Evaluate a checkpoint, of one's own or a published one; go on with an interrupte
         MODEL.WEIGHTS dino_d2://detrex/dino_R_50_4scale_24ep
     $ python projects/dino/train_net.py --config-file ... --resume
 """
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    add_training_arguments(parser)
+    return parser
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argument_parser()
+    args = parser.parse_args()
+    for split in ("train", "val"):
+        if bool(getattr(args, f"{split}_json")) != bool(getattr(args, f"{split}_images")):
+            parser.error(f"--{split}-json and --{split}-images go together")
+    if args.num_gpus < 1:
+        parser.error("--num-gpus is the number of workers, also on CPUs: at least 1")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        parser.error("--num-machines needs --dist-url tcp://HOST:PORT, of the first machine")
+    return parser, args
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    parse()
+
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+from torch.multiprocessing import ProcessExitedException
+
+from dino_d2 import data, model_zoo
+from dino_d2.checkpoint import CheckpointError
+from dino_d2.config import read_config
+from dino_d2.data import DatasetError
+from dino_d2.distributed import check_gpus, launch, world_size
+from dino_d2.engine.plan import make_plan, part_of_batch
+from dino_d2.engine.run import test, train
+from dino_d2.engine.schedule import scale_schedule
+from dino_d2.engine.trainer import NonFiniteLoss
+from dino_d2.engine.writers import require_wandb
+from dino_d2.modeling import BackboneError
+from dino_d2.names import check_device
+from dino_d2.overrides import apply_overrides
 
 # What goes wrong later and needs no traceback.
 SENTENCES = (BackboneError, CheckpointError, DatasetError, NonFiniteLoss)
@@ -224,27 +249,8 @@ def leave_the_sentence(record: logging.LogRecord) -> bool:
     return True
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments, and a data set of one's own."""
-    parser = make_parser(__doc__, EPILOG, parents=[default_argument_parser()])
-    # Detectron2's own is the same for all trainings of a user, which then collide.
-    parser.set_defaults(dist_url="auto")
-    for split in ("train", "val"):
-        parser.add_argument(f"--{split}-json", metavar="FILE", help="annotations, COCO format")
-        parser.add_argument(f"--{split}-images", metavar="FOLDER", help="where its images are")
-    return parser
-
-
 def invoke_main() -> None:
-    parser = argument_parser()
-    args = parser.parse_args()
-    for split in ("train", "val"):
-        if bool(getattr(args, f"{split}_json")) != bool(getattr(args, f"{split}_images")):
-            parser.error(f"--{split}-json and --{split}-images go together")
-    if args.num_gpus < 1:
-        parser.error("--num-gpus is the number of workers, also on CPUs: at least 1")
-    if args.num_machines > 1 and args.dist_url == "auto":
-        parser.error("--num-machines needs --dist-url tcp://HOST:PORT, of the first machine")
+    parser, args = parse()
     with one_sentence(parser.prog):  # bad input ends here, before there are several processes
         check_gpus(args.num_gpus)
         load_config(args)

@@ -14,21 +14,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from detectron2.config import CfgNode
-from PIL import Image
 from program import interruptible, make_folder, make_parser, one_sentence
-from tqdm import tqdm
 
-from dino_d2 import data, model_zoo
-from dino_d2.data import DatasetError
-from dino_d2.data.stream import TrainingStream
-from dino_d2.engine.plan import Plan, make_plan
-from dino_d2.overrides import apply_overrides
-from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_marks, resize_long_side
-
-SIDE = 480  # pixels of a picture in a sheet of several
-COLUMNS = 4
 EPILOG = """
 Examples, after `make demo`:
 
@@ -43,6 +30,49 @@ As they come at iteration 1000, one picture an image; the config is changed at t
         --train-images output/quickstart/data/images --output look \\
         --iteration 1000 --num-images 4 --per-sheet 1 INPUT.RANDOM_FLIP none
 """
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    parser.add_argument("--config-file", required=True, help="a file, or a name of the model zoo")
+    parser.add_argument("--train-json", metavar="FILE", help="annotations, COCO format")
+    parser.add_argument("--train-images", metavar="FOLDER", help="where its images are")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the sheets")
+    parser.add_argument("--num-images", type=int, default=24, help="default: 24")
+    parser.add_argument("--per-sheet", type=int, default=12, help="default: 12; 1: in full size")
+    parser.add_argument("--iteration", type=int, default=0, help="of the training; default: 0")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes of the config, at the end")
+    return parser
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argument_parser()
+    args = parser.parse_args()
+    if bool(args.train_json) != bool(args.train_images):
+        parser.error("--train-json and --train-images go together")
+    if min(args.num_images, args.per_sheet, args.iteration + 1) < 1:
+        parser.error("--num-images and --per-sheet have to be 1 or more, --iteration 0 or more")
+    return parser, args
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    parse()
+
+
+import torch
+from detectron2.config import CfgNode
+from PIL import Image
+from tqdm import tqdm
+
+from dino_d2 import data, model_zoo
+from dino_d2.data import DatasetError
+from dino_d2.data.stream import TrainingStream
+from dino_d2.engine.plan import Plan, make_plan
+from dino_d2.overrides import apply_overrides
+from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_marks, resize_long_side
+
+SIDE = 480  # pixels of a picture in a sheet of several
+COLUMNS = 4
 
 
 class Source(NamedTuple):
@@ -134,26 +164,8 @@ def run(source: Source, args: argparse.Namespace) -> Counter:
     return counts
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EPILOG)
-    parser.add_argument("--config-file", required=True, help="a file, or a name of the model zoo")
-    parser.add_argument("--train-json", metavar="FILE", help="annotations, COCO format")
-    parser.add_argument("--train-images", metavar="FOLDER", help="where its images are")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the sheets")
-    parser.add_argument("--num-images", type=int, default=24, help="default: 24")
-    parser.add_argument("--per-sheet", type=int, default=12, help="default: 12; 1: in full size")
-    parser.add_argument("--iteration", type=int, default=0, help="of the training; default: 0")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes of the config, at the end")
-    return parser
-
-
 def main() -> None:
-    parser = argument_parser()
-    args = parser.parse_args()
-    if bool(args.train_json) != bool(args.train_images):
-        parser.error("--train-json and --train-images go together")
-    if min(args.num_images, args.per_sheet, args.iteration + 1) < 1:
-        parser.error("--num-images and --per-sheet have to be 1 or more, --iteration 0 or more")
+    parser, args = parse()
     with interruptible(parser.prog):
         work(parser.prog, args)
 

@@ -12,13 +12,62 @@ import sys
 from html import escape
 from pathlib import Path
 
-from PIL import Image
 from program import interruptible, make_folder, make_parser, one_sentence, score
+
+THRESHOLD = 0.5  # least score, as in demo.py
+EPILOG = """
+Examples, after `make demo`:
+
+What evaluation left in the output folder of a training:
+    $ python projects/dino/visualize_results.py --annotations output/quickstart/data/val.json \\
+        --images output/quickstart/data/images \\
+        --results output/quickstart/inference/coco_instances_results.json --output errors
+
+What demo.py detected:
+    $ python projects/dino/demo.py --config-file output/quickstart/config.yaml \\
+        --weights output/quickstart/model_final.pth --confidence-threshold 0 \\
+        --input "output/quickstart/data/images/val_*.jpg" --json detected.json \\
+        --annotations output/quickstart/data/val.json
+    $ python projects/dino/visualize_results.py --annotations output/quickstart/data/val.json \\
+        --images output/quickstart/data/images --results detected.json --output errors
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EPILOG)
+    parser.add_argument("--annotations", type=Path, required=True, help="file of COCO's format")
+    parser.add_argument("--images", type=Path, required=True, help="folder of its images")
+    parser.add_argument("--results", type=Path, required=True, help="detections, COCO's results")
+    parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
+    parser.add_argument("--num-images", type=int, default=12, help="of the worst; default: 12")
+    parser.add_argument(
+        "--confidence-threshold",
+        type=score,
+        default=THRESHOLD,
+        help="least score of what is drawn, confused and counted as error; AP takes all "
+        f"detections; default: {THRESHOLD}",
+    )
+    return parser
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argument_parser()
+    args = parser.parse_args()
+    if args.num_images < 0:
+        parser.error("--num-images has to be 0 or more")
+    return parser, args
+
+
+if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+    parse()
+
+
+from PIL import Image
 
 from dino_d2.data import DatasetError, check, read_image, read_results
 from dino_d2.data.coco_faults import dataset_name, read
 from dino_d2.data.mapper import check_pixels
-from dino_d2.evaluation.errors import THRESHOLD, Analysis, analyse, evaluate, worst_first
+from dino_d2.evaluation.errors import Analysis, analyse, evaluate, worst_first
 from dino_d2.evaluation.evaluator import write_analysis
 from dino_d2.evaluation.matching import false_positives
 from dino_d2.visualize import (
@@ -42,22 +91,6 @@ CAPTIONS = {
     "all boxes that no detection of their class finds, also those detected as another class; TIDE "
     "leaves out those beside other errors.",
 }
-EPILOG = """
-Examples, after `make demo`:
-
-What evaluation left in the output folder of a training:
-    $ python projects/dino/visualize_results.py --annotations output/quickstart/data/val.json \\
-        --images output/quickstart/data/images \\
-        --results output/quickstart/inference/coco_instances_results.json --output errors
-
-What demo.py detected:
-    $ python projects/dino/demo.py --config-file output/quickstart/config.yaml \\
-        --weights output/quickstart/model_final.pth --confidence-threshold 0 \\
-        --input "output/quickstart/data/images/val_*.jpg" --json detected.json \\
-        --annotations output/quickstart/data/val.json
-    $ python projects/dino/visualize_results.py --annotations output/quickstart/data/val.json \\
-        --images output/quickstart/data/images --results detected.json --output errors
-"""
 
 
 def load(args: argparse.Namespace) -> Analysis:
@@ -144,28 +177,8 @@ def index_page(analysis: Analysis, pictures: list[Path], sheets: list[Path] | No
     return html_page("Error analysis", f"{body}<h2>The worst images</h2>\n{worst}")
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EPILOG)
-    parser.add_argument("--annotations", type=Path, required=True, help="file of COCO's format")
-    parser.add_argument("--images", type=Path, required=True, help="folder of its images")
-    parser.add_argument("--results", type=Path, required=True, help="detections, COCO's results")
-    parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
-    parser.add_argument("--num-images", type=int, default=12, help="of the worst; default: 12")
-    parser.add_argument(
-        "--confidence-threshold",
-        type=score,
-        default=THRESHOLD,
-        help="least score of what is drawn, confused and counted as error; AP takes all "
-        f"detections; default: {THRESHOLD}",
-    )
-    return parser
-
-
 def main() -> None:
-    parser = argument_parser()
-    args = parser.parse_args()
-    if args.num_images < 0:
-        parser.error("--num-images has to be 0 or more")
+    parser, args = parse()
     with interruptible(parser.prog):
         work(parser.prog, args)
 
