@@ -157,17 +157,21 @@ def test_perfect_predictions_have_an_ap_of_100(tmp_path):
     assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
 
 
-def test_an_annotation_of_id_0_is_lost_in_evaluation(tmp_path):
-    # why check refuses it
+def test_an_annotation_of_id_0_is_found_in_evaluation(tmp_path):
+    # which takes a detection that matches the annotation 0 for one that matches none
     name = write(tmp_path, {**a_dataset(), "annotations": [annotation(id=0)]})
     register([name])
+    assert ap_of_perfect_boxes(name) == pytest.approx(100)
+
+
+def ap_of_perfect_boxes(name, box=(1.1, 2.3, 11.8, 22.5)):
+    """Of a detection of the first image's box."""
     evaluator = COCOEvaluator(name, tasks=("bbox",), distributed=False, use_fast_impl=False)
     evaluator.reset()
-    boxes = Boxes(torch.tensor([[1.1, 2.3, 11.8, 22.5]]))
-    found = Instances((30, 40), pred_boxes=boxes, scores=torch.ones(1))
+    found = Instances((30, 40), pred_boxes=Boxes(torch.tensor([box])), scores=torch.ones(1))
     found.pred_classes = torch.tensor([1])
     evaluator.process([{"image_id": 7}], [{"instances": found}])
-    assert evaluator.evaluate()["bbox"]["AP"] == 0
+    return evaluator.evaluate()["bbox"]["AP"]
 
 
 # Boxes are put right, with a warning
@@ -227,16 +231,17 @@ def test_a_file_of_detection_results_is_refused(tmp_path):
     assert_refused(write(tmp_path, "[]"), "has no list 'images' but a list", "detection results")
 
 
-@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("key", ["images", "categories"])
 def test_a_missing_key_is_refused(tmp_path, key):
     dataset = a_dataset()
     del dataset[key]
     assert_refused(write(tmp_path, dataset), f"has no list '{key}' but {', '.join(dataset)}")
 
 
-@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("key", ["images", "categories"])
 def test_an_empty_list_is_refused(tmp_path, key):
-    assert_refused(write(tmp_path, {**a_dataset(), key: []}), f"there are no {key}")
+    dataset = {**a_dataset(), key: [], "annotations": []}
+    assert_refused(write(tmp_path, dataset), f"there are no {key}")
 
 
 def test_a_missing_image_folder_is_refused(tmp_path):
@@ -252,7 +257,7 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
     assert_refused(name, "1 of 2 image files are missing")
 
 
-@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("key", ["images", "categories"])
 def test_a_duplicated_id_is_refused(tmp_path, key):
     dataset = a_dataset()
     id = dataset[key][0]["id"]
@@ -260,8 +265,8 @@ def test_a_duplicated_id_is_refused(tmp_path, key):
     assert_refused(write(tmp_path, dataset), f"of '{key}' has id {id} as an earlier one")
 
 
-@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
-@pytest.mark.parametrize("id", ["7", 7.5, None])
+@pytest.mark.parametrize("key", ["images", "categories"])
+@pytest.mark.parametrize("id", ["7a", 7.5, None, True, [7]])
 def test_an_id_that_is_not_an_integer_is_refused(tmp_path, key, id):
     dataset = a_dataset()
     dataset[key][0]["id"] = id
@@ -270,7 +275,7 @@ def test_an_id_that_is_not_an_integer_is_refused(tmp_path, key, id):
 
 def test_an_entry_that_is_not_an_object_is_refused(tmp_path):
     dataset = {**a_dataset(), "categories": ["cat", "dog"]}
-    assert_refused(write(tmp_path, dataset), "entry 0 of 'categories' has id None")
+    assert_refused(write(tmp_path, dataset), "entry 0 of 'categories' is 'cat': make it an object")
 
 
 @pytest.mark.parametrize(("key", "text"), [("images", "file_name"), ("categories", "name")])
@@ -278,13 +283,6 @@ def test_an_entry_without_its_name_is_refused(tmp_path, key, text):
     dataset = a_dataset()
     del dataset[key][1][text]
     assert_refused(write(tmp_path, dataset), f"entry 1 of '{key}' has {text} None", "string")
-
-
-@pytest.mark.parametrize("width", [0, -1, None, "40", 40.0])
-def test_an_image_without_a_positive_size_is_refused(tmp_path, width):
-    dataset = a_dataset()
-    dataset["images"][0]["width"] = width
-    assert_refused(write(tmp_path, dataset), "image 'a.jpg'", f"({width!r}, 30)", "positive")
 
 
 def test_an_unknown_category_is_refused(tmp_path):
@@ -297,7 +295,16 @@ def test_an_annotation_of_no_image_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bbox", [None, [], [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, float("nan")], [1, 2, float("inf"), 4]]
+    "bbox",
+    [
+        None,
+        [],
+        [1, 2, 3],
+        [1, 2, 3, "4 px"],
+        [1, 2, 3, True],
+        [1, 2, 3, float("nan")],
+        [1, 2, float("inf"), 4],
+    ],
 )
 def test_a_bbox_that_is_not_four_finite_numbers_is_refused(tmp_path, bbox):
     name = write_boxes(tmp_path, {"bbox": bbox})
@@ -383,27 +390,6 @@ def test_missing_files_of_a_builtin_dataset_are_refused(tmp_path, monkeypatch):
     missing = "'coco_2017_val' needs '.*instances_val2017.json'.*DETECTRON2_DATASETS .now 'elsewh"
     with pytest.raises(DatasetError, match=missing):
         check([], ["coco_2017_val"], None)
-
-
-@pytest.mark.parametrize("key", ["area", "iscrowd"])
-def test_what_only_evaluation_needs_is_asked_of_test_sets_only(tmp_path, key):
-    box = annotation()
-    del box[key]
-    name = write(tmp_path, {**a_dataset(), "annotations": [box]})
-    check([name], [], None)
-    with pytest.raises(DatasetError, match=f"test set '.*': annotation 17 has no '{key}'"):
-        check([], [name], None)
-
-
-def test_an_annotation_of_id_0_is_refused_in_a_test_set(tmp_path):
-    name = write(tmp_path, {**a_dataset(), "annotations": [annotation(id=0)]})
-    with pytest.raises(DatasetError, match="annotation id 0 is never counted"):
-        check([], [name], None)
-
-
-def test_a_byte_order_mark_is_no_fault(tmp_path):
-    name = write(tmp_path, "\ufeff" + json.dumps(a_dataset()))
-    assert len(records_of(name)) == 2
 
 
 @pytest.mark.parametrize("segmentation", [[[]], [[1, 2, 3]], [1, 2, 3, 4, 5, 6], "none"])

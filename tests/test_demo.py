@@ -19,6 +19,7 @@ import dino_d2
 from dino_d2.checkpoint import COCO_80
 from dino_d2.checkpointer import Checkpointer
 from dino_d2.data import DatasetError, coco_writer, read_results
+from dino_d2.data.normalise import read
 from dino_d2.model_zoo import get_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
@@ -326,7 +327,7 @@ def test_an_image_that_is_not_annotated_is_one_sentence(folder, annotations, mon
 
 
 def test_two_inputs_that_are_one_image_of_the_annotations_are_refused(annotations):
-    dataset = coco_writer.read_annotations(annotations)
+    dataset = read(annotations)
     first, second = Path("x/a.png"), Path("y/a.png")
     with pytest.raises(ValueError, match=f"'{first}' and '{second}' would both be 'a.png'"):
         coco_writer.image_ids([first, second], dataset)
@@ -353,7 +354,7 @@ def test_an_entry_of_the_annotations_that_is_a_number_is_one_sentence(key, annot
     dataset[key][1] = 5
     annotations.write_text(json.dumps(dataset))
     with pytest.raises(DatasetError, match=f"'{annotations}': entry 1 of '{key}'"):
-        coco_writer.read_annotations(annotations)
+        read(annotations)
 
 
 def test_the_folder_of_the_json_is_made_as_that_of_the_pictures(
@@ -366,7 +367,7 @@ def test_the_folder_of_the_json_is_made_as_that_of_the_pictures(
 
 def test_a_class_that_is_not_annotated_is_one_sentence(annotations):
     with pytest.raises(ValueError, match="class 'squares' is no category of .*nearest: square"):
-        dataset = coco_writer.read_annotations(annotations)
+        dataset = read(annotations)
         coco_writer.category_ids(["circle", "squares"], dataset)
 
 
@@ -697,7 +698,7 @@ def test_a_config_that_is_none_is_one_sentence(
     ("words", "message"),
     [
         (["--input", "x.png"], "--output FOLDER, --json FILE or --show"),
-        (["--json", "out.json"], "--input FILES or --webcam"),
+        (["--json", "out.json"], "--input FILES, --data FOLDER or --webcam"),
         (["--input", "x.png", "--show", "--annotations", "a.json"], "--json FILE"),
         (["--input", "x.png", "--show", "--batch-size", "0"], "1 or more"),
         (["--input", "x.png", "--show", "--confidence-threshold", "50"], "number between 0 and 1"),

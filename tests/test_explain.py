@@ -492,7 +492,7 @@ TRUTH = "--annotations", "all.json", "--images", "images"
 
 def test_ground_truth_is_that_of_the_model_s_classes_relative_to_the_image(dataset, monkeypatch):
     monkeypatch.chdir(dataset)
-    record, classes = explain.find_record("all.json", "images", None)
+    record, classes = explain.find_record("all.json@images", None)
     target = explain.to_target(record, classes, CLASSES)
     assert target.labels.tolist() == [2, 0]  # star and circle; no crowd
     expected = torch.tensor([[28 / 80, 21 / 60, 0.5, 0.5], [70 / 80, 40 / 60, 0.25, 20 / 60]])
@@ -505,7 +505,7 @@ def test_an_image_of_nothing_but_crowds_is_not_the_first_with_boxes(dataset, mon
     crowd = {"id": 4, "image_id": 0, "category_id": 3, "bbox": [0, 0, 9, 9], "area": 81}
     content["annotations"].append(crowd | {"iscrowd": 1})
     (dataset / "all.json").write_text(json.dumps(content))
-    record, _ = explain.find_record("all.json", "images", None)
+    record, _ = explain.find_record("all.json@images", None)
     assert record["file_name"].endswith("full.png")
 
 
@@ -547,9 +547,12 @@ def test_an_image_of_another_size_than_annotated_is_refused(run, dataset):
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        ([], "one of the arguments --input --annotations is required"),
+        ([], "one of the arguments --input --annotations --data is required"),
         (["--annotations", "all.json"], "--annotations and --images go together"),
-        (["--input", "images/full.png", "--image", "full.png"], "--image names one of"),
+        (
+            ["--input", "images/full.png", "--image", "full.png"],
+            "--image names one of the annotated",
+        ),
         (["--input", "images/full.png", *TRUTH], "not allowed with"),
         (["--input", "images/full.png", "--query", *range(9)], "at most 8 queries, not 9"),
         ([*TRUTH, "--seed", 10**20], "--seed is a number from 0 to"),

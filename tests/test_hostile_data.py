@@ -24,7 +24,7 @@ from PIL import Image
 from test_mapper import png
 
 from dino_d2.boxes import cxcywh_to_xyxy
-from dino_d2.data import DatasetError, Mapper, detr_augmentation, register
+from dino_d2.data import DatasetError, Mapper, check, detr_augmentation
 
 WIDTH, HEIGHT = 64, 48
 BOX = (8, 6, 32, 24)  # left, top, width and height in pixels
@@ -298,7 +298,7 @@ def some_images_without_boxes(data):
     data.add(boxes=[])
 
 
-@refused("there are no annotations")
+@refused("has no annotations")
 def all_images_without_boxes(data):
     data.add(boxes=[])
     data.add(boxes=[])
@@ -393,7 +393,7 @@ def boxes_annotated_twice(data):
     data.add(boxes=[BOX, BOX])
 
 
-@refused("entry 1 of 'annotations' has id 1", "give each its own")
+@trains
 def annotations_with_the_id_of_another(data):
     data.add(boxes=[BOX, BOX])
     data.annotations[1]["id"] = 1
@@ -480,7 +480,7 @@ def clean_catalogs():
 def first_batch(data, **augmentation):
     """Of the loader of a training: every image once, one alone twice."""
     name = data.name()
-    register([name])
+    check([name], [], None)
     loader = build_detection_train_loader(
         dataset=get_detection_dataset_dicts([name], filter_empty=False),
         mapper=Mapper(

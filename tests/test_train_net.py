@@ -546,3 +546,54 @@ def test_a_training_for_wandb_without_wandb_is_refused(style, option, data, monk
     monkeypatch.setattr("dino_d2.engine.writers.importlib.util.find_spec", lambda _: None)
     options = [*overrides(style, output=tmp_path), *option]
     assert "pip install wandb" in complaint(monkeypatch, *config(style), *data, *options)
+
+
+# ---- which data
+
+
+def chosen(style, *words):
+    """Names of the training and of the test sets."""
+    cfg = train_net.load_config(parse(*config(style), *words))
+    if style == ".py":
+        return [list(cfg.dataloader[x].dataset.names) for x in ("train", "test")]
+    return [list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)]
+
+
+def named(style, tmp_path, **names):
+    """Overrides that name data sets, and the rest of what a run needs."""
+    keys = {"yaml": "DATASETS.{}", "py": "dataloader.{}.dataset.names"}
+    words = [*overrides(style, output=tmp_path)]
+    for split, value in names.items():
+        key = keys[style[1:]].format(split.upper() if style == ".yaml" else split)
+        texts = ",".join(f"'{x}'" for x in value)
+        words += [f"{key}=[{texts}]"] if style == ".py" else [key, f"({texts},)"]
+    return words
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_folder_is_data(style, shapes, tmp_path, capsys):
+    folder = str(shapes)
+    words = ["--data", folder, *overrides(style, output=tmp_path)]
+    assert chosen(style, *words) == [[f"{folder}@train"], [f"{folder}@val"]]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_the_command_line_names_stays(style, data, shapes, tmp_path):
+    train, val = (f"{shapes}/{x}.json@{shapes}/images" for x in ("train", "val"))
+    train_words, val_words = data[:4], data[4:]
+    two = [train, f"{shapes}/train.json@{shapes}/./images"]
+    assert chosen(style, *val_words, *named(style, tmp_path, train=two)) == [two, [val]]
+    assert chosen(style, *train_words, *named(style, tmp_path, test=[val])) == [[train], [val]]
+    # COCO, which the configs name, is nobody's data until it is named.
+    assert chosen(style, *train_words, *named(style, tmp_path)) == [[train], []]
+    with pytest.raises(ValueError, match="the val data is named as .* and as .*: drop one"):
+        chosen(style, *data, *named(style, tmp_path, test=[val]))
+
+
+@pytest.mark.slow
+def test_a_folder_trains_and_is_evaluated_by_its_name_alone(shapes, tmp_path):
+    common = [*config(".yaml"), *overrides(".yaml", output=tmp_path, iterations=2)]
+    said = run_program(*common[:2], "--data", shapes, *common[2:])
+    assert f"'{shapes}' is COCO: train 12 images" in said.splitlines()[0]
+    again = ["--config-file", tmp_path / "config.yaml", "--eval-only"]
+    assert "copypaste" in run_program(*again, "MODEL.WEIGHTS", tmp_path / "model_final.pth")

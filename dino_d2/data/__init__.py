@@ -1,9 +1,11 @@
 """Datasets and augmentation."""
 
+from .adopt import is_built_in
 from .augmentation import ResizeShortestEdge, detr_augmentation
-from .coco import check, class_names, num_classes, register
+from .coco import annotations_of, check, class_names, num_classes, register
 from .coco_faults import DatasetError
 from .coco_results import read_results
+from .folder import find as find_folder
 from .mapper import Mapper, read_image
 from .shapes import generate
 from .voc import from_voc
@@ -14,11 +16,14 @@ __all__ = [
     "Mapper",
     "ResizeShortestEdge",
     "check",
+    "annotations_of",
     "class_names",
     "detr_augmentation",
+    "find_folder",
     "from_voc",
     "from_yolo",
     "generate",
+    "is_built_in",
     "num_classes",
     "read_image",
     "read_results",

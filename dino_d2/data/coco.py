@@ -1,14 +1,20 @@
-"""Data of one's own in one line: ``ANNOTATIONS.json@IMAGE_FOLDER`` is the name of a dataset.
+"""Data of one's own in one line: ``ANNOTATIONS.json@IMAGE_FOLDER`` is the name of a dataset, and so
+is ``FOLDER@train``, see `folder`.
 
     dino_d2.data.register(["data/train.json@data/images"])
 
-and the name works wherever Detectron2 takes one. A file is validated when it is registered, so
-that what is wrong with it is said before training, in one sentence, not after the first epoch.
+and the name works wherever Detectron2 takes one. A dataset is put right and checked when it is
+registered, so that what is wrong with it is said before training, in one sentence, not after the
+first epoch; so are those that others have registered. Evaluation reads what was checked.
 """
 
+import atexit
 import functools
+import json
 import logging
 import os
+import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
@@ -16,11 +22,15 @@ from operator import itemgetter
 from textwrap import shorten
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..names import nearest, path_hint
-from .coco_faults import DatasetError, clip, evaluation_faults, faults, read
+from . import folder
+from .adopt import check_records, is_built_in
+from .coco_faults import DatasetError, clip, faults, parse
+from .normalise import Repairs, normalise, place_images
 
 logger = logging.getLogger(__name__)
 
@@ -28,23 +38,37 @@ SEPARATOR = ".json@"
 
 
 def register(names: Iterable[str]) -> None:
-    """Make Detectron2 know every name of the form ``ANNOTATIONS.json@IMAGE_FOLDER``.
+    """Make Detectron2 know names of files and folders, and check what others have registered.
 
-    Names of another form and names registered before are left alone. In the records that
-    Detectron2 gets, boxes are clipped to their image and boxes without area are dropped, both with
-    a warning; images without annotations and crowd annotations are kept. COCO's evaluation reads
-    the file itself, without these corrections.
+    Names are of the form ``ANNOTATIONS.json@IMAGE_FOLDER``, or ``FOLDER@train``. Entries whose
+    meaning is clear are put right, see `normalise`, with a warning where something was decided. In
+    the records that Detectron2 gets, boxes are clipped to their image and boxes without area are
+    dropped, both with a warning; images without annotations and crowd annotations are kept. COCO's
+    evaluation reads the same, before boxes are clipped or dropped.
 
     Args:
-        names: dataset names (a single string is one name).
+        names: dataset names (a single string is one name); those of another form, and Detectron2's
+            own, are left alone
 
     Raises:
-        DatasetError: a file is missing, or does not hold valid COCO detection annotations.
+        DatasetError: a file is missing, or a dataset cannot be used
     """
     for name in _as_list(names):
-        if SEPARATOR in name and name not in DatasetCatalog:
+        if name in DatasetCatalog:
+            _check_registered(name)
+        elif SEPARATOR in name:
             annotations, image_root = map(os.path.expanduser, name.split(SEPARATOR, 1))
             _register(name, f"{annotations}.json", image_root)
+        elif place := folder.split_name(name):
+            found = folder.find(place.folder)
+            if place.split not in found.splits:
+                raise DatasetError(f"'{place.folder}' has no split '{place.split}': {found}")
+            _register_content(name, *found.splits[place.split], place.folder, keep_roots=True)
+
+
+def annotations_of(name: str) -> dict[str, list]:
+    """The annotations of a registered dataset, as evaluation reads them."""
+    return parse(MetadataCatalog.get(name).json_file)
 
 
 def num_classes(names: Iterable[str]) -> int:
@@ -95,9 +119,7 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) ->
     names = [*_as_list(train), *_as_list(test)]
     for name in names:
         _require_files(name)
-    for name in _as_list(test):
-        if fault := MetadataCatalog.get(name).get("evaluation_fault"):
-            raise DatasetError(f"test set '{name}': {fault}")
+    _check_annotated(_as_list(train), _as_list(test))
     classes = class_names(names)
     if num_classes not in (None, len(classes)):
         raise DatasetError(
@@ -105,6 +127,22 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) ->
             f"{shorten(', '.join(classes), 200)}; remove the number to take it from the data"
         )
     return len(classes)
+
+
+def _check_annotated(train: list[str], test: list[str]) -> None:
+    """Without training sets, unlabelled images may be detected in."""
+    for name in (*train, *test):
+        if MetadataCatalog.get(name).get("is_annotated", True):
+            continue
+        if name in train:
+            raise DatasetError(
+                f"'{name}' has no annotations, so nothing can be learned from it: name a file that "
+                "has some"
+            )
+        sentence = f"test set '{name}' has no annotations, so there is nothing to compare with"
+        if train:
+            raise DatasetError(f"{sentence}: leave it out, or name an annotated one")
+        logger.warning(f"{sentence}: its detections are written, and not evaluated")
 
 
 def _as_list(names: Iterable[str]) -> list[str]:
@@ -119,7 +157,7 @@ def _require_known(name: str) -> None:
     near = ", ".join(nearest(name, DatasetCatalog.list())) or "none"
     raise DatasetError(
         f"dataset '{name}' is not registered: use a registered name (similar ones: {near}), "
-        "or name files as 'ANNOTATIONS.json@IMAGE_FOLDER'"
+        "or name files as 'ANNOTATIONS.json@IMAGE_FOLDER' or 'FOLDER@train'"
     )
 
 
@@ -151,20 +189,121 @@ def _classes(name: str) -> list[str]:
 
 def _register(name: str, json_file: str, image_root: str) -> None:
     _suggest("annotation file", json_file)
-    dataset = read(json_file)
+    dataset = parse(json_file)
     _suggest(f"'{json_file}': its image folder", image_root)
-    if fault := next(faults(dataset, image_root), None):
-        raise DatasetError(f"'{json_file}': {fault}")
+    _register_content(name, dataset, image_root, json_file)
+
+
+def _register_content(
+    name: str, dataset: dict[str, list], image_root: str, source: str, **options: bool
+) -> None:
+    """Let Detectron2 know a dataset, once it is put right and checked.
+
+    Args:
+        name: new to Detectron2
+        dataset: as `parse` gives it
+        image_root: the folder of its images
+        source: its file, or what a sentence calls it
+        options: of `prepare`
+    """
+    repairs = prepare(dataset, image_root, source, **options)
+    json_file = source if can_be_read(source, repairs, dataset) else write_copy(dataset)
     categories = sorted(dataset["categories"], key=itemgetter("id"))
-    DatasetCatalog.register(name, functools.partial(_load, json_file, image_root))
+    DatasetCatalog.register(name, functools.partial(_load, name, json_file, image_root))
     MetadataCatalog.get(name).set(
         json_file=json_file,
         image_root=image_root,
         evaluator_type="coco",
-        evaluation_fault=next(evaluation_faults(dataset["annotations"]), None),
+        is_annotated=bool(dataset["annotations"]),
+        is_checked=True,
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={c["id"]: index for index, c in enumerate(categories)},
     )
+
+
+def _check_registered(name: str) -> None:
+    """Of what others registered, a file that evaluation could not read is replaced by a copy."""
+    metadata = MetadataCatalog.get(name)
+    if (
+        is_built_in(name)
+        or metadata.get("is_checked")
+        or metadata.get("evaluator_type", "coco") != "coco"
+    ):
+        return
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if not json_file:
+        check_records(name)
+    elif image_root and os.path.isfile(json_file):
+        dataset = parse(json_file)
+        keep_roots = bool(metadata.get("thing_classes"))
+        repairs = prepare(dataset, image_root, json_file, keep_roots=keep_roots)
+        if not can_be_read(json_file, repairs, dataset):
+            rest = {k: v for k, v in metadata.as_dict().items() if k not in ("name", "json_file")}
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+            register_coco_instances(name, {}, write_copy(dataset), image_root)
+            MetadataCatalog.get(name).set(**rest)
+        MetadataCatalog.get(name).is_annotated = bool(dataset["annotations"])
+    MetadataCatalog.get(name).is_checked = True
+
+
+def can_be_read(json_file: str, repairs: Repairs, dataset: dict[str, list]) -> bool:
+    """Whether an evaluator may read the file itself: it is what was checked, in plain UTF-8."""
+    if repairs.changed or not dataset["annotations"] or not os.path.isfile(json_file):
+        return False
+    with open(json_file, "rb") as file:
+        return json.detect_encoding(file.read(4)) == "utf-8"
+
+
+def prepare(
+    dataset: dict[str, list], image_root: str, source: str, *, keep_roots: bool = False
+) -> Repairs:
+    """Put a dataset right and check it, in place; what was put right is said in warnings.
+
+    Args:
+        dataset: as `parse` gives it
+        image_root: the folder of its images
+        source: what a sentence calls it
+        keep_roots: see `normalise`
+
+    Raises:
+        DatasetError: it cannot be used
+    """
+    repairs = Repairs()
+    try:
+        normalise(dataset, repairs, keep_roots=keep_roots)
+        place_images(dataset["images"], image_root, repairs)
+    except DatasetError as error:
+        raise DatasetError(f"'{source}': {error}") from error
+    if fault := next(faults(dataset, image_root), None):
+        raise DatasetError(f"'{source}': {fault}")
+    repairs.warn(source)
+    return repairs
+
+
+def write_copy(dataset: dict[str, list]) -> str:
+    """A file of what was put right, for evaluators, which read files; gone when Python ends.
+
+    Without annotations it has no list of them: Detectron2 then detects and does not evaluate.
+    """
+    if not dataset["annotations"]:
+        dataset = {key: value for key, value in dataset.items() if key != "annotations"}
+    with tempfile.NamedTemporaryFile("w", dir=_copies(), suffix=".json", delete=False) as file:
+        json.dump(dataset, file)
+    return file.name
+
+
+@functools.cache
+def _copies() -> str:
+    folder = tempfile.mkdtemp(prefix="dino_d2_")
+    owner = os.getpid()  # workers of a loader are forks, and leave it
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 def _suggest(what: str, path: str) -> None:
@@ -176,12 +315,12 @@ def _suggest(what: str, path: str) -> None:
         raise DatasetError(f"{what} '{path}' does not exist{near}")
 
 
-def _load(json_file: str, image_root: str) -> list[dict]:
-    """Detectron2's records of the file, with boxes clipped to their image or dropped.
+def _load(name: str, json_file: str, image_root: str) -> list[dict]:
+    """Detectron2's records of a checked file, with boxes clipped to their image or dropped.
 
     Detectron2's own reader would drop boxes whose segmentation it dislikes; none is needed here.
     """
-    dataset = read(json_file)
+    dataset = parse(json_file)
     category_ids = sorted(category["id"] for category in dataset["categories"])
     classes = {category_id: index for index, category_id in enumerate(category_ids)}
     annotations = defaultdict(list)
@@ -204,7 +343,7 @@ def _load(json_file: str, image_root: str) -> list[dict]:
                     "bbox": box,
                     "bbox_mode": BoxMode.XYWH_ABS,
                     "category_id": classes[annotation["category_id"]],
-                    "iscrowd": annotation.get("iscrowd", 0),
+                    "iscrowd": annotation["iscrowd"],
                 }
             )
         records.append(
@@ -216,11 +355,11 @@ def _load(json_file: str, image_root: str) -> list[dict]:
                 "annotations": kept,
             }
         )
-    _report(json_file, "clipped boxes that leave their image", clipped)
-    _report(json_file, "dropped boxes without area", dropped)
+    _report(name, "clipped boxes that leave their image", clipped)
+    _report(name, "dropped boxes without area", dropped)
     return records
 
 
-def _report(json_file: str, what: str, boxes: list[str]) -> None:
+def _report(name: str, what: str, boxes: list[str]) -> None:
     if boxes:
-        logger.warning(f"'{json_file}': {what}: {len(boxes)}, the first is {boxes[0]}")
+        logger.warning(f"'{name}': {what}: {len(boxes)}, the first is {boxes[0]}")

@@ -3,11 +3,13 @@
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..names import path_hint
 
 KEYS = ("images", "annotations", "categories")
+MANY = 10  # boxes of a file, whatever is wrong with most of them
 
 
 class DatasetError(ValueError):
@@ -29,8 +31,10 @@ def dataset_name(json_file: str | os.PathLike, image_root: str | os.PathLike) ->
     return f"{json_file}@{image_root}"
 
 
-def read(json_file: str) -> dict[str, list]:
-    """The content of a file of COCO annotations.
+def parse(json_file: str) -> dict[str, list]:
+    """The content of a file of COCO annotations as it is written.
+
+    Without "annotations", as files of test images are, it gets an empty list of them.
 
     Raises:
         DatasetError: the file is missing, is not JSON, or holds something else
@@ -44,6 +48,8 @@ def read(json_file: str) -> dict[str, list]:
         )
     dataset = read_json(json_file)
     found = ", ".join(dataset) if isinstance(dataset, dict) else f"a {type(dataset).__name__}"
+    if isinstance(dataset, dict) and {"images", "categories"} <= dataset.keys():
+        dataset.setdefault("annotations", [])
     for key in KEYS:
         if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
             raise DatasetError(
@@ -59,8 +65,7 @@ def read_json(path: str | os.PathLike) -> Any:
         DatasetError: the file is not JSON
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
+        return json.loads(Path(path).read_bytes())  # of any encoding of Unicode, marked or not
     except ValueError as error:
         raise DatasetError(
             f"'{path}' is not JSON ({error}): it may be cut off, write or fetch it again"
@@ -68,34 +73,19 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:
-    """What is wrong, in the order in which one part relies on another: the first is of use."""
-    for key in KEYS:
-        yield from entry_faults(key, dataset[key])
+    """What is wrong, in the order in which one part relies on another: the first is of use.
+
+    Args:
+        dataset: as `normalise.normalise` leaves it
+        image_root: the folder of its images
+    """
+    for key in ("images", "categories"):
+        if not dataset[key]:
+            yield f"there are no {key}: fill the list"
+    yield from _name_faults(dataset["categories"])
     yield from _image_faults(dataset["images"], image_root)
-    yield from _annotation_faults(*(dataset[key] for key in KEYS))
-    sizes = {image["id"]: (image["width"], image["height"]) for image in dataset["images"]}
-    boxes = ((a["bbox"], sizes[a["image_id"]]) for a in dataset["annotations"])
-    if not any(min(clip(bbox, *size)[2:]) > 0 for bbox, size in boxes):
-        yield "no box has any area inside its image: give [x, y, width, height] in pixels"
-
-
-def entry_faults(key: str, entries: list) -> Iterator[str]:
-    """What is wrong with the entries of one of the KEYS, without a look at the others."""
-    if not entries:
-        yield f"there are no {key}: fill the list"
-    seen = set()
-    for number, entry in enumerate(entries):
-        id = entry.get("id") if isinstance(entry, dict) else None
-        if not isinstance(id, int):
-            yield f"entry {number} of '{key}' has id {id!r}: make it an integer"
-        if id in seen:
-            yield f"entry {number} of '{key}' has id {id} as an earlier one: give each its own"
-        seen.add(id)
-        text = {"images": "file_name", "categories": "name"}.get(key)
-        if text and not isinstance(entry.get(text), str):
-            yield f"entry {number} of '{key}' has {text} {entry.get(text)!r}: make it a string"
-    if key == "categories":
-        yield from _name_faults(entries)
+    yield from _category_faults(dataset)
+    yield from _box_faults(dataset)
 
 
 def _name_faults(categories: list[dict]) -> Iterator[str]:
@@ -111,6 +101,12 @@ def _name_faults(categories: list[dict]) -> Iterator[str]:
 def _image_faults(images: list[dict], image_root: str) -> Iterator[str]:
     if not os.path.isdir(image_root):
         yield f"its image folder '{image_root}' does not exist: correct its path"
+    if missing := missing_images(images, image_root):
+        yield (
+            f"{len(missing)} of {len(images)} image files are missing, the first is "
+            f"'{os.path.join(image_root, missing[0]['file_name'])}': correct the image folder or "
+            "'file_name'"
+        )
     for image in images:
         size = image.get("width"), image.get("height")
         if not all(isinstance(side, int) and side > 0 for side in size):
@@ -118,44 +114,70 @@ def _image_faults(images: list[dict], image_root: str) -> Iterator[str]:
                 f"image '{image['file_name']}' has width and height {size}: make them positive "
                 "integers"
             )
+
+
+def missing_images(images: list[dict], image_root: str) -> list[dict]:
+    """Those of the images whose file is not below the folder."""
     paths = [os.path.join(image_root, image["file_name"]) for image in images]
     # One listing a folder: to ask for 118,000 files one by one takes minutes on a network disk.
     folders = {os.path.dirname(path) for path in paths}
     present = {f: set(os.listdir(f)) if os.path.isdir(f) else set() for f in folders}
-    missing = [p for p in paths if os.path.basename(p) not in present[os.path.dirname(p)]]
-    if missing:
+    pairs = zip(images, paths, strict=True)
+    return [x for x, p in pairs if os.path.basename(p) not in present[os.path.dirname(p)]]
+
+
+def _category_faults(dataset: dict[str, list]) -> Iterator[str]:
+    known = {category["id"] for category in dataset["categories"]}
+    file_names = {image["id"]: image["file_name"] for image in dataset["images"]}
+    for annotation in dataset["annotations"]:
+        if annotation["category_id"] not in known:
+            yield (
+                f"{place_of(annotation, file_names)} has category_id "
+                f"{annotation['category_id']}, not in 'categories': correct either"
+            )
+
+
+def _box_faults(dataset: dict[str, list]) -> Iterator[str]:
+    """Boxes that are no [x, y, width, height] in pixels: told by all of them together."""
+    annotations = dataset["annotations"]
+    if not annotations:
+        return
+    boxes = [annotation["bbox"] for annotation in annotations]
+    wanted = "give [x, y, width, height] in pixels"
+    # Whole numbers are a pixel of an image of few.
+    if all(0 <= x <= 1 for box in boxes for x in box) and any(x % 1 for box in boxes for x in box):
+        yield f"no box is larger than a pixel, as if they were shares of the image: {wanted}"
+    sizes = {image["id"]: (image["width"], image["height"]) for image in dataset["images"]}
+    limits = [sizes[annotation["image_id"]] for annotation in annotations]
+    pairs = list(zip(annotations, limits, strict=True))
+    leaving = [(a, limit) for a, limit in pairs if _leaves(a["bbox"], *limit)]
+    corners = [a for a, limit in leaving if _are_corners(a["bbox"], *limit)]
+    if 2 * len(leaving) > len(boxes) and (2 * len(corners) > len(leaving) or len(boxes) >= MANY):
+        file_names = {image["id"]: image["file_name"] for image in dataset["images"]}
+        like = "; they look like corners (left, top, right, bottom)" * (len(corners) > 0)
         yield (
-            f"{len(missing)} of {len(images)} image files are missing, the first is "
-            f"'{missing[0]}': correct the image folder or 'file_name'"
+            f"{len(leaving)} of {len(boxes)} boxes leave their image, the first is "
+            f"{leaving[0][0]['bbox']} of {place_of(leaving[0][0], file_names)}{like}: {wanted}"
         )
+    if not any(min(clip(a["bbox"], *limit)[2:]) > 0 for a, limit in pairs):
+        yield f"no box has any area inside its image: {wanted}"
 
 
-def _annotation_faults(
-    images: list[dict], annotations: list[dict], categories: list[dict]
-) -> Iterator[str]:
-    file_names = {image["id"]: image["file_name"] for image in images}
-    category_ids = {category["id"] for category in categories}
-    for annotation in annotations:
-        image, category, bbox = map(annotation.get, ("image_id", "category_id", "bbox"))
-        if not isinstance(image, int) or image not in file_names:
-            yield f"annotation {annotation['id']} has image_id {image!r}, not in 'images': fix it"
-        where = f"annotation {annotation['id']} of image '{file_names[image]}'"
-        if not isinstance(category, int) or category not in category_ids:
-            yield f"{where} has category_id {category!r}, not in 'categories': correct either"
-        if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite, bbox))):
-            yield f"{where} has bbox {bbox!r}: give [x, y, width, height], finite, in pixels"
-        if annotation.get("ignore"):
-            yield f"{where} is marked 'ignore', which Detectron2 refuses: delete it"
+def _leaves(bbox: list[float], width: int, height: int) -> bool:
+    """By more than a pixel: many tools round."""
+    x, y, w, h = bbox
+    return x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
 
 
-def evaluation_faults(annotations: list[dict]) -> Iterator[str]:
-    """What training never meets and COCO's evaluation fails on, or gets wrong silently."""
-    for annotation in annotations:
-        for key in ("area", "iscrowd"):
-            if key not in annotation:
-                yield f"annotation {annotation['id']} has no '{key}', which evaluation needs"
-        if annotation["id"] == 0:
-            yield "annotation id 0 is never counted as found in evaluation: count from 1"
+def _are_corners(bbox: list[float], width: int, height: int) -> bool:
+    """Whether left, top, right and bottom would be a box inside the image."""
+    left, top, right, bottom = bbox
+    return -1 <= left < right <= width + 1 and -1 <= top < bottom <= height + 1
+
+
+def place_of(annotation: dict, file_names: dict[int, str]) -> str:
+    """How a sentence calls an annotation."""
+    return f"annotation {annotation['id']} of image '{file_names[annotation['image_id']]}'"
 
 
 def is_finite(value: object) -> bool:

@@ -8,20 +8,7 @@ from detectron2.structures import BoxMode, Instances
 
 from ..checkpoint import COCO_80, COCO_91
 from ..names import hint
-from .coco_faults import DatasetError, entry_faults, read
-
-
-def read_annotations(file: Path) -> dict[str, list]:
-    """What ids are taken from: images and categories are checked, annotations are not.
-
-    Raises:
-        DatasetError: there is no such file, or it has no COCO annotations
-    """
-    annotations = read(str(file))
-    for key in ("images", "categories"):
-        if fault := next(entry_faults(key, annotations[key]), None):
-            raise DatasetError(f"'{file}': {fault}")
-    return annotations
+from .normalise import loose
 
 
 def image_ids(paths: Sequence[Path], annotations: dict[str, list] | None) -> list[int]:
@@ -33,10 +20,16 @@ def image_ids(paths: Sequence[Path], annotations: dict[str, list] | None) -> lis
     if not annotations:
         return list(range(1, len(paths) + 1))
     known = {x["file_name"]: x["id"] for x in annotations["images"]}
+    alike: dict[str, list[str]] = {}
+    for name in known:
+        alike.setdefault(loose(name), []).append(name)
     found: dict[int, Path] = {}
     for path in paths:
-        ends = (Path(*path.parts[i:]).as_posix() for i in range(len(path.parts)))
+        ends = [Path(*path.parts[i:]).as_posix() for i in range(len(path.parts))]
         name = next((end for end in ends if end in known), None)
+        if name is None:  # the only one that differs in case or Unicode normal form alone
+            names = next((alike[loose(end)] for end in ends if loose(end) in alike), ())
+            name = names[0] if len(names) == 1 else None
         if name is None:
             raise ValueError(f"'{path}' is no image of the annotations; {hint(path.name, known)}")
         other = found.setdefault(known[name], path)

@@ -11,18 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from ..checkpoint_io import replacing
-from .coco_faults import DatasetError, evaluation_faults, faults
-from .mapper import check_header
-
-# Of photographs, scans and drawings. Pillow opens more (.pcd, .h5, .mpg), which may be anything.
-SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+from .coco_faults import DatasetError, faults
+from .mapper import SUFFIXES
 
 
 class LabelledBox(NamedTuple):
@@ -81,10 +74,7 @@ def to_coco(
         if not dataset["annotations"]:
             notes[f"images of split '{split}', which has no box, left out"] = len(dataset["images"])
             continue
-        fault = next(faults(dataset, root), None) or next(
-            evaluation_faults(dataset["annotations"]), None
-        )
-        if fault:
+        if fault := next(faults(dataset, os.fspath(root)), None):
             raise DatasetError(f"split '{split}' of '{root}': {fault}")
         datasets[split] = dataset
     if not datasets:
@@ -113,22 +103,6 @@ def _annotation(box: LabelledBox, image: LabelledImage, notes: Counter[str]) -> 
         "area": round(width * height, 3),
         "iscrowd": int(box.crowd),
     }
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height, turned as the EXIF orientation says; pixels are not decoded.
-
-    Raises:
-        DatasetError: the file cannot be read, or has more than 8 bits per channel
-    """
-    check_header(path)
-    with Image.open(path) as image:
-        width, height = image.size
-        try:
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
-        except Exception:  # damaged EXIF fails in any way, and Detectron2 then turns nothing
-            orientation = None
-    return (height, width) if orientation in SIDEWAYS else (width, height)
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -2,16 +2,23 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .augmentation import ResizeShortestEdge
 from .coco_faults import DatasetError
+
+# Of photographs, scans and drawings. Pillow opens more (.pcd, .h5, .mpg), which may be anything.
+SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 class Mapper(DatasetMapper):
@@ -100,6 +107,22 @@ def check_mode(mode: str, what: str) -> None:
             f"{what} has more than 8 bits per pixel (mode {mode}): save it with 8 bits, "
             "of the range that matters"
         )
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height, turned as the EXIF orientation says; pixels are not decoded.
+
+    Raises:
+        DatasetError: the file cannot be read, or has more than 8 bits per channel
+    """
+    check_header(path)
+    with Image.open(path) as image:
+        width, height = image.size
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        except Exception:  # damaged EXIF fails in any way, and Detectron2 then turns nothing
+            orientation = None
+    return (height, width) if orientation in SIDEWAYS else (width, height)
 
 
 def check_pixels(record: dict) -> None:

@@ -14,10 +14,10 @@ from .convert import (
     LabelledBox,
     LabelledImage,
     find_images,
-    image_size,
     read_text,
     to_coco,
 )
+from .mapper import image_size
 
 SPLITS = ("train", "val", "trainval", "test")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -37,7 +37,7 @@ class VocFile(NamedTuple):
     objects: list[VocObject]
 
 
-def from_voc(root: Path, *, zero_based: bool = False) -> Conversion:
+def from_voc(root: Path, *, zero_based: bool | None = False) -> Conversion:
     """COCO annotations of a folder with `Annotations/*.xml` and `JPEGImages`.
 
     Without such folders, XML files are looked for in the folder itself (or in `annotations`) and
@@ -53,7 +53,8 @@ def from_voc(root: Path, *, zero_based: bool = False) -> Conversion:
 
     Args:
         root: the folder
-        zero_based: coordinates are those of edges counted from 0, as some tools write them
+        zero_based: coordinates are those of edges counted from 0, as some tools write them; None:
+            they are if any is below 1, which is noted
 
     Raises:
         DatasetError: a file is missing or wrong; the sentence says which, where and how
@@ -67,6 +68,10 @@ def from_voc(root: Path, *, zero_based: bool = False) -> Conversion:
             "VOC data set"
         )
     files = {path.stem: read_xml(path) for path in paths}
+    below = 0
+    if zero_based is None:
+        below = sum(min(x.corners[:2]) < 1 for file in files.values() for x in file.objects)
+        zero_based = below > 0
     classes = sorted({x.name for file in files.values() for x in file.objects})
     images: dict[str, list[Path]] = {}
     for path in find_images(image_folder):
@@ -83,6 +88,7 @@ def from_voc(root: Path, *, zero_based: bool = False) -> Conversion:
         Counter(
             {
                 "objects marked difficult, now crowd regions": sum(difficult),
+                "boxes that begin below 1, so all are taken as counted from 0": below,
                 "XML files in no split, left out": len(files.keys() - used),
                 "images without an XML file, left out": len(images.keys() - files.keys()),
             }

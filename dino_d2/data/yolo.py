@@ -14,10 +14,10 @@ from .convert import (
     LabelledBox,
     LabelledImage,
     find_images,
-    image_size,
     read_text,
     to_coco,
 )
+from .mapper import image_size
 
 SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 LIKE_A_SPLIT = re.compile(r"(train(ing)?|val(id|idation)?|test(ing)?)(set)?[-_]?\d*", re.IGNORECASE)

@@ -81,7 +81,7 @@ from dino_d2 import model_zoo
 from dino_d2.config import evaluation_augmentations
 from dino_d2.costs import Flops, count_flops, kept_activations, stages_of
 from dino_d2.data import DatasetError
-from dino_d2.data.coco_writer import read_annotations
+from dino_d2.data.normalise import read
 from dino_d2.modeling.dino import DINO
 
 BOXES = 7  # in the image of a training step, as COCO has on average
@@ -103,7 +103,7 @@ def evaluation_sizes(setting: Setting, annotations: Path, number: int) -> list[S
     """
     resize = AugmentationList(evaluation_augmentations(load_config(setting)))
     sizes = []
-    for image in read_annotations(annotations)["images"][:number]:
+    for image in read(annotations)["images"][:number]:
         size = image.get("height"), image.get("width")
         if not all(isinstance(side, int) and side > 0 for side in size):
             raise DatasetError(

@@ -7,7 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from program import add_model_arguments, make_folder, make_parser, one_sentence, score
+from program import (
+    add_data_arguments,
+    add_model_arguments,
+    data_of,
+    make_folder,
+    make_parser,
+    one_sentence,
+    score,
+)
 
 EPILOG = """
 The JSON is a list in COCO's results format, as pycocotools' loadRes reads it: image_id,
@@ -22,6 +30,10 @@ A training of one's own:
     $ python projects/dino/demo.py --config-file output/quickstart/config.yaml \\
         --weights output/quickstart/model_final.pth \\
         --input "output/quickstart/data/images/val_*.jpg" --output output/detected
+
+The val split of a folder of data, as Roboflow or Ultralytics export it:
+    $ python projects/dino/demo.py --config-file output/mine/config.yaml \\
+        --weights output/mine/model_best.pth --data my/cells --output output/detected
 
 Detections for an evaluation, all of them, with the ids of the annotations:
     $ python projects/dino/demo.py --config-file output/quickstart/config.yaml \\
@@ -63,6 +75,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--annotations", type=Path, help="COCO-format file that gives the JSON its ids"
     )
+    add_data_arguments(parser)
     parser.add_argument(
         "--confidence-threshold", type=score, default=0.5, help="0 to 1 (default: 0.5)"
     )
@@ -79,8 +92,10 @@ def argument_parser() -> argparse.ArgumentParser:
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argument_parser()
     args = parser.parse_args()
-    if not args.input and args.webcam is None:
-        parser.error("say what to look at: --input FILES or --webcam")
+    if not (args.input or args.data) and args.webcam is None:
+        parser.error("say what to look at: --input FILES, --data FOLDER or --webcam")
+    if args.data and args.annotations:
+        parser.error("--data has annotations of its own: leave out --annotations")
     if not (args.output or args.json or args.show):
         parser.error("say where to: --output FOLDER, --json FILE or --show")
     if args.annotations and not args.json:
@@ -97,10 +112,13 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
 import torch
 from demo_annotate import Annotator, find_inputs, run
 from demo_video import Video, Window, opencv
+from detectron2.data import MetadataCatalog
 
 import dino_d2
 from dino_d2.checkpoint_io import replacing
-from dino_d2.data.coco_writer import category_ids, image_ids, read_annotations
+from dino_d2.data import annotations_of
+from dino_d2.data.coco_writer import category_ids, image_ids
+from dino_d2.data.normalise import read
 
 
 def prepare_outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
@@ -147,13 +165,17 @@ def make_annotator(
 def main() -> None:
     parser, args = parse()
     with one_sentence(parser.prog):
+        annotations = read(args.annotations) if args.annotations else None
+        if args.data:
+            name = data_of(args)
+            annotations, root = annotations_of(name), Path(MetadataCatalog.get(name).image_root)
+            args.input = args.input or [root / x["file_name"] for x in annotations["images"]]
         images, videos = find_inputs(args.input)
         inputs = [*images, *videos]
         if args.webcam is not None:
             videos = [*videos, Video(args.webcam)]
-        if videos and args.annotations:
-            raise ValueError("--annotations knows images: leave out videos and cameras")
-        annotations = read_annotations(args.annotations) if args.annotations else None
+        if videos and annotations:
+            raise ValueError("annotations are of images: leave out videos and cameras")
         ids = image_ids(images, annotations)
         prepare_outputs(args, inputs)
         if videos:

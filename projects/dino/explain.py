@@ -11,7 +11,15 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from program import add_model_arguments, interruptible, make_folder, make_parser, one_sentence
+from program import (
+    add_data_arguments,
+    add_model_arguments,
+    data_of,
+    interruptible,
+    make_folder,
+    make_parser,
+    one_sentence,
+)
 
 MAX_QUERIES = 8
 EPILOG = """
@@ -43,6 +51,7 @@ def argument_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--input", metavar="IMAGE", help="an image without ground truth")
     what.add_argument("--annotations", metavar="JSON", help="COCO annotations of the images")
+    add_data_arguments(parser, among=what)
     parser.add_argument("--images", metavar="FOLDER", help="folder of the annotated images")
     parser.add_argument(
         "--image", metavar="NAME", help="one of them; default: the first that has boxes"
@@ -67,8 +76,8 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     args = parser.parse_args()
     if bool(args.annotations) != bool(args.images):
         parser.error("--annotations and --images go together")
-    if args.image and not args.annotations:
-        parser.error("--image names one of --annotations; for another image there is --input")
+    if args.image and args.input:
+        parser.error("--image names one of the annotated images, not of --input")
     if len(args.query) > MAX_QUERIES:
         parser.error(f"--query takes at most {MAX_QUERIES} queries, not {len(args.query)}")
     if not 0 <= args.seed < 2**63:
@@ -81,7 +90,7 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
 
 
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -115,20 +124,20 @@ class Subject(NamedTuple):
     target: Target | None  # None without ground truth
 
 
-def find_record(annotations: str, images: str, name: str | None) -> tuple[dict, list[str]]:
-    """A record of a COCO-format dataset in Detectron2's format, by default the first with boxes,
-    and the classes of the dataset.
+def find_record(dataset: str, name: str | None) -> tuple[dict, list[str]]:
+    """A record in Detectron2's format of a dataset, by default the first with boxes, and the
+    classes of the dataset.
 
     Raises:
         ValueError: the dataset has something wrong, or no such image
     """
-    dataset = dataset_name(annotations, images)
     classes = class_names([dataset])
+    images = MetadataCatalog.get(dataset).image_root
     records = {os.path.relpath(x["file_name"], images): x for x in DatasetCatalog.get(dataset)}
     if name is None:
         return max(records.values(), key=lambda x: len(objects(x)) > 0), classes
     if name not in records:
-        raise ValueError(f"'{annotations}' has no image '{name}'; {hint(name, records)}")
+        raise ValueError(f"'{dataset}' has no image '{name}'; {hint(name, records)}")
     return records[name], classes
 
 
@@ -169,11 +178,12 @@ def read_subject(args: argparse.Namespace, known: list[str]) -> Subject:
         ValueError: the image or its ground truth cannot be read
     """
     path, target = args.input, None
-    if not args.annotations:
+    if args.input:
         if not os.path.isfile(path):
             raise ValueError(f"--input '{path}' is no file{path_hint(path)}")
     else:
-        record, classes = find_record(args.annotations, args.images, args.image)
+        name = data_of(args) if args.data else dataset_name(args.annotations, args.images)
+        record, classes = find_record(name, args.image)
         check_pixels(record)
         path, target = record["file_name"], to_target(record, classes, known)
     return Subject(path, Image.fromarray(read_image(path, "RGB")), target)

@@ -5,6 +5,7 @@ Imported before anything that takes seconds to import, which this does where it 
 
 import argparse
 import glob
+import os
 import sys
 import tempfile
 import warnings
@@ -84,12 +85,44 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data_arguments(
+    parser: argparse.ArgumentParser,
+    split: str = "val",
+    among: argparse._ActionsContainer | None = None,
+) -> None:
+    """A folder of data, in place of files in COCO's format.
+
+    Args:
+        split: that is taken by default
+        among: a group of arguments that exclude each other
+    """
+    what = "a data set as tools export it: COCO, YOLO, VOC"
+    (among or parser).add_argument("--data", metavar="FOLDER", help=what)
+    splits, about = ("train", "val", "test"), f"of --data; default: {split}"
+    parser.add_argument("--split", choices=splits, default=split, help=about)
+
+
+def data_of(args: argparse.Namespace) -> str:
+    """The name of the dataset of `add_data_arguments`; what the folder is, is printed.
+
+    Raises:
+        DatasetError: the folder is no data set that is known, or has no such split
+    """
+    from dino_d2.data import find_folder, register
+
+    print(find_folder(os.path.expanduser(args.data)))
+    name = f"{args.data}@{args.split}"
+    register([name])
+    return name
+
+
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """What is trained, on which data, by how many workers: Detectron2's options, and data."""
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a file, or a name of the model zoo")
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     add("--eval-only", action="store_true", help="evaluate, and do not train")
+    add("--data", metavar="FOLDER", help="a data set as tools export it: COCO, YOLO, VOC")
     for split in ("train", "val"):
         add(f"--{split}-json", metavar="FILE", help="annotations, COCO format")
         add(f"--{split}-images", metavar="FOLDER", help="where its images are")

@@ -29,7 +29,7 @@ import train_net
 from PIL import Image
 
 from dino_d2.data import generate, read_results
-from dino_d2.data.coco_faults import read
+from dino_d2.data.normalise import read
 from dino_d2.evaluation.errors import THRESHOLD, analyse, evaluate
 from dino_d2.model_zoo import get_config_file
 from dino_d2.visualize import LEGEND, contact_sheet, draw_curves, draw_image_errors

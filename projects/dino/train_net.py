@@ -18,7 +18,11 @@ Train on COCO, found where DETECTRON2_DATASETS points, with 8 GPUs:
     $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
         --num-gpus 8
 
-Train on data of one's own, in COCO format; works with .py configs too:
+Train on a folder of data, as Roboflow, CVAT, Label Studio, FiftyOne or Ultralytics export it:
+    $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
+        --data my/cells
+
+Train on files in COCO format; works with .py configs too:
     $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
         --train-json my/train.json --train-images my/images \\
         --val-json my/val.json --val-images my/images
@@ -54,6 +58,8 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     for split in ("train", "val"):
         if bool(getattr(args, f"{split}_json")) != bool(getattr(args, f"{split}_images")):
             parser.error(f"--{split}-json and --{split}-images go together")
+    if args.data and (args.train_json or args.val_json):
+        parser.error("--data is in place of --train-json and --val-json: give either")
     if args.num_gpus < 1:
         parser.error("--num-gpus is the number of workers, also on CPUs: at least 1")
     if args.num_machines > 1 and args.dist_url == "auto":
@@ -111,7 +117,9 @@ def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
 
 def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     given = apply_overrides(cfg, args.opts)
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = datasets(args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    sets = cfg.DATASETS
+    sets.TRAIN = datasets(args, "train", sets.TRAIN, "DATASETS.TRAIN" in given)
+    sets.TEST = datasets(args, "val", sets.TEST, "DATASETS.TEST" in given)
     is_dino = cfg.MODEL.META_ARCHITECTURE == "DINO"
     num_classes = cfg.MODEL.DINO.NUM_CLASSES if is_dino else None
     # Written down: the config that is saved with the results builds the model without the data.
@@ -147,7 +155,9 @@ def refuse_unsupported(cfg: CfgNode) -> None:
 def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
     given = apply_overrides(cfg, args.opts)
     train, test = cfg.dataloader.train.dataset, cfg.dataloader.test.dataset
-    train.names, test.names = datasets(args, train.names, test.names)
+    key = "dataloader.{}.dataset.names"
+    train.names = datasets(args, "train", train.names, key.format("train") in given)
+    test.names = datasets(args, "val", test.names, key.format("test") in given)
     number = cfg.model.num_classes if isinstance(cfg.model.num_classes, int) else None
     cfg.model.num_classes = check_data(args, train.names, test.names, number)
     require_device(cfg.train.device, "train.device=cpu")
@@ -164,15 +174,28 @@ def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
     return cfg
 
 
-def datasets(
-    args: argparse.Namespace, train: Sequence[str], test: Sequence[str]
-) -> tuple[Sequence[str], Sequence[str]]:
-    """Names of the data sets to train and to evaluate on: the config's, unless the command line
-    has files."""
-    if args.train_json or args.val_json:
-        pairs = (args.train_json, args.train_images), (args.val_json, args.val_images)
-        train, test = ([f"{file}@{images}"] if file else [] for file, images in pairs)
-    return train, test
+def datasets(args: argparse.Namespace, split: str, names: Sequence[str], given: bool) -> Sequence:
+    """Names of the data sets of a split: those that the command line has, or the config's.
+
+    Where the command line has data of another split, those of the config stay that are not COCO,
+    which only stands in the configs until there is other data.
+
+    Args:
+        split: "train" or "val"
+        names: of the config
+        given: whether the command line named these
+    """
+    if args.data:
+        has = split in data.find_folder(os.path.expanduser(args.data)).splits
+        own = [f"{args.data}@{split}"] if has else []
+    else:
+        file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
+        own = [f"{file}@{images}"] if file else []
+    if own and given:
+        raise ValueError(f"the {split} data is named as {own[0]!r} and as {list(names)}: drop one")
+    if own or given or not (args.data or args.train_json or args.val_json):
+        return own or names
+    return [name for name in names if not data.is_built_in(name)]
 
 
 def check_data(
@@ -183,7 +206,9 @@ def check_data(
         train = ()
     if not (test if args.eval_only else train):
         split = "val" if args.eval_only else "train"
-        raise ValueError(f"there is no data: give --{split}-json and --{split}-images")
+        raise ValueError(
+            f"there is no {split} data: give --data, or --{split}-json and --{split}-images"
+        )
     return data.check(train, test, num_classes)
 
 
@@ -253,6 +278,8 @@ def invoke_main() -> None:
     parser, args = parse()
     with one_sentence(parser.prog):  # bad input ends here, before there are several processes
         check_gpus(args.num_gpus)
+        if args.data:
+            print(data.find_folder(os.path.expanduser(args.data)))
         load_config(args)
     try:
         launch(worker, args)

@@ -14,12 +14,23 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from program import interruptible, make_folder, make_parser, one_sentence
+from program import (
+    add_data_arguments,
+    data_of,
+    interruptible,
+    make_folder,
+    make_parser,
+    one_sentence,
+)
 
 EPILOG = """
 Examples, after `make demo`:
 
-Sheets of the first 24 images of a training:
+Sheets of the first 24 images of a folder of data, as Roboflow or Ultralytics export it:
+    $ python projects/dino/visualize_data.py --config-file configs/quickstart.yaml \\
+        --data my/cells --output look
+
+The same of files in COCO's format:
     $ python projects/dino/visualize_data.py --config-file configs/quickstart.yaml \\
         --train-json output/quickstart/data/train.json \\
         --train-images output/quickstart/data/images --output look
@@ -35,6 +46,7 @@ As they come at iteration 1000, one picture an image; the config is changed at t
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
     parser.add_argument("--config-file", required=True, help="a file, or a name of the model zoo")
+    add_data_arguments(parser, "train")
     parser.add_argument("--train-json", metavar="FILE", help="annotations, COCO format")
     parser.add_argument("--train-images", metavar="FOLDER", help="where its images are")
     parser.add_argument("--output", type=Path, required=True, help="folder for the sheets")
@@ -50,6 +62,8 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     args = parser.parse_args()
     if bool(args.train_json) != bool(args.train_images):
         parser.error("--train-json and --train-images go together")
+    if args.data and args.train_json:
+        parser.error("--data is in place of --train-json: give either")
     if min(args.num_images, args.per_sheet, args.iteration + 1) < 1:
         parser.error("--num-images and --per-sheet have to be 1 or more, --iteration 0 or more")
     return parser, args
@@ -92,6 +106,7 @@ def load(args: argparse.Namespace) -> Source:
     cfg = model_zoo.get_config(args.config_file)
     apply_overrides(cfg, args.opts)
     names = [f"{args.train_json}@{args.train_images}"] if args.train_json else None
+    names = [data_of(args)] if args.data else names
     if isinstance(cfg, CfgNode):
         cfg.DATASETS.TRAIN = names or cfg.DATASETS.TRAIN
         image_format = cfg.INPUT.FORMAT
@@ -101,7 +116,7 @@ def load(args: argparse.Namespace) -> Source:
         image_format = cfg.dataloader.train.mapper.image_format
     plan = make_plan(cfg)
     if not plan.train_sets:
-        raise ValueError("there is no data: give --train-json and --train-images")
+        raise ValueError("there is no data: give --data, or --train-json and --train-images")
     data.check(plan.train_sets, (), None)
     if plan.seed < 0:
         print("no seed in the config, so a training draws one: 0 in its place")

@@ -12,7 +12,15 @@ import sys
 from html import escape
 from pathlib import Path
 
-from program import interruptible, make_folder, make_parser, one_sentence, score
+from program import (
+    add_data_arguments,
+    data_of,
+    interruptible,
+    make_folder,
+    make_parser,
+    one_sentence,
+    score,
+)
 
 THRESHOLD = 0.5  # least score, as in demo.py
 EPILOG = """
@@ -35,8 +43,9 @@ What demo.py detected:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
-    parser.add_argument("--annotations", type=Path, required=True, help="file of COCO's format")
-    parser.add_argument("--images", type=Path, required=True, help="folder of its images")
+    add_data_arguments(parser)
+    parser.add_argument("--annotations", type=Path, help="file of COCO's format")
+    parser.add_argument("--images", type=Path, help="folder of its images")
     parser.add_argument("--results", type=Path, required=True, help="detections, COCO's results")
     parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
     parser.add_argument("--num-images", type=int, default=12, help="of the worst; default: 12")
@@ -53,6 +62,10 @@ def argument_parser() -> argparse.ArgumentParser:
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argument_parser()
     args = parser.parse_args()
+    if bool(args.annotations) != bool(args.images):
+        parser.error("--annotations and --images go together")
+    if bool(args.annotations) == bool(args.data):
+        parser.error("say what was annotated: --data, or --annotations and --images")
     if args.num_images < 0:
         parser.error("--num-images has to be 0 or more")
     return parser, args
@@ -62,10 +75,12 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
     parse()
 
 
+from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from dino_d2.data import DatasetError, check, read_image, read_results
-from dino_d2.data.coco_faults import dataset_name, read
+from dino_d2.data.coco import annotations_of
+from dino_d2.data.coco_faults import dataset_name
 from dino_d2.data.mapper import check_pixels
 from dino_d2.evaluation.errors import Analysis, analyse, evaluate, worst_first
 from dino_d2.evaluation.evaluator import write_analysis
@@ -98,8 +113,10 @@ def load(args: argparse.Namespace) -> Analysis:
     Raises:
         DatasetError: annotations, images or results cannot be used
     """
-    check((), [dataset_name(args.annotations, args.images)], None)
-    dataset = read(str(args.annotations))
+    name = data_of(args) if args.data else dataset_name(args.annotations, args.images)
+    check((), [name], None)
+    args.images = Path(MetadataCatalog.get(name).image_root)
+    dataset = annotations_of(name)
     results = read_results(args.results, dataset)
     return analyse(evaluate(dataset, results), args.confidence_threshold)
 

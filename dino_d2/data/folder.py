@@ -1,0 +1,293 @@
+"""A folder as tools export it: which data set it is, and what its splits are.
+
+Known are COCO's files beside their images (of Roboflow, CVAT, Label Studio, FiftyOne and COCO
+itself), YOLO (Ultralytics) and VOC. Nothing is written into the folder.
+"""
+
+import json
+import logging
+import os
+import random
+import re
+from collections.abc import Iterator
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from textwrap import shorten
+from typing import NamedTuple
+
+from ..names import path_hint, plural
+from .coco_faults import DatasetError, parse
+from .convert import Conversion
+from .normalise import Repairs, leave_out_roots, loose, normalise, place_images, text
+from .voc import from_voc
+from .yolo import from_yolo
+
+logger = logging.getLogger(__name__)
+
+# How folders and files are named that hold a split.
+SPLITS = {
+    "train": re.compile(r"(^|[^a-z])train(ing|val)?(set)?[0-9]*([^a-z]|$)"),
+    "val": re.compile(r"(^|[^a-z])(val(id|idation)?|dev)(set)?[0-9]*([^a-z]|$)"),
+    "test": re.compile(r"(^|[^a-z])test(ing)?(set)?[0-9]*([^a-z]|$)"),
+}
+ALL = "all"  # the split of a folder that has none
+HELD_OUT = 0.1  # share of the images that becomes the val split where there is none
+SEED = 0  # of which these are
+DEPTH = 2  # folders down to which annotations are looked for
+SAMPLE = 100  # images of a file by which their folder is told
+
+
+class Split(NamedTuple):
+    """COCO annotations, put right, and the folder of their images."""
+
+    dataset: dict[str, list]
+    image_root: str
+
+
+class Found(NamedTuple):
+    """What a folder is."""
+
+    folder: str
+    kind: str  # "COCO", "YOLO", "VOC"
+    splits: dict[str, Split]  # by "train", "val", "test"
+    held_out: bool  # whether val was taken from train
+
+    def __str__(self) -> str:
+        """One line: kind, and images, boxes and classes of the splits."""
+        held = {"val": f" (held out: {HELD_OUT:.0%} of the images, seed {SEED})" * self.held_out}
+        parts = [
+            f"{name} {plural(len(split.dataset['images']), 'image')} with "
+            f"{plural(len(split.dataset['annotations']), 'box')}{held.get(name, '')}"
+            for name, split in self.splits.items()
+        ]
+        classes = [x["name"] for x in next(iter(self.splits.values())).dataset["categories"]]
+        names = shorten(", ".join(classes), 200)
+        return (
+            f"'{self.folder}' is {self.kind}: {'; '.join(parts)}; "
+            f"{plural(len(classes), 'class')}: {names}"
+        )
+
+
+class Name(NamedTuple):
+    """Of a dataset: "FOLDER@train"."""
+
+    folder: str
+    split: str
+
+
+def split_name(name: str) -> Name | None:
+    """The parts of a name of the form FOLDER@SPLIT; None for another."""
+    folder, _, split = name.rpartition("@")
+    return Name(os.path.expanduser(folder), split) if folder and split in SPLITS else None
+
+
+@cache
+def find(folder: str) -> Found:
+    """What a folder holds; the same each time.
+
+    Where there is training data and no val split, a share of it is held out.
+
+    Args:
+        folder: or, of YOLO, its YAML file
+
+    Raises:
+        DatasetError: it is no data set, or could be several; says what was seen
+    """
+    path = Path(folder)
+    if not path.exists():
+        raise DatasetError(f"there is no folder '{folder}'{path_hint(folder)}")
+    if path.is_file() and path.suffix not in (".yaml", ".yml"):
+        raise DatasetError(
+            f"'{folder}' is a file: give the folder that it is in, or COCO annotations by "
+            "--train-json and --train-images"
+        )
+    readers = {"COCO": find_coco, "YOLO": find_yolo, "VOC": find_voc}
+    found = {kind: splits for kind, reader in readers.items() if (splits := reader(path))}
+    if len(found) > 1:
+        raise DatasetError(
+            f"'{folder}' could be {' or '.join(found)}: name the data.yaml of YOLO, or files of "
+            "COCO by --train-json and --train-images"
+        )
+    if not found:
+        raise DatasetError(
+            f"'{folder}' is no data set that is known: in it are {seen(path)}, but no COCO JSON "
+            "with its images, data.yaml of YOLO, or XML files of VOC; name files by --train-json "
+            "and --train-images, or convert them"
+        )
+    ((kind, splits),) = found.items()
+    splits = {"train" if name == ALL else name: split for name, split in splits.items()}
+    _put_right(splits, folder)
+    held_out = "train" in splits and "val" not in splits
+    if held_out:
+        splits["train"], splits["val"] = hold_out(splits["train"])
+    return Found(folder, kind, {x: splits[x] for x in SPLITS if x in splits}, held_out)
+
+
+def _put_right(splits: dict[str, Split], folder: str) -> None:
+    """All at once: whether a category only groups others is a question to every split."""
+    repairs = Repairs()
+    for name, split in splits.items():
+        try:
+            normalise(split.dataset, repairs, keep_roots=True)
+            place_images(split.dataset["images"], split.image_root, repairs)
+        except DatasetError as error:
+            raise DatasetError(f"split '{name}' of '{folder}': {error}") from error
+    leave_out_roots([split.dataset for split in splits.values()], repairs)
+    repairs.warn(folder)
+
+
+def hold_out(split: Split) -> tuple[Split, Split]:
+    """What is left of a split, and the share that is held out of it.
+
+    Images with and without boxes are drawn alike; at least one has boxes, if two have.
+    """
+    images, annotations = split.dataset["images"], split.dataset["annotations"]
+    boxed = {x["image_id"] for x in annotations}
+    draw, taken = random.Random(SEED), set()
+    for with_boxes in (True, False):
+        ids = [x["id"] for x in images if (x["id"] in boxed) == with_boxes]
+        least = int(with_boxes and len(ids) > 1)
+        taken.update(draw.sample(sorted(ids), max(round(HELD_OUT * len(ids)), least)))
+
+    def part(held: bool) -> Split:
+        dataset = {
+            "images": [x for x in images if (x["id"] in taken) == held],
+            "annotations": [x for x in annotations if (x["image_id"] in taken) == held],
+        }
+        return split._replace(dataset=split.dataset | dataset)
+
+    return part(False), part(True)
+
+
+def seen(path: Path) -> str:
+    """What is in a folder, in a few words."""
+    if path.is_file():
+        return "no names of classes"
+    names = sorted(x.name + "/" * x.is_dir() for x in path.iterdir())
+    listed = ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
+    labelme = any(map(is_labelme, islice(path.rglob("*.json"), 3)))
+    return (listed or "no files") + " (with JSON of labelme: labelme2coco makes COCO)" * labelme
+
+
+def is_labelme(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError):
+        return False
+    return isinstance(content, dict) and "shapes" in content and "imagePath" in content
+
+
+def split_of(path: Path, root: Path) -> str:
+    """The split that a file is named after, or its folders, the nearest first."""
+    for name in (path.stem, *reversed(path.relative_to(root).parent.parts)):
+        matches = {split: pattern.search(name.lower()) for split, pattern in SPLITS.items()}
+        starts = {split: match.start() for split, match in matches.items() if match}
+        if starts:
+            return min(starts, key=starts.__getitem__)
+    return ALL
+
+
+# ---- COCO
+
+
+def find_coco(root: Path) -> dict[str, Split]:
+    """
+    Raises:
+        DatasetError: two files could be the same split
+    """
+    if root.is_file():
+        return {}
+    contents = {x: y for x in json_files(root) if (y := content_of(x))}
+    # COCO's own folder has captions, keypoints and more of the same images.
+    files = [x for x in contents if x.name.startswith("instances_")] or list(contents)
+    parts = [x for x in files if "trainval" not in x.stem.lower()]
+    if any(split_of(x, root) == "train" for x in parts):
+        files = parts
+    splits: dict[str, Path] = {}
+    for path in files:
+        split = split_of(path, root)
+        other = splits.setdefault(split, path)
+        if other != path or (ALL in splits and len(splits) > 1):
+            names = " and ".join(f"'{x.relative_to(root)}'" for x in files[:4])
+            raise DatasetError(
+                f"'{root}' has {names}, and their names do not say which split each is: name them "
+                "by --train-json and --val-json, with the folders of their images"
+            )
+    return {
+        split: Split(contents[path], image_root(contents[path]["images"], path, root))
+        for split, path in splits.items()
+    }
+
+
+def json_files(root: Path) -> Iterator[Path]:
+    for depth in range(DEPTH + 1):
+        yield from sorted(root.glob("*/" * depth + "*.json"))
+
+
+def content_of(path: Path) -> dict[str, list] | None:
+    """The content of a file of COCO annotations; None of any other."""
+    try:
+        return parse(str(path))
+    except DatasetError:
+        return None
+
+
+def image_root(images: list, json_file: Path, root: Path) -> str:
+    """The folder that has most of the images of a file; of several the one that is named as its
+    split, and then the nearest."""
+    near, split = json_file.parent, split_of(json_file, root)
+    names = [x["file_name"] for x in images if isinstance(x, dict) and text(x.get("file_name"))]
+    names = [str(name).replace("\\", "/") for name in names[:SAMPLE]]
+    below = [x for depth in (1, 2) for x in sorted(root.glob("*/" * depth)) if x.is_dir()]
+    folders = list(dict.fromkeys([near, *(x for x in below if near in x.parents), root, *below]))
+
+    def rank(folder: Path) -> tuple[int, bool]:
+        there = {loose(x.name) for x in folder.iterdir()}
+        has = sum((folder / x).is_file() or loose(Path(x).name) in there for x in names)
+        return -has, split != ALL and split_of(folder / "x", root) != split
+
+    return str(min(folders, key=rank))  # the first of equals
+
+
+# ---- YOLO and VOC
+
+
+def find_yolo(root: Path) -> dict[str, Split]:
+    """Those of a folder with a YAML file of names, or with classes.txt."""
+    files = [root] if root.is_file() else [*root.glob("*.yaml"), *root.glob("*.yml")]
+    named = any("names" in x.read_text("utf-8", "replace") for x in files)
+    if not named and not (root / "classes.txt").is_file():
+        return {}
+    base = root if root.is_dir() else root.parent
+    return converted({"": from_yolo(root)}, {"": base})
+
+
+def find_voc(root: Path) -> dict[str, Split]:
+    """Those of a folder of VOC, or of one such folder a split, as Roboflow writes them."""
+    if root.is_file():
+        return {}
+    if has_xml(root):
+        return converted({"": from_voc(root, zero_based=None)}, {"": root})
+    inside = [x for x in sorted(root.iterdir()) if x.is_dir() and has_xml(x)]
+    folders = {split_of(x / "x", root): x for x in inside}
+    conversions = {split: from_voc(x, zero_based=None) for split, x in folders.items()}
+    return converted(conversions, folders)
+
+
+def has_xml(root: Path) -> bool:
+    folders = root / "Annotations", root / "annotations", root
+    return any(next(x.glob("*.xml"), None) for x in folders)
+
+
+def converted(conversions: dict[str, Conversion], roots: dict[str, Path]) -> dict[str, Split]:
+    """The splits of what was converted: "" has splits of its own, others are one each."""
+    splits: dict[str, Split] = {}
+    for outer, conversion in conversions.items():
+        for what, count in conversion.notes.items():
+            if count:
+                logger.warning(f"'{roots[outer]}': {what}: {count}")
+        for inner, dataset in conversion.datasets.items():
+            name = outer or {"trainval": "train"}.get(inner, inner)
+            splits.setdefault(name, Split(dataset, str(roots[outer])))
+    return splits
