@@ -241,7 +241,7 @@ def test_means_weigh_every_image(monkeypatch):
         (["--config-file", "dino_R_50_4scal"], "nearest: .*dino_R_50_4scale"),
         (["--annotations", "nowhere.json"], "'nowhere.json' does not exist"),
         (["--annotations", "{folder}/sizeless.json"], "'0.jpg' has height and width .0, 50.: make"),
-        (["--annotations", "{folder}/number.json"], "entry 0 of 'images' has id None"),
+        (["--annotations", "{folder}/number.json"], "entry 0 of 'images' is 7: make it an object"),
         (["--device", "gpu"], "'gpu', which PyTorch does not know"),
         (["--output", "{folder}/no/table.md"], "No such file or directory"),
         (["--opts", "MODEL.DINO.QUERIES", "3"], "QUERIES"),
