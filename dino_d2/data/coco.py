@@ -8,7 +8,6 @@ registered, so that what is wrong with it is said before training, in one senten
 first epoch; so are those that others have registered. Evaluation reads what was checked.
 """
 
-import atexit
 import functools
 import json
 import logging
@@ -18,6 +17,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
+from multiprocessing.util import Finalize
 from operator import itemgetter
 from textwrap import shorten
 
@@ -25,6 +25,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import log_first_n
 
 from ..names import nearest, path_hint
 from . import folder
@@ -142,7 +143,8 @@ def _check_annotated(train: list[str], test: list[str]) -> None:
         sentence = f"test set '{name}' has no annotations, so there is nothing to compare with"
         if train:
             raise DatasetError(f"{sentence}: leave it out, or name an annotated one")
-        logger.warning(f"{sentence}: its detections are written, and not evaluated")
+        sentence += ": its detections are written, and not evaluated"
+        log_first_n(logging.WARNING, sentence, key="message")
 
 
 def _as_list(names: Iterable[str]) -> list[str]:
@@ -296,13 +298,8 @@ def write_copy(dataset: dict[str, list]) -> str:
 @functools.cache
 def _copies() -> str:
     folder = tempfile.mkdtemp(prefix="dino_d2_")
-    owner = os.getpid()  # workers of a loader are forks, and leave it
-
-    def remove() -> None:
-        if os.getpid() == owner:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
+    # Of workers, too, which do not run `atexit`; a loader's, which are forks, leave it.
+    Finalize(None, shutil.rmtree, (folder, True), exitpriority=0)
     return folder
 
 

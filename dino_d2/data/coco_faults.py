@@ -76,7 +76,7 @@ def faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:
     """What is wrong, in the order in which one part relies on another: the first is of use.
 
     Args:
-        dataset: as `normalise.normalise` leaves it
+        dataset: as `normalise` and `place_images` leave it
         image_root: the folder of its images
     """
     for key in ("images", "categories"):
@@ -107,13 +107,6 @@ def _image_faults(images: list[dict], image_root: str) -> Iterator[str]:
             f"'{os.path.join(image_root, missing[0]['file_name'])}': correct the image folder or "
             "'file_name'"
         )
-    for image in images:
-        size = image.get("width"), image.get("height")
-        if not all(isinstance(side, int) and side > 0 for side in size):
-            yield (
-                f"image '{image['file_name']}' has width and height {size}: make them positive "
-                "integers"
-            )
 
 
 def missing_images(images: list[dict], image_root: str) -> list[dict]:

@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +23,7 @@ FLAGS = {"0": 0, "false": 0, "no": 0, "1": 1, "true": 1, "yes": 1}
 NO_PARENT = (None, "", "none")  # how exporters write that a category has no supercategory
 SIDES = "width", "height"
 MAX_SIDE = 100_000  # of a mask, in pixels
+MAX_FILES = 100_000  # that are looked at besides, if the folder that was named is a whole disk
 
 
 class Repairs:
@@ -299,12 +301,8 @@ def place_images(images: list[dict], image_root: str, repairs: Repairs) -> None:
     """
     if missing := missing_images(images, image_root):
         taken = {x["file_name"] for x in images}
-        files = [
-            str(path.relative_to(image_root))
-            for path in Path(image_root).rglob("*")
-            if path.suffix.lower() in SUFFIXES
-        ]
-        known = _by_keys(name for name in files if name not in taken)
+        files = islice(_files_below(image_root), MAX_FILES + 2 * len(images))
+        known = _by_keys(x for x in files if x not in taken and Path(x).suffix.lower() in SUFFIXES)
         for image in missing:
             name = image["file_name"]
             found = next((known[key] for key in _keys(name) if len(known.get(key, ())) == 1), None)
@@ -318,6 +316,13 @@ def place_images(images: list[dict], image_root: str, repairs: Repairs) -> None:
                 for side, value in zip(SIDES, image_size(path), strict=True):
                     repairs.put(image, side, value)
                 repairs.note("sizes that are missing, read from the image", f"'{path}'")
+
+
+def _files_below(root: str) -> Iterator[str]:
+    """Their paths, seen from the folder."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            yield os.path.relpath(os.path.join(folder, name), root)
 
 
 def loose(name: str) -> str:
