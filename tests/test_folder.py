@@ -110,7 +110,8 @@ def ultralytics(root):
 def roboflow_yolo(root):
     for split in ("train", "valid"):
         yolo(root / split / "labels", root / split / "images", numbered(split, 3))
-    text = "train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['cat', 'dog']\n"
+    text = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n"
+    text += "nc: 2\nnames: ['cat', 'dog']\n"
     (root / "data.yaml").write_text(text)
 
 

@@ -18,6 +18,7 @@ from .convert import (
     to_coco,
 )
 from .mapper import image_size
+from .normalise import whole
 
 SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 LIKE_A_SPLIT = re.compile(r"(train(ing)?|val(id|idation)?|test(ing)?)(set)?[-_]?\d*", re.IGNORECASE)
@@ -30,6 +31,7 @@ class YoloFolder(NamedTuple):
     base: Path  # where its images are, in some folder or other
     classes: list[str]
     images: dict[str, list[Path]]  # by split
+    lacks_test: bool = False  # although it is named: Roboflow names it always
 
 
 def from_yolo(root: Path) -> Conversion:
@@ -61,6 +63,7 @@ def from_yolo(root: Path) -> Conversion:
     used = {os.path.abspath(path) for paths in folder.images.values() for path in paths}
     there = set(map(os.path.abspath, find_images(folder.base)))
     notes["images in no split, left out"] = len(there - used)
+    notes["test splits that are named and not there"] = int(folder.lacks_test)
     conversion.notes.update(notes)
     return conversion
 
@@ -140,21 +143,21 @@ def read_yaml(path: Path) -> YoloFolder:
         if names.keys() != set(range(len(names))):
             raise DatasetError(f"'{path}': its 'names' have to be numbered from 0, one by one")
         names = [names[number] for number in range(len(names))]
-    if config.get("nc", len(names)) != len(names):
+    if whole(config.get("nc", len(names))) != len(names):
         raise DatasetError(f"'{path}' has nc {config['nc']} but {len(names)} names: correct either")
     base = path.parent / str(config.get("path") or "")
     bases = [base, path.parent] if base.is_dir() else [path.parent]
-    images = {}
-    for split, keys in SPLITS.items():
-        given = [config[key] for key in keys if config.get(key)]
-        if len(given) > 1:
-            raise DatasetError(f"'{path}' has both {' and '.join(keys)}: put them into one list")
-        entries = given[0] if given and isinstance(given[0], list) else given
-        found = [image for entry in entries for image in read_entry(str(entry), bases, path)]
-        if entries:
-            images[split] = list(dict.fromkeys(found))
+    entries = {split: read_entries(config, keys, path) for split, keys in SPLITS.items()}
+    lacks_test = bool(entries["test"]) and not any(places(x, bases) for x in entries["test"])
+    if lacks_test:
+        entries["test"] = []
+    images = {
+        split: list(dict.fromkeys(x for entry in named for x in read_entry(entry, bases, path)))
+        for split, named in entries.items()
+        if named
+    }
     classes = ["" if name is None else str(name) for name in names]
-    return _checked(YoloFolder(path.parent, bases[0], classes, images))
+    return _checked(YoloFolder(path.parent, bases[0], classes, images, lacks_test))
 
 
 def _checked(folder: YoloFolder) -> YoloFolder:
@@ -166,13 +169,20 @@ def _checked(folder: YoloFolder) -> YoloFolder:
     return folder
 
 
+def read_entries(config: dict, keys: tuple[str, ...], path: Path) -> list[str]:
+    """What a YAML file names as one split."""
+    given = [config[key] for key in keys if config.get(key)]
+    if len(given) > 1:
+        raise DatasetError(f"'{path}' has both {' and '.join(keys)}: put them into one list")
+    return list(map(str, given[0] if given and isinstance(given[0], list) else given))
+
+
 def read_entry(entry: str, bases: list[Path], path: Path) -> list[Path]:
     """The images of a split: those of a folder, or those that a text file lists."""
-    # Exports of some tools name the folder beside that of the YAML file, and mean one in it.
-    places = [base / name for base in bases for name in (entry, entry.removeprefix("../"))]
-    place = next((x for x in places if x.exists()), None)
+    place = next(iter(places(entry, bases)), None)
     if place is None:
-        raise DatasetError(f"'{path}': there is no '{places[0]}'{path_hint(places[0])}")
+        named = bases[0] / entry
+        raise DatasetError(f"'{path}': there is no '{named}'{path_hint(named)}")
     if place.is_dir():
         return find_images(place)
     images = []
@@ -182,6 +192,13 @@ def read_entry(entry: str, bases: list[Path], path: Path) -> list[Path]:
             if not images[-1].is_file():
                 raise DatasetError(f"'{place}', line {number}: there is no image '{images[-1]}'")
     return images
+
+
+def places(entry: str, bases: list[Path]) -> list[Path]:
+    """Where an entry of the YAML file is: exports of some tools name the folder beside that of the
+    file, and mean one in it."""
+    named = (base / name for base in bases for name in (entry, entry.removeprefix("../")))
+    return [x for x in named if x.exists()]
 
 
 def label_file(image: Path) -> Path:
