@@ -334,6 +334,11 @@ def test_two_inputs_that_are_one_image_of_the_annotations_are_refused(annotation
     assert coco_writer.image_ids([first, Path("more/a.png")], dataset) == [70, 71]
 
 
+def test_an_image_may_differ_from_its_annotated_name_in_case(annotations):
+    dataset = read(annotations)
+    assert coco_writer.image_ids([Path("x/A.PNG")], dataset) == [70]
+
+
 @pytest.mark.parametrize(
     ("key", "fault"),
     [("images", "has file_name None"), ("categories", "has name None")],

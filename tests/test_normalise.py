@@ -377,6 +377,19 @@ def test_a_registered_function_is_checked_as_any(changes, register_function, tmp
     assert annotation["bbox"] == BOX and record["width"] == 40 and record["image_id"] == "seven"
 
 
+def test_a_function_is_evaluated_with_what_it_gives_now(register_function, tmp_path):
+    def evaluator(name, **options):
+        return ErrorAnalysisEvaluator(name, output_dir=str(tmp_path), **options)
+
+    register_function(bbox=[0, 0, 3, 3])
+    assert evaluated("function", evaluator, image_id="seven") == 0
+    for catalog in (DatasetCatalog, MetadataCatalog):  # as in the next process
+        catalog.remove("function")
+    register_function(iscrowd="no")
+    check([], ["function"], None)
+    assert evaluated("function", evaluator, image_id="seven") == pytest.approx(100)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -4,6 +4,7 @@ import csv
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2.evaluation import COCOEvaluator
@@ -16,7 +17,14 @@ BACKGROUND = "(background)"
 
 
 class ErrorAnalysisEvaluator(COCOEvaluator):
-    """Detectron2's evaluator; leaves the error analysis of the boxes in its output folder, too."""
+    """Detectron2's evaluator; leaves the error analysis of the boxes in its output folder, too.
+
+    What a registered function gives is converted anew each time, unless it is told otherwise: what
+    an earlier run left in the folder may be of other data.
+    """
+
+    def __init__(self, *args: Any, allow_cached_coco: bool = False, **options: Any):
+        super().__init__(*args, allow_cached_coco=allow_cached_coco, **options)
 
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
