@@ -17,8 +17,10 @@ import install  # noqa: E402
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What would have been installed."""
+    """What would have been installed, where PyTorch works."""
     calls = []
+    works = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(install.subprocess, "run", lambda *words, **options: works)
     monkeypatch.setattr(install, "pip", lambda *words: calls.append([*map(str, words)]))
     monkeypatch.setattr(install, "add_detectron2", lambda scratch: calls.append(["detectron2"]))
     return calls
@@ -110,13 +112,9 @@ def test_a_pytorch_that_is_there_is_kept(calls, has, comes_from, tmp_path):
 
 
 @pytest.mark.parametrize("index", ["", "https://download.pytorch.org/whl/cpu"])
-def test_a_missing_pytorch_comes_from_the_index_that_is_named(
-    index, calls, has, comes_from, monkeypatch
-):
+def test_a_missing_pytorch_comes_from_the_index_that_is_named(index, calls, has, comes_from):
     has()
     comes_from(None)
-    works = SimpleNamespace(returncode=0)
-    monkeypatch.setattr(install.subprocess, "run", lambda *words, **options: works)
     install.main(["--pytorch-index", index])
     assert calls[0] == ["install", *(["--index-url", index] if index else []), *install.PYTORCH]
 
@@ -126,7 +124,7 @@ def test_a_torchvision_of_another_pytorch_is_one_sentence(calls, has, monkeypatc
     failed = SimpleNamespace(returncode=1, stderr="Traceback\nRuntimeError: no operator nms\n")
     monkeypatch.setattr(install.subprocess, "run", lambda *words, **options: failed)
     with pytest.raises(SystemExit, match=r"torch==2.13.0\+cpu do not work .*no operator nms"):
-        install.add_pytorch("")
+        install.check_pytorch()
 
 
 def test_an_environment_of_another_checkout_is_left_alone(calls, comes_from, tmp_path):

@@ -81,6 +81,10 @@ def add_pytorch(index):
     torch, torchvision = PYTORCH
     requirements = installed("torch") or [torch], installed("torchvision") or [torchvision]
     pip("install", *("--index-url", index) * bool(index), *sum(requirements, []))
+
+
+def check_pytorch():
+    """torchvision is compiled for a PyTorch, which not all that pip accepts are."""
     check = [sys.executable, "-c", "import torch, torchvision"]
     tried = subprocess.run(check, stderr=subprocess.PIPE, text=True)
     if tried.returncode:
@@ -99,6 +103,7 @@ def install(scratch, index):
 
     if not (installed("torch") and installed("torchvision")):
         add_pytorch(index)
+    check_pytorch()
 
     requirements = installed("torch") + installed("torchvision")
     print("Installing dino_d2 beside", *requirements, flush=True)
