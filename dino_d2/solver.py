@@ -42,6 +42,8 @@ def parameter_groups(
     lr: float,
     weight_decay: float = 1e-4,
     norm_weight_decay: float | None = None,
+    bias_weight_decay: float | None = None,
+    bias_multiplier: float = 1.0,
     backbone_multiplier: float = 0.1,
     offsets_multiplier: float = 1.0,
 ) -> list[dict]:
@@ -53,21 +55,26 @@ def parameter_groups(
         weight_decay: of all but normalisation layers
         norm_weight_decay: of the parameters of normalisation layers; None: the same, as in official
             DINO; detrex has 0
+        bias_weight_decay: of all biases, those of normalisation layers too; None: as the weights
+            beside them
+        bias_multiplier: of the learning rate of biases, beside the multipliers below
         backbone_multiplier: of the backbone
         offsets_multiplier: of the linear layers that say where to look, `sampling_offsets` and
             `reference_points`; Deformable DETR has 0.1, DINO 1
     """
 
     def multiplier(name: str) -> float:
+        of_bias = bias_multiplier if name.endswith(".bias") else 1.0
         if name.startswith("backbone."):
-            return backbone_multiplier
+            return of_bias * backbone_multiplier
         says_where = "sampling_offsets" in name or "reference_points" in name
-        return offsets_multiplier if says_where else 1.0
+        return of_bias * (offsets_multiplier if says_where else 1.0)
 
     return get_default_optimizer_params(
         model,
         base_lr=lr,
         weight_decay=weight_decay,
         weight_decay_norm=norm_weight_decay,
+        weight_decay_bias=bias_weight_decay,
         lr_factor_func=multiplier,
     )

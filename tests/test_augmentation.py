@@ -145,3 +145,17 @@ def test_flips_are_those_of_the_config(flip):
 def test_an_unknown_flip_is_refused():
     with pytest.raises(ValueError, match="sideways.*horizontal, vertical, none"):
         detr_augmentation(flip="sideways")
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"sampling": "any"}, "sampling is 'any'; it can be choice, range"),
+        ({"crop_type": "round"}, "crop_type is 'round'; it can be absolute_range, absolute, rel"),
+        ({"sampling": "range", "min_sizes": (1, 2, 3)}, r"a range of \[1, 2, 3\]; give two sizes"),
+        ({"crop_type": "relative_range"}, r"relative_range and of \[384, 600\]; give parts of 1"),
+    ],
+)
+def test_options_that_cannot_be_are_one_sentence(options, part):
+    with pytest.raises(ValueError, match=part):
+        detr_augmentation(**options)

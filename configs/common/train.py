@@ -18,5 +18,6 @@ train = dict(
     log_period=20,
     wandb_project="",
     device="cuda",
+    cudnn_benchmark=False,
     seed=-1,
 )

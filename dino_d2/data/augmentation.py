@@ -25,9 +25,11 @@ def detr_augmentation(
     min_sizes: Sequence[int] = MIN_SIZES,
     max_size: int = 1333,
     crop_min_sizes: Sequence[int] = (400, 500, 600),
-    crop_size: tuple[int, int] | None = (384, 600),
+    crop_size: tuple[float, float] | None = (384, 600),
     crop_prob: float = 0.5,
     flip: str = "horizontal",
+    sampling: str = "choice",
+    crop_type: str = "absolute_range",
 ) -> list[T.Augmentation]:
     """Flip; with probability ``crop_prob`` resize and crop; resize. For ``Mapper``.
 
@@ -39,29 +41,49 @@ def detr_augmentation(
         min_sizes: lengths of the short side to choose from, in pixels.
         max_size: limit of the long side, in pixels.
         crop_min_sizes: lengths of the short side before the crop to choose from, in pixels.
-        crop_size: smallest and largest side of the crop, in pixels; None never crops.
+        crop_size: smallest and largest side of the crop, in pixels, or what another `crop_type`
+            makes of the two numbers; None never crops.
         crop_prob: probability of the crop.
         flip: "horizontal", "vertical" or "none", as Detectron2's INPUT.RANDOM_FLIP.
+        sampling: "choice" of one of `min_sizes`, or any in the "range" of two, as Detectron2's
+            INPUT.MIN_SIZE_TRAIN_SAMPLING.
+        crop_type: as Detectron2's INPUT.CROP.TYPE, see its `RandomCrop`.
 
     Raises:
-        ValueError: another kind of flip.
+        ValueError: another kind of flip, sampling or crop, or sizes that do not go with it.
     """
+    _check_kinds(flip, sampling, crop_type)
+    if sampling == "range" and len(min_sizes) != 2:
+        raise ValueError(
+            f"the short side is in a range of {list(min_sizes)}; give two sizes, the smallest and "
+            "the largest"
+        )
+    if crop_size and crop_type.startswith("relative") and max(crop_size) > 1:
+        raise ValueError(f"the crop is {crop_type} and of {list(crop_size)}; give parts of 1")
     # tuple(): a LazyConfig hands over OmegaConf's lists, which are slow to sample from.
     crop = crop_size and T.RandomApply(
         T.AugmentationList(
             [
                 ResizeShortestEdge(tuple(crop_min_sizes), MAX_SIZE_BEFORE_CROP, "choice"),
-                T.RandomCrop("absolute_range", tuple(crop_size)),
+                T.RandomCrop(crop_type, tuple(crop_size)),
             ]
         ),
         prob=crop_prob,
     )
-    resize = ResizeShortestEdge(tuple(min_sizes), max_size, sample_style="choice")
+    resize = ResizeShortestEdge(tuple(min_sizes), max_size, sampling)
     flips = {
         "horizontal": [T.RandomFlip(horizontal=True)],
         "vertical": [T.RandomFlip(horizontal=False, vertical=True)],
         "none": [],
     }
-    if flip not in flips:
-        raise ValueError(f"flip is {flip!r}; it can be {', '.join(flips)}")
     return [*flips[flip], *([crop] if crop else []), resize]
+
+
+def _check_kinds(flip: str, sampling: str, crop_type: str) -> None:
+    for name, value, known in (
+        ("flip", flip, ("horizontal", "vertical", "none")),
+        ("sampling", sampling, ("choice", "range")),
+        ("crop_type", crop_type, ("absolute_range", "absolute", "relative", "relative_range")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it can be {', '.join(known)}")

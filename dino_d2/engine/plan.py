@@ -21,6 +21,7 @@ from .. import data
 from ..evaluation.evaluator import ErrorAnalysisEvaluator
 from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
+from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_dino, refuse
 from .writers import plain_config
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,9 +63,10 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
             configs/common
 
     Raises:
-        ValueError: a value is none of those that there are, a batch cannot be divided, or two
-            settings do not go together
+        ValueError: a value is none of those that there are, a batch cannot be divided, two
+            settings do not go together, or a key has no effect, see `check_keys`
     """
+    check_keys(cfg)
     plan = yaml_plan(cfg) if isinstance(cfg, CfgNode) else lazy_plan(cfg)
     if plan.seed >= 2**32:
         raise ValueError(f"the seed is {plan.seed}; it has to be below 2**32")
@@ -79,9 +81,8 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
 def yaml_plan(cfg: CfgNode) -> Plan:
     solver = cfg.SOLVER
     amp = solver.AMP
-    if solver.OPTIMIZER not in ("ADAMW", "SGD"):
-        raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it can be ADAMW or SGD")
-    if solver.FSDP and cfg.MODEL.META_ARCHITECTURE != "DINO":
+    refuse(cfg, OF_DETECTRON2S_TRAINER, "here")
+    if solver.FSDP and not is_dino(cfg):
         raise ValueError("SOLVER.FSDP shards the stages of a DINO; train this model without it")
     for_people = plain_config(cfg)
     cfg = cfg.clone()
@@ -124,6 +125,8 @@ def yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,
         norm_weight_decay=solver.WEIGHT_DECAY_NORM,
+        bias_weight_decay=solver.WEIGHT_DECAY_BIAS,
+        bias_multiplier=solver.BIAS_LR_FACTOR,
         backbone_multiplier=solver.BACKBONE_MULTIPLIER,
         offsets_multiplier=solver.OFFSETS_MULTIPLIER,
     )
@@ -136,15 +139,23 @@ def yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def yaml_train_loader(cfg: CfgNode) -> Any:
-    augmentations = data.detr_augmentation(
-        min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
-        max_size=cfg.INPUT.MAX_SIZE_TRAIN,
-        crop_min_sizes=cfg.INPUT.CROP.MIN_SIZE_TRAIN,
-        crop_size=cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else None,
-        flip=cfg.INPUT.RANDOM_FLIP,
-    )
-    mapper = data.Mapper(cfg, is_train=True, augmentations=augmentations)
-    return build_detection_train_loader(cfg, mapper=mapper)
+    return build_detection_train_loader(cfg, mapper=yaml_mapper(cfg))
+
+
+def yaml_mapper(cfg: CfgNode) -> data.Mapper:
+    """Augments as DETR does; for other models than DINO as Detectron2 does."""
+    options = {}
+    if is_dino(cfg):
+        options["augmentations"] = data.detr_augmentation(
+            min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
+            sampling=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+            max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+            crop_min_sizes=cfg.INPUT.CROP.MIN_SIZE_TRAIN,
+            crop_type=cfg.INPUT.CROP.TYPE,
+            crop_size=cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else None,
+            flip=cfg.INPUT.RANDOM_FLIP,
+        )
+    return data.Mapper(cfg, is_train=True, **options)
 
 
 def yaml_evaluate(cfg: CfgNode, model: nn.Module, folder: str = "") -> dict:
@@ -153,15 +164,27 @@ def yaml_evaluate(cfg: CfgNode, model: nn.Module, folder: str = "") -> dict:
     Files are in `folder` in "inference" of the output folder; those of several data sets in folders
     of their own in it.
     """
-    results, names = {}, cfg.DATASETS.TEST
-    for number, name in enumerate(names, start=1):
-        loader = build_detection_test_loader(cfg, name, mapper=data.Mapper(cfg, is_train=False))
-        own = f"{number}_{Path(name.partition('@')[0]).stem}" if len(names) > 1 else ""
-        path = Path(cfg.OUTPUT_DIR, "inference", folder, own)
-        results[name] = run_evaluator(
-            model, loader, ErrorAnalysisEvaluator(name, output_dir=str(path))
-        )
-    return results[name] if len(results) == 1 else results
+    results = {
+        name: run_evaluator(model, yaml_test_loader(cfg, name), yaml_evaluator(cfg, name, folder))
+        for name in cfg.DATASETS.TEST
+    }
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def yaml_test_loader(cfg: CfgNode, name: str) -> Any:
+    return build_detection_test_loader(cfg, name, mapper=data.Mapper(cfg, is_train=False))
+
+
+def yaml_evaluator(cfg: CfgNode, name: str, folder: str = "") -> DatasetEvaluator:
+    """Of one of the data sets to evaluate on; `folder` is as of `yaml_evaluate`."""
+    names = cfg.DATASETS.TEST
+    number, stem = names.index(name) + 1, Path(name.partition("@")[0]).stem
+    own = f"{number}_{stem}" if len(names) > 1 else ""
+    return ErrorAnalysisEvaluator(
+        name,
+        output_dir=str(Path(cfg.OUTPUT_DIR, "inference", folder, own)),
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+    )
 
 
 def lazy_plan(cfg: DictConfig) -> Plan:

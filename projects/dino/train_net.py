@@ -7,7 +7,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from operator import attrgetter
 
 from program import add_training_arguments, make_parser, one_sentence
 
@@ -83,6 +82,7 @@ from dino_d2.checkpoint import CheckpointError
 from dino_d2.config import read_config
 from dino_d2.data import DatasetError
 from dino_d2.distributed import check_gpus, launch, world_size
+from dino_d2.engine.keys import is_dino
 from dino_d2.engine.plan import make_plan, part_of_batch
 from dino_d2.engine.run import test, train
 from dino_d2.engine.schedule import scale_schedule
@@ -120,8 +120,7 @@ def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     sets = cfg.DATASETS
     sets.TRAIN = datasets(args, "train", sets.TRAIN, "DATASETS.TRAIN" in given)
     sets.TEST = datasets(args, "val", sets.TEST, "DATASETS.TEST" in given)
-    is_dino = cfg.MODEL.META_ARCHITECTURE == "DINO"
-    num_classes = cfg.MODEL.DINO.NUM_CLASSES if is_dino else None
+    num_classes = cfg.MODEL.DINO.NUM_CLASSES if is_dino(cfg) else None
     # Written down: the config that is saved with the results builds the model without the data.
     cfg.MODEL.DINO.NUM_CLASSES = check_data(
         args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, num_classes
@@ -129,13 +128,6 @@ def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     require_device(cfg.MODEL.DEVICE, "MODEL.DEVICE cpu")
     check_weights(args, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
     check_output(cfg.OUTPUT_DIR, "OUTPUT_DIR")
-    refuse_unsupported(cfg)
-    clip, optimizer = cfg.SOLVER.CLIP_GRADIENTS, cfg.SOLVER.OPTIMIZER
-    if clip.ENABLED and (clip.CLIP_TYPE == "full_model") != (optimizer == "ADAMW"):
-        raise ValueError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; ADAMW clips by 'full_model', "
-            "SGD by 'value' or 'norm'"
-        )
     if not args.eval_only:
         if cfg.SOLVER.REFERENCE_WORLD_SIZE:  # Detectron2's own way to scale
             cfg = DefaultTrainer.auto_scale_workers(cfg, world_size(args))
@@ -144,12 +136,6 @@ def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
         part_of_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, world_size(args))
     cfg.freeze()
     return cfg
-
-
-def refuse_unsupported(cfg: CfgNode) -> None:
-    for name in ("PRECISE_BN.ENABLED", "AUG.ENABLED", "EXPECTED_RESULTS"):
-        if attrgetter(name)(cfg.TEST):
-            raise ValueError(f"TEST.{name} of Detectron2 is not supported here: leave it out")
 
 
 def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:

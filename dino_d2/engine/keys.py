@@ -1,0 +1,127 @@
+"""Keys that would have no effect are refused, so that those of a config do what they say."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+from omegaconf import DictConfig, OmegaConf
+
+from .. import model_zoo
+from ..config import add_dino_config
+from ..modeling.dino import DINO
+from ..names import nearest
+from ..overrides import keys_of
+from .schedule import get
+
+# Sections and single keys of YAML configs, by what alone has a use for them. Where that is not at
+# hand they are refused; all others do what Detectron2 says.
+NOWHERE = ("VERSION", "GLOBAL", "TEST.AUG")
+OF_DETECTRON2S_TRAINER = ("TEST.EXPECTED_RESULTS", "TEST.PRECISE_BN")
+OF_OUR_TRAINER = ("SOLVER.ACCUMULATE", "SOLVER.EMA", "SOLVER.FSDP", "SOLVER.NON_FINITE", "WANDB")
+OF_OTHER_MODELS = (
+    *("MODEL.ANCHOR_GENERATOR", "MODEL.PANOPTIC_FPN", "MODEL.PROPOSAL_GENERATOR"),
+    *("MODEL.RETINANET", "MODEL.RPN", "MODEL.SEM_SEG_HEAD"),
+    *("MODEL.ROI_BOX_CASCADE_HEAD", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_HEADS"),
+    *("MODEL.ROI_KEYPOINT_HEAD", "MODEL.ROI_MASK_HEAD"),
+    *("MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS", "MODEL.MASK_ON", "INPUT.MASK_FORMAT"),
+    *("DATASETS.PROPOSAL_FILES_TRAIN", "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN"),
+    *("DATASETS.PROPOSAL_FILES_TEST", "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST"),
+    *("TEST.KEYPOINT_OKS_SIGMAS", "VIS_PERIOD"),
+)
+OF_ADAMW = ("SOLVER.BACKBONE_MULTIPLIER", "SOLVER.OFFSETS_MULTIPLIER")
+OF_SGD = ("SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.CLIP_GRADIENTS.NORM_TYPE")
+# By the backbone that has no use for them; of backbones that are not here nothing is known.
+OF_OTHER_BACKBONES = {
+    "build_resnet_backbone": ("MODEL.FPN", "MODEL.TIMM"),
+    "build_resnet_fpn_backbone": ("MODEL.TIMM",),
+    "build_retinanet_resnet_fpn_backbone": ("MODEL.TIMM",),
+    # and of MODEL.RESNETS, which configs inherit from Base-DINO.yaml
+    "TimmBackbone": (
+        *("MODEL.FPN", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NORM"),
+    ),
+}
+
+
+def is_dino(cfg: CfgNode) -> bool:
+    """Whether the meta-architecture is DINO, or derived from it; one that is unknown is not."""
+    return issubclass(dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE, object), DINO)
+
+
+def check_keys(cfg: CfgNode | DictConfig) -> None:
+    """
+    Args:
+        cfg: of either style
+
+    Raises:
+        ValueError: a key has another value than by default, or in a LazyConfig is one of `train`,
+            and nothing would come of it, whatever trains; or the optimizer is one that cannot be
+    """
+    if isinstance(cfg, DictConfig):
+        check_train(cfg.train)
+        return
+    check_optimizer(cfg)
+    dino, backbone, optimizer = is_dino(cfg), cfg.MODEL.BACKBONE.NAME, cfg.SOLVER.OPTIMIZER
+    by_model = OF_OTHER_MODELS if dino else ("INPUT.CROP.MIN_SIZE_TRAIN",)
+    refuse(cfg, NOWHERE, "here")
+    refuse(cfg, by_model, f"on a {cfg.MODEL.META_ARCHITECTURE}")
+    refuse(cfg, OF_OTHER_BACKBONES.get(backbone, ()), f"on the backbone {backbone}")
+    by_optimizer = OF_ADAMW if optimizer == "SGD" else OF_SGD
+    refuse(cfg, by_optimizer, f"with SOLVER.OPTIMIZER {optimizer}")
+
+
+def check_optimizer(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ValueError: it is unknown, not for this model, or cannot clip gradients as it is told
+    """
+    optimizer, clip = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.CLIP_GRADIENTS
+    if optimizer not in ("ADAMW", "SGD"):
+        raise ValueError(f"SOLVER.OPTIMIZER is {optimizer!r}; it can be ADAMW or SGD")
+    if optimizer == "SGD" and is_dino(cfg):
+        raise ValueError("SOLVER.OPTIMIZER SGD is for other models: a DINO trains with ADAMW")
+    if clip.ENABLED and (clip.CLIP_TYPE == "full_model") != (optimizer == "ADAMW"):
+        raise ValueError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; ADAMW clips by 'full_model', "
+            "SGD by 'value' or 'norm'"
+        )
+
+
+def refuse(cfg: CfgNode, keys: Sequence[str], where: str) -> None:
+    """
+    Args:
+        keys: single ones and sections, which have no effect
+        where: they have none
+
+    Raises:
+        ValueError: one of them has another value than by default
+    """
+    usual = get_cfg()
+    add_dino_config(usual)
+    for key in leaves(usual, keys):
+        value, default = get(cfg, key), get(usual, key)
+        if json.dumps(value) != json.dumps(default):  # a file has lists for tuples
+            raise ValueError(f"{key} has no effect {where}: leave it at {default!r}")
+
+
+def leaves(cfg: CfgNode, keys: Sequence[str]) -> Iterator[str]:
+    """The keys that are under those given, no sections."""
+    for key in keys_of(cfg):
+        inside = any(f"{key}.".startswith(f"{x}.") for x in keys)
+        if inside and not isinstance(get(cfg, key), CfgNode):
+            yield key
+
+
+def check_train(train: DictConfig) -> None:
+    """
+    Raises:
+        ValueError: there is a key that configs/common/train.py has not; but that of options, which
+            DistributedDataParallel takes
+    """
+    usual = OmegaConf.to_container(model_zoo.get_config("common/train.py").train)
+    known = list(keys_of(usual, "train."))
+    for key in keys_of(OmegaConf.to_container(train, resolve=False), "train."):
+        if key not in known and not key.startswith("train.ddp."):
+            near = ", ".join(nearest(key, known))
+            end = f"; the nearest: {near}" if near else ""
+            raise ValueError(f"{key} has no effect here: leave it out{end}")
