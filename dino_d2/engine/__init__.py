@@ -1,5 +1,6 @@
 """What is around a model while it learns, from either style of config."""
 
+from .default_trainer import DefaultTrainer
 from .ema import EMA
 from .hooks import BestCheckpointer, EvalHook
 from .plan import Plan, make_plan
@@ -10,6 +11,7 @@ from .trainer import NonFiniteLoss, Trainer
 __all__ = [
     "EMA",
     "BestCheckpointer",
+    "DefaultTrainer",
     "EvalHook",
     "NonFiniteLoss",
     "Plan",
