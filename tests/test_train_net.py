@@ -317,6 +317,17 @@ def test_a_config_has_a_name(style, data, tmp_path):
 
 
 @pytest.mark.parametrize("style", STYLES)
+def test_the_log_shows_the_file_of_a_config_that_has_a_name(style, data, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(train_net, "default_setup", lambda cfg, args: shown.append(args))
+    monkeypatch.setattr(train_net, "setup_logger", lambda *args, **options: None)
+    monkeypatch.setattr(train_net, "train", lambda plan, resume: None)
+    words = ["--config-file", f"quickstart{style}", *data, *overrides(style, output=tmp_path)]
+    train_net.main(parse(*words))
+    assert shown[0].config_file == get_config_file(f"quickstart{style}")
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_misspelt_files_are_answered_with_the_nearest(style, data, shapes, monkeypatch, tmp_path):
     (tmp_path / "model_final.pth").touch()
     options = overrides(style, output=tmp_path, weights=tmp_path / "model_finl.pth")

@@ -104,7 +104,8 @@ def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     """
     if not args.config_file:
         raise ValueError("--config-file is missing: a file, or a name such as quickstart.py")
-    file = model_zoo.get_config_file(args.config_file)
+    # Found once: Detectron2 opens it, too, and knows no names.
+    args.config_file = file = model_zoo.get_config_file(args.config_file)
     if not file.endswith((".yaml", ".yml", ".py")):
         raise ValueError(f"--config-file is {file!r}, neither a .yaml nor a .py file")
     cfg = read_config(file)
