@@ -88,6 +88,10 @@ def add_dino_config(cfg: CN) -> None:
     cfg.WANDB = CN({"PROJECT": ""})
     cfg.TEST.BEST_METRIC = "bbox/AP"  # whose best value's checkpoint is kept; "": none is
 
+    # Of the latest Detectron2; that of 2024 has the samplers which read them, but not the keys.
+    cfg.DATALOADER.setdefault("RANDOM_SUBSET_RATIO", 1.0)
+    cfg.DATASETS.setdefault("TRAIN_REPEAT_FACTOR", [])
+
     # Short sides before the crop of DETR's augmentation; see dino_d2/data/augmentation.py.
     cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
 

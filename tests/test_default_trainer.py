@@ -10,9 +10,10 @@ import pytest
 import torch
 from detectron2 import engine
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import AMPTrainer, DefaultPredictor
+from detectron2.evaluation import inference_on_dataset
 from PIL import Image
 
 import dino_d2
@@ -194,6 +195,31 @@ def test_detectron2s_own_trainer_does_not_train_with_sgd_in_silence(make_cfg, sh
     register([f"{shapes}/train.json@{shapes}/images"])
     with pytest.raises(ValueError, match="'full_model' is not a valid GradientClipType"):
         engine.DefaultTrainer(make_cfg())
+
+
+def test_a_lazyconfig_trains_by_the_calls_of_detectron2s_script(shapes, tmp_path):
+    names = train, val = [f"{shapes}/{x}.json@{shapes}/images" for x in ("train", "val")]
+    register(names)
+    cfg = LazyConfig.load(model_zoo.get_config_file("quickstart.py"))
+    sets = f"dataloader.train.dataset.names=[{train}]", f"dataloader.test.dataset.names=[{val}]"
+    others = "dataloader.train.total_batch_size=2", f"train.output_dir={tmp_path}"
+    cfg = LazyConfig.apply_overrides(cfg, [*sets, *others])
+    cfg.optimizer.params.model = model = instantiate(cfg.model)
+    loader, optimizer = instantiate(cfg.dataloader.train), instantiate(cfg.optimizer)
+    trainer = engine.SimpleTrainer(model, loader, optimizer)
+    hooks = engine.hooks
+    checkpointer = DetectionCheckpointer(model, str(tmp_path), optimizer=optimizer, trainer=trainer)
+    trainer.register_hooks(
+        [
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
+        ]
+    )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=False)
+    trainer.train(0, 1)
+    parts = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    assert "AP" in inference_on_dataset(model, *parts)["bbox"]
+    assert (tmp_path / "model_final.pth").is_file()
 
 
 # ---- DefaultPredictor

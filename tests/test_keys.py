@@ -6,7 +6,6 @@ import pytest
 import torch
 from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg
-from detectron2.data import samplers
 from detectron2.data import transforms as T
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -230,12 +229,26 @@ def test_other_models_are_fed_as_by_detectron2():
     assert mapper.use_instance_mask and mapper.recompute_boxes
 
 
-def test_images_of_rare_classes_are_repeated_and_trainings_with_them_go_on(shapes):
-    options = ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
-    options += ("DATALOADER.REPEAT_THRESHOLD", 1.0, "DATALOADER.NUM_WORKERS", 0)
-    cfg = data_config(shapes, *options, "SOLVER.IMS_PER_BATCH", 2)
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("TrainingSampler", ()),
+        ("RandomSubsetTrainingSampler", ("DATALOADER.RANDOM_SUBSET_RATIO", 0.5)),
+        ("RepeatFactorTrainingSampler", ("DATALOADER.REPEAT_THRESHOLD", 1.0)),
+        ("WeightedTrainingSampler", ("DATASETS.TRAIN_REPEAT_FACTOR",)),
+        ("WeightedCategoryTrainingSampler", ("DATASETS.TRAIN_REPEAT_FACTOR",)),
+    ],
+)
+def test_images_are_drawn_by_the_sampler_of_the_config_also_when_a_training_goes_on(
+    sampler, options, shapes
+):
+    if options == ("DATASETS.TRAIN_REPEAT_FACTOR",):
+        options = (*options, [[shapes[0], 2.0]])
+    options += ("DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.NUM_WORKERS", 0)
+    cfg = data_config(shapes, *options, "SOLVER.IMS_PER_BATCH", 2, "SEED", 3)
     plan = make_plan(cfg)
-    assert type(plan.build_loader().dataset.sampler) is samplers.RepeatFactorTrainingSampler
+    drawn = {x["image_id"] for batch in islice(plan.build_loader(), 12) for x in batch}
+    assert len(drawn) == (3 if "Subset" in sampler else 6)
     whole, resumed = TrainingStream(plan.build_loader, 3), TrainingStream(plan.build_loader, 3)
     resumed.start = 4
     later, again = islice(whole, 4, 7), islice(resumed, 3)
