@@ -108,6 +108,8 @@ _MMDET = f"""{resnet_names("backbone")}
     denoising.label_embed                 dn_query_generator.label_embedding
 """
 _HEAD = re.compile(r"decoder\.(class|box)_heads\.(\d+)\.(.*)")
+LABELS = "denoising.label_embed.weight"
+CLASS_BIAS = "decoder.class_heads.0.bias"
 _CLASS_DEPENDENT = re.compile(r"(query_selection|decoder)\.class_heads?\.|denoising\.label_embed\.")
 
 
@@ -138,8 +140,8 @@ def detect_format(state: State) -> str | None:
 def from_official(state: State) -> State:
     """Official DINO with a ResNet or a Swin transformer.
 
-    The last row of its label embedding is never looked up; here it stands for empty slots and
-    becomes zero.
+    The last row of its label embedding, where it has more than classes, is never looked up; here it
+    stands for empty slots and becomes zero.
     """
     state = _without_aliases(state)
     extra = [key for key, x in state.items() if _is_downsample(key, x)]
@@ -211,6 +213,9 @@ def select_classes(
 ) -> tuple[State, list[str]]:
     """Weights for other classes: a class of the same name keeps its row, others start anew.
 
+    The label embedding may have rows for more classes than the heads, or for fewer, whose class
+    keeps its place in the heads; it is of training alone.
+
     Args:
         state: our state dict, of K classes
         source: what its K classes are, None where a row stands for nothing; None: not known, and
@@ -224,18 +229,21 @@ def select_classes(
     """
     keys = [key for key in state if _CLASS_DEPENDENT.match(key) and key in initial]
     keys = [key for key in keys if state[key].shape[1:] == initial[key].shape[1:]]
-    if source is None or tuple(source) == tuple(target):
-        if all(state[key].shape == initial[key].shape for key in keys):
-            return state, []
-        source = ()
-    known = _same_names(source, target)
+    fits = {key for key in keys if state[key].shape == initial[key].shape}
+    if source is not None and tuple(source) != tuple(target):
+        known = _same_names(source, target)
+    elif fits.issuperset(keys):
+        return state, []
+    else:
+        known = {i: i for i in range(len(target))} if fits.issuperset({*keys} - {LABELS}) else {}
     new = [name for i, name in enumerate(target) if name and i not in known]
     if not known:
         return {key: x for key, x in state.items() if key not in keys}, new
     selected = {key: initial[key].detach().clone() for key in keys}
     for key, x in selected.items():
         for to, row in known.items():
-            x[to] = state[key][row]
+            if key != LABELS or row < len(state[key]) - 1:  # the last is that of empty slots
+                x[to] = state[key][row]
     return state | selected, new
 
 
@@ -277,12 +285,12 @@ def _with_encoder_heads(state: State) -> State:
 
 def _with_empty_slot(state: State, unused: int = 0) -> State:
     """The label embedding with a row of zeros for slots without a box, which replaces `unused`
-    rows; what is published for inference alone may have none."""
-    name = "denoising.label_embed.weight"
-    if name not in state:
+    rows beyond those of classes; what is published for inference alone may have none."""
+    if LABELS not in state:
         return state
-    rows = state[name][: len(state[name]) - unused]
-    return state | {name: torch.cat([rows, rows.new_zeros(1, rows.shape[1])])}
+    rows, classes = state[LABELS], len(state.get(CLASS_BIAS, ()))
+    rows = rows[: max(classes, len(rows) - unused)]
+    return state | {LABELS: torch.cat([rows, rows.new_zeros(1, rows.shape[1])])}
 
 
 def _share_heads(state: State) -> State:

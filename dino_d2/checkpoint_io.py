@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 from zipfile import is_zipfile
 
@@ -19,6 +19,12 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from .checkpoint import CheckpointError, State, detect_format
 from .releases import find
+
+# What PyTorch's wrappers put into names: data-parallel training at their beginning; torch.compile,
+# sharding and activation checkpointing (_orig_mod, _fsdp_wrapped_module, ...) anywhere.
+WRAPPERS = re.compile(r"^(?:module\.|_\w*mod(?:ule)?\.)+|(?<=\.)_\w*mod(?:ule)?\.")
+MAX_DEPTH = 3  # of dicts in dicts
+USUAL_PLACES = "", "model", "blobs"  # of PyTorch's, Detectron2's and Caffe2's files
 
 
 class ReleaseHandler(PathHandler):
@@ -102,27 +108,88 @@ def read(path: str) -> dict:
     return data
 
 
-def weights(checkpoint: dict, filename: str) -> tuple[State, str | None]:
-    """The state dict in a checkpoint, and its format.
+class Weights(NamedTuple):
+    """A state dict, and what it is.
+
+    Attributes:
+        state: its tensors, by names without the parts that wrappers add
+        form: as `detect_format` has it
+        note: a sentence on what was taken and what taken off, "" where there is nothing to say
+    """
+
+    state: State
+    form: str | None
+    note: str
+
+
+def weights(checkpoint: dict, filename: str, *, averaged: bool = False) -> Weights:
+    """The state dict in a checkpoint, however deep tools have put it and whatever they have put
+    before its names.
+
+    Of several, one of a known layout comes first, then one that is no moving average (nothing on
+    the way to it is called "ema"), then the largest, then the first.
+
+    Args:
+        checkpoint: what `read` returns
+        filename: for sentences
+        averaged: take a moving average
 
     Raises:
-        CheckpointError: there is none
+        CheckpointError: there is none, or it is of another model
     """
-    names = ("model", "state_dict", "model_state", "blobs")
-    state = next((checkpoint[name] for name in names if name in checkpoint), checkpoint)
-    if not isinstance(state, dict):
-        raise CheckpointError(f"'{filename}' has a model that is no dict of weights")
-    state = {
-        key.removeprefix("module."): x if isinstance(x, Tensor) else torch.tensor(x)
-        for key, x in state.items()
-        if isinstance(key, str) and _is_numeric(x)
-    }
-    if not state:
-        raise CheckpointError(f"'{filename}' has no weights in it")
     try:
-        return state, detect_format(state)
+        found = [(place, *_unwrap(state)) for place, state in _state_dicts(checkpoint)]
     except CheckpointError as error:
         raise CheckpointError(f"'{filename}': {error}") from error
+    found = [x for x in found if _is_average(x[0]) or not averaged]
+    if not found:
+        kind = "averaged weights" if averaged else "weights"
+        raise CheckpointError(
+            f"'{filename}' has no {kind} in it: they are a dict of tensors, as model.state_dict() "
+            "returns it"
+        )
+    found.sort(key=lambda x: (x[2] is None, _is_average(x[0]), -len(x[1])))
+    place, state, form, removed = found[0]
+    others = [f"'{x[0]}'" for x in found[1:] if form and x[2] == form]
+    notes = []
+    if others or place not in USUAL_PLACES:
+        notes.append(f"the model's weights are those under '{place}'")
+    if others:
+        notes.append(f"not {' or '.join(others)}")
+    if removed:
+        notes.append(f"names are taken without {' and '.join(removed)}")
+    note = f"'{filename}': {', '.join(notes)}" if notes else ""
+    tensors = {k: x if isinstance(x, Tensor) else torch.tensor(x) for k, x in state.items()}
+    return Weights(tensors, form, note)
+
+
+def _state_dicts(checkpoint: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
+    """Every dict of named tensors, and the keys that lead to it."""
+    state = {k: x for k, x in checkpoint.items() if isinstance(k, str) and _is_numeric(x)}
+    if state:
+        yield ".".join(path), state
+    if len(path) < MAX_DEPTH:
+        for key, x in checkpoint.items():
+            if isinstance(x, dict):
+                yield from _state_dicts(x, (*path, str(key)))
+
+
+def _is_average(place: str) -> bool:
+    return "ema" in re.split(r"[._]", place.lower())
+
+
+def _unwrap(state: dict) -> tuple[dict, str | None, list[str]]:
+    """Names without the parts of wrappers and, where that makes a layout of them, without what all
+    begin with; the layout; and what was taken off."""
+    removed = sorted({f"'{part}'" for key in state for part in WRAPPERS.findall(key)})
+    state = {WRAPPERS.sub("", key): x for key, x in state.items()}
+    common = os.path.commonprefix(list(state)).split(".")[:-1]
+    for count in range(len(common) + 1):
+        prefix = "".join(f"{part}." for part in common[:count])
+        shorter = {key.removeprefix(prefix): x for key, x in state.items()}
+        if form := detect_format(shorter):
+            return shorter, form, removed + [f"'{prefix}'"] * bool(prefix)
+    return state, None, removed
 
 
 def _is_numeric(x: Any) -> bool:

@@ -181,7 +181,9 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         checkpoint = read(filename)
-        state, form = weights(checkpoint, filename)
+        state, form, note = weights(checkpoint, filename)
+        if note:
+            logger.info(note)
         expected = checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(filename)
         encoder = self.model.encoder
         encoding = encoder.position_temperature, encoder.position_offset
@@ -202,11 +204,12 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict) -> Any:
         source, state = checkpoint.pop("source"), checkpoint.pop("model")
         checkpoint.pop("matching_heuristics", None)  # has been done
-        is_dino, new_classes = "decoder.class_heads.0.bias" in state, []
+        is_dino, new_classes = formats.CLASS_BIAS in state, []
         if is_dino:
             self.check(source)
             state, new_classes = self.fit_classes(self.fit_heads(state, source), source)
-        if "ema" in self.checkpointables and "ema" in checkpoint:
+        is_ours = "dino_d2" in checkpoint  # other tools have an "ema" of another kind
+        if is_ours and "ema" in self.checkpointables and "ema" in checkpoint:
             average = self.fit_heads(checkpoint["ema"]["weights"], source)
             checkpoint["ema"]["weights"], _ = self.fit_classes(average, source)
         state = self.fit_windows(state, self.model.state_dict(), source.file)
@@ -293,7 +296,14 @@ class Checkpointer(DetectionCheckpointer):
 
     def fit_classes(self, state: State, source: Source) -> tuple[State, list[str]]:
         """Rows for the model's classes, and those of them that are new."""
-        number = len(state["decoder.class_heads.0.bias"])
+        number = len(state[formats.CLASS_BIAS])
+        rows = len(state.get(formats.LABELS, range(number + 1))) - 1
+        if rows != number:
+            logger.info(
+                f"the label embedding of '{source.file}' is for {rows} classes and its class heads "
+                f"for {number}: these are kept, and of the embedding the rows of their classes"
+                + (", of which others start anew" if rows < number else "")
+            )
         given = source.expected.get("classes") or coco_classes(number)
         if given is None and self.names and number == self.model.num_classes:
             logger.warning(

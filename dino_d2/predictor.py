@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 from PIL import Image
 
 from . import model_zoo
-from .checkpoint import COCO_80, CheckpointError
+from .checkpoint import CLASS_BIAS, COCO_80, CheckpointError
 from .checkpoint_io import read, weights
 from .checkpointer import Checkpointer, to_ours
 from .config import evaluation_augmentations
@@ -172,7 +172,8 @@ def classes_of(path: str) -> list[str]:
     named = checkpoint.get("dino_d2", {}).get("classes")
     if named:
         return [name for name in named if name]
-    bias = to_ours(*weights(checkpoint, file)).get("decoder.class_heads.0.bias")
+    state, form, _ = weights(checkpoint, file)
+    bias = to_ours(state, form).get(CLASS_BIAS)
     if bias is None:
         raise CheckpointError(f"'{path}' has no weights of a trained DINO, so it detects nothing")
     if len(bias) in (80, 91):

@@ -182,6 +182,14 @@ def test_a_row_for_empty_slots_is_added_to_one_row_a_class(convert, key):
     assert torch.equal(convert({key: rows})[LABELS], torch.cat([rows, torch.zeros(1, 4)]))
 
 
+def test_an_official_row_of_a_class_is_never_replaced():
+    rows = torch.rand(2, 4)
+    state = from_official(
+        {"label_enc.weight": rows, "transformer.decoder.class_embed.0.bias": rows[0, :2]}
+    )
+    assert torch.equal(state[LABELS], torch.cat([rows, torch.zeros(1, 4)]))
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_weights_for_inference_alone_need_no_label_embedding(make_state, name):
     write, convert = LAYOUTS[name]

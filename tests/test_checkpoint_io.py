@@ -186,7 +186,7 @@ def test_arrays_of_every_pickle_protocol_are_read(tmp_path, protocol):
     data = {"model": collections.OrderedDict(arrays), "lr": np.float64(0.5), "by": "Caffe2"}
     checkpoint = read(pickled(tmp_path / "a.pkl", data, protocol))
     assert checkpoint["lr"] == 0.5 and checkpoint["by"] == "Caffe2"
-    state, _ = weights(checkpoint, "a.pkl")
+    state, _, _ = weights(checkpoint, "a.pkl")
     assert torch.equal(state["a"], torch.arange(6.0, dtype=torch.float64).view(2, 3))
     assert torch.equal(state["f"], torch.arange(6).view(2, 3))
 
@@ -199,7 +199,7 @@ def test_a_pickle_of_python_2_is_read(tmp_path):
         b"(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
         b"U\x08\x00\x00\x80?\x00\x00\x00@tbs."
     )
-    state, _ = weights(read(str(tmp_path / "a.pkl")), "a.pkl")
+    state, _, _ = weights(read(str(tmp_path / "a.pkl")), "a.pkl")
     assert state["a"].tolist() == [1, 2]
 
 
@@ -362,20 +362,77 @@ def test_the_log_beside_the_weights_of_mmdetection_does_no_harm(tmp_path):
 # ---- weights in files
 
 
-@pytest.mark.parametrize("name", ["model", "state_dict", "model_state", "blobs"])
-def test_weights_are_found_under_every_usual_name(name):
-    state, form = weights({name: STATE, "epoch": 1}, "a.pth")
+@pytest.mark.parametrize(
+    "path", ["model", "state_dict", "blobs", "net", "ema", "model_ema.module", "a.b.params"]
+)
+def test_weights_are_found_wherever_tools_put_them_and_it_is_said(path):
+    checkpoint = STATE
+    for name in reversed(path.split(".")):
+        checkpoint = {name: checkpoint, "epoch": 1}
+    state, form, note = weights(checkpoint, "a.pth")
     assert form == "dino_d2" and state.keys() == STATE.keys()
+    assert note == (
+        "" if path == "model" else f"'a.pth': the model's weights are those under '{path}'"
+    )
 
 
 def test_a_bare_state_dict_is_found():
-    state, form = weights(STATE, "a.pth")
+    state, form, note = weights(STATE, "a.pth")
+    assert form == "dino_d2" and state.keys() == STATE.keys() and not note
+
+
+@pytest.mark.parametrize(
+    ("prefix", "removed"),
+    [
+        ("module.", "'module.'"),
+        ("module.module.", "'module.module.'"),
+        ("module._orig_mod.", "'module._orig_mod.'"),
+        ("model.", "'model.'"),
+        ("detector.net.", "'detector.net.'"),
+        ("_orig_mod.model.module.", "'_orig_mod.' and 'model.module.'"),
+    ],
+)
+def test_what_wrappers_put_before_all_names_is_taken_off_and_it_is_said(prefix, removed):
+    given = {prefix + key: x for key, x in STATE.items()}
+    state, form, note = weights({"model": given}, "a.pth")
+    assert form == "dino_d2" and state.keys() == STATE.keys()
+    assert note == f"'a.pth': names are taken without {removed}"
+
+
+@pytest.mark.parametrize("part", ["_orig_mod.", "_fsdp_wrapped_module."])
+def test_what_wrappers_put_into_names_is_taken_out(part):
+    given = {key.replace("encoder.", f"encoder.{part}"): x for key, x in STATE.items()}
+    state, form, _ = weights({"model": given}, "a.pth")
     assert form == "dino_d2" and state.keys() == STATE.keys()
 
 
-def test_the_prefix_of_parallel_training_is_removed():
-    state, form = weights({"model": {f"module.{key}": x for key, x in STATE.items()}}, "a.pth")
-    assert form == "dino_d2" and state.keys() == STATE.keys()
+def test_a_prefix_of_names_that_make_no_layout_stays():
+    given = {"stem.conv.weight": torch.ones(1), "stem.norm.weight": torch.ones(1)}
+    assert weights({"model": given}, "a.pth").state.keys() == given.keys()
+
+
+@pytest.mark.parametrize("first", ["model", "model_ema"])
+def test_weights_come_before_their_moving_average_and_it_is_said(first):
+    given = {
+        name: {key: x + (name == "model") for key, x in STATE.items()}
+        for name in ("model", "model_ema")
+    }
+    checkpoint = {first: given[first], **given}
+    state, _, note = weights(checkpoint, "a.pth")
+    assert all(torch.equal(x, given["model"][key]) for key, x in state.items())
+    assert note == "'a.pth': the model's weights are those under 'model', not 'model_ema'"
+    state, _, note = weights(checkpoint, "a.pth", averaged=True)
+    assert all(torch.equal(x, STATE[key]) for key, x in state.items()) and "'model_ema'" in note
+
+
+def test_weights_of_a_known_layout_come_before_other_tensors():
+    optimizer = {"state": {0: {"exp_avg": torch.ones(9), "exp_avg_sq": torch.ones(9)}}}
+    checkpoint = {
+        "optimizer": optimizer,
+        "other": dict.fromkeys("abcdefgh", torch.ones(1)),
+        "x": STATE,
+    }
+    assert weights(checkpoint, "a.pth").state.keys() == STATE.keys()
 
 
 @pytest.mark.parametrize(
@@ -387,6 +444,7 @@ def test_the_prefix_of_parallel_training_is_removed():
         {"optimizer": {"state": {0: torch.ones(1)}}},
         {0: torch.ones(1)},
         {"names": np.array(["cat", "dog"])},
+        {"model": torch.nn.Linear(1, 1)},
     ],
 )
 def test_a_file_without_weights_is_named(checkpoint):
@@ -401,12 +459,6 @@ def test_the_file_of_another_model_is_named():
     with pytest.raises(CheckpointError) as caught:
         weights({"model": state}, "a.pth")
     assert_one_sentence(caught, "'a.pth': this is another model than DINO", "official")
-
-
-def test_a_model_that_is_no_dict_is_named():
-    with pytest.raises(CheckpointError) as caught:
-        weights({"model": torch.ones(1)}, "a.pth")
-    assert_one_sentence(caught, "'a.pth'", "no dict of weights")
 
 
 # ---- files to be written

@@ -19,6 +19,7 @@ from torch import nn
 from dino_d2 import model_zoo
 from dino_d2.checkpoint import COCO_80, COCO_91, CheckpointError
 from dino_d2.checkpointer import BEST, MSRA, TORCHVISION, Checkpointer
+from dino_d2.engine.ema import EMA
 from dino_d2.releases import RELEASES
 
 LAYOUTS = {"official": layouts.official, "detrex": layouts.detrex, "mmdet": layouts.mmdet}
@@ -108,6 +109,16 @@ def assert_one_sentence(error, *parts):
 
 
 # ---- every layout, detected
+
+
+def test_what_other_tools_wrap_around_weights_is_taken_off_and_logged(make_model, file, log):
+    trained, model = make_model(), make_model()
+    state = {f"model._orig_mod.{key}": x for key, x in trained.state_dict().items()}
+    path = file({"state_dict": state, "ema": {"module": state}})
+    Checkpointer(model, complete=True, ema=EMA(model, 0.9)).load(path, checkpointables=[])
+    assert_same(model.state_dict(), trained.state_dict())
+    said = "the model's weights are those under 'state_dict', not 'ema.module'"
+    assert any(said in x and "without '_orig_mod.' and 'model.'" in x for x in messages(log))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -289,6 +300,29 @@ def test_evaluation_needs_no_weights_of_denoising(make_model, file):
     Checkpointer(model, complete=True).load(file(state))
     labels = "denoising.label_embed.weight"
     assert_same(model.state_dict(), trained.state_dict(), without=[labels])
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "ours"])
+@pytest.mark.parametrize("rows", [2, 92])
+def test_a_label_embedding_of_another_number_of_classes_costs_no_class_head(
+    make_model, file, layout, rows, log
+):
+    """The official dn_labelbook_size is 91 whatever the classes are; its last row is for nothing,
+    unless the classes need it."""
+    trained, model = make_model(), make_model()
+    given, initial = copied(trained), model.denoising.label_embed.weight[:3].clone()
+    labels = torch.rand(rows, 64)
+    given["denoising.label_embed.weight"] = labels
+    given = LAYOUTS[layout](given) if layout in LAYOUTS else given
+    Checkpointer(model, complete=True).load(file({"model": given}))
+    assert_same(model.state_dict(), trained.state_dict(), {"denoising.label_embed.weight"})
+    if layout == "official" and rows < 3:
+        labels = torch.cat([given["label_enc.weight"], labels[:1]])
+    found = model.denoising.label_embed.weight
+    assert torch.equal(found[:3], torch.cat([labels[:-1][:3], initial[len(labels) - 1 :]]))
+    assert not found[3].any()
+    said = [x for x in messages(log) if "label embedding" in x]
+    assert len(said) == 1 and f"for {len(labels) - 1} classes and its class heads for 3" in said[0]
 
 
 def test_a_model_without_denoising_evaluates_weights_with_it(make_model, file):

@@ -87,6 +87,17 @@ def test_there_and_back_again_no_bit_of_the_official_layout_changes(
     assert_same(load("back.pth")["model"], given)
 
 
+def test_what_other_tools_wrap_around_weights_is_taken_off_and_said(make_trained, run, capsys):
+    trained = make_trained()
+    state = {f"net.{key}": x for key, x in layouts.official(trained.state_dict()).items()}
+    torch.save({"state_dict": {"model": state}}, "theirs.pth")
+    assert run("theirs.pth", "ours.pth") is None
+    assert_same(load("ours.pth")["model"], trained.state_dict())
+    said = capsys.readouterr().out
+    assert "'theirs.pth': the model's weights are those under 'state_dict.model'" in said
+    assert "names are taken without 'net.'" in said
+
+
 def test_what_belongs_to_the_weights_is_kept_with_them(make_trained, run):
     torch.save(layouts.official(make_trained().state_dict()), "theirs.pth")
     run("theirs.pth", "ours.pth")

@@ -39,7 +39,7 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
     argument_parser().parse_args()
 
 
-from dino_d2.checkpoint import CheckpointError, to_official
+from dino_d2.checkpoint import CLASS_BIAS, CheckpointError, to_official
 from dino_d2.checkpoint_io import fetch, read, weights, write
 from dino_d2.checkpointer import EXPECTED, coco_classes, encoding_of, to_ours
 
@@ -53,15 +53,13 @@ def convert(source: str, to: str, *, ema: bool = False) -> dict:
     """
     path = fetch(source)
     checkpoint = read(path)
-    if ema:
-        if not isinstance(checkpoint.get("ema"), dict) or "weights" not in checkpoint["ema"]:
-            raise CheckpointError(f"'{source}' has no averaged weights: convert it without --ema")
-        checkpoint["model"] = checkpoint["ema"]["weights"]
-    state, form = weights(checkpoint, path)
+    state, form, note = weights(checkpoint, path, averaged=ema)
+    if note:
+        print(note)
     state = to_ours(state, form)
-    if "decoder.class_heads.0.bias" not in state:
+    if CLASS_BIAS not in state:
         raise CheckpointError(f"'{source}' is no DINO of a known layout")
-    classes = coco_classes(len(state["decoder.class_heads.0.bias"]))
+    classes = coco_classes(len(state[CLASS_BIAS]))
     description = {
         "classes": classes and list(classes),
         **(checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(path)),
