@@ -53,7 +53,7 @@ def count_flops(model: DINO, height: int, width: int) -> Flops:
         model: in evaluation mode
         height, width: of the image, in pixels, as the model gets it
     """
-    image = torch.zeros(1, 3, height, width, device=model.device)
+    image = torch.zeros(1, len(model.pixel_mean), height, width, device=model.device)
     analysis = FlopCountAnalysis(Detection(model), image)
     analysis.set_op_handle(
         "dino_d2::ms_deform_attn",
@@ -98,7 +98,8 @@ def kept_activations(model: DINO, height: int, width: int, boxes: int) -> Counte
         boxes: in it
     """
     model = copy.deepcopy(model).train()
-    image = ImageList(torch.rand(1, 3, height, width, device=model.device), [(height, width)])
+    pixels = torch.rand(1, len(model.pixel_mean), height, width, device=model.device)
+    image = ImageList(pixels, [(height, width)])
     labels = torch.zeros(boxes, dtype=torch.long, device=model.device)
     targets = [Target(labels, torch.full((boxes, 4), 0.5, device=model.device))]
     kept: Counter[str] = Counter()

@@ -16,8 +16,8 @@ from .checkpoint import CLASS_BIAS, COCO_80, CheckpointError
 from .checkpoint_io import read, weights
 from .checkpointer import Checkpointer, to_ours
 from .config import evaluation_augmentations
-from .data.mapper import check_mode, read_image
-from .modeling.dino import DINO
+from .data.mapper import channels_of, check_mode, read_image
+from .modeling.dino import DINO, WRONG_CHANNELS
 from .modeling.inference import fold_norms
 from .overrides import apply_overrides
 
@@ -31,12 +31,12 @@ class Predictor:
         model: in evaluation mode
         classes: names of its classes
         augmentations: what resizes an image as in evaluation
-        image_format: "RGB" or "BGR", what the model takes
+        image_format: "RGB", "BGR", "L" (grey values): what the model takes
         dtype: of matrix products and convolutions, by autocast; bfloat16 more than doubles the
             speed of processors and GPUs that have instructions for it, and moves scores a little
 
     Raises:
-        ValueError: the dtype is not one of `DTYPES`
+        ValueError: the dtype is not one of `DTYPES`, or the format is unknown or not the model's
     """
 
     def __init__(
@@ -50,6 +50,9 @@ class Predictor:
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}: give {', '.join(map(str, DTYPES))}")
+        channels = channels_of(image_format)
+        if channels != len(model.pixel_mean):
+            raise ValueError(WRONG_CHANNELS.format(channels, len(model.pixel_mean)))
         self.model = model
         self.classes = list(classes)
         self.augmentation = T.AugmentationList(augmentations)
@@ -61,8 +64,9 @@ class Predictor:
         """
         Args:
             images: a path, a PIL image (which is not turned, whatever its EXIF orientation) or an
-                RGB array (H, W, 3) of uint8; or a list of them. Grey values and palettes become
-                colours, transparency is left out
+                array of uint8, RGB (H, W, 3) or grey (H, W); or a list of them. Grey values and
+                palettes become colours, or all of them what the model takes; transparency is left
+                out
 
         Returns:
             pred_boxes in pixels of the image, scores (falling) and pred_classes, of each image
@@ -84,17 +88,24 @@ class Predictor:
         height, width = array.shape[:2]
         resized = T.AugInput(array)
         self.augmentation(resized)
-        tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
+        tensor = torch.from_numpy(resized.image.transpose(2, 0, 1).copy())
         return {"image": tensor, "height": height, "width": width}
 
     def read(self, image: Picture) -> np.ndarray:
+        """An image as `__call__` takes it, (H, W, C) in the format of the model."""
         if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            if image.shape[2:] == (1,):
+                image = image[:, :, 0]
+            if (
+                image.dtype != np.uint8
+                or image.shape[2:] not in ((), (3,))
+                or min(image.shape[:2]) < 1
+            ):
                 raise ValueError(
-                    "an array has to be an RGB image (H, W, 3) of uint8, but this one is "
-                    f"{image.shape} of {image.dtype}"
+                    "an array has to be an image of uint8, RGB (H, W, 3) or grey (H, W), but this "
+                    f"one is {image.shape} of {image.dtype}"
                 )
-            return image[:, :, ::-1] if self.image_format == "BGR" else image
+            image = Image.fromarray(image)
         if isinstance(image, Image.Image):
             check_mode(image.mode, "a PIL image")
             return convert_PIL_to_numpy(image, self.image_format)
@@ -127,8 +138,8 @@ def load(
 
     Raises:
         FileNotFoundError: no such config, or without weights no such published checkpoint
-        ValueError: no such device or dtype, an override that is not one, a config of another model,
-            or a name that is no string
+        ValueError: no such device or dtype, an override that is not one, a config of another model
+            or of images of other channels, or a name that is no string
         CheckpointError: the weights cannot be had, or are not all that the model needs
     """
     config, weights = _name("config", config), _name("weights", weights or "")

@@ -34,10 +34,10 @@ def device(request):
 class TinyBackbone(Backbone):
     """Features of the strides of a ResNet: mean colours, and one layer on top."""
 
-    def __init__(self, channels: int = 16):
+    def __init__(self, channels: int = 16, colours: int = 3):
         super().__init__()
         self.strides = {"res3": 8, "res4": 16, "res5": 32}
-        self.convs = nn.ModuleDict({name: nn.Conv2d(3, channels, 1) for name in self.strides})
+        self.convs = nn.ModuleDict({name: nn.Conv2d(colours, channels, 1) for name in self.strides})
 
     def forward(self, x):
         pooled = {name: F.avg_pool2d(x, s, ceil_mode=True) for name, s in self.strides.items()}
@@ -60,10 +60,11 @@ def make_dino():
         num_queries=20,
         budget=4,
         max_detections=300,
+        colours=3,
         **decoder,
     ):
         sizes = {"embed_dim": 64, "num_heads": 4, "ffn_dim": 64, "num_points": 2, "num_layers": 2}
-        backbone = TinyBackbone()
+        backbone = TinyBackbone(colours=colours)
         return DINO(
             backbone=backbone,
             neck=modeling.ChannelMapper(
@@ -80,8 +81,8 @@ def make_dino():
             denoising=denoising and denoising(num_classes=NUM_CLASSES, embed_dim=64, budget=budget),
             num_classes=NUM_CLASSES,
             max_detections=max_detections,
-            pixel_mean=[120.0, 115.0, 105.0],
-            pixel_std=[60.0, 58.0, 57.0],
+            pixel_mean=[120.0, 115.0, 105.0][:colours],
+            pixel_std=[60.0, 58.0, 57.0][:colours],
         )
 
     return make

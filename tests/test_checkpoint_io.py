@@ -372,7 +372,9 @@ def test_weights_are_found_wherever_tools_put_them_and_it_is_said(path):
     state, form, note = weights(checkpoint, "a.pth")
     assert form == "dino_d2" and state.keys() == STATE.keys()
     assert note == (
-        "" if path == "model" else f"'a.pth': the model's weights are those under '{path}'"
+        ""
+        if path in ("model", "blobs")
+        else f"'a.pth': the model's weights are those under '{path}'"
     )
 
 

@@ -121,6 +121,15 @@ def test_kept_is_what_autograd_keeps_once_and_without_parameters(make_dino):
     assert not model.encoder._forward_hooks
 
 
+def test_a_model_of_one_channel_has_costs(make_dino):
+    model = make_dino(colours=1).eval()
+    assert (
+        count_flops(model, 64, 64).stages["backbone"]
+        < count_flops(make_dino().eval(), 64, 64).stages["backbone"]
+    )
+    assert kept_activations(model, 64, 64, 2)["backbone"] > 0
+
+
 def test_what_is_kept_belongs_to_the_stage_that_runs(make_dino):
     kept = kept_activations(make_dino(), 64, 64, 2)
     assert kept.keys() <= {*analyze_model.stages_of(make_dino()), "rest"}

@@ -262,6 +262,12 @@ def test_a_detection_is_the_same_in_every_run(make_dino, make_batch, randomise):
         assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.parametrize(("channels", "colours"), [(1, 3), (3, 1)])
+def test_images_of_other_channels_than_the_model_are_one_sentence(make_dino, channels, colours):
+    with pytest.raises(ValueError, match=f"images have {channels} .* of {colours}: change INPUT"):
+        make_dino(colours=colours).eval()([{"image": torch.zeros(channels, 64, 64)}])
+
+
 def test_inference_draws_no_random_number(make_dino, make_batch):
     model, batch = make_dino(dropout=0.5), make_batch(2)
     state = torch.get_rng_state()

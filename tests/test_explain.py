@@ -460,10 +460,12 @@ def run(monkeypatch, make_dino, randomise, dataset):
     """The program on a small model; what it complains about, if it does."""
     monkeypatch.chdir(dataset)
 
-    def run(*words, classes=CLASSES, **options):
+    def run(*words, classes=CLASSES, image_format="RGB", **options):
         model = randomise(make_dino(**options), std=0.1).eval()
         resize = [ResizeShortestEdge(64, 100)]
-        predictor = Predictor(model, classes=classes, augmentations=resize, image_format="RGB")
+        predictor = Predictor(
+            model, classes=classes, augmentations=resize, image_format=image_format
+        )
         monkeypatch.setattr(explain.dino_d2, "load", lambda *_: predictor)
         words = ["explain.py", "--config-file", "tiny", "--output", "out", *map(str, words)]
         monkeypatch.setattr(sys, "argv", words)
@@ -507,6 +509,11 @@ def test_an_image_of_nothing_but_crowds_is_not_the_first_with_boxes(dataset, mon
     (dataset / "all.json").write_text(json.dumps(content))
     record, _ = explain.find_record("all.json@images", None)
     assert record["file_name"].endswith("full.png")
+
+
+def test_a_model_of_one_channel_is_explained_on_the_image_in_colours(run, sketch):
+    assert run(*TRUTH, image_format="L", colours=1) is None
+    assert {call[0].mode for calls in sketch.values() for call in calls} == {"RGB"}
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,12 @@ def test_an_image_of_the_right_size_is_not_resized():
     assert (fit(image, SIZE)[0] == image.transpose(2, 0, 1)).all()
 
 
+def test_an_image_of_one_channel_is_resized_and_padded():
+    image = np.full((96, 100, 1), 200, np.uint8)
+    padded, size = fit(image, SIZE)
+    assert size == (48, 50) and padded.shape == (1, *SIZE) and padded.sum() == 200 * 48 * 50
+
+
 def test_padding_of_every_size_is_found_where_the_model_finds_it():
     for length in range(1, 300):
         mask = torch.rand(1, 1, length, 2 * length)
@@ -785,6 +791,26 @@ def test_the_server_names_the_package_that_is_missing(start, tmp_path):
     (tmp_path / "onnxruntime.py").write_text("raise ImportError")
     error = start("model.onnx").communicate()[1]
     assert error == "serve_onnx.py: onnxruntime is missing: pip install onnxruntime\n"
+
+
+@pytest.mark.slow
+def test_the_detector_of_a_model_of_one_channel_finds_what_the_predictor_does(
+    make_dino, randomise, picture, monkeypatch
+):
+    """Of a whole image that is not resized, which needs no padding."""
+    pytest.importorskip("onnxruntime")
+    model = make_dino(denoising=None, max_detections=20, num_layers=1, colours=1)
+    options = {"classes": CLASSES, "augmentations": [], "image_format": "L"}
+    predictor = dino_d2.Predictor(randomise(model, std=0.1).eval(), **options)
+    monkeypatch.setattr(dino_d2, "load", lambda *_: predictor)
+    monkeypatch.chdir(picture.parent)
+    words = ["--config-file", "x", "--size", "60", "60", "--images", "picture.png"]
+    monkeypatch.setattr(sys, "argv", ["export.py", *words, "--output", "model.onnx"])
+    program.main()
+    expected = predictor("picture.png")
+    found = OnnxDetector("model.onnx")(Image.open("picture.png"), threshold=0)
+    scores = torch.tensor([x["score"] for x in found])
+    torch.testing.assert_close(scores, expected.scores, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

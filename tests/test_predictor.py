@@ -33,9 +33,10 @@ CLASSES = ["circle", "square", "triangle"]
 
 @pytest.fixture
 def make_predictor(make_dino):
-    model = make_dino().eval()
+    models = {colours: make_dino(colours=colours).eval() for colours in (1, 3)}
 
     def make(image_format="RGB", size=64):
+        model = models[1 if image_format == "L" else 3]
         resize = [T.ResizeShortestEdge(size, 1333)]
         return Predictor(model, classes=CLASSES, augmentations=resize, image_format=image_format)
 
@@ -99,6 +100,45 @@ def test_pictures_of_every_kind_are_seen_in_colours(make_predictor, image, mode,
     expected = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     for x in (picture, path):
         assert torch.equal(predictor.prepare(x)["image"], expected)
+
+
+def test_a_model_of_one_channel_sees_every_picture_in_grey(make_predictor, image, tmp_path):
+    picture = Image.fromarray(image)
+    picture.save(tmp_path / "image.png")
+    grey = np.asarray(picture.convert("L"))
+    predictor = make_predictor("L", size=60)
+    for x in (picture, tmp_path / "image.png", image, grey, grey[:, :, None]):
+        assert torch.equal(predictor.prepare(x)["image"], torch.tensor(grey)[None])
+    assert len(predictor(grey)) > 0
+
+
+def test_an_array_of_grey_values_is_seen_in_colours(make_predictor, image):
+    seen = make_predictor(size=60).prepare(image[:, :, 0])["image"]
+    assert torch.equal(seen, torch.tensor(image[:, :, 0]).expand(3, -1, -1))
+
+
+def test_a_format_of_detectron2_with_fractions_is_seen(make_predictor, image):
+    predictor = make_predictor("YUV-BT.601", size=60)
+    seen = predictor.prepare(image)["image"]
+    # Y of (200, 0, 0) is 0.299 * 200 / 255
+    assert seen.shape == (3, 60, 90) and abs(seen[0, 0, 0] - 0.2345) < 1e-3
+    assert len(predictor(image)) > 0
+
+
+@pytest.mark.parametrize(
+    ("image_format", "sentence"),
+    [
+        ("L", "images have 1 channels, but the model has means and deviations of 3"),
+        ("CMYK", "images have 4 channels, but the model has means and deviations of 3"),
+        ("rgb", "image format is 'rgb', which is none of 8 bits a channel: .*the nearest: RGB"),
+        ("F", "image format is 'F', which is none of 8 bits a channel"),
+    ],
+)
+def test_a_format_that_the_model_cannot_take_is_one_sentence(make_dino, image_format, sentence):
+    options = {"classes": CLASSES, "augmentations": [], "image_format": image_format}
+    with pytest.raises(ValueError, match=sentence) as error:
+        Predictor(make_dino(), **options)
+    assert "INPUT.FORMAT" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
@@ -294,7 +334,7 @@ def test_overrides_change_the_config(config, overrides, trained, image):
         ((60, 90, 3), np.float32),
         ((60, 90, 3), np.uint16),
         ((60, 90, 3), bool),
-        ((60, 90), np.uint8),
+        ((60, 90, 2), np.uint8),
         ((60, 90, 4), np.uint8),
         ((3, 60, 90), np.uint8),
         ((1, 60, 90, 3), np.uint8),
@@ -304,7 +344,9 @@ def test_overrides_change_the_config(config, overrides, trained, image):
     ],
 )
 def test_an_array_that_is_no_image_is_one_sentence(make_predictor, shape, kind):
-    with pytest.raises(ValueError, match=r"RGB image \(H, W, 3\) of uint8") as caught:
+    with pytest.raises(
+        ValueError, match=r"image of uint8, RGB \(H, W, 3\) or grey \(H, W\)"
+    ) as caught:
         make_predictor()([np.zeros(shape, kind)])
     message = str(caught.value)
     assert message.endswith(f"{shape} of {np.dtype(kind)}") and "\n" not in message

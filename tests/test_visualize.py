@@ -271,7 +271,8 @@ def test_boxes_are_around_the_shapes(shapes):
         if len(sample["instances"]):
             break
     picture, caption = visualize_data.draw(sample, source, 480)
-    plain = resize_long_side(visualize_data.to_picture(sample["image"], "RGB"), 480)[0]
+    plain = visualize_data.to_picture(sample["image"].permute(1, 2, 0), "RGB")
+    plain = resize_long_side(plain, 480)[0]
     assert max(picture.size) == 480 and f"{len(sample['instances'])} boxes" in caption
     changed = (np.asarray(picture) != np.asarray(plain)).any(axis=-1)
     scale = 480 / max(sample["image"].shape[1:])
@@ -286,8 +287,26 @@ def test_the_order_of_colours_is_undone(shapes):
     for image_format in ("RGB", "BGR"):
         source = source_of(shapes, "INPUT.FORMAT", image_format)
         sample = next(visualize_data.samples(source, 0))
-        pictures.append(visualize_data.to_picture(sample["image"], source.image_format))
+        image = sample["image"].permute(1, 2, 0)
+        pictures.append(visualize_data.to_picture(image, source.image_format))
     assert np.array_equal(*map(np.asarray, pictures))
+
+
+@pytest.mark.parametrize("image_format", ["L", "YUV-BT.601"])
+def test_images_of_other_channels_are_shown(shapes, image_format):
+    words = ("MODEL.PIXEL_MEAN", [0.4], "MODEL.PIXEL_STD", [0.2], "INPUT.RANDOM_FLIP", "none")
+    colours = next(visualize_data.samples(source_of(shapes, *words[-2:]), 0))["image"]
+    source = source_of(shapes, *words, "INPUT.FORMAT", image_format)
+    picture, _ = visualize_data.draw(next(visualize_data.samples(source, 0)), source, None)
+    grey = np.asarray(picture.convert("L")).astype(int)
+    expected = Image.fromarray(colours.permute(1, 2, 0).numpy()).convert("L")
+    assert np.median(abs(grey - np.asarray(expected))) <= 2  # beside the boxes
+
+
+def test_an_unknown_format_of_images_is_one_sentence(shapes, tmp_path, monkeypatch):
+    words = look(shapes, tmp_path, "INPUT.FORMAT", "BRG")
+    said = complaint(monkeypatch, visualize_data, *words)
+    assert "image format is 'BRG'" in said and "the nearest: " in said
 
 
 def test_the_program_shows_the_same_images_again(shapes, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """From a record of a dataset to an input of the model; which images are refused, and how."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageMode, UnidentifiedImageError
+from torch import Tensor
 
+from ..names import hint
 from .augmentation import ResizeShortestEdge
 from .coco_faults import DatasetError
 
@@ -19,6 +22,10 @@ SUFFIXES = frozenset(
     (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+OF_DETECTRON2 = "BGR", "YUV-BT.601"  # formats that PIL does not know
+
+# Grey values that were neither resized nor flipped; Detectron2 only reads the tensor.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 class Mapper(DatasetMapper):
@@ -86,6 +93,32 @@ def read_image(path: str, image_format: str) -> np.ndarray:
     check_header(path)
     with _read(path):
         return detection_utils.read_image(path, image_format)
+
+
+def channels_of(image_format: str) -> int:
+    """
+    Args:
+        image_format: "RGB", "BGR", "L" (grey values) or another that Detectron2 reads images in
+
+    Raises:
+        ValueError: neither it nor PIL knows the format, or it has not 8 bits a channel
+    """
+    if image_format in OF_DETECTRON2:
+        return 3
+    of_pil = [mode for mode in Image.MODES if ImageMode.getmode(mode).basetype == "L"]
+    if image_format not in of_pil:
+        raise ValueError(
+            f"the image format is {image_format!r}, which is none of 8 bits a channel: change "
+            f"INPUT.FORMAT (image_format of the mapper); "
+            + hint(str(image_format), (*OF_DETECTRON2, *of_pil))
+        )
+    return Image.getmodebands(image_format)
+
+
+def to_picture(image: np.ndarray | Tensor, image_format: str) -> Image.Image:
+    """An image (H, W, C) in the format that a model gets it in, to be looked at in RGB."""
+    pixels = detection_utils.convert_image_to_rgb(image, image_format)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def check_header(path: str) -> None:

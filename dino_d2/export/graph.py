@@ -34,7 +34,7 @@ class Exportable(nn.Module):
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
-            images: (B, 3, H, W) uint8, each in the upper left corner; what is beside it is ignored
+            images: (B, C, H, W) uint8, each in the upper left corner; what is beside it is ignored
             image_sizes: (B, 2) int64, height and width of each image without padding
 
         Returns:

@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.mapper import channels_of
 from ..modeling.postprocess import Detections
 
 INPUTS = ("images", "image_sizes")
@@ -35,7 +36,7 @@ class About(NamedTuple):
 
     classes: list[str]  # names of the labels
     size: tuple[int, int]  # height and width of the images
-    image_format: str  # "RGB" or "BGR"
+    image_format: str  # "RGB", "BGR", "L": the channels of the images
     batch_size: int | None  # None: any
 
 
@@ -43,18 +44,19 @@ def fit(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int
     """Resize an image to fill `size` without changing its ratio, as evaluation resizes, and pad.
 
     Args:
-        image: (h, w, 3) uint8
+        image: (h, w, C) uint8
         size: H and W
 
     Returns:
-        (3, H, W) uint8 with the image in the upper left corner, and its height and width there
+        (C, H, W) uint8 with the image in the upper left corner, and its height and width there
     """
     height, width = image.shape[:2]
     scale = min(size[0] / height, size[1] / width)
     inside = max(1, round(height * scale)), max(1, round(width * scale))
-    resized = Image.fromarray(image).resize(inside[::-1], Image.Resampling.BILINEAR)
-    padded = np.zeros((*size, 3), np.uint8)
-    padded[: inside[0], : inside[1]] = resized
+    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    resized = np.asarray(picture.resize(inside[::-1], Image.Resampling.BILINEAR))
+    padded = np.zeros((*size, image.shape[2]), np.uint8)
+    padded[: inside[0], : inside[1]] = resized.reshape(*inside, -1)
     return padded.transpose(2, 0, 1), inside
 
 
@@ -88,7 +90,7 @@ class Exported:
             ExportError: images or sizes of another shape, number or type
         """
         count, size = self.about.batch_size or max(len(images), 1), self.about.size
-        expected = (count, 3, *size)
+        expected = (count, channels_of(self.about.image_format), *size)
         if images.shape != expected or images.dtype != torch.uint8:
             raise ExportError(
                 f"images of {tuple(images.shape)}, {images.dtype}, should be {expected} of uint8: "

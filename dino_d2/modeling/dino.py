@@ -22,6 +22,12 @@ from ..structures import DetectorOutput, Target, prepend, send, split_prediction
 from .denoising import denoising_attn_mask
 from .postprocess import postprocess
 
+WRONG_CHANNELS = (
+    "images have {} channels, but the model has means and deviations of {}: change INPUT.FORMAT "
+    "(image_format of the mappers), or MODEL.PIXEL_MEAN and MODEL.PIXEL_STD (model.pixel_mean and "
+    "model.pixel_std)"
+)
+
 
 @META_ARCH_REGISTRY.register()
 class DINO(nn.Module):
@@ -151,11 +157,18 @@ class DINO(nn.Module):
         return DetectorOutput(layers, proposals, denoised, noised)
 
     def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalises, and pads to a common size with zeros."""
+        """Normalises, and pads to a common size with zeros.
+
+        Raises:
+            ValueError: there is no image, or one of another number of channels
+        """
         if not batched_inputs:
             raise ValueError("a training batch has no images; is the data loader's batch size 0?")
+        for x in batched_inputs:  # one channel would pass for any number of them
+            if len(x["image"]) != len(self.pixel_mean):
+                raise ValueError(WRONG_CHANNELS.format(len(x["image"]), len(self.pixel_mean)))
         images = [send(x["image"], like=self.pixel_mean) for x in batched_inputs]
-        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
+        images = [(x.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(
             images,
             self.backbone.size_divisibility,

@@ -182,7 +182,8 @@ class Workload:
             self.model = PREPARE[setting.variant](self.model)
         if setting.mode == "training":
             self.optimizer = ClippedAdamW(parameter_groups(self.model, lr=1e-4), lr=1e-4)
-        self.batch = make_batch(setting)
+        self.channels = len(self.model.pixel_mean)
+        self.batch = make_batch(setting, self.channels)
         self.stopwatch = Stopwatch(device)
         for name, stage in self.model.named_children():
             time_stage(name, stage, self.stopwatch)
@@ -226,7 +227,7 @@ def load_config(setting: Setting) -> CfgNode | DictConfig:
     return cfg
 
 
-def make_batch(setting: Setting) -> list[dict]:
+def make_batch(setting: Setting, channels: int) -> list[dict]:
     """Random images with random boxes, as of Detectron2's data loader."""
     height, width = setting.size
     batch = []
@@ -238,7 +239,7 @@ def make_batch(setting: Setting) -> list[dict]:
         boxes = torch.cat([corner, corner + size], 1) * torch.tensor([width, height] * 2)
         instances = Instances(setting.size, gt_boxes=Boxes(boxes))
         instances.gt_classes = torch.randint(setting.classes, (setting.boxes,))
-        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+        image = torch.randint(256, (channels, height, width), dtype=torch.uint8)
         batch.append({"image": image, "instances": instances})
     return batch
 
@@ -317,7 +318,9 @@ def time_and_memory(setting: Setting, repeats: int) -> dict:
     top of the model and, in training, of the optimizer."""
     torch.set_num_threads(setting.threads)
     workload = Workload(setting)
-    workload.step(make_batch(setting._replace(size=(64, 64))))  # creates what stays
+    workload.step(
+        make_batch(setting._replace(size=(64, 64)), workload.channels)
+    )  # creates what stays
     memory = PeakMemory(torch.device(setting.device))
     times = [sum(workload.step(workload.batch).values()) for _ in range(repeats)]
     return {"total_ms": median(times), "memory_mib": memory.read()}

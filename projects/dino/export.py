@@ -186,6 +186,8 @@ def main() -> None:
         predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts)
         check(predictor.model, size)
         images = [predictor.read(path) for path in paths]
+        if images[0].dtype != np.uint8:
+            raise ExportError(f"files take images of 8 bits, and not {predictor.image_format}")
         check_output(args.output)
     batches = make_batches(images, size, args.batch_size)
     expected = [padded(predictor.model, *batch) for batch in batches]

@@ -36,12 +36,12 @@ class OnnxDetector:
         (height, width), count = self.about["size"], self.about["batch_size"] or 1
         scale = min(height / image.height, width / image.width)
         h, w = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-        resized = image.convert("RGB").resize((w, h), Image.Resampling.BILINEAR)
-        padded = resized.crop((0, 0, width, height))
-        pixels = np.array([[padded.getchannel(x) for x in self.about["image_format"]]] * count)
+        order, names = self.about["image_format"], self.about["classes"]
+        picture = image.convert("RGB" if order == "BGR" else order)
+        padded = picture.resize((w, h), Image.Resampling.BILINEAR).crop((0, 0, width, height))
+        pixels = np.array([[padded.getchannel(x) for x in order]] * count)
         inputs = {"images": pixels, "image_sizes": np.array([[h, w]] * count, np.int64)}
         boxes, scores, labels = (x[0] for x in self.session.run(None, inputs))
         boxes = boxes * np.float32([image.width / w, image.height / h] * 2)
         rows = zip(boxes.tolist(), scores.tolist(), labels, strict=True)
-        names = self.about["classes"]
         return [{"class": names[c], "score": s, "box": b} for b, s, c in rows if s >= threshold]

@@ -73,13 +73,13 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
     parse()
 
 
-import torch
 from detectron2.config import CfgNode
 from PIL import Image
 from tqdm import tqdm
 
 from dino_d2 import data, model_zoo
 from dino_d2.data import DatasetError
+from dino_d2.data.mapper import channels_of, to_picture
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine.plan import Plan, make_plan
 from dino_d2.overrides import apply_overrides
@@ -94,7 +94,7 @@ class Source(NamedTuple):
 
     plan: Plan
     classes: list[str]
-    image_format: str  # "RGB", "BGR": the order of the channels that the model gets
+    image_format: str  # "RGB", "BGR", "L": the channels that the model gets
     seed: int  # of the config; 0 where it has none
 
 
@@ -114,6 +114,7 @@ def load(args: argparse.Namespace) -> Source:
         dataset = cfg.dataloader.train.dataset
         dataset.names = names or dataset.names
         image_format = cfg.dataloader.train.mapper.image_format
+    channels_of(image_format)
     plan = make_plan(cfg)
     if not plan.train_sets:
         raise ValueError("there is no data: give --data, or --train-json and --train-images")
@@ -134,15 +135,9 @@ def samples(source: Source, iteration: int) -> Iterator[dict]:
     return chain.from_iterable(stream)
 
 
-def to_picture(image: torch.Tensor, image_format: str) -> Image.Image:
-    """Of (C, H, W) values as the model gets them, in RGB."""
-    channels = image.flip(0) if image_format == "BGR" else image
-    return Image.fromarray(channels.permute(1, 2, 0).contiguous().numpy())
-
-
 def draw(sample: dict, source: Source, side: int | None) -> tuple[Image.Image, str]:
     """The picture, its long side of so many pixels (None: as it is), and its caption."""
-    picture = to_picture(sample["image"], source.image_format)
+    picture = to_picture(sample["image"].permute(1, 2, 0), source.image_format)
     name = Path(sample["file_name"]).name
     instances = sample["instances"]
     caption = f"{name}  {picture.width} x {picture.height}, {len(instances)} boxes"
