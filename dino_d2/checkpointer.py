@@ -18,6 +18,7 @@ from .checkpoint_io import DamagedCheckpoint, fetch, read, replacing, weights, w
 from .distributed import gather, scatter
 from .modeling.backbones import TimmBackbone
 from .modeling.dino import DINO
+from .names import plural
 from .releases import RELEASES
 
 logger = logging.getLogger(__name__)
@@ -300,9 +301,9 @@ class Checkpointer(DetectionCheckpointer):
         rows = len(state.get(formats.LABELS, range(number + 1))) - 1
         if rows != number:
             logger.info(
-                f"the label embedding of '{source.file}' is for {rows} classes and its class heads "
-                f"for {number}: these are kept, and of the embedding the rows of their classes"
-                + (", of which others start anew" if rows < number else "")
+                f"the label embedding of '{source.file}' is for {plural(rows, 'class')} and its "
+                f"class heads for {number}: these are kept, and of the embedding the rows of their "
+                "classes" + (", of which others start anew" if rows < number else "")
             )
         given = source.expected.get("classes") or coco_classes(number)
         if given is None and self.names and number == self.model.num_classes:

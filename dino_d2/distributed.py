@@ -27,6 +27,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .names import plural
+
 # What torchrun sets, and scripts for SLURM.
 WORKER_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -105,8 +107,8 @@ def check_gpus(workers: int) -> None:
     own = gpus == 1 and is_worker()  # each may see another one, as SLURM can have it
     if gpus and workers > gpus and not own:
         raise ValueError(
-            f"{workers} workers were asked for on this machine, which has {gpus} GPUs: ask for at "
-            f"most {gpus} with --num-gpus (torchrun: --nproc-per-node)"
+            f"{workers} workers were asked for on this machine, which has {plural(gpus, 'GPU')}: "
+            f"ask for at most {gpus} with --num-gpus (torchrun: --nproc-per-node)"
         )
 
 

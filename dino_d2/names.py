@@ -49,6 +49,22 @@ def nearest_path(path: str) -> str:
     return str(found)
 
 
+def plural(number: int, noun: str) -> str:
+    """A number of things: 1 box, 2 boxes, 1,000 boxes.
+
+    Args:
+        number: of them
+        noun: what one of them is called, of which the last word is counted
+    """
+    if number == 1:
+        return f"1 {noun}"
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return f"{number:,} {noun}es"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{number:,} {noun[:-1]}ies"
+    return f"{number:,} {noun}s"
+
+
 def path_hint(path: str | os.PathLike) -> str:
     """The end of a sentence on a path that does not exist: the nearest, or "" if there is none."""
     near = "" if os.path.exists(path) else nearest_path(os.fspath(path))

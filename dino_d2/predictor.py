@@ -19,6 +19,7 @@ from .config import evaluation_augmentations
 from .data.mapper import channels_of, check_mode, read_image
 from .modeling.dino import DINO, WRONG_CHANNELS
 from .modeling.inference import fold_norms
+from .names import plural
 from .overrides import apply_overrides
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
@@ -52,7 +53,9 @@ class Predictor:
             raise ValueError(f"dtype is {dtype!r}: give {', '.join(map(str, DTYPES))}")
         channels = channels_of(image_format)
         if channels != len(model.pixel_mean):
-            raise ValueError(WRONG_CHANNELS.format(channels, len(model.pixel_mean)))
+            raise ValueError(
+                WRONG_CHANNELS.format(plural(channels, "channel"), len(model.pixel_mean))
+            )
         self.model = model
         self.classes = list(classes)
         self.augmentation = T.AugmentationList(augmentations)

@@ -333,7 +333,7 @@ def test_damaged_exif_turns_nothing(yolo):
     ("text", "words"),
     [
         ("0 0.5 0.5 1 1\ncat 0.5 0.5 1 1", "line 2: could not convert.*'cat'"),
-        ("2 0.5 0.5 1 1", "its class is 2, but 2 classes"),
+        ("2 0.5 0.5 1 1", "its class is 2, but there are names for 2 classes"),
         ("0.5 0.5 0.5 1 1", "its class is 0.5"),
         ("0 0.5 0.5 1", "3 numbers after the class"),
         ("0 0.5 0.5 1 1 0.9", "5 numbers after the class"),
@@ -359,7 +359,7 @@ def test_a_wrong_line_is_named(yolo, text, words):
         ("names: [cat]\ntrain: image", "there is no '.*image'; the nearest: .*images"),
         ("names: [cat]\ntrain: list.txt", r"list\.txt', line 2: there is no image"),
         ("names: [cat]", "has no images where its splits are"),
-        ("names: [cat]\nnc: 3\ntrain: images", "has nc 3 but 1 names"),
+        ("names: [cat]\nnc: 3\ntrain: images", "has nc 3 but 1 name:"),
         ("names: [cat, cat]\ntrain: images", "categories 1 and 2 are both 'cat'"),
         ("names: [cat, ' ']\ntrain: images", "category 2 has an empty name"),
         ("names: {0: cat, 1: }\ntrain: images", "category 2 has an empty name"),

@@ -86,7 +86,9 @@ def trained(tmp_path_factory):
 
 
 def test_folders_patterns_and_files_are_found(folder):
-    found, videos = demo_annotate.find_inputs([f"{folder}", f"{folder}/more/*", f"{folder}/a.png"])
+    found, videos, _ = demo_annotate.find_inputs(
+        [f"{folder}", f"{folder}/more/*", f"{folder}/a.png"]
+    )
     assert found == [folder / "a.png", folder / "b.jpg", folder / "more/a.png"]  # each once
     assert videos == []
 
@@ -94,9 +96,38 @@ def test_folders_patterns_and_files_are_found(folder):
 def test_videos_are_told_from_images_by_their_names(folder):
     for name in ("c.mp4", "d.AVI"):
         (folder / name).touch()
-    images, videos = demo_annotate.find_inputs([str(folder)])
+    images, videos, _ = demo_annotate.find_inputs([str(folder)])
     assert [x.name for x in images] == ["a.png", "b.jpg"]
     assert [x.name for x in videos] == ["c.mp4", "d.AVI"]
+
+
+def test_what_the_demo_has_drawn_is_taken_only_where_it_is_named(
+    folder, detector, monkeypatch, capsys
+):
+    for _ in range(2):
+        run_demo(monkeypatch, *options("--input", folder, "--output", folder))
+        said = capsys.readouterr().out
+        assert "10 detections in 2 images" in said
+    assert ", 2 pictures that demo.py had drawn passed over: see" in said
+    assert {x.name for x in folder.glob("*.*")} == {
+        "a.png",
+        "b.jpg",
+        "a_1.png",
+        "b.png",
+        "notes.txt",
+    }
+    drawn = folder / "b.png"
+    assert demo_annotate.find_inputs([str(drawn), f"{folder}/*.png"])[0] == [
+        drawn,
+        folder / "a.png",
+    ]
+    with pytest.raises(ValueError, match="nothing but pictures that demo.py has drawn, such as"):
+        demo_annotate.find_inputs([f"{folder}/b.p*"])
+
+
+def test_a_damaged_picture_is_no_picture_of_the_demo(folder):
+    (folder / "c.png").write_bytes(b"no image")
+    assert folder / "c.png" in demo_annotate.find_inputs([str(folder)])[0]
 
 
 def test_the_demo_draws_and_writes_what_it_detects(folder, trained, tmp_path, monkeypatch, capsys):
@@ -404,6 +435,17 @@ def test_a_video_comes_out_annotated_with_the_rate_the_size_and_the_frames_it_ha
     assert (drawn.rate, drawn.size, drawn.length) == (12.5, (96, 64), 5)
     assert len(list(drawn)) == 5
     assert "25 detections in 5 frames of 1 video: see" in capsys.readouterr().out
+
+
+def test_a_video_that_the_demo_has_annotated_is_passed_over(
+    write_video, detector, tmp_path, monkeypatch
+):
+    write_video()
+    run_demo(monkeypatch, *options("--input", tmp_path, "--output", tmp_path))
+    drawn = tmp_path / "a_1.mp4"
+    assert len(list(demo_video.Video(drawn))) == 5  # whatever is at its end
+    assert demo_annotate.find_inputs([str(tmp_path)]) == ([], [tmp_path / "a.mp4"], 1)
+    assert demo_annotate.find_inputs([str(drawn)]) == ([], [drawn], 0)
 
 
 def test_a_video_never_replaces_its_input(write_video, detector, tmp_path, monkeypatch):

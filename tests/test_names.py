@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dino_d2 import names
-from dino_d2.names import check_device, hint, nearest, nearest_path, path_hint
+from dino_d2.names import check_device, hint, nearest, nearest_path, path_hint, plural
 
 
 def test_the_nearest_names_come_first_whatever_their_case():
@@ -88,3 +88,18 @@ def test_a_gpu_beyond_the_last_is_one_sentence(monkeypatch):
     check_device("cuda:1")
     with pytest.raises(ValueError, match="'cuda:2', but the last is 1"):
         check_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "expected"),
+    [
+        (1, "box", "1 box"),
+        (0, "box", "0 boxes"),
+        (2, "better class", "2 better classes"),
+        (2, "query", "2 queries"),
+        (2, "display", "2 displays"),
+        (12345, "image", "12,345 images"),
+    ],
+)
+def test_things_are_counted(number, noun, expected):
+    assert plural(number, noun) == expected

@@ -27,7 +27,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 
-from ..names import nearest, path_hint
+from ..names import nearest, path_hint, plural
 from . import folder
 from .adopt import check_records, is_built_in
 from .coco_faults import DatasetError, clip, faults, parse
@@ -124,7 +124,7 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) ->
     classes = class_names(names)
     if num_classes not in (None, len(classes)):
         raise DatasetError(
-            f"the config says {num_classes} classes but '{names[0]}' has {len(classes)}: "
+            f"the config says {plural(num_classes, 'class')} but '{names[0]}' has {len(classes)}: "
             f"{shorten(', '.join(classes), 200)}; remove the number to take it from the data"
         )
     return len(classes)

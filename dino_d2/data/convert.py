@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from ..checkpoint_io import replacing
+from ..progress import progress
 from .coco_faults import DatasetError, faults
 from .mapper import SUFFIXES
 
@@ -60,7 +59,7 @@ def to_coco(
     datasets, notes = {}, Counter()
     for split, labelled in splits.items():
         dataset = {"images": [], "annotations": [], "categories": categories}
-        for id, image in enumerate(tqdm(labelled, split, unit="image", disable=None), start=1):
+        for id, image in enumerate(progress(labelled, "image", what=split), start=1):
             name = Path(os.path.relpath(image.path, root)).as_posix()
             size = {"width": image.width, "height": image.height}
             dataset["images"].append({"id": id, "file_name": name, **size})

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from ..checkpoint_io import replacing
+from ..progress import progress
 
 IMAGE_SIDE = (96, 136)  # pixels, each side drawn independently
 DIAMETER = (30, 84)  # pixels, of the circle around a shape
@@ -97,7 +97,7 @@ def _is_complete(root: Path, split: str, info: dict) -> bool:
 def _write_images(folder: Path, split: str, split_number: int, count: int, seed: int) -> dict:
     """Draw and save ``count`` images; returns their COCO images, annotations and categories."""
     images, annotations = [], []
-    for index in tqdm(range(count), desc=f"drawing {split} images", unit="image"):
+    for index in progress(range(count), "image", what=f"drawing {split} images"):
         pixels, shapes = _draw_image(np.random.default_rng((seed, split_number, index)))
         file_name = f"{split}_{index:05d}.jpg"
         Image.fromarray(pixels).save(folder / file_name, quality=95)

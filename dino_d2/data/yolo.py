@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import yaml
 
-from ..names import path_hint
+from ..names import path_hint, plural
 from .coco_faults import DatasetError
 from .convert import (
     Conversion,
@@ -144,7 +144,9 @@ def read_yaml(path: Path) -> YoloFolder:
             raise DatasetError(f"'{path}': its 'names' have to be numbered from 0, one by one")
         names = [names[number] for number in range(len(names))]
     if whole(config.get("nc", len(names))) != len(names):
-        raise DatasetError(f"'{path}' has nc {config['nc']} but {len(names)} names: correct either")
+        raise DatasetError(
+            f"'{path}' has nc {config['nc']} but {plural(len(names), 'name')}: correct either"
+        )
     base = path.parent / str(config.get("path") or "")
     bases = [base, path.parent] if base.is_dir() else [path.parent]
     entries = {split: read_entries(config, keys, path) for split, keys in SPLITS.items()}
@@ -234,12 +236,12 @@ def read_row(words: list[str], num_classes: int, where: str) -> tuple[int, list[
         raise DatasetError(f"{where}: {error}: give numbers alone") from error
     if index not in range(num_classes):
         raise DatasetError(
-            f"{where}: its class is {words[0]}, but {num_classes} classes are named, numbered from "
-            "0: correct it, or name all classes"
+            f"{where}: its class is {words[0]}, but there are names for "
+            f"{plural(num_classes, 'class')}, numbered from 0: correct it, or name all classes"
         )
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
         raise DatasetError(
-            f"{where}: there are {len(values)} numbers after the class: give 4 for a box (cx cy w "
+            f"{where}: {plural(len(values), 'number')} after the class: give 4 for a box (cx cy w "
             "h), or pairs for an outline"
         )
     if not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in values):

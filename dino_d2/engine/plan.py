@@ -19,6 +19,7 @@ from torch import nn
 
 from .. import data
 from ..evaluation.evaluator import ErrorAnalysisEvaluator
+from ..names import plural
 from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
 from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_dino, refuse
@@ -252,7 +253,7 @@ def part_of_batch(batch: int, accumulate: int, workers: int = 1) -> int:
     """
     if not isinstance(accumulate, int) or accumulate < 1 or batch % (accumulate * workers):
         raise ValueError(
-            f"a batch of {batch} images cannot be divided into {accumulate} equal parts"
+            f"a batch of {plural(batch, 'image')} cannot be divided into {accumulate} equal parts"
             + (f" for {workers} workers" if workers > 1 else "")
             + ": change the batch, the number of accumulated parts or that of workers"
         )

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..data.mapper import channels_of
 from ..modeling.postprocess import Detections
+from ..names import plural
 
 INPUTS = ("images", "image_sizes")
 ABOUT = "dino_d2"  # under this name a .pt2 file says what it is
@@ -105,7 +106,7 @@ class Exported:
         if not ((image_sizes >= 1) & (image_sizes <= limit)).all():
             raise ExportError(
                 f"image_sizes {image_sizes.tolist()} should be height and width of each of the "
-                f"{count} images, at most {size[0]} and {size[1]}"
+                f"{plural(count, 'image')}, at most {size[0]} and {size[1]}"
             )
         return Detections(*(x.to(images.device) for x in self.run(images, image_sizes)))
 

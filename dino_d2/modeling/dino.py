@@ -18,12 +18,13 @@ from ..boxes import xyxy_to_cxcywh
 from ..checkpoint import CheckpointError, detect_format
 from ..config import build_parts
 from ..layers.blocks import recompute
+from ..names import plural
 from ..structures import DetectorOutput, Target, prepend, send, split_predictions
 from .denoising import denoising_attn_mask
 from .postprocess import postprocess
 
 WRONG_CHANNELS = (
-    "images have {} channels, but the model has means and deviations of {}: change INPUT.FORMAT "
+    "images have {}, but the model has means and deviations of {}: change INPUT.FORMAT "
     "(image_format of the mappers), or MODEL.PIXEL_MEAN and MODEL.PIXEL_STD (model.pixel_mean and "
     "model.pixel_std)"
 )
@@ -166,7 +167,9 @@ class DINO(nn.Module):
             raise ValueError("a training batch has no images; is the data loader's batch size 0?")
         for x in batched_inputs:  # one channel would pass for any number of them
             if len(x["image"]) != len(self.pixel_mean):
-                raise ValueError(WRONG_CHANNELS.format(len(x["image"]), len(self.pixel_mean)))
+                raise ValueError(
+                    WRONG_CHANNELS.format(plural(len(x["image"]), "channel"), len(self.pixel_mean))
+                )
         images = [send(x["image"], like=self.pixel_mean) for x in batched_inputs]
         images = [(x.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(
@@ -189,7 +192,7 @@ class DINO(nn.Module):
             if len(unknown):
                 raise ValueError(
                     f"{x.get('file_name', 'an image')} has a box of class {int(unknown[0])}, "
-                    f"but the model has {self.num_classes} classes, counted from 0; "
+                    f"but the model has {plural(self.num_classes, 'class')}, counted from 0; "
                     "set the number of classes to that of the data"
                 )
             height, width = instances.image_size

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
+from ..names import plural
+
 
 class ChannelMapper(nn.Module):
     """One 1x1 convolution per backbone feature, then stride-2 convolutions for further levels.
@@ -26,9 +28,13 @@ class ChannelMapper(nn.Module):
     ):
         super().__init__()
         if num_levels < len(in_features):
-            raise ValueError(f"{num_levels} levels cannot hold the features {list(in_features)}")
+            raise ValueError(
+                f"{plural(num_levels, 'level')} cannot hold the features {list(in_features)}"
+            )
         if out_channels % 32:
-            raise ValueError(f"{out_channels} channels do not divide into GroupNorm's 32 groups")
+            raise ValueError(
+                f"{plural(out_channels, 'channel')} cannot be divided into GroupNorm's 32 groups"
+            )
         self.in_features = list(in_features)
         channels = [input_shape[name].channels for name in in_features]
         self.projections = nn.ModuleList(conv_norm(c, out_channels, kernel=1) for c in channels)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..layers import MLP
 from ..layers.blocks import xavier_uniform_
 from ..layers.position import encode
+from ..names import plural
 from ..structures import (
     DenoisingBatch,
     DetectorOutput,
@@ -154,8 +155,8 @@ class IndicatorDenoising(Denoising):
         )
         if not 1 <= groups <= budget:
             raise ValueError(
-                f"{groups} groups cannot share a denoising budget of {budget}: each needs room for "
-                "a box"
+                f"{plural(groups, 'group')} cannot share a denoising budget of {budget}: each "
+                "needs room for a box"
             )
         self.groups = groups
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation.errors import IOU_50, Analysis, SizeScores
 from ..evaluation.matching import MIN_IOU, NEAR
+from ..names import plural
 from .style import BLUE, DPI, GREY, ORANGE, PALETTE, SKY, VERMILION, YELLOW, escape_name
 
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
@@ -76,17 +77,13 @@ def _per_class(analysis: Analysis) -> Figure:
         ([x.AP75 for x in ranked], "D", "black", "AP75 (IoU 0.75)"),
     ):
         axes.plot(values, places, marker, color=colour, markersize=4, label=label, clip_on=False)
-    axes.set_yticks(places, [f"{escape_name(x.name)} ({_count(x.boxes, 'box')})" for x in ranked])
+    axes.set_yticks(places, [f"{escape_name(x.name)} ({plural(x.boxes, 'box')})" for x in ranked])
     axes.set_ylim(-0.7, len(ranked) - 0.3)
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(axis="x", alpha=0.3)
     handles = [bars, *axes.lines[-2:]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
     return figure
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" + ("" if number == 1 else "es")
 
 
 def _ap_by_size(analysis: Analysis) -> Figure:
@@ -114,7 +111,7 @@ def _size_label(size: SizeScores) -> str:
     low, high = round(size.min_area**0.5), round(size.max_area**0.5)
     area = {"all": "any area", "small": f"up to {high}² px", "large": f"from {low}² px"}
     text = area.get(size.size, f"{low}² to {high}² px")
-    return f"{size.size}\n{text}\n{_count(size.boxes, 'box')}"
+    return f"{size.size}\n{text}\n{plural(size.boxes, 'box')}"
 
 
 def _precision_recall(analysis: Analysis) -> Figure:
@@ -198,8 +195,8 @@ def _errors(analysis: Analysis) -> Figure:
     boxes = sum(x.boxes for x in analysis.classes)
     found = sum(number for kind, number in totals.items() if kind != "missed")
     title = (
-        f"What became of {found:,} detections of score ≥ {analysis.threshold:g} "
-        f"and of {_count(boxes, 'annotated box')}"
+        f"What became of {plural(found, 'detection')} of score ≥ {analysis.threshold:g} "
+        f"and of {plural(boxes, 'annotated box')}"
     )
     figure, axes = _axes(9, 4.2, title, xlabel="number")
     colours = [SKY, *(len(totals) - 2) * [VERMILION], YELLOW]

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, iou
+from ..names import plural
 from ..structures import Predictions
 from ..trace import Trace
 from .canvas import (
@@ -64,9 +65,9 @@ def draw_proposals(
             marker=MARKERS[level % len(MARKERS)],
             **{"color": COLOURS[level % len(COLOURS)], "edgecolors": "white", "linewidths": 0.4},
             **{"alpha": 0.75, "clip_on": False},
-            label=f"level {level + 1}: {len(there)} of {height * width} tokens",
+            label=f"level {level + 1}: {len(there)} of {plural(height * width, 'token')}",
         )
-    left.set_title(f"where the {len(centers)} selected tokens are")
+    left.set_title(f"places of {plural(len(centers), 'selected token')}")
     legends[0].legend(*left.get_legend_handles_labels(), loc="upper center", fontsize=8)
 
     show(right, image, dim=0.3)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, iou
 from ..modeling.matcher import instability
+from ..names import plural
 from ..structures import Predictions, Target
 from ..trace import Denoised, StageMatching
 from .canvas import outline, shape_of, show, tag, to_pixels
@@ -153,7 +154,7 @@ def _draw_table(axes: Axes, matching: StageMatching, boxes: list[int], names: li
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0)
-    axes.set_xlabel(f"below each stage: share of all {total} boxes whose query changed")
+    axes.set_xlabel(f"below each stage: share of {plural(total, 'box')} whose query changed")
     which = "" if len(boxes) == total else f", the {len(boxes)} largest boxes"
     axes.set_title(f"the query of each box{which}")
     handles = [Patch(color=kept, label="as before"), Patch(color=changed, label="another query")]

@@ -83,6 +83,7 @@ from dino_d2.costs import Flops, count_flops, kept_activations, stages_of
 from dino_d2.data import DatasetError
 from dino_d2.data.normalise import read
 from dino_d2.modeling.dino import DINO
+from dino_d2.names import plural
 
 BOXES = 7  # in the image of a training step, as COCO has on average
 
@@ -198,7 +199,8 @@ def page(args: argparse.Namespace, body: str, flops: Flops, counts: Sequence[int
     ]
     if args.annotations:
         gflops = [count / 1e9 for count in counts]
-        what += f"; GFLOPs are means over the first {len(gflops)} images of `{args.annotations}`"
+        images = plural(len(gflops), "image")
+        what += f"; GFLOPs are means over the first {images} of `{args.annotations}`"
         notes.insert(
             0,
             f"GFLOPs of these images: mean {cell(mean(gflops))}, from {cell(min(gflops))} to "

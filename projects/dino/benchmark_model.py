@@ -106,6 +106,7 @@ from dino_d2 import DINO, model_zoo
 from dino_d2.costs import STAGES
 from dino_d2.layers import deformable_attention
 from dino_d2.modeling.inference import fold_norms
+from dino_d2.names import plural
 from dino_d2.overrides import apply_overrides
 from dino_d2.solver import ClippedAdamW, parameter_groups
 
@@ -329,10 +330,10 @@ def time_and_memory(setting: Setting, repeats: int) -> dict:
 def page(rows: list[dict], args: argparse.Namespace) -> str:
     """A table of the stages for each mode, and one of the kinds of operators."""
     parts = [
-        f"`{args.config_file}` with random weights, {args.boxes} boxes in an image. Milliseconds, "
-        f"medians of {args.repeats} rounds. *{PUBLISHED}* is the same model on the published form "
-        "(grid_sample) of deformable attention. Memory is what a step takes at most on top of the "
-        "model and the optimizer.",
+        f"`{args.config_file}` with random weights, {plural(args.boxes, 'box')} in an image. "
+        f"Milliseconds, medians of {plural(args.repeats, 'round')}. *{PUBLISHED}* is the same "
+        "model on the published form (grid_sample) of deformable attention. Memory is what a step "
+        "takes at most on top of the model and the optimizer.",
         headline(machine(torch.device(args.device))),
     ]
     for mode in args.mode:

@@ -60,6 +60,7 @@ from benchmarking import (
 )
 from torch import Tensor
 
+from dino_d2.names import plural
 from dino_d2.ops import dispatch, embedding_bag, ms_deform_attn, ms_deform_attn_from_offsets
 from dino_d2.ops.reference import resolve
 
@@ -273,7 +274,8 @@ def run(device: torch.device, args: argparse.Namespace) -> tuple[str, list[dict]
     height, width = args.size
     title = (
         f"Multi-scale deformable attention, an image of {height} x {width} pixels, on "
-        f"{device.type}. Medians of {args.repeats} rounds; float32 where nothing else is said."
+        f"{device.type}. Medians of {plural(args.repeats, 'round')}; float32 where nothing else "
+        "is said."
     )
     return "\n\n".join([title, headline(machine(device)), markdown(columns, table)]), results
 

@@ -42,6 +42,7 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
 from dino_d2.checkpoint import CLASS_BIAS, CheckpointError, to_official
 from dino_d2.checkpoint_io import fetch, read, weights, write
 from dino_d2.checkpointer import EXPECTED, coco_classes, encoding_of, to_ours
+from dino_d2.names import plural
 
 
 def convert(source: str, to: str, *, ema: bool = False) -> dict:
@@ -78,7 +79,8 @@ def main() -> None:
         write(converted, args.target)
     except CheckpointError as error:
         sys.exit(f"{parser.prog}: {error}")
-    print(f"{len(converted['model'])} tensors are in '{args.target}', in the layout of {args.to}")
+    number = plural(len(converted["model"]), "tensor")
+    print(f"{number} are in '{args.target}', in the layout of {args.to}")
 
 
 if __name__ == "__main__":

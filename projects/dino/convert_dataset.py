@@ -61,7 +61,7 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
 
 from dino_d2.data import from_voc, from_yolo
 from dino_d2.data.convert import Conversion, write
-from dino_d2.names import path_hint
+from dino_d2.names import path_hint, plural
 
 
 def convert(args: argparse.Namespace) -> tuple[Conversion, dict[str, Path]]:
@@ -91,15 +91,18 @@ def main() -> None:
         for split, dataset in conversion.datasets.items():
             write(dataset, paths[split])
     for split, dataset in conversion.datasets.items():
-        images, boxes = len(dataset["images"]), len(dataset["annotations"])
-        empty = images - len({x["image_id"] for x in dataset["annotations"]})
-        print(f"'{paths[split]}': {images} images, {empty} of them without boxes, {boxes} boxes")
+        images, boxes = plural(len(dataset["images"]), "image"), dataset["annotations"]
+        empty = len(dataset["images"]) - len({x["image_id"] for x in boxes})
+        boxes = plural(len(boxes), "box")
+        print(f"'{paths[split]}': {images}, {empty} of them without boxes, {boxes}")
     for text, count in conversion.notes.items():
         if count:
             print(f"  {text}: {count}")
     names = [x["name"] for x in next(iter(conversion.datasets.values()))["categories"]]
     folder = args.dataset if args.dataset.is_dir() else args.dataset.parent
-    print(f"{len(names)} classes: {', '.join(names)}. The folder of the images is '{folder}'")
+    print(
+        f"{plural(len(names), 'class')}: {', '.join(names)}. The folder of the images is '{folder}'"
+    )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,11 @@ The camera, in a window until q is pressed:
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
     parser.add_argument(
-        "--input", nargs="+", default=[], help="images, videos, folders and patterns of them"
+        "--input",
+        nargs="+",
+        default=[],
+        help="images, videos, folders and patterns of them; what this program has drawn is taken "
+        "only where it is named itself",
     )
     parser.add_argument(
         "--webcam",
@@ -142,7 +146,10 @@ def prepare_outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
 
 
 def make_annotator(
-    args: argparse.Namespace, inputs: Sequence[Path], annotations: dict[str, list] | None
+    args: argparse.Namespace,
+    inputs: Sequence[Path],
+    annotations: dict[str, list] | None,
+    passed_over: int,
 ) -> Annotator:
     """
     Raises:
@@ -159,6 +166,7 @@ def make_annotator(
         categories=category_ids(predictor.classes, annotations) if args.json else None,
         taken=[*inputs, args.json] if args.json else inputs,
         window=window,
+        passed_over=passed_over,
     )
 
 
@@ -170,7 +178,7 @@ def main() -> None:
             name = data_of(args)
             annotations, root = annotations_of(name), Path(MetadataCatalog.get(name).image_root)
             args.input = args.input or [root / x["file_name"] for x in annotations["images"]]
-        images, videos = find_inputs(args.input)
+        images, videos, passed_over = find_inputs(args.input)
         inputs = [*images, *videos]
         if args.webcam is not None:
             videos = [*videos, Video(args.webcam)]
@@ -180,7 +188,7 @@ def main() -> None:
         prepare_outputs(args, inputs)
         if videos:
             opencv()
-        annotator = make_annotator(args, inputs, annotations)
+        annotator = make_annotator(args, inputs, annotations, passed_over)
     try:
         run(annotator, images, ids, videos)
     except KeyboardInterrupt:

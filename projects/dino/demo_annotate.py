@@ -8,10 +8,12 @@ from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
+import demo_video
 import numpy as np
-from demo_video import VIDEO_SUFFIXES, Video, VideoError, VideoWriter, Window
+from demo_video import SOFTWARE, VIDEO_SUFFIXES, Video, VideoError, VideoWriter, Window
 from detectron2.structures import Boxes, Instances
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from program import find_files
 from tqdm import tqdm
 
@@ -19,6 +21,8 @@ import dino_d2
 from dino_d2.data import DatasetError, read_image
 from dino_d2.data.coco_writer import to_results
 from dino_d2.data.convert import SUFFIXES as IMAGE_SUFFIXES
+from dino_d2.names import plural
+from dino_d2.progress import progress
 from dino_d2.visualize import draw_instances
 
 # Pixels of the long side that pictures of small images have at most: at the size of the image,
@@ -33,19 +37,48 @@ class Shot(NamedTuple):
     names: dict  # what its detections have in the JSON: image_id, file_name and perhaps frame
 
 
-def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """The images, and the videos, that paths, folders and patterns mean, each once.
+def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[Path], int]:
+    """The images, and the videos, that paths, folders and patterns mean, each once; and how many
+    in folders and patterns are none, as `demo.py` has annotated them.
 
     Raises:
         FileNotFoundError: one of them means none
+        ValueError: all of them were annotated
     """
-    found = find_files(inputs, IMAGE_SUFFIXES | VIDEO_SUFFIXES, "--input")
+    everything = find_files(inputs, IMAGE_SUFFIXES | VIDEO_SUFFIXES, "--input")
+    named = {Path(name) for name in inputs}
+    found = [path for path in everything if path in named or not is_annotated(path)]
+    if everything and not found:
+        raise ValueError(
+            f"--input means nothing but pictures that demo.py has drawn, such as '{everything[0]}':"
+            " name a file to take it nevertheless"
+        )
     is_video = [path.suffix.lower() in VIDEO_SUFFIXES for path in found]
     images, videos = (
         [path for path, x in zip(found, is_video, strict=True) if x is kind]
         for kind in (False, True)
     )
-    return images, videos
+    return images, videos, len(everything) - len(found)
+
+
+def is_annotated(path: Path) -> bool:
+    """Whether this is a picture or a video that `demo.py` has drawn into; no matter its name."""
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return demo_video.is_annotated(path)
+    if path.suffix.lower() != ".png":
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except Exception:  # a damaged image can fail in any way, which is said where it is read
+        return False
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """As PNG, marked as `is_annotated`."""
+    notes = PngInfo()
+    notes.add_text("Software", SOFTWARE)
+    picture.save(path, pnginfo=notes)
 
 
 class Annotator:
@@ -59,6 +92,7 @@ class Annotator:
         categories: the id of each class in `results`; None: no results are kept
         taken: files that are not to be replaced by annotated ones: the inputs above all
         window: where pictures are shown
+        passed_over: how many files of its own it was not to take for inputs
     """
 
     def __init__(
@@ -71,8 +105,10 @@ class Annotator:
         categories: Sequence[int] | None,
         taken: Iterable[Path],
         window: Window | None = None,
+        passed_over: int = 0,
     ):
         self.predictor, self.output, self.window = predictor, output, window
+        self.passed_over = passed_over
         self.threshold, self.batch_size, self.categories = threshold, batch_size, categories
         self.taken = {path.resolve() for path in taken}
         self.results: list[dict] = []  # of all images, in COCO's format
@@ -81,10 +117,10 @@ class Annotator:
     def run_images(self, paths: list[Path], ids: list[int]) -> bool:
         """Images that cannot be read are left out; whether the person at the window wants more."""
         shots = self.detect(self.read(paths, ids))
-        for shot, instances in tqdm(shots, total=len(paths), unit="image", disable=None):
+        for shot, instances in progress(shots, "image", total=len(paths)):
             self.images += 1
             save = self.output and self.free_path(shot.names["file_name"], ".png")
-            if not self.draw(shot, instances, save and partial(Image.Image.save, fp=save)):
+            if not self.draw(shot, instances, save and partial(save_picture, path=save)):
                 return False
         return True
 
@@ -104,7 +140,7 @@ class Annotator:
         )
         path = self.output and self.free_path(video.name, ".mp4")
         writer = VideoWriter(path, video.rate, video.size) if path else None
-        found = tqdm(self.detect(shots), total=video.length or None, unit="frame", disable=None)
+        found = progress(self.detect(shots), "frame", total=video.length or None)
         self.videos += 1
         before = self.frames
         with writer or nullcontext():
@@ -114,7 +150,10 @@ class Annotator:
                     return False
         missing = video.length - (self.frames - before)
         if missing > max(1, video.length // 100):  # some formats only estimate their length
-            warn(f"video '{video.name}' lacks {missing} of {video.length} frames: it is damaged")
+            warn(
+                f"video '{video.name}' lacks {missing} of {plural(video.length, 'frame')}: it is "
+                "damaged"
+            )
         return True
 
     def read(self, paths: list[Path], ids: list[int]) -> Iterator[Shot]:
@@ -181,9 +220,12 @@ class Annotator:
         parts = [plural(self.images, "image")] if self.images or not self.videos else []
         if self.videos:
             parts.append(f"{plural(self.frames, 'frame')} of {plural(self.videos, 'video')}")
-        return f"{plural(self.detections, 'detection')} in {' and '.join(parts)}" + (
-            f", {plural(self.left_out, 'input')} left out" if self.left_out else ""
-        )
+        said = f"{plural(self.detections, 'detection')} in {' and '.join(parts)}"
+        if self.left_out:
+            said += f", {plural(self.left_out, 'input')} left out"
+        if self.passed_over:
+            said += f", {plural(self.passed_over, 'picture')} that demo.py had drawn passed over"
+        return said
 
 
 def enlarge(image: Image.Image, instances: Instances) -> tuple[Image.Image, Instances]:
@@ -198,10 +240,6 @@ def enlarge(image: Image.Image, instances: Instances) -> tuple[Image.Image, Inst
 
 def warn(sentence: str) -> None:
     tqdm.write(sentence, file=sys.stderr)
-
-
-def plural(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def run(

@@ -13,6 +13,9 @@ VIDEO_SUFFIXES = frozenset(
     (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 )
 CODEC = "mp4v"
+SOFTWARE = "dino_d2 demo.py"  # in what was annotated, so that it is not taken for an input
+# At the end of an MP4: a box of its format that is free to hold anything; its length comes first.
+MARK = (8 + len(SOFTWARE)).to_bytes(4, "big") + b"free" + SOFTWARE.encode()
 USUAL_RATE = 25.0  # of a camera that does not tell
 
 
@@ -79,8 +82,15 @@ class Video:
         self.capture.release()
 
 
+def is_annotated(path: Path) -> bool:
+    """Whether this is a video that `VideoWriter` has written."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(MARK)))
+        return file.read() == MARK
+
+
 class VideoWriter:
-    """An MP4 to write, complete however its context ends.
+    """An MP4 to write, complete however its context ends, and marked as `is_annotated`.
 
     Args:
         path: of the file
@@ -93,6 +103,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: float, size: tuple[int, int]):
         cv2 = opencv()
+        self.path = path
         self.file = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*CODEC), rate, size)
         if not self.file.isOpened():
             raise VideoError(
@@ -108,6 +119,8 @@ class VideoWriter:
 
     def __exit__(self, *_: object) -> None:
         self.file.release()
+        with self.path.open("ab") as file:
+            file.write(MARK)
 
 
 class Window:

@@ -99,7 +99,7 @@ from dino_d2.boxes import xyxy_to_cxcywh
 from dino_d2.data import class_names, read_image
 from dino_d2.data.coco_faults import dataset_name
 from dino_d2.data.mapper import check_pixels
-from dino_d2.names import hint, path_hint
+from dino_d2.names import hint, path_hint, plural
 from dino_d2.structures import Predictions, Target
 from dino_d2.trace import Trace, denoised_boxes, match_stages, trace
 from dino_d2.visualize import (
@@ -283,14 +283,14 @@ def work(prog: str, args: argparse.Namespace) -> None:
         queries = choose(args.query, predictions)
     facts = [
         resized,
-        f"The model is {args.config_file} with {predictions.boxes.shape[1]} queries and "
-        f"{len(predictor.classes)} classes; explained are the queries "
+        f"The model is {args.config_file} with {plural(predictions.boxes.shape[1], 'query')} and "
+        f"{plural(len(predictor.classes), 'class')}; explained are the queries "
         f"{', '.join(map(str, queries))}.",
     ]
     pictures = draw(subject, recorded, predictor.model, queries, predictor.classes)
     write(pictures, subject, facts, args.output)
     number = sum(not isinstance(x, str) for x in pictures.values())
-    print(f"explain.html and its {number} pictures are in '{args.output}'")
+    print(f"explain.html and {plural(number, 'picture')} of it are in '{args.output}'")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,8 @@ from dino_d2.export.runtime import (
     kind_of,
     needs,
 )
+from dino_d2.names import plural
+from dino_d2.progress import progress
 
 Batch = tuple[Tensor, Tensor]  # images and image_sizes
 
@@ -136,11 +138,15 @@ def verify(
 ) -> bool:
     """Whether the file detects in these batches what is expected; prints what was measured."""
     file = Exported(path)
-    found = compare_all(expected, [file(*batch) for batch in batches], threshold)
+    found = compare_all(
+        expected,
+        [file(*batch) for batch in progress(batches, "batch", what="comparing")],
+        threshold,
+    )
     alone = [unpadded(model, *batch) for batch in batches]
     effect = compare_all(alone, expected, threshold)
     print(
-        f"{len(found.boxes)} detections compared with the model's: boxes differ by up to "
+        f"{plural(len(found.boxes), 'detection')} compared with the model's: boxes differ by up to "
         f"{found.boxes.max():.2g} pixels, scores by up to {found.scores.max():.2g}\n"
         f"without padding the model's own would differ by {effect.boxes.median():.2g} pixels and "
         f"{effect.scores.median():.2g} (medians)"
@@ -190,7 +196,7 @@ def main() -> None:
             raise ExportError(f"files take images of 8 bits, and not {predictor.image_format}")
         check_output(args.output)
     batches = make_batches(images, size, args.batch_size)
-    expected = [padded(predictor.model, *batch) for batch in batches]
+    expected = [padded(predictor.model, *x) for x in progress(batches, "batch", what="detecting")]
     if not any((x.scores >= threshold).any() for x in expected):
         sys.exit(
             f"{parser.prog}: no detection in these images scores {threshold} or more, so there is "

@@ -75,14 +75,15 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
 
 from detectron2.config import CfgNode
 from PIL import Image
-from tqdm import tqdm
 
 from dino_d2 import data, model_zoo
 from dino_d2.data import DatasetError
 from dino_d2.data.mapper import channels_of, to_picture
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine.plan import Plan, make_plan
+from dino_d2.names import plural
 from dino_d2.overrides import apply_overrides
+from dino_d2.progress import progress
 from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_marks, resize_long_side
 
 SIDE = 480  # pixels of a picture in a sheet of several
@@ -140,7 +141,7 @@ def draw(sample: dict, source: Source, side: int | None) -> tuple[Image.Image, s
     picture = to_picture(sample["image"].permute(1, 2, 0), source.image_format)
     name = Path(sample["file_name"]).name
     instances = sample["instances"]
-    caption = f"{name}  {picture.width} x {picture.height}, {len(instances)} boxes"
+    caption = f"{name}  {picture.width} x {picture.height}, {plural(len(instances), 'box')}"
     picture, scale = resize_long_side(picture, side or max(picture.size))
     labels = instances.gt_classes.tolist()
     marks = [
@@ -158,7 +159,7 @@ def run(source: Source, args: argparse.Namespace) -> Counter:
     """
     counts = Counter()
     stream = islice(samples(source, args.iteration), args.num_images)
-    progress = tqdm(total=args.num_images, unit="image", disable=None)
+    stream = progress(stream, "image", total=args.num_images)
     number = 0
     while batch := list(islice(stream, args.per_sheet)):
         for sample in batch:
@@ -169,8 +170,6 @@ def run(source: Source, args: argparse.Namespace) -> Counter:
         title = f"Training images from iteration {args.iteration} on (seed {source.seed})"
         contact_sheet(pictures, COLUMNS, title).save(args.output / f"sheet_{number:03}.png")
         number += 1
-        progress.update(len(batch))
-    progress.close()
     return counts
 
 
@@ -191,7 +190,8 @@ def work(prog: str, args: argparse.Namespace) -> None:
     empty = counts.pop("empty")
     classes = ", ".join(f"{source.classes[k]} {n}" for k, n in counts.most_common())
     print(
-        f"{args.num_images} images, {empty} of them without boxes, {counts.total()} boxes: "
+        f"{plural(args.num_images, 'image')}, {empty} of them without boxes, "
+        f"{plural(counts.total(), 'box')}: "
         f"{classes or 'none'}. See '{args.output}'"
     )
 

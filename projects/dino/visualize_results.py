@@ -85,6 +85,8 @@ from dino_d2.data.mapper import check_pixels
 from dino_d2.evaluation.errors import Analysis, analyse, evaluate, worst_first
 from dino_d2.evaluation.evaluator import write_analysis
 from dino_d2.evaluation.matching import false_positives
+from dino_d2.names import plural
+from dino_d2.progress import progress
 from dino_d2.visualize import (
     LEGEND,
     contact_sheet,
@@ -133,7 +135,7 @@ def draw_worst(analysis: Analysis, args: argparse.Namespace) -> list[Path]:
     names = {x.category_id: x.name for x in analysis.classes}
     worst = [pair for pair in worst_first(analysis) if pair[0] > 0][: args.num_images]
     pictures = []
-    for number, (badness, matching) in enumerate(worst, start=1):
+    for number, (badness, matching) in enumerate(progress(worst, "image"), start=1):
         path = args.images / matching.image["file_name"]
         try:
             check_pixels(matching.image | {"file_name": str(path)})
@@ -164,7 +166,7 @@ def summary(analysis: Analysis, rows: int = 20) -> str:
     for x in scored[:rows]:
         lines.append(_row(x.name, x.boxes, [x.AP, x.AP50, x.AP75, x.AR]))
     if len(scored) > rows:
-        lines.append(f"... and {len(scored) - rows} better classes, see per_class.csv")
+        lines.append(f"... and {plural(len(scored) - rows, 'better class')}, see per_class.csv")
     return "\n".join(lines)
 
 
