@@ -128,7 +128,7 @@ def test_a_format_of_detectron2_with_fractions_is_seen(make_predictor, image):
 @pytest.mark.parametrize(
     ("image_format", "sentence"),
     [
-        ("L", "images have 1 channels, but the model has means and deviations of 3"),
+        ("L", "images have 1 channel, but the model has means and deviations of 3"),
         ("CMYK", "images have 4 channels, but the model has means and deviations of 3"),
         ("rgb", "image format is 'rgb', which is none of 8 bits a channel: .*the nearest: RGB"),
         ("F", "image format is 'F', which is none of 8 bits a channel"),

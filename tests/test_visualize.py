@@ -1,8 +1,10 @@
 """Pictures: boxes with labels, sheets, what training sees, and what a detector gets wrong."""
 
+import base64
+import io
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -396,13 +398,14 @@ def perfect(shapes, tmp_path):
 class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
-        self.files, self.alts = [], []
+        self.contents, self.alts = defaultdict(list), []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         if tag in ("img", "a"):
-            self.files.append(attrs.get("src") or attrs["href"])
+            kind, data = (attrs.get("src") or attrs["href"]).split(";base64,")
+            self.contents[kind.removeprefix("data:")].append(base64.b64decode(data))
         if tag == "img":
             self.alts.append(attrs["alt"])
 
@@ -411,11 +414,21 @@ class Page(HTMLParser):
 def test_the_page_shows_all_that_was_written(results, tmp_path, monkeypatch, capsys):
     run(monkeypatch, visualize_results, *results)
     page = Page(tmp_path / "out" / "index.html")
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert set(page.files) == files - {"index.html"} and len(files) == 12
-    assert all(page.alts)
+    written = sorted((tmp_path / "out").iterdir())
+    assert len(written) == 12
+    for suffix, kind in ((".png", "image/png"), (".csv", "text/csv")):
+        files = [x.read_bytes() for x in written if x.suffix == suffix and "worst" not in x.name]
+        assert len(files) == 5 and set(page.contents[kind]) == set(files)
+    (sheet,) = page.contents["image/jpeg"]
+    seen, drawn = (Image.open(x) for x in (io.BytesIO(sheet), tmp_path / "out" / "worst_000.png"))
+    assert seen.size == drawn.size and all(page.alts)
     said = capsys.readouterr().out
-    assert "index.html" in said and "AP50" in said and "\nall " in said
+    assert (
+        "index.html', 0." in said
+        and "MB that need no other file" in said
+        and "AP50" in said
+        and "\nall " in said
+    )
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 OF_DETECTRON2 = "BGR", "YUV-BT.601"  # formats that PIL does not know
 
 # Grey values that were neither resized nor flipped; Detectron2 only reads the tensor.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", module="detectron2")
 
 
 class Mapper(DatasetMapper):

@@ -8,13 +8,14 @@ from .explain_page import explanation_page
 from .explain_training import draw_denoising, draw_matching
 from .images import draw_curves, draw_instances
 from .marks import Mark, class_colour, contact_sheet, draw_marks, resize_long_side
-from .page import html_figure, html_page
+from .page import data_uri, html_figure, html_page
 
 __all__ = [
     "LEGEND",
     "Mark",
     "class_colour",
     "contact_sheet",
+    "data_uri",
     "draw_curves",
     "draw_denoising",
     "draw_error_plots",

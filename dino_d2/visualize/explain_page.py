@@ -1,11 +1,10 @@
 """A page of HTML with the explaining pictures, each with what is seen and how to read it."""
 
-import base64
 from collections.abc import Mapping
 from html import escape
 from typing import NamedTuple
 
-from .page import html_figure, html_page
+from .page import data_uri, html_figure, html_page
 
 
 class Text(NamedTuple):
@@ -97,6 +96,6 @@ def _section(text: Text, picture: bytes | str) -> str:
     if isinstance(picture, str):
         body = f'<p class="soft">{escape(picture)}</p>\n'
     else:
-        data = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-        body = f"<p>{escape(text.reading)}</p>\n{html_figure(data, text.alt, text.source)}"
+        figure = html_figure(data_uri(picture, "image/png"), text.alt, text.source)
+        body = f"<p>{escape(text.reading)}</p>\n{figure}"
     return f"<section>\n<h2>{escape(text.title)}</h2>\n{body}</section>\n"

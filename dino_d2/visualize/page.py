@@ -1,5 +1,6 @@
 """What the pages of HTML share: they are read on any screen, in light and dark."""
 
+import base64
 from html import escape
 
 STYLE = """
@@ -38,6 +39,16 @@ def html_page(heading: str, body: str) -> str:
 {body}</body>
 </html>
 """
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """What stands in the place of a path in a page that needs no other file.
+
+    Args:
+        content: of the file
+        kind: its media type, such as "image/png"
+    """
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def html_figure(source: str, alt: str, caption: str) -> str:

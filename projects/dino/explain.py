@@ -290,7 +290,7 @@ def work(prog: str, args: argparse.Namespace) -> None:
     pictures = draw(subject, recorded, predictor.model, queries, predictor.classes)
     write(pictures, subject, facts, args.output)
     number = sum(not isinstance(x, str) for x in pictures.values())
-    print(f"explain.html and {plural(number, 'picture')} of it are in '{args.output}'")
+    print(f"explain.html and its {plural(number, 'picture')} are in '{args.output}'")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 """See where a detector goes wrong: the worst images, tables, curves and a confusion matrix.
 
 An image is the worse, the more boxes it misses and the surer its false positives are: the number of
-the first plus the scores of the second. Index.html shows everything that is written: sheets of the
-worst images with the annotations to the left and the detections to the right, and tables (CSV) and
-pictures (PNG) of AP by class and size, precision and recall, confusion and kinds of errors.
+the first plus the scores of the second. Index.html holds everything, so that it can be sent as it
+is: sheets of the worst images with the annotations to the left and the detections to the right, and
+tables (CSV) and pictures (PNG) of AP by class and size, precision and recall, confusion and kinds of
+errors. All of these are files, too.
 """
 
 import argparse
+import io
 import sys
 from html import escape
 from pathlib import Path
@@ -90,6 +92,7 @@ from dino_d2.progress import progress
 from dino_d2.visualize import (
     LEGEND,
     contact_sheet,
+    data_uri,
     draw_image_errors,
     html_figure,
     html_page,
@@ -175,25 +178,37 @@ def _row(name: str, boxes: int, values: list[float]) -> str:
 
 
 def index_page(analysis: Analysis, pictures: list[Path], sheets: list[Path] | None) -> str:
-    """HTML of everything that was written beside it.
+    """HTML that holds everything that was written; sheets of photographs are JPEGs there, a tenth
+    of their size.
 
     Args:
-        pictures: those of the tables
+        pictures: those of the tables, which are beside them
         sheets: of the worst images; None where none were asked for
     """
-    tables = "".join(
-        f'<li><a href="{escape(x.stem)}.csv">{escape(x.stem)}.csv</a></li>\n' for x in pictures
-    )
+    tables = "".join(_link(x.with_suffix(".csv")) for x in pictures)
     body = f"<pre>{escape(summary(analysis, 80))}</pre>\n<ul>\n{tables}</ul>\n"
-    body += "".join(html_figure(x.name, CAPTIONS[x.stem], CAPTIONS[x.stem]) for x in pictures)
+    for x in pictures:
+        data = data_uri(x.read_bytes(), "image/png")
+        body += html_figure(data, CAPTIONS[x.stem], CAPTIONS[x.stem])
     if sheets is None:
         return html_page("Error analysis", body)
     worst = "".join(
-        html_figure(x.name, f"worst images, sheet {number}", "")
+        html_figure(_as_jpeg(x), f"worst images, sheet {number}", "")
         for number, x in enumerate(sheets, start=1)
     )
     worst = worst or "<p>There is no image with a mistake above the threshold to show.</p>\n"
     return html_page("Error analysis", f"{body}<h2>The worst images</h2>\n{worst}")
+
+
+def _link(table: Path) -> str:
+    data = data_uri(table.read_bytes(), "text/csv")
+    return f'<li><a download="{escape(table.name)}" href="{data}">{escape(table.name)}</a></li>\n'
+
+
+def _as_jpeg(sheet: Path) -> str:
+    data = io.BytesIO()
+    Image.open(sheet).save(data, "JPEG", quality=85)
+    return data_uri(data.getvalue(), "image/jpeg")
 
 
 def main() -> None:
@@ -212,7 +227,7 @@ def work(prog: str, args: argparse.Namespace) -> None:
     page = index_page(analysis, pictures, sheets if args.num_images else None)
     index.write_text(page, encoding="utf-8")
     print(summary(analysis))
-    print(f"Everything is in '{index}'")
+    print(f"Everything is in '{index}', {len(page) / 1e6:.1f} MB that need no other file")
 
 
 if __name__ == "__main__":
