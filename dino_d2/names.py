@@ -71,12 +71,6 @@ def path_hint(path: str | os.PathLike) -> str:
     return f"; the nearest: '{near}'" if near else ""
 
 
-def plural(number: int, noun: str) -> str:
-    """The number and the noun, as "1 box" and "2 boxes"."""
-    ending = "es" if noun.endswith(("s", "x")) else "s"
-    return f"{number} {noun}{ending if number != 1 else ''}"
-
-
 def check_device(name: str) -> None:
     """
     Args:

@@ -4,8 +4,8 @@
 An image is the worse, the more boxes it misses and the surer its false positives are: the number of
 the first plus the scores of the second. Index.html holds everything, so that it can be sent as it
 is: sheets of the worst images with the annotations to the left and the detections to the right, and
-tables (CSV) and pictures (PNG) of AP by class and size, precision and recall, confusion and kinds of
-errors. All of these are files, too.
+tables (CSV) and pictures (PNG) of AP by class and size, precision and recall, confusion and kinds
+of errors. All of these are files, too.
 """
 
 import argparse
