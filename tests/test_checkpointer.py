@@ -20,6 +20,7 @@ from dino_d2 import model_zoo
 from dino_d2.checkpoint import COCO_80, COCO_91, CheckpointError
 from dino_d2.checkpointer import BEST, MSRA, TORCHVISION, Checkpointer
 from dino_d2.engine.ema import EMA
+from dino_d2.names import plural
 from dino_d2.releases import RELEASES
 
 LAYOUTS = {"official": layouts.official, "detrex": layouts.detrex, "mmdet": layouts.mmdet}
@@ -322,7 +323,10 @@ def test_a_label_embedding_of_another_number_of_classes_costs_no_class_head(
     assert torch.equal(found[:3], torch.cat([labels[:-1][:3], initial[len(labels) - 1 :]]))
     assert not found[3].any()
     said = [x for x in messages(log) if "label embedding" in x]
-    assert len(said) == 1 and f"for {len(labels) - 1} classes and its class heads for 3" in said[0]
+    assert (
+        len(said) == 1
+        and f"for {plural(len(labels) - 1, 'class')} and its class heads for 3" in said[0]
+    )
 
 
 def test_a_model_without_denoising_evaluates_weights_with_it(make_model, file):
