@@ -6,6 +6,8 @@ import torch
 from detectron2.solver import get_default_optimizer_params
 from torch import nn
 
+from .ranges import require_not_negative
+
 
 class ClippedAdamW(torch.optim.AdamW):
     """AdamW that first clips the gradient norm over all parameters together.
@@ -19,6 +21,7 @@ class ClippedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params: Iterable, *, max_norm: float = 0.1, **options):
+        require_not_negative(max_norm=max_norm)
         super().__init__(params, fused=True, **options)
         self.defaults["max_norm"] = max_norm  # where copies and pickles find it
         # A gradient scaler then unscales before this optimizer clips, and not inside its kernel.
@@ -61,7 +64,19 @@ def parameter_groups(
         backbone_multiplier: of the backbone
         offsets_multiplier: of the linear layers that say where to look, `sampling_offsets` and
             `reference_points`; Deformable DETR has 0.1, DINO 1
+
+    Raises:
+        ValueError: a number is negative, or not finite
     """
+
+    require_not_negative(
+        lr=lr,
+        weight_decay=weight_decay,
+        backbone_multiplier=backbone_multiplier,
+        offsets_multiplier=offsets_multiplier,
+    )
+    if norm_weight_decay is not None:
+        require_not_negative(norm_weight_decay=norm_weight_decay)
 
     def multiplier(name: str) -> float:
         of_bias = bias_multiplier if name.endswith(".bias") else 1.0

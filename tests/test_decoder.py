@@ -340,5 +340,5 @@ def test_box_heads_compute_nothing_twice_and_nothing_for_nobody(traced, options,
 
 
 def test_a_decoder_without_layers_is_refused():
-    with pytest.raises(ValueError, match="0 layers"):
+    with pytest.raises(ValueError, match="num_layers of the decoder is 0"):
         Decoder(num_classes=3, num_layers=0)

@@ -192,7 +192,7 @@ def test_targets_are_left_as_they_were(targets):
 
 
 def test_a_budget_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="budget of 0"):
+    with pytest.raises(ValueError, match="budget of denoising is 0"):
         make_denoising(budget=0)
 
 

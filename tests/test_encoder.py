@@ -83,7 +83,7 @@ def test_token_centres_are_relative_to_the_image_without_padding(padding):
 
 
 def test_an_encoder_without_layers_is_refused():
-    with pytest.raises(ValueError, match="0 layers"):
+    with pytest.raises(ValueError, match="num_layers of the encoder is 0"):
         Encoder(num_layers=0)
 
 

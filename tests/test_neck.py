@@ -73,3 +73,8 @@ def test_more_features_than_levels_are_refused():
 def test_channels_that_do_not_divide_into_groups_are_refused():
     with pytest.raises(ValueError, match="48 channels"):
         ChannelMapper(input_shape={"x": ShapeSpec(channels=3)}, in_features=["x"], out_channels=48)
+
+
+def test_a_feature_that_the_backbone_has_not_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="'res9', which the backbone does not give; the nearest"):
+        ChannelMapper(input_shape={"res3": ShapeSpec(channels=3)}, in_features=["res9"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import ms_deform_attn_from_offsets
+from ..ranges import require_whole
 from ..structures import FeaturePyramid
 
 
@@ -28,8 +29,12 @@ class DeformableAttention(nn.Module):
         num_points: int = 4,
     ):
         super().__init__()
+        require_whole(embed_dim=embed_dim, num_heads=num_heads, num_points=num_points)
+        require_whole(num_levels=num_levels)
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+            raise ValueError(
+                f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: change either"
+            )
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         samples = num_heads * num_levels * num_points
         self.sampling_offsets = nn.Linear(embed_dim, samples * 2)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou, iou
 from ..distributed import mean_over_workers
+from ..ranges import require_not_negative
 from ..structures import (
     DenoisingBatch,
     DetectorOutput,
@@ -56,6 +57,9 @@ class SetCriterion(nn.Module):
         denoising_class_weight: float | None = None,
     ):
         super().__init__()
+        require_not_negative(
+            class_weight=class_weight, bbox_weight=bbox_weight, giou_weight=giou_weight
+        )
         self.matcher = matcher
         self.class_loss = class_loss or FocalLoss()
         self.denoising_class_loss = denoising_class_loss or self.class_loss
@@ -66,6 +70,7 @@ class SetCriterion(nn.Module):
         }
         self.denoising_weights = dict(self.weights)
         if denoising_class_weight is not None:
+            require_not_negative(denoising_class_weight=denoising_class_weight)
             self.denoising_weights["loss_class"] = denoising_class_weight
 
     def forward(self, output: DetectorOutput, targets: list[Target]) -> dict[str, Tensor]:

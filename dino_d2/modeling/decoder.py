@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from ..boxes import refine
 from ..layers import MLP, DeformableAttention, box_head, class_head, encode_boxes
 from ..layers.blocks import recompute, xavier_uniform_
+from ..ranges import require_share, require_whole
 from ..structures import FeaturePyramid, Predictions, Queries
 
 
@@ -116,8 +117,9 @@ class Decoder(nn.Module):
         size_bias: float = 0.0,
     ):
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"the decoder has {num_layers} layers; it needs at least one")
+        require_whole(**{"num_layers of the decoder": num_layers})
+        require_whole(num_classes=num_classes, embed_dim=embed_dim, ffn_dim=ffn_dim)
+        require_share(dropout=dropout)
         if look_forward not in (0, 1, 2):
             raise ValueError(
                 f"look_forward is {look_forward!r}; it can be 2 (twice), 1 (once) or 0 (no "

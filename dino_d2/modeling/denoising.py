@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from ..ranges import require_not_negative, require_share, require_whole
 from ..structures import DenoisingBatch, Match, Queries, Target, join_targets
 
 DENOISING_REGISTRY = Registry("DENOISING")
@@ -49,8 +50,10 @@ class Denoising(nn.Module):
         box_noise: float = 1.0,
     ):
         super().__init__()
-        if budget < 1:
-            raise ValueError(f"a denoising budget of {budget} leaves no query; use no denoising")
+        # To train without denoising there is no denoising, rather than a budget of 0.
+        require_whole(**{"the budget of denoising": budget})
+        require_share(label_noise=label_noise)
+        require_not_negative(box_noise=box_noise)
         self.num_classes = num_classes
         self.budget = budget
         self.label_noise = label_noise

@@ -18,7 +18,8 @@ from ..boxes import xyxy_to_cxcywh
 from ..checkpoint import CheckpointError, detect_format
 from ..config import build_parts
 from ..layers.blocks import recompute
-from ..names import plural
+from ..names import hint, plural
+from ..ranges import require_positive, require_whole
 from ..structures import DetectorOutput, Target, prepend, send, split_predictions
 from .denoising import denoising_attn_mask
 from .postprocess import postprocess
@@ -48,7 +49,7 @@ class DINO(nn.Module):
             again in the backward pass instead of being kept; changes memory and time alone
 
     Raises:
-        ValueError: another stage is to be checkpointed
+        ValueError: another stage is to be checkpointed, or a number is none that can be
     """
 
     @configurable
@@ -69,11 +70,15 @@ class DINO(nn.Module):
         checkpoint: Sequence[str] = (),
     ):
         super().__init__()
-        unknown = set(checkpoint) - {"backbone", "encoder", "decoder"}
-        if unknown:
-            raise ValueError(
-                f"checkpoint names {sorted(unknown)}; it can be of backbone, encoder and decoder"
-            )
+        stages = ("backbone", "encoder", "decoder")
+        for name in checkpoint:
+            if name not in stages:
+                raise ValueError(
+                    f"checkpoint (MODEL.DINO.CHECKPOINT, model.checkpoint) names {name!r}, which "
+                    f"is no stage; {hint(str(name), stages)}"
+                )
+        require_whole(num_classes=num_classes, max_detections=max_detections)
+        require_positive(**{f"pixel_std[{i}]": x for i, x in enumerate(pixel_std)})
         # Fastest for convolutions on CPUs and for half precision on GPUs; parameters are the same.
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.neck = neck.to(memory_format=torch.channels_last)

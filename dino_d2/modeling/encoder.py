@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from ..layers import MLP, DeformableAttention, encode_pixels
 from ..layers.blocks import recompute, xavier_uniform_
+from ..ranges import require_positive, require_share, require_whole
 from ..structures import FeaturePyramid
 
 
@@ -51,6 +52,9 @@ class Encoder(nn.Module):
         num_levels: L
         num_points: P, per head and level
         position_temperature, position_offset: of the encoding of pixels, see `encode_pixels`
+
+    Raises:
+        ValueError: a number is none that can be, or the channels cannot be shared by the heads
     """
 
     checkpoint = False  # DINO(checkpoint=["encoder"]) sets it
@@ -69,8 +73,11 @@ class Encoder(nn.Module):
         position_offset: float = 0.0,
     ):
         super().__init__()
-        if num_layers < 1:  # the level embedding would take part in nothing
-            raise ValueError(f"the encoder has {num_layers} layers; it needs at least one")
+        # Without a layer the level embedding would take part in nothing.
+        require_whole(**{"num_layers of the encoder": num_layers})
+        require_whole(embed_dim=embed_dim, ffn_dim=ffn_dim, num_levels=num_levels)
+        require_share(dropout=dropout)
+        require_positive(position_temperature=position_temperature)
         self.position_temperature, self.position_offset = position_temperature, position_offset
         self.level_embed = nn.Embedding(num_levels, embed_dim)
         self.layers = nn.ModuleList(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou
+from ..ranges import require_not_negative
 from ..structures import Match, Predictions, Target
 
 # A crowded image is looked at in parts, so that only its costs grow with its boxes and not the many
@@ -39,6 +40,7 @@ class HungarianMatcher:
         alpha: float = 0.25,
         gamma: float = 2.0,
     ):
+        require_not_negative(class_cost=class_cost, bbox_cost=bbox_cost, giou_cost=giou_cost)
         self.class_cost, self.bbox_cost, self.giou_cost = class_cost, bbox_cost, giou_cost
         self.alpha, self.gamma = alpha, gamma
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ..names import plural
+from ..names import hint, plural
+from ..ranges import require_whole
 
 
 class ChannelMapper(nn.Module):
@@ -16,6 +17,10 @@ class ChannelMapper(nn.Module):
         in_features: the features to use, finest first
         out_channels: C
         num_levels: L; the levels beyond `in_features` come from the last of them
+
+    Raises:
+        ValueError: a feature is unknown, there are fewer levels than features, or the channels do
+            not divide into 32 groups
     """
 
     def __init__(
@@ -27,13 +32,24 @@ class ChannelMapper(nn.Module):
         num_levels: int = 4,
     ):
         super().__init__()
+        require_whole(num_levels=num_levels, out_channels=out_channels)
+        if not in_features:
+            raise ValueError("in_features is empty: name features of the backbone")
+        for name in in_features:
+            if name not in input_shape:
+                raise ValueError(
+                    f"in_features has {name!r}, which the backbone does not give; "
+                    f"{hint(str(name), input_shape)}"
+                )
         if num_levels < len(in_features):
             raise ValueError(
-                f"{plural(num_levels, 'level')} cannot hold the features {list(in_features)}"
+                f"{plural(num_levels, 'level')} cannot hold the features {list(in_features)}: num_levels has "
+                f"to be {len(in_features)} or more, or take fewer in_features"
             )
         if out_channels % 32:
             raise ValueError(
-                f"{plural(out_channels, 'channel')} cannot be divided into GroupNorm's 32 groups"
+                f"{plural(out_channels, 'channel')} (embed_dim) cannot be divided into GroupNorm's 32 groups: "
+                "take a multiple of 32"
             )
         self.in_features = list(in_features)
         channels = [input_shape[name].channels for name in in_features]

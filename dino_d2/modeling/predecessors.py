@@ -18,6 +18,7 @@ from ..layers import MLP
 from ..layers.blocks import xavier_uniform_
 from ..layers.position import encode
 from ..names import plural
+from ..ranges import require_whole
 from ..structures import (
     DenoisingBatch,
     DetectorOutput,
@@ -65,6 +66,7 @@ class PointQueries(nn.Module):
 
     def __init__(self, *, num_queries: int = 300, embed_dim: int = 256):
         super().__init__()
+        require_whole(num_queries=num_queries)
         self.content = nn.Embedding(num_queries, embed_dim)
         self.position = nn.Embedding(num_queries, embed_dim)
         self.reference_points = nn.Linear(embed_dim, 2)

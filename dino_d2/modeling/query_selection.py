@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..boxes import inverse_sigmoid
 from ..layers import box_head, class_head
 from ..layers.blocks import xavier_uniform_
+from ..ranges import require_whole
 from ..structures import FeaturePyramid, Predictions, Queries
 from .encoder import token_centers
 
@@ -35,6 +36,7 @@ class StaticQueries(nn.Module):
     @configurable
     def __init__(self, *, num_queries: int, embed_dim: int, num_classes: int):
         super().__init__()
+        require_whole(num_queries=num_queries)
         self.content = nn.Embedding(num_queries, embed_dim)
         self.anchors = nn.Embedding(num_queries, 4)
 
@@ -58,6 +60,7 @@ class PureQuerySelection(nn.Module):
     @configurable
     def __init__(self, *, num_queries: int, embed_dim: int, num_classes: int):
         super().__init__()
+        require_whole(num_queries=num_queries)
         self.num_queries = num_queries
         self.memory_proj = nn.Linear(embed_dim, embed_dim)
         self.memory_norm = nn.LayerNorm(embed_dim)
