@@ -1,7 +1,7 @@
 """Changes of a config, as on the command line; an unknown key is refused with the nearest."""
 
 import pydoc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from inspect import Parameter, signature
 from typing import Any
@@ -87,6 +87,8 @@ def _set_yaml(cfg: CfgNode, key: str, value: str) -> None:
     now = reduce(lambda node, part: node.get(part), parts, cfg)  # None: a new key
     if isinstance(now, CfgNode):
         raise ValueError(f"'{key}' is a section: name one of its keys, as {key}.{next(iter(now))}")
+    if type(now) in (int, float) and type(number := whole(value)) is int:
+        value = str(type(now)(number))
     change = reduce(lambda inner, part: {part: inner}, reversed(parts), value)
     try:
         cfg.merge_from_other_cfg(CfgNode(change))
@@ -104,6 +106,8 @@ def _change_lazy(cfg: DictConfig, words: Sequence[str]) -> Iterator[str]:
             _check_lazy(plain, key, adds)
             if key.split(".")[-1] == "_target_":
                 _check_target(key, value)
+            else:
+                value = _fitting(plain, key, value)
             OmegaConf.update(cfg, key, value, merge=True)
             yield key
 
@@ -182,16 +186,74 @@ def _takes(node: Any, name: str) -> bool:
 
 def _arguments(node: Any) -> tuple[list[str], bool]:
     """Names of the arguments of a part's target, and whether it takes others, too."""
-    target = _inside(node).get("_target_")
-    if target is None:
+    if "_target_" not in _inside(node):
         return [], False
     try:
-        parameters = signature(locate(target) if isinstance(target, str) else target).parameters
+        parameters = _parameters(node)
     except ValueError:  # of what is written in C, nobody knows
         return [], True
     anything = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     names = [x.name for x in parameters.values() if x.kind not in anything]
     return names, any(x.kind is Parameter.VAR_KEYWORD for x in parameters.values())
+
+
+def _fitting(plain: dict, key: str, value: Any) -> Any:
+    """The value as one of the kind that a key has: a whole float where an int is meant is one.
+
+    Raises:
+        ValueError: it is of another kind, as far as the config or the target says
+    """
+    section, _, name = key.rpartition(".")
+    node = reduce(lambda node, part: _inside(node).get(part), section.split("."), plain)
+    now = _inside(node if section else plain).get(name)
+    if isinstance(now, dict) and not isinstance(value, dict):
+        if section and "_target_" in now:  # a value may take the place of what makes one
+            return value
+        raise ValueError(f"'{key}' is a section: name one of its keys, as {key}.{next(iter(now))}")
+    kind = None if now is None else _kind(node, name, now)
+    if kind is None or value is None or isinstance(value, str) and "${" in value:
+        return value
+    if kind is int:
+        value = whole(value)
+    # A bool is an int to Python, but not here, and an int is as good as a float.
+    fits = type(value) is kind or kind is float and type(value) is int
+    if not fits:
+        raise ValueError(
+            f"'{key}' takes values such as {now!r} ({kind.__name__}), not {value!r} "
+            f"({type(value).__name__})"
+        )
+    return value
+
+
+def _kind(node: Any, name: str, now: Any) -> type | None:
+    """Of bool, int, float and str the one that a key takes alone; None: that is not known."""
+    if isinstance(now, str) and "${" in now or not isinstance(node, dict):
+        return None
+    # Without a target it is an option of the training.
+    kind = _annotations(node).get(name) if "_target_" in node else type(now)
+    return kind if kind in (bool, int, float, str) else None
+
+
+def whole(value: Any) -> Any:
+    """A whole number that is written as a float, such as 1e4, as an int; all else as it is."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value
+    is_whole = number.is_integer() and not isinstance(value, bool)
+    return int(number) if is_whole else value
+
+
+def _parameters(node: dict) -> Mapping[str, Parameter]:
+    target = node["_target_"]
+    return signature(locate(target) if isinstance(target, str) else target).parameters
+
+
+def _annotations(node: dict) -> dict[str, Any]:
+    try:
+        return {x.name: x.annotation for x in _parameters(node).values()}
+    except ValueError:
+        return {}
 
 
 def _lazy_keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -234,3 +234,49 @@ def test_an_unknown_key_of_a_file_is_answered_with_the_nearest(tmp_path):
     (tmp_path / "a.yaml").write_text("MODEL: {DINO: {NUM_QUERYS: 3}}")
     with pytest.raises(ValueError, match=r"a.yaml': there is no key .*: MODEL.DINO.NUM_QUERIES"):
         read_config(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize(("style", "word"), [("yaml", "SOLVER.MAX_ITER"), ("py", "train.max_iter")])
+def test_a_whole_number_may_be_written_as_a_float(style, word, configs):
+    cfg = copy.deepcopy(configs[style])
+    apply_overrides(cfg, [word, "1e1"] if style == "yaml" else [f"{word}=1e1"])
+    value = cfg.SOLVER.MAX_ITER if style == "yaml" else cfg.train.max_iter
+    assert value == 10 and type(value) is int
+
+
+def test_a_float_may_be_written_as_a_whole_number(yaml):
+    apply_overrides(yaml, ["SOLVER.WEIGHT_DECAY", "0"])
+    assert yaml.SOLVER.WEIGHT_DECAY == 0.0 and type(yaml.SOLVER.WEIGHT_DECAY) is float
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("train.max_iter=10.5", "'train.max_iter' takes values such as 2000 (int), not 10.5"),
+        ("train.max_iter=abc", "(int), not 'abc' (str)"),
+        ("train.amp.enabled=maybe", "(bool), not 'maybe' (str)"),
+        ("train.amp.enabled=1", "(bool), not 1 (int)"),
+        ("train.output_dir=3", "(str), not 3 (int)"),
+        ("train.ema.decay=high", "(float), not 'high' (str)"),
+        ("model.encoder.num_layers=two", "(int), not 'two' (str)"),
+        ("model=3", "'model' is a section"),
+        ("train.amp=True", "'train.amp' is a section: name one of its keys, as train.amp.enabled"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(word, part, lazy):
+    assert part in complaint(lazy, word)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "train.ema.decay=1",
+        "train.checkpointer.max_to_keep=null",
+        "train.max_iter='${train.eval_period}'",
+        "lr_multiplier.warmup_length=0.5",
+        "dataloader.test.mapper.augmentations.0.short_edge_length=[64,96]",
+        "model.num_classes=3",
+    ],
+)
+def test_what_a_key_may_be_besides_is_taken(word, lazy):
+    apply_overrides(lazy, [word])
