@@ -41,7 +41,8 @@ def nearest_path(path: str) -> str:
     found = Path()
     for part in Path(path).expanduser().parts:
         if not (found / part).exists():
-            names = nearest(part, (x.name for x in found.iterdir())) if found.is_dir() else []
+            there = (x.name for x in found.iterdir() if x.exists()) if found.is_dir() else ()
+            names = nearest(part, there)
             if not names:
                 return ""
             part = names[0]
@@ -66,7 +67,10 @@ def plural(number: int, noun: str) -> str:
 
 
 def path_hint(path: str | os.PathLike) -> str:
-    """The end of a sentence on a path that does not exist: the nearest, or "" if there is none."""
+    """The end of a sentence on a path that does not exist: where a link points, or the nearest, or
+    "" if there is none."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"; it is a link to '{os.readlink(path)}', which is not there"
     near = "" if os.path.exists(path) else nearest_path(os.fspath(path))
     return f"; the nearest: '{near}'" if near else ""
 

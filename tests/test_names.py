@@ -103,3 +103,10 @@ def test_a_gpu_beyond_the_last_is_one_sentence(monkeypatch):
 )
 def test_things_are_counted(number, noun, expected):
     assert plural(number, noun) == expected
+
+
+def test_a_link_to_nothing_is_not_nearest_to_itself(tmp_path):
+    (tmp_path / "data").symlink_to(tmp_path / "gone")
+    end = names.path_hint(tmp_path / "data")
+    assert end == f"; it is a link to '{tmp_path / 'gone'}', which is not there"
+    assert names.nearest_path(str(tmp_path / "date")) == ""

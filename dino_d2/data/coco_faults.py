@@ -24,8 +24,14 @@ def dataset_name(json_file: str | os.PathLike, image_root: str | os.PathLike) ->
     """The name of a dataset of a file of COCO annotations, see `coco.register`.
 
     Raises:
-        DatasetError: the file is not called .json, as such a name has to say
+        DatasetError: the file is not called .json, as such a name has to say, or file and folder
+            are swapped
     """
+    if os.path.isdir(json_file) and os.path.isfile(image_root):
+        raise DatasetError(
+            f"annotations and images are swapped: '{json_file}', given as the annotations, is a "
+            f"folder, and '{image_root}', given as the folder of the images, is a file"
+        )
     if not os.fspath(json_file).endswith(".json"):
         raise DatasetError(f"'{json_file}' is no .json file: give COCO annotations")
     return f"{json_file}@{image_root}"

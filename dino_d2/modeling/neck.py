@@ -43,13 +43,13 @@ class ChannelMapper(nn.Module):
                 )
         if num_levels < len(in_features):
             raise ValueError(
-                f"{plural(num_levels, 'level')} cannot hold the features {list(in_features)}: num_levels has "
-                f"to be {len(in_features)} or more, or take fewer in_features"
+                f"{plural(num_levels, 'level')} cannot hold the features {list(in_features)}: "
+                f"num_levels has to be {len(in_features)} or more, or take fewer in_features"
             )
         if out_channels % 32:
             raise ValueError(
-                f"{plural(out_channels, 'channel')} (embed_dim) cannot be divided into GroupNorm's 32 groups: "
-                "take a multiple of 32"
+                f"{plural(out_channels, 'channel')} (embed_dim) cannot be divided into "
+                "GroupNorm's 32 groups: take a multiple of 32"
             )
         self.in_features = list(in_features)
         channels = [input_shape[name].channels for name in in_features]

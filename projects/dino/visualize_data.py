@@ -78,6 +78,7 @@ from PIL import Image
 
 from dino_d2 import data, model_zoo
 from dino_d2.data import DatasetError
+from dino_d2.data.coco_faults import dataset_name
 from dino_d2.data.mapper import channels_of, to_picture
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine.plan import Plan, make_plan
@@ -106,7 +107,7 @@ def load(args: argparse.Namespace) -> Source:
     """
     cfg = model_zoo.get_config(args.config_file)
     apply_overrides(cfg, args.opts)
-    names = [f"{args.train_json}@{args.train_images}"] if args.train_json else None
+    names = [dataset_name(args.train_json, args.train_images)] if args.train_json else None
     names = [data_of(args)] if args.data else names
     if isinstance(cfg, CfgNode):
         cfg.DATASETS.TRAIN = names or cfg.DATASETS.TRAIN
