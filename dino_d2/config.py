@@ -3,6 +3,8 @@
 LazyConfig users compose the same classes directly, see configs/common/models/dino_R_50.py.
 """
 
+from traceback import extract_tb
+
 from detectron2.config import CfgNode as CN
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data.transforms import Augmentation
@@ -10,7 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import Registry
 from omegaconf import DictConfig
-from yaml import YAMLError
+from yaml import MappingNode, ScalarNode, SequenceNode, YAMLError, compose
 
 from .data import ResizeShortestEdge, num_classes
 from .modeling import (
@@ -101,34 +103,71 @@ def read_config(file: str) -> CN | DictConfig:
     `config.yaml` are LazyConfigs, other YAML files become a CfgNode with the keys of DINO.
 
     Raises:
-        ValueError: a YAML file that is none, has no keys, or one that is unknown
+        ValueError: a file that cannot be read, a YAML file that is none, has no keys, or one that
+            is unknown, or a `.py` file that fails; says in which line
     """
     if file.endswith(".py"):
-        return LazyConfig.load(file)
-    try:
-        with PathManager.open(file) as opened:
-            is_lazy = "_target_:" in opened.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"'{file}' is no config but a binary file: give a .yaml or .py file here, and a "
-            "checkpoint as the weights"
-        ) from error
-    if is_lazy:
+        return _run_config(file)
+    keys = _yaml_keys(file)
+    if "_target_" in keys:
         return LazyConfig.load(file)
     cfg = get_cfg()
     add_dino_config(cfg)
     try:
         cfg.merge_from_file(file)
-    except YAMLError as error:
-        raise ValueError(f"'{file}' is no YAML: {' '.join(str(error).split())}") from error
-    except AttributeError as error:  # yacs expects a dict
-        raise ValueError(f"'{file}' is no config: it has no keys") from error
+    except (ValueError, AttributeError, TypeError) as error:  # yacs says which key
+        raise ValueError(f"'{file}' is no config: {' '.join(str(error).split())}") from error
     except KeyError as error:
         known = list(keys_of(cfg))
         given = keys_of(CN.load_yaml_with_base(file, allow_unsafe=True))
         unknown = next(key for key in given if key not in known)
         raise ValueError(f"'{file}': {unknown_key(unknown, known)}") from error
     return cfg
+
+
+def _run_config(file: str) -> DictConfig:
+    try:
+        return LazyConfig.load(file)
+    except SyntaxError as error:
+        cause = error.__cause__  # Detectron2 parses the file, and does not say more
+        line = f", line {cause.lineno} ({cause.msg})" if isinstance(cause, SyntaxError) else ""
+        raise ValueError(f"{error}{line}") from error
+    except Exception as error:  # whatever a program can end with
+        lines = [x for x in extract_tb(error.__traceback__) if x.name == "<module>"]
+        if not lines:
+            raise ValueError(f"'{file}' cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"'{lines[-1].filename}', line {lines[-1].lineno}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _yaml_keys(file: str) -> set[str]:
+    """All keys of a YAML file, at any depth; no object that it describes is made."""
+    try:
+        with PathManager.open(file) as opened:
+            top = compose(opened)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"'{file}' is no config but a binary file: give a .yaml or .py file here, and a "
+            "checkpoint as the weights"
+        ) from error
+    except YAMLError as error:
+        raise ValueError(f"'{file}' is no YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise ValueError(f"'{file}' cannot be read: {error}") from error
+    if not isinstance(top, MappingNode):
+        what = "is empty" if top is None else "is no config: it has no keys"
+        raise ValueError(f"'{file}' {what}; a config has keys such as 'MODEL: ...'")
+    keys, nodes = set(), [top]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, MappingNode):
+            keys.update(key.value for key, _ in node.value if isinstance(key, ScalarNode))
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, SequenceNode):
+            nodes += node.value
+    return keys
 
 
 def evaluation_augmentations(cfg: CN | DictConfig) -> list[Augmentation]:
@@ -150,8 +189,10 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict:
         "num_levels": c.NUM_LEVELS,
         "num_points": c.NUM_POINTS,
     }
-    select = named(QUERY_SELECTION_REGISTRY, c.QUERY_SELECTION, "QUERY_SELECTION")
-    denoising = c.DENOISING.NAME and named(DENOISING_REGISTRY, c.DENOISING.NAME, "DENOISING.NAME")
+    select = named(QUERY_SELECTION_REGISTRY, c.QUERY_SELECTION, "MODEL.DINO.QUERY_SELECTION")
+    denoising = c.DENOISING.NAME and named(
+        DENOISING_REGISTRY, c.DENOISING.NAME, "MODEL.DINO.DENOISING.NAME"
+    )
     return {
         "num_classes": classes,
         "neck": ChannelMapper(
@@ -181,10 +222,10 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict:
 
 def build_criterion(c: CN) -> SetCriterion:
     """The criterion of the keys under MODEL.DINO."""
-    matcher = named(MATCHER_REGISTRY, c.MATCHER.NAME, "MATCHER.NAME")
-    class_loss = named(CLASS_LOSS_REGISTRY, c.LOSS.CLASS_LOSS, "LOSS.CLASS_LOSS")
+    matcher = named(MATCHER_REGISTRY, c.MATCHER.NAME, "MODEL.DINO.MATCHER.NAME")
+    class_loss = named(CLASS_LOSS_REGISTRY, c.LOSS.CLASS_LOSS, "MODEL.DINO.LOSS.CLASS_LOSS")
     denoising_class_loss = c.LOSS.DENOISING_CLASS_LOSS and named(
-        CLASS_LOSS_REGISTRY, c.LOSS.DENOISING_CLASS_LOSS, "LOSS.DENOISING_CLASS_LOSS"
+        CLASS_LOSS_REGISTRY, c.LOSS.DENOISING_CLASS_LOSS, "MODEL.DINO.LOSS.DENOISING_CLASS_LOSS"
     )
     return SetCriterion(
         matcher=matcher(
@@ -202,7 +243,7 @@ def build_criterion(c: CN) -> SetCriterion:
 
 
 def named(registry: Registry, name: str, key: str) -> type:
-    """What is registered under a name that `key` of MODEL.DINO gives.
+    """What is registered under a name that `key` of a YAML config gives.
 
     Raises:
         ValueError: nothing is; says what is nearest
@@ -210,5 +251,5 @@ def named(registry: Registry, name: str, key: str) -> type:
     known = dict(registry)
     if name not in known:
         near = hint(str(name), sorted(known))
-        raise ValueError(f"MODEL.DINO.{key} is {name!r}, which is unknown; {near}")
+        raise ValueError(f"{key} is {name!r}, which is unknown; {near}")
     return known[name]

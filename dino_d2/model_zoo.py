@@ -26,13 +26,13 @@ def get_config_file(name: str) -> str:
 
     Args:
         name: relative to `configs/`; without a suffix the YAML twin is meant, if there is one. A
-            file that exists is itself, and so is a URL
+            file that exists is itself (~ is the home folder), and so is a URL
 
     Raises:
         FileNotFoundError: no such config; names the nearest, which may be a file
     """
-    if _is_file(name):
-        return name
+    if _is_file(path := os.path.expanduser(name)):
+        return path
     config = RELEASES[name].config if name in RELEASES else name
     root = next(place for place in _PLACES if place.is_dir())
     suffixes = [""] if config.endswith((".yaml", ".py")) else [".yaml", ".py"]
@@ -63,7 +63,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
         FileNotFoundError: no such config, or no such published checkpoint
     """
     cfg = read_config(get_config_file(name))
-    trained = trained and not _is_file(name)
+    trained = trained and not _is_file(os.path.expanduser(name))
     weights = f"dino_d2://{find(name).name}" if trained else None
     if trained and isinstance(cfg, CfgNode):
         cfg.MODEL.WEIGHTS, cfg.MODEL.DINO.NUM_CLASSES = weights, NUM_CLASSES

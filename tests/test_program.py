@@ -231,3 +231,19 @@ def test_control_c_is_a_line_wherever_it_comes():
     ran = subprocess.run([sys.executable, "-c", code], cwd=PROGRAMS, capture_output=True, text=True)
     assert ran.stderr.strip().endswith(": interrupted") and len(ran.stderr.splitlines()) == 2
     assert ran.returncode in (130, -signal.SIGINT)
+
+
+FORK = """
+import os, signal, program
+child = os.fork()
+if child == 0:
+    os.kill(os.getpid(), signal.SIGINT)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_control_c_is_for_the_main_process_and_not_for_those_that_load_data():
+    ran = subprocess.run([sys.executable, "-c", FORK], cwd=PROGRAMS, capture_output=True, text=True)
+    assert ran.stdout == "7\n" and len(ran.stderr.strip().splitlines()) == 1

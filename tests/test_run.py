@@ -195,7 +195,7 @@ def test_evaluation_takes_the_averaged_weights_of_a_checkpoint(plan, tmp_path, r
 
 
 def test_the_average_begins_with_the_weights_that_were_loaded(plan, tmp_path, monkeypatch):
-    told = plan()
+    told = plan(output=tmp_path / "output")
     run.make_checkpointer(told.build_model(), str(tmp_path), told.train_sets).save("start")
     started = []
     monkeypatch.setattr(run.Trainer, "train", lambda self, *args: started.append(self))
@@ -288,13 +288,16 @@ def test_a_training_that_is_over_leaves_memory(plan, monkeypatch):
 def test_a_frozen_backbone_stays_as_it_was_and_the_rest_learns(plan, tmp_path):
     """Statistics of its batch norms, too; with a learning rate of 0 they would go on."""
     frozen = ("MODEL.BACKBONE.FREEZE_AT", 5)
-    told = plan(*frozen, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0, "SOLVER.WARMUP_ITERS", 0)
+    once = ("SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0, "SOLVER.WARMUP_ITERS", 0)
+    told = plan(*frozen, *once, output=tmp_path / "output")
     run.make_checkpointer(told.build_model(), str(tmp_path), told.train_sets).save("start")
     told = told._replace(
         weights=str(tmp_path / "start.pth"), evaluate=lambda model: {}, test_sets=(), ema_decay=None
     )
     run.train(told)
-    before, after = (weights(tmp_path / f"{x}.pth")["model"] for x in ("start", "model_final"))
+    before, after = (
+        weights(tmp_path / x)["model"] for x in ("start.pth", "output/model_final.pth")
+    )
     kept = {key for key, x in before.items() if torch.equal(x, after[key])}
     assert {key for key in before if key.startswith("backbone.")} <= kept
     assert "encoder.layers.0.ffn.layers.0.weight" not in kept

@@ -272,7 +272,7 @@ def test_data_that_is_needed_and_not_given(style, option, missing, data, shapes,
         (".yaml", ["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"], ["CLIP_TYPE", "full_model"]),
         (".yaml", ["SOLVER.OPTIMIZER", "SGD"], ["a DINO trains with ADAMW"]),
         (".py", ["~optimizer.max_norm"], ["deletion"]),
-        (".py", ["train.accumulate=two"], ["into two equal parts"]),
+        (".py", ["train.accumulate=two"], ["'train.accumulate'", "(int), not 'two' (str)"]),
         (".py", ["model.num_classes"], ["KEY=VALUE", "'model.num_classes'"]),
         (".py", ["model.num_clases=3"], ["nearest: model.num_classes"]),
     ],
@@ -430,6 +430,11 @@ def test_the_config_that_a_lazy_training_saved_trains(name, data, tmp_path):
         ("name.py", "model = nowhere", "nowhere"),
         ("other.yaml", "SOLVR: 1", "other.yaml': there is no key 'SOLVR' in the config; the near"),
         ("empty.py", "", "'dataloader'"),
+        ("empty.yaml", "# nothing", "empty.yaml' is empty"),
+        ("list.yml", "[1, 2]", "list.yml' is no config: it has no keys"),
+        ("broken.py", "a = 1\nmodel = (", "broken.py has syntax error!, line 2"),
+        ("name.py", "a = 1\nmodel = nowhere", "name.py', line 2: NameError: name 'nowhere'"),
+        ("zero.py", "model = 1 / 0", "zero.py', line 1: ZeroDivisionError"),
     ],
 )
 def test_a_config_that_is_none_is_one_sentence(name, content, part, monkeypatch, tmp_path):
@@ -608,3 +613,129 @@ def test_a_folder_trains_and_is_evaluated_by_its_name_alone(shapes, tmp_path):
     assert f"'{shapes}' is COCO: train 12 images" in said.splitlines()[0]
     again = ["--config-file", tmp_path / "config.yaml", "--eval-only"]
     assert "copypaste" in run_program(*again, "MODEL.WEIGHTS", tmp_path / "model_final.pth")
+
+
+WRONG = {
+    ".yaml": [
+        (["MODEL.DINO.QUERY_SELECTION", "Mixed"], "MODEL.DINO.QUERY_SELECTION is 'Mixed'"),
+        (["MODEL.DINO.IN_FEATURES", "['res9']"], "'res9', which the backbone does not give"),
+        (["MODEL.DINO.NUM_HEADS", "7"], "is not a multiple of num_heads 7"),
+        (["MODEL.BACKBONE.NAME", "build_resnet"], "the nearest: build_resnet_backbone"),
+        (["MODEL.META_ARCHITECTURE", "DINOO"], "META_ARCHITECTURE is 'DINOO'"),
+        (["MODEL.RESNETS.DEPTH", "19"], "the model cannot be built from this config (KeyError: 19"),
+        (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "LR_SCHEDULER_NAME is 'Cosine'"),
+        (["SOLVER.OPTIMIZER", "ADAM"], "it can be ADAMW or SGD; the nearest: ADAMW"),
+        (["SOLVER.WEIGHT_DECAY", "-1"], "weight_decay is -1.0"),
+        (["INPUT.RANDOM_FLIP", "both"], "'both'"),
+        (["TEST.BEST_METRIC", "bbox/mAP"], "the nearest: bbox/AP"),
+        (["TEST.BEST_METRIC", "ema/bbox/AP"], "EMA adds 'ema/' by itself"),
+        (["DATALOADER.NUM_WORKERS", "-1"], "DATALOADER.NUM_WORKERS is -1"),
+    ],
+    ".py": [
+        (["model=3"], "'model' is a section: name one of its keys"),
+        (["dataloader.train=3"], "the section 'dataloader.train' of the LazyConfig is 3"),
+        (["model.neck.in_features=[res9]"], "'res9', which the backbone does not give"),
+        (["model.encoder.num_heads=7"], "is not a multiple of num_heads 7"),
+        (["lr_multiplier.warmup_length=abc"], "'lr_multiplier.warmup_length' takes values such as"),
+        (["lr_multiplier.scheduler=3"], "the schedule of the learning rate cannot be built"),
+        (["dataloader.train.mapper.augmentations.flip=both"], "'both'"),
+        (["train.best_metric=bbox/AP-cirkle"], "the nearest: bbox/AP-circle"),
+        (["optimizer.lr=fast"], "optimizer.lr is 'fast'"),
+        (["train.checkpointer.max_to_keep=0"], "max_to_keep is 0"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("style", "option", "part"), [(style, *x) for style in STYLES for x in WRONG[style]]
+)
+def test_a_value_that_is_wrong_is_one_sentence_before_anything_is_printed(
+    style, option, part, data, monkeypatch, capsys, tmp_path
+):
+    options = [*overrides(style, output=tmp_path), *option]
+    message = complaint(monkeypatch, *config(style), *data, *options)
+    assert part in message and "\n" not in message
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
+def test_a_metric_of_one_of_the_classes_is_known(data, tmp_path):
+    words = [*overrides(".yaml", output=tmp_path), "TEST.BEST_METRIC", "bbox/AP-circle"]
+    train_net.check_all(parse(*config(".yaml"), *data, *words))
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("option", [[], ["--eval-only"]])
+def test_weights_that_do_not_fit_are_one_sentence_before_anything_is_printed(
+    style, option, data, monkeypatch, capsys, tmp_path
+):
+    torch.save({"model": {"other.weight": torch.zeros(3)}}, tmp_path / "a.pth")
+    options = overrides(style, output=tmp_path / "output", weights=tmp_path / "a.pth")
+    message = complaint(monkeypatch, *config(style), *data, *option, *options)
+    assert "no tensor of" in message and "\n" not in message
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_second_training_in_a_folder_is_refused_before_there_are_workers(
+    data, monkeypatch, tmp_path
+):
+    (tmp_path / "model_final.pth").write_text("x")
+    options = overrides(".yaml", output=tmp_path)
+    message = complaint(monkeypatch, *config(".yaml"), *data, *options)
+    assert "has an earlier training ('model_final.pth')" in message and "--overwrite" in message
+    assert (tmp_path / "model_final.pth").read_text() == "x"
+
+
+def test_overwriting_removes_an_earlier_training_before_there_is_a_log(
+    data, in_process, started, tmp_path
+):
+    (tmp_path / "model_final.pth").write_text("x")
+    (tmp_path / "mine.txt").write_text("x")
+    options = overrides(".yaml", output=tmp_path)
+    train_net.main(parse(*config(".yaml"), *data, "--overwrite", *options))
+    assert not (tmp_path / "model_final.pth").exists() and (tmp_path / "mine.txt").exists()
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize("other", ["--resume", "--eval-only"])
+def test_overwriting_is_for_a_training_that_begins(other, data, monkeypatch, capsys):
+    assert complaint(monkeypatch, *config(".yaml"), *data, "--overwrite", other) == "2"
+    assert f"not for {other}" in capsys.readouterr().err
+
+
+def test_an_interrupted_evaluation_is_not_told_to_resume(data, monkeypatch, shapes, tmp_path):
+    def main(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_net, "main", main)
+    monkeypatch.setattr(train_net, "check", lambda *args, **options: None)
+    options = overrides(".yaml", output=tmp_path, weights=shapes / "val.json")
+    message = complaint(monkeypatch, *config(".yaml"), *data, "--eval-only", *options)
+    assert message == "train_net.py: interrupted"
+
+
+def test_a_disk_that_fills_up_is_one_sentence(data, monkeypatch, tmp_path):
+    def main(args):
+        raise OSError(28, "No space left on device", "metrics.json")
+
+    monkeypatch.setattr(train_net, "main", main)
+    options = overrides(".yaml", output=tmp_path)
+    message = complaint(monkeypatch, *config(".yaml"), *data, *options)
+    assert message.startswith("train_net.py: the disk is full") and "make room" in message
+
+
+def test_annotations_and_images_that_are_swapped_are_said_to_be(data, monkeypatch, tmp_path):
+    swapped = ["--train-json", data[3], "--train-images", data[1]]
+    options = overrides(".yaml", output=tmp_path)
+    assert "are swapped" in complaint(monkeypatch, *config(".yaml"), *swapped, *options)
+
+
+def test_a_comment_does_not_make_a_lazy_config(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("# _target_: nothing\nSEED: 3")
+    assert train_net.read_config(str(file)).SEED == 3
+
+
+def test_the_home_folder_has_its_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yml").write_text("SEED: 3")
+    assert train_net.model_zoo.get_config_file("~/mine.yml") == str(tmp_path / "mine.yml")

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from .. import model_zoo
 from ..config import add_dino_config
 from ..modeling.dino import DINO
-from ..names import nearest
+from ..names import hint, nearest
 from ..overrides import keys_of
 from .schedule import get
 
@@ -77,7 +77,10 @@ def check_optimizer(cfg: CfgNode) -> None:
     """
     optimizer, clip = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.CLIP_GRADIENTS
     if optimizer not in ("ADAMW", "SGD"):
-        raise ValueError(f"SOLVER.OPTIMIZER is {optimizer!r}; it can be ADAMW or SGD")
+        raise ValueError(
+            f"SOLVER.OPTIMIZER is {optimizer!r}; it can be ADAMW or SGD; "
+            + hint(optimizer, ("ADAMW", "SGD"))
+        )
     if optimizer == "SGD" and is_dino(cfg):
         raise ValueError("SOLVER.OPTIMIZER SGD is for other models: a DINO trains with ADAMW")
     if clip.ENABLED and (clip.CLIP_TYPE == "full_model") != (optimizer == "ADAMW"):

@@ -5,39 +5,60 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
-from omegaconf import DictConfig, ListConfig
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from .. import data
+from ..config import named
 from ..evaluation.evaluator import ErrorAnalysisEvaluator
-from ..names import plural
+from ..modeling import BackboneError
+from ..names import hint, plural
+from ..ranges import require_whole
 from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
 from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_dino, refuse
 from .writers import plain_config
 
+SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+# Of a LazyConfig, the outer before the inner.
+SECTIONS = (
+    *("dataloader", "dataloader.train", "dataloader.train.dataset", "dataloader.train.mapper"),
+    *("dataloader.test", "dataloader.test.dataset", "model", "optimizer", "optimizer.params"),
+    *("lr_multiplier", "train", "train.amp", "train.ema", "train.ddp", "train.checkpointer"),
+)
+BOX_SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Plan(NamedTuple):
     """A training and its evaluation; the functions make the parts, each anew when called."""
 
-    build_model: Callable[[], nn.Module]
+    build_model: Callable[..., nn.Module]  # on the config's device, or the one given
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     build_scheduler: Callable[[torch.optim.Optimizer], Any]  # what Detectron2's hook takes
     build_loader: Callable[[], Any]
+    build_mapper: Callable[[], Any]  # of the loader: record to input of the model
     evaluate: Callable[..., dict]  # of a model and, for its files, a folder in "inference"
     train_sets: Sequence[str]
     test_sets: Sequence[str]
+    metrics: Sequence[str]  # that the evaluation gives; empty: not known
     output_dir: str
     weights: str  # to begin with; "": none
     seed: int  # negative: a random one
@@ -69,6 +90,11 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
     """
     check_keys(cfg)
     plan = yaml_plan(cfg) if isinstance(cfg, CfgNode) else lazy_plan(cfg)
+    require_whole(0, log_period=plan.log_period)
+    if plan.max_to_keep is not None:
+        require_whole(max_to_keep=plan.max_to_keep)
+    if not isinstance(plan.seed, int):
+        raise ValueError(f"the seed is {plan.seed!r}; it has to be a whole number")
     if plan.seed >= 2**32:
         raise ValueError(f"the seed is {plan.seed}; it has to be below 2**32")
     if plan.ema_decay is not None:
@@ -85,18 +111,21 @@ def yaml_plan(cfg: CfgNode) -> Plan:
     refuse(cfg, OF_DETECTRON2S_TRAINER, "here")
     if solver.FSDP and not is_dino(cfg):
         raise ValueError("SOLVER.FSDP shards the stages of a DINO; train this model without it")
+    require_whole(0, **{"DATALOADER.NUM_WORKERS": cfg.DATALOADER.NUM_WORKERS})
     for_people = plain_config(cfg)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.IMS_PER_BATCH = part_of_batch(solver.IMS_PER_BATCH, solver.ACCUMULATE)
     return Plan(
-        build_model=partial(build_model, cfg),
-        build_optimizer=partial(yaml_optimizer, cfg),
-        build_scheduler=partial(build_lr_scheduler, cfg),
+        build_model=partial(built, "model", yaml_model, cfg),
+        build_optimizer=partial(built, "optimizer", yaml_optimizer, cfg),
+        build_scheduler=partial(built, "schedule of the learning rate", yaml_scheduler, cfg),
         build_loader=partial(yaml_train_loader, cfg),
+        build_mapper=partial(built, "augmentation", yaml_mapper, cfg),
         evaluate=partial(yaml_evaluate, cfg),
         train_sets=cfg.DATASETS.TRAIN,
         test_sets=cfg.DATASETS.TEST,
+        metrics=metrics_of(cfg.DATASETS.TEST) if is_dino(cfg) else (),
         output_dir=cfg.OUTPUT_DIR,
         weights=cfg.MODEL.WEIGHTS,
         seed=cfg.SEED,
@@ -115,6 +144,42 @@ def yaml_plan(cfg: CfgNode) -> Plan:
         fsdp=solver.FSDP,
         ddp={},
     )
+
+
+def built(what: str, make: Callable, *arguments: Any) -> Any:
+    """What a function makes of a config. What fails in it is the config's fault.
+
+    Raises:
+        ValueError: with one sentence, whatever the error was
+    """
+    try:
+        return make(*arguments)
+    except (BackboneError, OmegaConfBaseException, ValueError):
+        raise
+    except Exception as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        reason = " ".join(str(text).split())
+        place = extract_tb(error.__traceback__)[-1]  # often the name of what was to be built
+        raise ValueError(
+            f"the {what} cannot be built from this config ({type(error).__name__}: {reason}, in "
+            f"{place.name} of {Path(place.filename).name})"
+        ) from error
+
+
+def yaml_model(cfg: CfgNode, device: str | None = None) -> nn.Module:
+    named(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
+    named(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
+    if device:
+        cfg = cfg.clone()
+        cfg.MODEL.DEVICE = device
+    return build_model(cfg)
+
+
+def yaml_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+    name = cfg.SOLVER.LR_SCHEDULER_NAME
+    if name not in SCHEDULERS:
+        raise ValueError(f"SOLVER.LR_SCHEDULER_NAME is {name!r}; {hint(name, SCHEDULERS)}")
+    return build_lr_scheduler(cfg, optimizer)
 
 
 def yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -188,19 +253,38 @@ def yaml_evaluator(cfg: CfgNode, name: str, folder: str = "") -> DatasetEvaluato
     )
 
 
+def require_sections(cfg: DictConfig) -> None:
+    """
+    Raises:
+        ValueError: a LazyConfig lacks one of the sections that a training is made of
+    """
+    for key in SECTIONS:
+        found = OmegaConf.select(cfg, key)
+        if not isinstance(found, DictConfig):
+            what = "is missing" if found is None else f"is {found!r}"
+            raise ValueError(
+                f"the section '{key}' of the LazyConfig {what}; it has to hold the keys that it "
+                "has in configs/common"
+            )
+
+
 def lazy_plan(cfg: DictConfig) -> Plan:
     for_people = plain_config(cfg)
     cfg = copy.deepcopy(cfg)
     train, loader = cfg.train, cfg.dataloader
+    for key in ("train", "test"):
+        require_whole(0, **{f"dataloader.{key}.num_workers": loader[key].get("num_workers", 0)})
     loader.train.total_batch_size = part_of_batch(loader.train.total_batch_size, train.accumulate)
     return Plan(
-        build_model=lambda: instantiate(cfg.model).to(train.device),
-        build_optimizer=partial(lazy_optimizer, cfg),
-        build_scheduler=lambda optimizer: instantiate(cfg.lr_multiplier),
+        build_model=partial(built, "model", lazy_model, cfg),
+        build_optimizer=partial(built, "optimizer", lazy_optimizer, cfg),
+        build_scheduler=partial(built, "schedule of the learning rate", lazy_scheduler, cfg),
         build_loader=lambda: instantiate(loader.train),
+        build_mapper=partial(built, "augmentation", instantiate, loader.train.mapper),
         evaluate=partial(lazy_evaluate, cfg),
         train_sets=loader.train.dataset.names,
         test_sets=loader.test.dataset.names,
+        metrics=lazy_metrics(cfg),
         output_dir=train.output_dir,
         weights=train.init_checkpoint,
         seed=train.seed,
@@ -221,6 +305,14 @@ def lazy_plan(cfg: DictConfig) -> Plan:
     )
 
 
+def lazy_model(cfg: DictConfig, device: str | None = None) -> nn.Module:
+    return instantiate(cfg.model).to(device or cfg.train.device)
+
+
+def lazy_scheduler(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> Any:
+    return instantiate(cfg.lr_multiplier)
+
+
 def lazy_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     cfg.optimizer.params.model = model
     return instantiate(cfg.optimizer)
@@ -236,6 +328,28 @@ def lazy_evaluate(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict:
             one.output_dir = os.path.join(one.output_dir, folder)
     loader, evaluator = instantiate(cfg.dataloader.test), instantiate(told)
     return run_evaluator(model, loader, evaluator)
+
+
+def lazy_metrics(cfg: DictConfig) -> Sequence[str]:
+    evaluator = cfg.dataloader.get("evaluator")
+    target = evaluator.get("_target_") if isinstance(evaluator, DictConfig) else None
+    if isinstance(target, str):  # as a saved config has it
+        target = locate(target)
+    is_ours = target is ErrorAnalysisEvaluator
+    return metrics_of(cfg.dataloader.test.dataset.names) if is_ours else ()
+
+
+def metrics_of(names: Sequence[str]) -> list[str]:
+    """What Detectron2's evaluation of boxes gives for the data sets of these names; none where they
+    are not registered, or name no classes."""
+    found = []
+    for name in names:
+        classes = MetadataCatalog.get(name).get("thing_classes") if name in DatasetCatalog else None
+        if not classes:
+            return []
+        scores = [*BOX_SCORES, *(f"AP-{x}" for x in classes if len(classes) > 1)]
+        found += [f"{name}/bbox/{x}" if len(names) > 1 else f"bbox/{x}" for x in scores]
+    return found
 
 
 def run_evaluator(model: nn.Module, loader: Any, evaluator: DatasetEvaluator) -> dict:

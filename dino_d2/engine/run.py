@@ -1,10 +1,11 @@
 """Does what a plan says: training, or evaluation."""
 
 import logging
-import os
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, default_writers, hooks
@@ -19,7 +20,9 @@ from ..checkpointer import Checkpointer
 from ..data.stream import TrainingStream
 from ..distributed import distribute, share_buffers, unwrap, whole
 from ..modeling.dino import DINO
+from ..names import hint
 from .ema import EMA
+from .folder import claim_folder
 from .hooks import BestCheckpointer, EvalHook
 from .plan import Plan
 from .trainer import Trainer
@@ -28,25 +31,78 @@ from .writers import WandbWriter, require_wandb
 logger = logging.getLogger(__name__)
 
 
-def train(plan: Plan, *, resume: bool = False) -> None:
+class Training(NamedTuple):
+    """A training that can begin."""
+
+    trainer: Trainer
+    first: int  # iteration
+    goes_on: bool  # with what a checkpoint has
+
+
+def check(plan: Plan, *, resume: bool = False, eval_only: bool = False) -> None:
+    """Does once, on the CPU and in silence, what a training or an evaluation begins with, so that
+    what is wrong is said before there are workers and logs.
+
+    Args:
+        plan: what is to be done
+        resume: as of `train` and `test`
+        eval_only: whether it is `test`
+
+    Raises:
+        CheckpointError, ValueError: as `train` and `test` do
+    """
+    with silence():
+        model = plan.build_model("cpu")
+        if eval_only:
+            load_for_test(plan, model, resume)
+        else:
+            plan.build_mapper()
+            check_metric(plan)
+            prepare(plan, model, 0, resume)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing is logged meanwhile."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def train(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
     """Trains and evaluates; what comes of it is in the plan's output folder.
 
     Args:
         plan: what to do
         resume: go on from the last checkpoint in the output folder, if there is one
+        overwrite: take the place of an earlier training there, see `claim_folder`; a log that is
+            open there is removed, too
 
     Raises:
         CheckpointError: weights cannot be read or do not fit, or there is no room to save
         DatasetError: an image cannot be used
         NonFiniteLoss: see `Trainer`
-        ValueError: a project of Weights & Biases is named, but `wandb` is not installed
+        ValueError: a part of the plan cannot be built, there is an earlier training in the output
+            folder, or a project of Weights & Biases is named, but `wandb` is not installed
     """
     if plan.wandb_project:
         require_wandb()
-    os.makedirs(plan.output_dir, exist_ok=True)
+    claim_folder(plan.output_dir, resume=resume, overwrite=overwrite)
     seed = plan.seed if plan.seed >= 0 else comm.shared_random_seed()
     seed_all_rng(seed)  # the same weights on every worker
     model = distribute(plan.build_model(), fsdp=plan.fsdp, **plan.ddp)
+    trainer, first, goes_on = prepare(plan, model, seed, resume)
+    if comm.is_main_process():  # only now: a run of W&B is one of a training that begins
+        writers = make_writers(plan, goes_on)
+        trainer.register_hooks([hooks.PeriodicWriter(writers, plan.log_period or plan.max_iter)])
+    trainer.train(first, plan.max_iter)
+
+
+def prepare(plan: Plan, model: nn.Module, seed: int, resume: bool) -> Training:
+    """What trains a model, which gets the weights to begin with."""
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
     trainer = make_trainer(plan, model, seed)
     # Or the trainer would hold itself through its hooks, and stay in memory.
@@ -58,11 +114,7 @@ def train(plan: Plan, *, resume: bool = False) -> None:
     checkpointer.resume_or_load(plan.weights, resume=resume)
     if ema and not ema.updates:
         ema.reset()  # to the weights that were loaded
-    first = first_iteration(plan, trainer, goes_on)
-    if comm.is_main_process():  # only now: a run of W&B is one of a training that begins
-        writers = make_writers(plan, goes_on)
-        trainer.register_hooks([hooks.PeriodicWriter(writers, plan.log_period or plan.max_iter)])
-    trainer.train(first, plan.max_iter)
+    return Training(trainer, first_iteration(plan, trainer, goes_on), goes_on)
 
 
 def make_trainer(plan: Plan, model: nn.Module, seed: int) -> Trainer:
@@ -106,6 +158,11 @@ def test(plan: Plan, *, resume: bool = False) -> dict:
         CheckpointError: the weights cannot be read, or do not fill the model
     """
     model = plan.build_model()
+    return evaluate(plan, model, load_for_test(plan, model, resume))
+
+
+def load_for_test(plan: Plan, model: nn.Module, resume: bool) -> EMA | None:
+    """Gives a model the weights that `test` evaluates; returns the averaged ones, if there are."""
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
     options = {"complete": True} | ({"ema": ema} if ema else {})
     checkpointer = make_checkpointer(model, plan.output_dir, plan.test_sets, **options)
@@ -117,8 +174,8 @@ def test(plan: Plan, *, resume: bool = False) -> dict:
         logger.info("the checkpoint has averaged weights, too: with EMA they would be evaluated")
     if ema and not ema.updates:
         logger.warning("the checkpoint has no averaged weights (EMA): its weights are evaluated")
-        ema = None
-    return evaluate(plan, model, ema)
+        return None
+    return ema
 
 
 def evaluate(plan: Plan, model: nn.Module, ema: EMA | None) -> dict:
@@ -185,6 +242,22 @@ def make_writers(plan: Plan, goes_on: bool) -> list[EventWriter]:
             WandbWriter(plan.wandb_project, plan.output_dir, config=plan.config, resume=goes_on)
         )
     return writers
+
+
+def check_metric(plan: Plan) -> None:
+    """
+    Raises:
+        ValueError: no evaluation of the plan gives its best metric
+    """
+    if not plan.metrics or not plan.best_metric:
+        return
+    if plan.best_metric not in plan.metrics:
+        ema = plan.best_metric.startswith("ema/")
+        end = "EMA adds 'ema/' by itself" if ema else hint(plan.best_metric, plan.metrics)
+        raise ValueError(
+            f"the metric to keep the best checkpoint by (TEST.BEST_METRIC, train.best_metric) is "
+            f"{plan.best_metric!r}, which evaluation does not give; {end}"
+        )
 
 
 def check_room(plan: Plan, model: nn.Module) -> None:

@@ -8,6 +8,8 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.data import get_detection_dataset_dicts
 from omegaconf import DictConfig
 
+from ..ranges import require_positive, require_whole
+
 
 class Keys(NamedTuple):
     """Where a config of one style has what is scaled, and by what."""
@@ -56,8 +58,8 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
         given: keys that stay as they are, as those of the command line
 
     Raises:
-        ValueError: the length is given both in epochs and in iterations, or is none, or there is
-            no image in a step
+        ValueError: the length is given both in epochs and in iterations, or a number cannot be: of
+            images in a step, epochs or iterations, or the learning rate
     """
     keys = YAML if isinstance(cfg, CfgNode) else LAZY
     batch, reference, epochs, max_iter = (
@@ -66,6 +68,7 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
     for key, value, kinds in ((keys.batch, batch, int), (keys.epochs, epochs, (int, float))):
         if value is not None and not (isinstance(value, kinds) and value > 0):
             raise ValueError(f"{key} is {value!r}; it has to be a number above 0")
+    check_numbers(cfg, keys)
     if epochs and keys.max_iter in given:
         raise ValueError(f"the length is given as {keys.epochs} and as {keys.max_iter}: drop one")
     per_image = batch / reference if reference else 1.0
@@ -79,6 +82,19 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
             put(cfg, key, scaled(get(cfg, key), factor))
     put(cfg, keys.reference_batch, batch)  # so that a config that is saved is not scaled again
     put(cfg, keys.epochs, None)
+
+
+def check_numbers(cfg: CfgNode | DictConfig, keys: Keys) -> None:
+    """
+    Raises:
+        ValueError: the learning rate or a number of iterations cannot be
+    """
+    require_positive(**{keys.lr: get(cfg, keys.lr)})
+    require_whole(**{keys.max_iter: get(cfg, keys.max_iter)})
+    for key in keys.iterations:  # 0 is never, or at the end alone
+        value = get(cfg, key)
+        for number in value if isinstance(value, tuple) else [value]:
+            require_whole(0, **{key: number})
 
 
 def scaled(value: float | int | tuple, factor: float) -> float | int | tuple:

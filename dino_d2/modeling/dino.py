@@ -77,6 +77,11 @@ class DINO(nn.Module):
                     f"checkpoint (MODEL.DINO.CHECKPOINT, model.checkpoint) names {name!r}, which "
                     f"is no stage; {hint(str(name), stages)}"
                 )
+        if len(pixel_mean) != len(pixel_std):
+            raise ValueError(
+                f"pixel_mean has {len(pixel_mean)} channels, and pixel_std has {len(pixel_std)}: "
+                "give both for each channel of an image"
+            )
         require_whole(num_classes=num_classes, max_detections=max_detections)
         require_positive(**{f"pixel_std[{i}]": x for i, x in enumerate(pixel_std)})
         # Fastest for convolutions on CPUs and for half precision on GPUs; parameters are the same.

@@ -5,7 +5,9 @@ Imported before anything that takes seconds to import, which this does where it 
 
 import argparse
 import glob
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -14,7 +16,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 # What reading a config raises, beside the errors of omegaconf: Detectron2 has its own ways.
 BAD_INPUT = (ValueError, AssertionError, KeyError, ImportError, OSError, SyntaxError, NameError)
@@ -26,14 +28,27 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 def say_interrupted(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Wherever Ctrl-C comes, also while something is imported, it ends in a line."""
-    if issubclass(kind, KeyboardInterrupt):
-        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-    else:
+    """Wherever Ctrl-C comes, also while something is imported, it ends in a line, of the process
+    that started the others."""
+    if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
+    elif multiprocessing.parent_process() is None:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
 
 
 sys.excepthook = say_interrupted
+
+
+def interrupt_main_process(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C reaches the processes that load data as well: they are forked from this one, which
+    ends them, and have nothing to say themselves."""
+    if os.getpid() == MAIN_PROCESS:
+        raise KeyboardInterrupt
+
+
+MAIN_PROCESS = os.getpid()
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in the background
+    signal.signal(signal.SIGINT, interrupt_main_process)
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,6 +136,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a file, or a name of the model zoo")
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="remove what an earlier training wrote into the output folder, and nothing else",
+    )
     add("--eval-only", action="store_true", help="evaluate, and do not train")
     add("--data", metavar="FOLDER", help="a data set as tools export it: COCO, YOLO, VOC")
     for split in ("train", "val"):

@@ -2,6 +2,7 @@
 """Train and evaluate DINO with Detectron2, from a YAML or a LazyConfig file."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -63,6 +64,9 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         parser.error("--num-gpus is the number of workers, also on CPUs: at least 1")
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines needs --dist-url tcp://HOST:PORT, of the first machine")
+    if args.overwrite and (args.resume or args.eval_only):
+        other = "--resume" if args.resume else "--eval-only"
+        parser.error(f"--overwrite is for a training that begins, not for {other}")
     return parser, args
 
 
@@ -81,10 +85,12 @@ from dino_d2 import data, model_zoo
 from dino_d2.checkpoint import CheckpointError
 from dino_d2.config import read_config
 from dino_d2.data import DatasetError
+from dino_d2.data.coco_faults import dataset_name
 from dino_d2.distributed import check_gpus, launch, world_size
+from dino_d2.engine.folder import check_folder, claim_folder
 from dino_d2.engine.keys import is_dino
-from dino_d2.engine.plan import make_plan, part_of_batch
-from dino_d2.engine.run import test, train
+from dino_d2.engine.plan import make_plan, part_of_batch, require_sections
+from dino_d2.engine.run import check, test, train
 from dino_d2.engine.schedule import scale_schedule
 from dino_d2.engine.trainer import NonFiniteLoss
 from dino_d2.engine.writers import require_wandb
@@ -141,6 +147,7 @@ def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
 
 def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
     given = apply_overrides(cfg, args.opts)
+    require_sections(cfg)
     train, test = cfg.dataloader.train.dataset, cfg.dataloader.test.dataset
     key = "dataloader.{}.dataset.names"
     train.names = datasets(args, "train", train.names, key.format("train") in given)
@@ -177,7 +184,7 @@ def datasets(args: argparse.Namespace, split: str, names: Sequence[str], given: 
         own = [f"{args.data}@{split}"] if has else []
     else:
         file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
-        own = [f"{file}@{images}"] if file else []
+        own = [dataset_name(file, images)] if file else []
     if own and given:
         raise ValueError(f"the {split} data is named as {own[0]!r} and as {list(names)}: drop one")
     if own or given or not (args.data or args.train_json or args.val_json):
@@ -225,13 +232,26 @@ def require_device(device: str, remedy: str) -> None:
         raise ValueError(f"{error}; end the command with {remedy} to do without") from error
 
 
+def check_all(args: argparse.Namespace) -> None:
+    """Does what `main` begins with, and writes nothing.
+
+    Raises:
+        ValueError: the config, the data, the weights or the machine cannot do what is asked for
+    """
+    plan = make_plan(load_config(args))
+    if not args.eval_only:
+        check_folder(plan.output_dir, resume=args.resume, overwrite=args.overwrite)
+    check(plan, resume=args.resume, eval_only=args.eval_only)
+
+
 def main(args: argparse.Namespace) -> None:
     """Train or evaluate; one process of `launch`. Results are in the output folder."""
     cfg = load_config(args)
-    default_setup(cfg, args)
-    output_dir = cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
-    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="dino_d2")
     plan = make_plan(cfg)
+    if not args.eval_only:  # before there is a log
+        claim_folder(plan.output_dir, resume=args.resume, overwrite=args.overwrite)
+    default_setup(cfg, args)
+    setup_logger(plan.output_dir, distributed_rank=comm.get_rank(), name="dino_d2")
     if args.eval_only:
         test(plan, resume=args.resume)
     else:
@@ -249,8 +269,13 @@ def worker(args: argparse.Namespace) -> None:
         main(args)
     except SENTENCES as error:
         sys.exit(f"train_net.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train_net.py: interrupted; --resume goes on from the last checkpoint")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(
+            f"train_net.py: the disk is full ({error}): make room; --resume goes on from the last "
+            "checkpoint"
+        )
 
 
 def leave_the_sentence(record: logging.LogRecord) -> bool:
@@ -265,17 +290,20 @@ def invoke_main() -> None:
     parser, args = parse()
     with one_sentence(parser.prog):  # bad input ends here, before there are several processes
         check_gpus(args.num_gpus)
+        check_all(args)
         if args.data:
             print(data.find_folder(os.path.expanduser(args.data)))
-        load_config(args)
+    end = "" if args.eval_only else "; --resume goes on from the last checkpoint"
     try:
         launch(worker, args)
+    except KeyboardInterrupt:  # the same that other workers get, and leave to this one
+        sys.exit(f"{parser.prog}: interrupted{end}")
     except ProcessExitedException as error:
         if error.exit_code > 0:  # it has said why
             sys.exit(error.exit_code)
         sys.exit(
             f"{parser.prog}: a worker was killed by signal {-error.exit_code}, as the system does "
-            "when memory is short; --resume goes on from the last checkpoint"
+            f"when memory is short{end}"
         )
 
 
