@@ -82,3 +82,44 @@ def test_the_demo_says_where_everything_is(tmp_path):
     assert str(tmp_path) in last and "AP50" in last
     for name in ("detections.png", "curves.png", "model_final.pth"):
         assert name in last and (tmp_path / name).stat().st_size > 1000
+
+
+def run_demo(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        quickstart.main()
+    return str(end.value)
+
+
+def test_a_wrong_key_is_noticed_before_anything_is_drawn(monkeypatch, tmp_path):
+    message = run_demo(monkeypatch, "--output", tmp_path, "SOLVER.MAX_ITR", "3")
+    assert "SOLVER.MAX_ITER" in message and not list(tmp_path.iterdir())
+
+
+def test_a_training_that_is_none_of_the_demo_stays(monkeypatch, tmp_path):
+    (tmp_path / "model_final.pth").write_text("x")
+    message = run_demo(monkeypatch, "--output", tmp_path)
+    assert "none of this demo: name another --output" in message
+    assert [x.name for x in tmp_path.iterdir()] == ["model_final.pth"]
+
+
+def test_the_demo_replaces_its_own_training(tmp_path):
+    args = quickstart.argument_parser().parse_args(["--output", str(tmp_path)])
+    assert not quickstart.training_arguments(args, tmp_path).overwrite
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "train_00000.jpg").touch()
+    assert quickstart.training_arguments(args, tmp_path).overwrite
+
+
+@pytest.mark.parametrize("part", ["training", "drawing"])
+def test_control_c_in_the_demo_is_a_sentence(part, monkeypatch, tmp_path):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    for name in ("check_arguments", "generate"):
+        monkeypatch.setattr(quickstart, name, lambda *args: None)
+    worker = interrupt if part == "training" else lambda args: None
+    monkeypatch.setattr(quickstart.train_net, "worker", worker)
+    monkeypatch.setattr(quickstart, "draw_curves", interrupt)
+    message = run_demo(monkeypatch, "--output", tmp_path)
+    assert message.startswith("quickstart.py: interrupted before") and "\n" not in message

@@ -15,6 +15,7 @@ from pathlib import Path
 from program import (
     add_model_arguments,
     find_files,
+    interruptible,
     make_parser,
     one_sentence,
     score,
@@ -220,4 +221,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible("export.py", "the file was written and compared"):
+        main()

@@ -3,9 +3,12 @@
 
 import argparse
 import json
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from program import make_parser
+from program import interruptible, make_folder, make_parser, one_sentence
 
 EPILOG = """
 Example, which is `make demo` with other random numbers, in a folder of its own:
@@ -30,8 +33,8 @@ from PIL import Image
 
 from dino_d2.data import generate, read_results
 from dino_d2.data.normalise import read
+from dino_d2.engine.folder import check_folder
 from dino_d2.evaluation.errors import THRESHOLD, analyse, evaluate
-from dino_d2.model_zoo import get_config_file
 from dino_d2.visualize import LEGEND, contact_sheet, draw_curves, draw_image_errors
 
 SHOWN = 12  # images
@@ -51,27 +54,56 @@ def draw_detections(data: Path, results: Path, output: Path) -> None:
     contact_sheet(pictures, 3, title, LEGEND).save(output)
 
 
-def main() -> None:
-    args = argument_parser().parse_args()
-    data, metrics = args.output / "data", args.output / "metrics.json"
-
-    generate(data)
-    metrics.unlink(missing_ok=True)  # Detectron2 would append to that of an earlier run
+def training_arguments(args: argparse.Namespace, data: Path) -> argparse.Namespace:
+    """What train_net.py is told. An earlier demo's training is replaced; the first image that each
+    draws tells its folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    train_net.main(
-        train_net.argument_parser().parse_args(
-            [
-                *("--config-file", get_config_file("quickstart.yaml")),
-                *("--train-json", str(data / "train.json"), "--train-images", str(data / "images")),
-                *("--val-json", str(data / "val.json"), "--val-images", str(data / "images")),
-                *("MODEL.DEVICE", device, "OUTPUT_DIR", str(args.output), *args.opts),
-            ]
-        )
+    ours = (args.output / "data" / "images" / "train_00000.jpg").is_file()
+    return train_net.argument_parser().parse_args(
+        [
+            *("--config-file", "quickstart.yaml", *(["--overwrite"] if ours else [])),
+            *("--train-json", str(data / "train.json"), "--train-images", str(data / "images")),
+            *("--val-json", str(data / "val.json"), "--val-images", str(data / "images")),
+            *("MODEL.DEVICE", device, "OUTPUT_DIR", str(args.output), *args.opts),
+        ]
     )
 
-    draw_curves(metrics, args.output / "curves.png")
-    results = args.output / "inference" / "coco_instances_results.json"
-    draw_detections(data, results, args.output / "detections.png")
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Before hundreds of images are drawn: whether a training on two of them could begin.
+
+    Raises:
+        ValueError: it could not
+    """
+    make_folder(args.output, "--output")
+    with TemporaryDirectory() as folder:
+        with redirect_stderr(StringIO()):  # its bars are those of drawing the data
+            generate(Path(folder), num_train=1, num_val=1)
+        told = training_arguments(args, Path(folder))
+        try:
+            check_folder(str(args.output), overwrite=told.overwrite)
+        except ValueError as error:
+            raise ValueError(
+                f"'{args.output}' has a training that is none of this demo: name another --output"
+            ) from error
+        train_net.check_all(told)
+
+
+def main() -> None:
+    parser = argument_parser()
+    args = parser.parse_args()
+    data, metrics = args.output / "data", args.output / "metrics.json"
+
+    with one_sentence(parser.prog):
+        check_arguments(args)
+        told = training_arguments(args, data)  # before there are data
+        generate(data)
+    with interruptible(parser.prog, "the training ended; to begin again, run the same command"):
+        train_net.worker(told)
+    with interruptible(parser.prog, f"pictures were drawn; '{args.output}' has the training"):
+        draw_curves(metrics, args.output / "curves.png")
+        results = args.output / "inference" / "coco_instances_results.json"
+        draw_detections(data, results, args.output / "detections.png")
     result = json.loads(metrics.read_text().splitlines()[-1])
     print(
         f"AP {result['bbox/AP']:.1f}, AP50 {result['bbox/AP50']:.1f} on the validation images. "
