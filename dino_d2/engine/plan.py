@@ -37,6 +37,7 @@ from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_dino, refuse
 from .writers import plain_config
 
 SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+WARM_UPS = ("linear", "constant")
 # Of a LazyConfig, the outer before the inner.
 SECTIONS = (
     *("dataloader", "dataloader.train", "dataloader.train.dataset", "dataloader.train.mapper"),
@@ -176,9 +177,10 @@ def yaml_model(cfg: CfgNode, device: str | None = None) -> nn.Module:
 
 
 def yaml_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
-    name = cfg.SOLVER.LR_SCHEDULER_NAME
-    if name not in SCHEDULERS:
-        raise ValueError(f"SOLVER.LR_SCHEDULER_NAME is {name!r}; {hint(name, SCHEDULERS)}")
+    known = {"LR_SCHEDULER_NAME": SCHEDULERS, "WARMUP_METHOD": WARM_UPS}
+    for key, names in known.items():
+        if (name := cfg.SOLVER[key]) not in names:
+            raise ValueError(f"SOLVER.{key} is {name!r}; {hint(str(name), names)}")
     return build_lr_scheduler(cfg, optimizer)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from .. import data
 from ..checkpoint import CheckpointError
 from ..checkpointer import Checkpointer
+from ..data.mapper import channels_of
 from ..data.stream import TrainingStream
 from ..distributed import distribute, share_buffers, unwrap, whole
 from ..modeling.dino import DINO
@@ -56,7 +57,7 @@ def check(plan: Plan, *, resume: bool = False, eval_only: bool = False) -> None:
         if eval_only:
             load_for_test(plan, model, resume)
         else:
-            plan.build_mapper()
+            channels_of(getattr(plan.build_mapper(), "image_format", "RGB"))
             check_metric(plan)
             prepare(plan, model, 0, resume)
 
