@@ -6,6 +6,7 @@ Fixtures named `make_*` are functions that build what they are named after.
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, Instances
@@ -24,6 +25,16 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def clean_catalogs():
+    """Datasets that a test registers are gone after it."""
+    datasets, metadata = set(DatasetCatalog), set(MetadataCatalog)
+    yield
+    for catalog, before in ((DatasetCatalog, datasets), (MetadataCatalog, metadata)):
+        for name in set(catalog) - before:
+            catalog.remove(name)
 
 
 @pytest.fixture(params=DEVICES)

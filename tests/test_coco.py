@@ -16,14 +16,7 @@ from PIL import Image
 
 from dino_d2.data import DatasetError, check, num_classes, register, shapes
 
-
-@pytest.fixture(autouse=True)
-def clean_catalogs():
-    datasets, metadata = set(DatasetCatalog), set(MetadataCatalog)
-    yield
-    for catalog, before in ((DatasetCatalog, datasets), (MetadataCatalog, metadata)):
-        for name in set(catalog) - before:
-            catalog.remove(name)
+pytestmark = pytest.mark.usefixtures("clean_catalogs")
 
 
 def a_dataset():

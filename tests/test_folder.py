@@ -15,13 +15,7 @@ SIZE = 40, 30
 CLASSES = ["cat", "dog"]
 
 
-@pytest.fixture(autouse=True)
-def clean_catalogs():
-    datasets, metadata = set(DatasetCatalog), set(MetadataCatalog)
-    yield
-    for catalog, before in ((DatasetCatalog, datasets), (MetadataCatalog, metadata)):
-        for name in set(catalog) - before:
-            catalog.remove(name)
+pytestmark = pytest.mark.usefixtures("clean_catalogs")
 
 
 def draw(path):

@@ -20,13 +20,7 @@ from dino_d2.evaluation.evaluator import ErrorAnalysisEvaluator
 BOX = [4, 3, 20, 10]
 
 
-@pytest.fixture(autouse=True)
-def clean_catalogs():
-    datasets, metadata = set(DatasetCatalog), set(MetadataCatalog)
-    yield
-    for catalog, before in ((DatasetCatalog, datasets), (MetadataCatalog, metadata)):
-        for name in set(catalog) - before:
-            catalog.remove(name)
+pytestmark = pytest.mark.usefixtures("clean_catalogs")
 
 
 @pytest.fixture
