@@ -319,6 +319,16 @@ def test_a_file_of_which_two_fit_or_none_stays_missing(there, make):
         register([make(image={"file_name": "A.JPG"}, files=there)])
 
 
+def test_a_file_that_would_be_two_images_is_neither(make, tmp_path):
+    name = make(files=("a.jpg",))
+    dataset = json.loads((tmp_path / "data.json").read_text())
+    first = dataset["images"][0]
+    dataset["images"] = [first | {"id": id, "file_name": f"{id}/a.jpg"} for id in (7, 8)]
+    (tmp_path / "data.json").write_text(json.dumps(dataset))
+    with pytest.raises(DatasetError, match="2 of 2 image files are missing"):
+        register([name])
+
+
 # ---- however the dataset came
 
 

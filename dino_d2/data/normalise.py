@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -303,12 +304,16 @@ def place_images(images: list[dict], image_root: str, repairs: Repairs) -> None:
         taken = {x["file_name"] for x in images}
         files = islice(_files_below(image_root), MAX_FILES + 2 * len(images))
         known = _by_keys(x for x in files if x not in taken and Path(x).suffix.lower() in SUFFIXES)
-        for image in missing:
-            name = image["file_name"]
-            found = next((known[key] for key in _keys(name) if len(known.get(key, ())) == 1), None)
-            if found:
-                repairs.note("images found under another name", f"'{found[0]}' for '{name}'")
-                repairs.put(image, "file_name", found[0])
+        found = [
+            next((known[key][0] for key in _keys(name) if len(known.get(key, ())) == 1), None)
+            for name in (image["file_name"] for image in missing)
+        ]
+        claims = Counter(found)
+        for image, file in zip(missing, found, strict=True):
+            if file and claims[file] == 1:
+                name = image["file_name"]
+                repairs.note("images found under another name", f"'{file}' for '{name}'")
+                repairs.put(image, "file_name", file)
     for image in images:
         if not all(isinstance(image.get(side), int) and image[side] > 0 for side in SIDES):
             path = Path(image_root, image["file_name"])
