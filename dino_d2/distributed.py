@@ -55,18 +55,28 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     if is_worker():
         check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]))
         join()
-        main(args)
-        distributed.destroy_process_group()
+        work(main, args)
         return
     check_gpus(args.num_gpus)
     spawn(
-        main,
+        work,
         args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
         dist_url=args.dist_url,
-        args=(args,),
+        args=(main, args),
     )
+
+
+def work(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """`main(args)` in a worker that has joined the others, or alone; then leave them.
+
+    A worker that ends with its process group still open may abort: the group's threads run on
+    while the process takes itself down. Detectron2's launcher leaves it open.
+    """
+    main(args)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def world_size(args: argparse.Namespace) -> int:

@@ -690,6 +690,14 @@ def test_a_launcher_starts_workers_who_know_each_other(program, launcher):
     assert found(program) == [[0, 2, 2, 0, 2, 0.5], [1, 2, 2, 1, 2, 0.5]]
 
 
+def test_a_worker_leaves_the_others_before_its_process_ends(alone_outside, tmp_path):
+    # Threads of an open group could abort it then: one launch in ten, by Detectron2's launcher.
+    open_at = []
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    launch(lambda args: open_at.append(distributed.is_initialized()), arguments())
+    assert open_at == [True] and not distributed.is_initialized()
+
+
 @pytest.mark.slow
 def test_torchrun_starts_workers_on_two_machines(program):
     # The machines are two agents that meet at a store of ours, on a port that is free.
