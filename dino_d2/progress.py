@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from threading import Event, Thread
 from time import monotonic
 from typing import TypeVar
 
@@ -44,3 +46,28 @@ def progress(
             head = f"{what}: " if what else ""
             print(f"{head}{number} after {now - start:.0f} s", file=sys.stderr, flush=True)
         yield item
+
+
+@contextmanager
+def alive(what: str, seconds: float = SECONDS) -> Iterator[None]:
+    """Around one step that takes long and does not tell how far it is: meanwhile it is said, on
+    stderr, that it goes on.
+
+    Args:
+        what: goes on, as "the error analysis"
+        seconds: between two lines
+    """
+    start, done = monotonic(), Event()
+
+    def say() -> None:
+        while not done.wait(seconds):
+            message = f"{what} goes on: {monotonic() - start:.0f} s so far"
+            print(message, file=sys.stderr, flush=True)
+
+    speaker = Thread(target=say, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        speaker.join()

@@ -1,10 +1,11 @@
 """How far something is: a bar in a terminal, a line every half a minute elsewhere."""
 
 import sys
+from threading import Event
 
 import pytest
 
-from dino_d2.progress import progress
+from dino_d2.progress import alive, progress
 
 
 def go(count, seconds, **options):
@@ -51,3 +52,27 @@ def test_a_terminal_has_a_bar(capsys, monkeypatch):
     go(100, seconds=40)
     said = capsys.readouterr().err
     assert "100/100" in said and "after" not in said
+
+
+class Lines(list):
+    """A stream that knows when it was written to."""
+
+    written = Event()
+
+    def write(self, text):
+        self.append(text)
+        self.written.set()
+
+    def flush(self):
+        pass
+
+
+def test_what_cannot_tell_how_far_it_is_goes_on_and_says_so_until_it_ends(monkeypatch):
+    lines = Lines()
+    monkeypatch.setattr(sys, "stderr", lines)
+    with pytest.raises(ValueError, match="x"), alive("the export", seconds=0.01):
+        assert lines.written.wait(60)
+        raise ValueError("x")
+    assert lines[0] == "the export goes on: 0 s so far"
+    lines.written.clear()
+    assert not lines.written.wait(0.1)

@@ -416,6 +416,7 @@ def squares(shapes, tmp_path_factory):
         image = of_image[annotation["image_id"]]
         scale = 64 / image["width"], 64 / image["height"]
         annotation["bbox"] = [x * s for x, s in zip(annotation["bbox"], scale * 2, strict=True)]
+    dataset["annotations"][0].pop("area")
     for image in dataset["images"]:
         path = root / "images" / image["file_name"]
         Image.open(path).resize((64, 64)).save(path)
@@ -453,6 +454,10 @@ def test_two_workers_train_as_one_does(launcher, options, squares, alone, tmp_pa
     result = start(squares, tmp_path, *SHARED, *options, **launcher)
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(alone) > 6 and losses(tmp_path) == pytest.approx(alone, rel=1e-3)
+    # Of the data, the console has a warning once, and the log of every worker has it.
+    about = "areas that are missing"
+    logs = [(tmp_path / name).read_text() for name in ("log.txt", "log.txt.rank1")]
+    assert [said.count(about) for said in (result.stderr, result.stdout, *logs)] == [1, 0, 1, 1]
 
 
 @pytest.mark.slow

@@ -610,7 +610,8 @@ def test_what_the_command_line_names_stays(style, data, shapes, tmp_path):
 def test_a_folder_trains_and_is_evaluated_by_its_name_alone(shapes, tmp_path):
     common = [*config(".yaml"), *overrides(".yaml", output=tmp_path, iterations=2)]
     said = run_program(*common[:2], "--data", shapes, *common[2:])
-    assert f"'{shapes}' is COCO: train 12 images" in said.splitlines()[0]
+    about = f"'{shapes}' is COCO: train 12 images"
+    assert about in said and about in (tmp_path / "log.txt").read_text()
     again = ["--config-file", tmp_path / "config.yaml", "--eval-only"]
     assert "copypaste" in run_program(*again, "MODEL.WEIGHTS", tmp_path / "model_final.pth")
 

@@ -10,6 +10,7 @@ import numpy as np
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
+from ..progress import alive
 from ..visualize import draw_error_plots
 from .errors import IOU_50, IOU_75, Analysis, analyse, evaluate
 
@@ -32,7 +33,8 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
         # The one place where Detectron2 has an evaluation in hand; None stands for no detections.
         if iou_type == "bbox" and self._output_dir:
             dataset = self._coco_api.dataset
-            write_analysis(analyse(coco_eval or evaluate(dataset, [])), self._output_dir)
+            with alive("the error analysis"):
+                write_analysis(analyse(coco_eval or evaluate(dataset, [])), self._output_dir)
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
 
 

@@ -92,7 +92,7 @@ from dino_d2.export.runtime import (
     needs,
 )
 from dino_d2.names import plural
-from dino_d2.progress import progress
+from dino_d2.progress import alive, progress
 
 Batch = tuple[Tensor, Tensor]  # images and image_sizes
 
@@ -144,7 +144,9 @@ def verify(
         [file(*batch) for batch in progress(batches, "batch", what="comparing")],
         threshold,
     )
-    alone = [unpadded(model, *batch) for batch in batches]
+    alone = [
+        unpadded(model, *batch) for batch in progress(batches, "batch", what="without padding")
+    ]
     effect = compare_all(alone, expected, threshold)
     print(
         f"{plural(len(found.boxes), 'detection')} compared with the model's: boxes differ by up to "
@@ -207,8 +209,9 @@ def main() -> None:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it cannot fold
     about = About(predictor.classes, size, predictor.image_format, args.batch_size)
     try:
-        graph = export(predictor.model, size, args.batch_size, args.keep_operator)
-        save(graph, unverified, about)
+        with alive("the export"):
+            graph = export(predictor.model, size, args.batch_size, args.keep_operator)
+            save(graph, unverified, about)
     except (ExportError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
     if not verify(unverified, predictor.model, batches, expected, threshold):

@@ -8,6 +8,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import product
+from logging.handlers import MemoryHandler
 
 from program import add_training_arguments, make_parser, one_sentence
 
@@ -86,7 +88,7 @@ from dino_d2.checkpoint import CheckpointError
 from dino_d2.config import read_config
 from dino_d2.data import DatasetError
 from dino_d2.data.coco_faults import dataset_name
-from dino_d2.distributed import check_gpus, launch, world_size
+from dino_d2.distributed import check_gpus, is_worker, launch, world_size
 from dino_d2.engine.folder import check_folder, claim_folder
 from dino_d2.engine.keys import is_dino
 from dino_d2.engine.plan import make_plan, part_of_batch, require_sections
@@ -97,6 +99,11 @@ from dino_d2.engine.writers import require_wandb
 from dino_d2.modeling import BackboneError
 from dino_d2.names import check_device
 from dino_d2.overrides import apply_overrides
+
+logger = logging.getLogger("dino_d2")
+
+# Warnings that come before there is a log: on the console at once, and in the log when it begins.
+EARLY = MemoryHandler(10_000, logging.CRITICAL + 1)
 
 # What goes wrong later and needs no traceback.
 SENTENCES = (BackboneError, CheckpointError, DatasetError, NonFiniteLoss)
@@ -251,11 +258,31 @@ def main(args: argparse.Namespace) -> None:
     if not args.eval_only:  # before there is a log
         claim_folder(plan.output_dir, resume=args.resume, overwrite=args.overwrite)
     default_setup(cfg, args)
-    setup_logger(plan.output_dir, distributed_rank=comm.get_rank(), name="dino_d2")
+    begin_log(plan.output_dir)
+    if args.data:
+        logger.info(data.find_folder(os.path.expanduser(args.data)))
     if args.eval_only:
         test(plan, resume=args.resume)
     else:
         train(plan, resume=args.resume)
+
+
+def keep_early(console: bool) -> None:
+    """Keep warnings for the log; write them to the console, too, or not."""
+    logger.addHandler(EARLY)
+    if console:
+        logger.addHandler(logging.lastResort)
+
+
+def begin_log(folder: str) -> None:
+    """The worker's log of this package, which has the warnings that were kept."""
+    logger.removeHandler(EARLY)
+    logger.removeHandler(logging.lastResort)
+    setup_logger(folder, distributed_rank=comm.get_rank(), name="dino_d2")
+    files = [handler for handler in logger.handlers if handler.stream is not sys.stdout]
+    for record, file in product(EARLY.buffer, files):
+        file.handle(record)
+    EARLY.buffer.clear()
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -265,6 +292,7 @@ def worker(args: argparse.Namespace) -> None:
         SystemExit: with that sentence
     """
     logging.getLogger("detectron2.engine.train_loop").addFilter(leave_the_sentence)
+    keep_early(console=False)  # a process of its own says what the one that started it has said
     try:
         main(args)
     except SENTENCES as error:
@@ -289,10 +317,9 @@ def leave_the_sentence(record: logging.LogRecord) -> bool:
 def invoke_main() -> None:
     parser, args = parse()
     with one_sentence(parser.prog):  # bad input ends here, before there are several processes
+        keep_early(console=not is_worker() or os.environ["RANK"] == "0")
         check_gpus(args.num_gpus)
         check_all(args)
-        if args.data:
-            print(data.find_folder(os.path.expanduser(args.data)))
     end = "" if args.eval_only else "; --resume goes on from the last checkpoint"
     try:
         launch(worker, args)

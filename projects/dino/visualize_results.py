@@ -88,7 +88,7 @@ from dino_d2.evaluation.errors import Analysis, analyse, evaluate, worst_first
 from dino_d2.evaluation.evaluator import write_analysis
 from dino_d2.evaluation.matching import false_positives
 from dino_d2.names import plural
-from dino_d2.progress import progress
+from dino_d2.progress import alive, progress
 from dino_d2.visualize import (
     LEGEND,
     contact_sheet,
@@ -123,7 +123,8 @@ def load(args: argparse.Namespace) -> Analysis:
     args.images = Path(MetadataCatalog.get(name).image_root)
     dataset = annotations_of(name)
     results = read_results(args.results, dataset)
-    return analyse(evaluate(dataset, results), args.confidence_threshold)
+    with alive("the error analysis"):
+        return analyse(evaluate(dataset, results), args.confidence_threshold)
 
 
 def draw_worst(analysis: Analysis, args: argparse.Namespace) -> list[Path]:
