@@ -53,6 +53,16 @@ def test_to_go_on_leaves_everything(tmp_path):
     assert files(tmp_path) == set(OF_A_TRAINING)
 
 
+@pytest.mark.parametrize("name", OF_A_TRAINING[:3])
+def test_a_checkpoint_that_nothing_goes_on_from_is_not_written_over(name, tmp_path):
+    fill(tmp_path, [name, "metrics.json"])
+    with pytest.raises(ValueError, match=f"'{name}', but no file 'last_checkpoint'.*--resume"):
+        claim_folder(str(tmp_path), resume=True)
+    (tmp_path / name).unlink()  # it ended before its first: a job that is restarted can begin
+    claim_folder(str(tmp_path), resume=True)
+    assert files(tmp_path) == {"metrics.json"}
+
+
 def test_to_overwrite_removes_what_a_training_wrote_and_nothing_else(tmp_path):
     fill(tmp_path, OF_A_TRAINING + OF_A_USER)
     claim_folder(str(tmp_path), overwrite=True)

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from detectron2.utils import comm
 
+CHECKPOINTS = "model_[0-9][0-9][0-9][0-9][0-9][0-9][0-9].pth", "model_final.pth", "model_best.pth"
 # What a training is remembered by. A run that ended before it had any of it blocks nothing.
-RESULTS = (
-    *("model_[0-9][0-9][0-9][0-9][0-9][0-9][0-9].pth", "model_final.pth", "model_best.pth"),
-    *("last_checkpoint", "metrics.json", "events.out.tfevents.*"),
-)
+RESULTS = (*CHECKPOINTS, "last_checkpoint", "metrics.json", "events.out.tfevents.*")
 # What it writes besides. Runs of Weights & Biases have folders of their own in `wandb`.
 OTHERS = (
     *("log.txt", "log.txt.rank[0-9]*", "config.yaml", "wandb_id"),
@@ -31,15 +29,23 @@ def check_folder(folder: str, *, resume: bool = False, overwrite: bool = False) 
     """
     Args:
         folder: for the output of a training, there or not
-        resume: whether the training goes on with what is there
+        resume: whether the training goes on with what is there; with logs alone, of one that ended
+            before its first checkpoint, it begins anew and adds to them, as Detectron2 has it
         overwrite: whether it takes its place
 
     Raises:
-        ValueError: an earlier training's results are there, and are to be neither
+        ValueError: an earlier training's results are there, and are to be neither; or there are
+            checkpoints, and it is not known from which one to go on
     """
-    if resume or overwrite:
+    if overwrite or (resume and Path(folder, "last_checkpoint").is_file()):
         return
-    found = next((x for x in _files(folder, RESULTS) if x.stat().st_size), None)
+    results = _files(folder, CHECKPOINTS if resume else RESULTS)
+    found = next((x for x in results if x.stat().st_size), None)
+    if found and resume:
+        raise ValueError(
+            f"'{folder}' has '{found.name}', but no file 'last_checkpoint' with the name of the "
+            "checkpoint to go on from (--resume): write it, or name another output folder"
+        )
     if found:
         raise ValueError(
             f"'{folder}' has an earlier training ('{found.name}'): go on with it (--resume), name "
