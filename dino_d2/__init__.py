@@ -12,4 +12,7 @@ with warnings.catch_warnings():
     from .modeling.dino import DINO
     from .predictor import Predictor, load
 
+# Of images that are neither resized nor flipped; Detectron2 only reads the tensor.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", module="detectron2")
+
 __all__ = ["DINO", "Predictor", "add_dino_config", "load"]

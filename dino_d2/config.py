@@ -103,8 +103,8 @@ def read_config(file: str) -> CN | DictConfig:
     `config.yaml` are LazyConfigs, other YAML files become a CfgNode with the keys of DINO.
 
     Raises:
-        ValueError: a file that cannot be read, a YAML file that is none, has no keys, or one that
-            is unknown, or a `.py` file that fails; says in which line
+        ValueError: a file that cannot be read, or whose base cannot, a YAML file that is none, has
+            no keys, or one that is unknown, or a `.py` file that fails; says in which line
     """
     if file.endswith(".py"):
         return _run_config(file)
@@ -115,6 +115,8 @@ def read_config(file: str) -> CN | DictConfig:
     add_dino_config(cfg)
     try:
         cfg.merge_from_file(file)
+    except OSError as error:
+        raise ValueError(f"'{file}': its _BASE_ cannot be read: {error}") from error
     except (ValueError, AttributeError, TypeError) as error:  # yacs says which key
         raise ValueError(f"'{file}' is no config: {' '.join(str(error).split())}") from error
     except KeyError as error:

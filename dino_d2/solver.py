@@ -72,11 +72,12 @@ def parameter_groups(
     require_not_negative(
         lr=lr,
         weight_decay=weight_decay,
+        bias_multiplier=bias_multiplier,
         backbone_multiplier=backbone_multiplier,
         offsets_multiplier=offsets_multiplier,
     )
-    if norm_weight_decay is not None:
-        require_not_negative(norm_weight_decay=norm_weight_decay)
+    of_some = {"norm_weight_decay": norm_weight_decay, "bias_weight_decay": bias_weight_decay}
+    require_not_negative(**{name: x for name, x in of_some.items() if x is not None})
 
     def multiplier(name: str) -> float:
         of_bias = bias_multiplier if name.endswith(".bias") else 1.0

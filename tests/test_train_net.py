@@ -434,6 +434,7 @@ def test_the_config_that_a_lazy_training_saved_trains(name, data, tmp_path):
         ("list.yml", "[1, 2]", "list.yml' is no config: it has no keys"),
         ("broken.py", "a = 1\nmodel = (", "broken.py has syntax error!, line 2"),
         ("name.py", "a = 1\nmodel = nowhere", "name.py', line 2: NameError: name 'nowhere'"),
+        ("lost.yaml", "_BASE_: no.yaml", "lost.yaml': its _BASE_ cannot be read"),
         ("zero.py", "model = 1 / 0", "zero.py', line 1: ZeroDivisionError"),
     ],
 )
@@ -620,6 +621,18 @@ WRONG = {
     ".yaml": [
         (["MODEL.DINO.QUERY_SELECTION", "Mixed"], "MODEL.DINO.QUERY_SELECTION is 'Mixed'"),
         (["MODEL.DINO.IN_FEATURES", "['res9']"], "'res9', which the backbone does not give"),
+        (["MODEL.DINO.NUM_CLASSES", "x"], "num_classes is 'x'"),
+        (["DATALOADER.SAMPLER_TRAIN", "x"], "Unknown training sampler: x"),
+        (
+            [
+                *("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"),
+                *("DATALOADER.RANDOM_SUBSET_RATIO", "-1.0"),
+            ],
+            "the loader of training data cannot be built from this config (AssertionError",
+        ),
+        (["SOLVER.WEIGHT_DECAY_BIAS", "nan"], "bias_weight_decay is 'nan'"),
+        (["SOLVER.BIAS_LR_FACTOR", "-1.0"], "bias_multiplier is -1.0"),
+        (["SOLVER.WARMUP_FACTOR", "-1.0"], "SOLVER.WARMUP_FACTOR is -1.0"),
         (["MODEL.DINO.NUM_HEADS", "7"], "is not a multiple of num_heads 7"),
         (["MODEL.BACKBONE.NAME", "build_resnet"], "the nearest: build_resnet_backbone"),
         (["MODEL.META_ARCHITECTURE", "DINOO"], "META_ARCHITECTURE is 'DINOO'"),

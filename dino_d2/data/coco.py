@@ -28,6 +28,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 
 from ..names import nearest, path_hint, plural
+from ..ranges import require_whole
 from . import folder
 from .adopt import check_records, is_built_in
 from .coco_faults import DatasetError, clip, faults, parse
@@ -116,7 +117,10 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) ->
     Raises:
         DatasetError: a name is unknown, files are missing, a dataset is invalid, classes differ
             between datasets or from ``num_classes``, or a test set cannot be evaluated.
+        ValueError: ``num_classes`` is no number of classes.
     """
+    if num_classes is not None:
+        require_whole(num_classes=num_classes)
     names = [*_as_list(train), *_as_list(test)]
     for name in names:
         _require_files(name)

@@ -1,6 +1,5 @@
 """From a record of a dataset to an input of the model; which images are refused, and how."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +22,6 @@ SUFFIXES = frozenset(
 )
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 OF_DETECTRON2 = "BGR", "YUV-BT.601"  # formats that PIL does not know
-
-# Grey values that were neither resized nor flipped; Detectron2 only reads the tensor.
-warnings.filterwarnings("ignore", "The given NumPy array is not writable", module="detectron2")
 
 
 class Mapper(DatasetMapper):

@@ -30,7 +30,7 @@ from ..config import named
 from ..evaluation.evaluator import ErrorAnalysisEvaluator
 from ..modeling import BackboneError
 from ..names import hint, plural
-from ..ranges import require_whole
+from ..ranges import require_share, require_whole
 from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
 from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_dino, refuse
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     build_model: Callable[..., nn.Module]  # on the config's device, or the one given
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     build_scheduler: Callable[[torch.optim.Optimizer], Any]  # what Detectron2's hook takes
-    build_loader: Callable[[], Any]
+    build_loader: Callable[..., Any]  # of the training sets, or of the `dataset` given: records
     build_mapper: Callable[[], Any]  # of the loader: record to input of the model
     evaluate: Callable[..., dict]  # of a model and, for its files, a folder in "inference"
     train_sets: Sequence[str]
@@ -121,7 +121,7 @@ def yaml_plan(cfg: CfgNode) -> Plan:
         build_model=partial(built, "model", yaml_model, cfg),
         build_optimizer=partial(built, "optimizer", yaml_optimizer, cfg),
         build_scheduler=partial(built, "schedule of the learning rate", yaml_scheduler, cfg),
-        build_loader=partial(yaml_train_loader, cfg),
+        build_loader=partial(built, "loader of training data", yaml_train_loader, cfg),
         build_mapper=partial(built, "augmentation", yaml_mapper, cfg),
         evaluate=partial(yaml_evaluate, cfg),
         train_sets=cfg.DATASETS.TRAIN,
@@ -147,14 +147,14 @@ def yaml_plan(cfg: CfgNode) -> Plan:
     )
 
 
-def built(what: str, make: Callable, *arguments: Any) -> Any:
+def built(what: str, make: Callable, *arguments: Any, **options: Any) -> Any:
     """What a function makes of a config. What fails in it is the config's fault.
 
     Raises:
         ValueError: with one sentence, whatever the error was
     """
     try:
-        return make(*arguments)
+        return make(*arguments, **options)
     except (BackboneError, OmegaConfBaseException, ValueError):
         raise
     except Exception as error:
@@ -181,6 +181,7 @@ def yaml_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
     for key, names in known.items():
         if (name := cfg.SOLVER[key]) not in names:
             raise ValueError(f"SOLVER.{key} is {name!r}; {hint(str(name), names)}")
+    require_share(**{f"SOLVER.{key}": cfg.SOLVER[key] for key in ("GAMMA", "WARMUP_FACTOR")})
     return build_lr_scheduler(cfg, optimizer)
 
 
@@ -206,8 +207,8 @@ def yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def yaml_train_loader(cfg: CfgNode) -> Any:
-    return build_detection_train_loader(cfg, mapper=yaml_mapper(cfg))
+def yaml_train_loader(cfg: CfgNode, **dataset: list[dict]) -> Any:
+    return build_detection_train_loader(cfg, mapper=yaml_mapper(cfg), **dataset)
 
 
 def yaml_mapper(cfg: CfgNode) -> data.Mapper:
@@ -281,7 +282,7 @@ def lazy_plan(cfg: DictConfig) -> Plan:
         build_model=partial(built, "model", lazy_model, cfg),
         build_optimizer=partial(built, "optimizer", lazy_optimizer, cfg),
         build_scheduler=partial(built, "schedule of the learning rate", lazy_scheduler, cfg),
-        build_loader=lambda: instantiate(loader.train),
+        build_loader=partial(built, "loader of training data", lazy_train_loader, cfg),
         build_mapper=partial(built, "augmentation", instantiate, loader.train.mapper),
         evaluate=partial(lazy_evaluate, cfg),
         train_sets=loader.train.dataset.names,
@@ -318,6 +319,12 @@ def lazy_scheduler(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> Any:
 def lazy_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     cfg.optimizer.params.model = model
     return instantiate(cfg.optimizer)
+
+
+def lazy_train_loader(cfg: DictConfig, **dataset: list[dict]) -> Any:
+    loader = copy.deepcopy(cfg).dataloader.train  # with what it refers to
+    loader.update(dataset)
+    return instantiate(loader)
 
 
 def lazy_evaluate(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict:
