@@ -656,6 +656,11 @@ WRONG = {
         (["lr_multiplier.scheduler=3"], "the schedule of the learning rate cannot be built"),
         (["dataloader.train.mapper.augmentations.flip=both"], "'both'"),
         (["train.best_metric=bbox/AP-cirkle"], "the nearest: bbox/AP-circle"),
+        (["model.num_classes=x"], "num_classes is 'x'"),
+        (
+            ["dataloader.test.mapper.augmentations.0.short_edge_length=abc"],
+            "the augmentation cannot be built from this config (AssertionError: short_edge_length",
+        ),
         (["optimizer.lr=fast"], "optimizer.lr is 'fast'"),
         (["train.checkpointer.max_to_keep=0"], "max_to_keep is 0"),
     ],

@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     build_scheduler: Callable[[torch.optim.Optimizer], Any]  # what Detectron2's hook takes
     build_loader: Callable[..., Any]  # of the training sets, or of the `dataset` given: records
-    build_mapper: Callable[[], Any]  # of the loader: record to input of the model
+    build_mapper: Callable[[bool], Any]  # of training or not: record to input of the model
     evaluate: Callable[..., dict]  # of a model and, for its files, a folder in "inference"
     train_sets: Sequence[str]
     test_sets: Sequence[str]
@@ -211,10 +211,10 @@ def yaml_train_loader(cfg: CfgNode, **dataset: list[dict]) -> Any:
     return build_detection_train_loader(cfg, mapper=yaml_mapper(cfg), **dataset)
 
 
-def yaml_mapper(cfg: CfgNode) -> data.Mapper:
-    """Augments as DETR does; for other models than DINO as Detectron2 does."""
+def yaml_mapper(cfg: CfgNode, is_train: bool = True) -> data.Mapper:
+    """In training, augments as DETR does; for other models than DINO as Detectron2 does."""
     options = {}
-    if is_dino(cfg):
+    if is_dino(cfg) and is_train:
         options["augmentations"] = data.detr_augmentation(
             min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
             sampling=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
@@ -224,7 +224,7 @@ def yaml_mapper(cfg: CfgNode) -> data.Mapper:
             crop_size=cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else None,
             flip=cfg.INPUT.RANDOM_FLIP,
         )
-    return data.Mapper(cfg, is_train=True, **options)
+    return data.Mapper(cfg, is_train=is_train, **options)
 
 
 def yaml_evaluate(cfg: CfgNode, model: nn.Module, folder: str = "") -> dict:
@@ -241,7 +241,7 @@ def yaml_evaluate(cfg: CfgNode, model: nn.Module, folder: str = "") -> dict:
 
 
 def yaml_test_loader(cfg: CfgNode, name: str) -> Any:
-    return build_detection_test_loader(cfg, name, mapper=data.Mapper(cfg, is_train=False))
+    return build_detection_test_loader(cfg, name, mapper=yaml_mapper(cfg, is_train=False))
 
 
 def yaml_evaluator(cfg: CfgNode, name: str, folder: str = "") -> DatasetEvaluator:
@@ -283,7 +283,7 @@ def lazy_plan(cfg: DictConfig) -> Plan:
         build_optimizer=partial(built, "optimizer", lazy_optimizer, cfg),
         build_scheduler=partial(built, "schedule of the learning rate", lazy_scheduler, cfg),
         build_loader=partial(built, "loader of training data", lazy_train_loader, cfg),
-        build_mapper=partial(built, "augmentation", instantiate, loader.train.mapper),
+        build_mapper=partial(built, "augmentation", lazy_mapper, cfg),
         evaluate=partial(lazy_evaluate, cfg),
         train_sets=loader.train.dataset.names,
         test_sets=loader.test.dataset.names,
@@ -319,6 +319,10 @@ def lazy_scheduler(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> Any:
 def lazy_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     cfg.optimizer.params.model = model
     return instantiate(cfg.optimizer)
+
+
+def lazy_mapper(cfg: DictConfig, is_train: bool) -> Any:
+    return instantiate(cfg.dataloader["train" if is_train else "test"].mapper)
 
 
 def lazy_train_loader(cfg: DictConfig, **dataset: list[dict]) -> Any:

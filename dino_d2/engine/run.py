@@ -54,10 +54,11 @@ def check(plan: Plan, *, resume: bool = False, eval_only: bool = False) -> None:
     """
     with silence():
         model = plan.build_model("cpu")
+        for is_train in (False,) if eval_only else (False, True):
+            channels_of(getattr(plan.build_mapper(is_train), "image_format", "RGB"))
         if eval_only:
             load_for_test(plan, model, resume)
         else:
-            channels_of(getattr(plan.build_mapper(), "image_format", "RGB"))
             plan.build_loader(dataset=[{"annotations": []}] * 1000)  # reads no data for this
             check_metric(plan)
             prepare(plan, model, 0, resume)

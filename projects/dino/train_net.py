@@ -159,7 +159,9 @@ def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
     key = "dataloader.{}.dataset.names"
     train.names = datasets(args, "train", train.names, key.format("train") in given)
     test.names = datasets(args, "val", test.names, key.format("test") in given)
-    number = cfg.model.num_classes if isinstance(cfg.model.num_classes, int) else None
+    number = cfg.model.num_classes
+    if isinstance(number, DictConfig):  # a call that asks the training data
+        number = None
     cfg.model.num_classes = check_data(args, train.names, test.names, number)
     require_device(cfg.train.device, "train.device=cpu")
     check_weights(args, cfg.train.init_checkpoint, "train.init_checkpoint")
