@@ -243,7 +243,9 @@ def test_control_c_is_a_line_wherever_it_comes():
 
 
 FORK = """
-import os, signal, program
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+import program
 child = os.fork()
 if child == 0:
     os.kill(os.getpid(), signal.SIGINT)
