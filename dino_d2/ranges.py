@@ -6,7 +6,8 @@ from typing import Any
 
 
 def require_whole(least: int = 1, **values: Any) -> None:
-    """
+    """Refuse what is no whole number, or is too small.
+
     Args:
         least: that is possible
         values: by their names, as in `require_whole(num_layers=num_layers)`
@@ -20,9 +21,10 @@ def require_whole(least: int = 1, **values: Any) -> None:
 
 
 def require_share(**values: Any) -> None:
-    """
+    """Refuse what is no number from 0 to 1.
+
     Raises:
-        ValueError: one of the values, by their names, is no number from 0 to 1
+        ValueError: one of the values, by their names, is none
     """
     for name, value in values.items():
         if not _is_number(value) or not 0 <= value <= 1:
@@ -30,9 +32,10 @@ def require_share(**values: Any) -> None:
 
 
 def require_not_negative(**values: Any) -> None:
-    """
+    """Refuse what is no finite number, or below 0.
+
     Raises:
-        ValueError: one of the values, by their names, is no finite number, or below 0
+        ValueError: one of the values, by their names, is
     """
     for name, value in values.items():
         if not _is_number(value) or value < 0:
@@ -40,9 +43,10 @@ def require_not_negative(**values: Any) -> None:
 
 
 def require_positive(**values: Any) -> None:
-    """
+    """Refuse what is no finite number above 0.
+
     Raises:
-        ValueError: one of the values, by their names, is no finite number above 0
+        ValueError: one of the values, by their names, is none
     """
     for name, value in values.items():
         if not _is_number(value) or value <= 0:

@@ -92,7 +92,8 @@ def read_image(path: str, image_format: str) -> np.ndarray:
 
 
 def channels_of(image_format: str) -> int:
-    """
+    """How many channels images of a format have.
+
     Args:
         image_format: "RGB", "BGR", "L" (grey values) or another that Detectron2 reads images in
 

@@ -160,7 +160,7 @@ def _entries(key: str, entries: list, repairs: Repairs) -> None:
 def _images(images: list[dict], repairs: Repairs) -> None:
     """Sizes, where they are there; `place_images` looks for the others."""
     for image in images:
-        for side in ("width", "height"):
+        for side in SIDES:
             value = whole(image.get(side))
             if value is not None and value > 0:
                 repairs.put(image, side, value)

@@ -26,7 +26,8 @@ EVALUATION = (
 
 
 def check_folder(folder: str, *, resume: bool = False, overwrite: bool = False) -> None:
-    """
+    """Refuse a folder in which results of an earlier training would be lost or mixed.
+
     Args:
         folder: for the output of a training, there or not
         resume: whether the training goes on with what is there; with logs alone, of one that ended

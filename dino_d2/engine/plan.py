@@ -54,8 +54,8 @@ class Plan(NamedTuple):
     build_model: Callable[..., nn.Module]  # on the config's device, or the one given
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     build_scheduler: Callable[[torch.optim.Optimizer], Any]  # what Detectron2's hook takes
-    build_loader: Callable[..., Any]  # of the training sets, or of the `dataset` given: records
-    build_mapper: Callable[[bool], Any]  # of training or not: record to input of the model
+    build_loader: Callable[..., Any]  # of the training sets, or of a list of records
+    build_mapper: Callable[[bool], Any]  # for training or not; it makes a record an input
     evaluate: Callable[..., dict]  # of a model and, for its files, a folder in "inference"
     train_sets: Sequence[str]
     test_sets: Sequence[str]
@@ -207,8 +207,8 @@ def yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def yaml_train_loader(cfg: CfgNode, **dataset: list[dict]) -> Any:
-    return build_detection_train_loader(cfg, mapper=yaml_mapper(cfg), **dataset)
+def yaml_train_loader(cfg: CfgNode, dataset: list[dict] | None = None) -> Any:
+    return build_detection_train_loader(cfg, mapper=yaml_mapper(cfg), dataset=dataset)
 
 
 def yaml_mapper(cfg: CfgNode, is_train: bool = True) -> data.Mapper:
@@ -325,9 +325,10 @@ def lazy_mapper(cfg: DictConfig, is_train: bool) -> Any:
     return instantiate(cfg.dataloader["train" if is_train else "test"].mapper)
 
 
-def lazy_train_loader(cfg: DictConfig, **dataset: list[dict]) -> Any:
+def lazy_train_loader(cfg: DictConfig, dataset: list[dict] | None = None) -> Any:
     loader = copy.deepcopy(cfg).dataloader.train  # with what it refers to
-    loader.update(dataset)
+    if dataset is not None:
+        loader.dataset = dataset
     return instantiate(loader)
 
 

@@ -32,6 +32,10 @@ from .writers import WandbWriter, require_wandb
 logger = logging.getLogger(__name__)
 
 
+# Stand in for the data where a loader is only built; many, as a sampler may take a small share.
+RECORDS = [{"annotations": []}] * 1000
+
+
 class Training(NamedTuple):
     """A training that can begin."""
 
@@ -59,7 +63,7 @@ def check(plan: Plan, *, resume: bool = False, eval_only: bool = False) -> None:
         if eval_only:
             load_for_test(plan, model, resume)
         else:
-            plan.build_loader(dataset=[{"annotations": []}] * 1000)  # reads no data for this
+            plan.build_loader(RECORDS)
             check_metric(plan)
             prepare(plan, model, 0, resume)
 

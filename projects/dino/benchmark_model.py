@@ -319,9 +319,8 @@ def time_and_memory(setting: Setting, repeats: int) -> dict:
     top of the model and, in training, of the optimizer."""
     torch.set_num_threads(setting.threads)
     workload = Workload(setting)
-    workload.step(
-        make_batch(setting._replace(size=(64, 64)), workload.channels)
-    )  # creates what stays
+    small = setting._replace(size=(64, 64))
+    workload.step(make_batch(small, workload.channels))  # creates what stays
     memory = PeakMemory(torch.device(setting.device))
     times = [sum(workload.step(workload.batch).values()) for _ in range(repeats)]
     return {"total_ms": median(times), "memory_mib": memory.read()}

@@ -4,6 +4,7 @@
 import argparse
 import errno
 import logging
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -88,7 +89,7 @@ from dino_d2.checkpoint import CheckpointError
 from dino_d2.config import read_config
 from dino_d2.data import DatasetError
 from dino_d2.data.coco_faults import dataset_name
-from dino_d2.distributed import check_gpus, is_worker, launch, world_size
+from dino_d2.distributed import check_gpus, launch, world_size
 from dino_d2.engine.folder import check_folder, claim_folder
 from dino_d2.engine.keys import is_dino
 from dino_d2.engine.plan import make_plan, part_of_batch, require_sections
@@ -269,19 +270,21 @@ def main(args: argparse.Namespace) -> None:
         train(plan, resume=args.resume)
 
 
-def keep_early(console: bool) -> None:
-    """Keep warnings for the log; write them to the console, too, or not."""
+def keep_early() -> None:
+    """Keep warnings for the log. The first process writes them to the console, too; other workers
+    read the same data, and would repeat them."""
     logger.addHandler(EARLY)
-    if console:
+    if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
         logger.addHandler(logging.lastResort)
 
 
 def begin_log(folder: str) -> None:
-    """The worker's log of this package, which has the warnings that were kept."""
+    """Begin this worker's log of the package with the warnings that were kept."""
     logger.removeHandler(EARLY)
     logger.removeHandler(logging.lastResort)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="dino_d2")
-    files = [handler for handler in logger.handlers if handler.stream is not sys.stdout]
+    streams = [x for x in logger.handlers if isinstance(x, logging.StreamHandler)]
+    files = [x for x in streams if x.stream is not sys.stdout]
     for record, file in product(EARLY.buffer, files):
         file.handle(record)
     EARLY.buffer.clear()
@@ -294,7 +297,7 @@ def worker(args: argparse.Namespace) -> None:
         SystemExit: with that sentence
     """
     logging.getLogger("detectron2.engine.train_loop").addFilter(leave_the_sentence)
-    keep_early(console=False)  # a process of its own says what the one that started it has said
+    keep_early()
     try:
         main(args)
     except SENTENCES as error:
@@ -319,7 +322,7 @@ def leave_the_sentence(record: logging.LogRecord) -> bool:
 def invoke_main() -> None:
     parser, args = parse()
     with one_sentence(parser.prog):  # bad input ends here, before there are several processes
-        keep_early(console=not is_worker() or os.environ["RANK"] == "0")
+        keep_early()
         check_gpus(args.num_gpus)
         check_all(args)
     end = "" if args.eval_only else "; --resume goes on from the last checkpoint"
