@@ -7,6 +7,7 @@ are fixed when exporting, the number of images is not.
 
 import ast
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,10 @@ def save(program: ExportedProgram, path: Path, about: About) -> None:
         ExportError: the name ends otherwise, or a package is missing
     """
     if kind_of(path) == ".pt2":
-        torch.export.save(program, path, extra_files={ABOUT: json.dumps(about._asdict())})
+        with warnings.catch_warnings():
+            # Of weights that share memory; export.py compares the file with the model.
+            warnings.filterwarnings("ignore", "No complete tensor found")
+            torch.export.save(program, path, extra_files={ABOUT: json.dumps(about._asdict())})
         return
     onnx = needs("onnx")
     model = to_onnx(program).model_proto
