@@ -12,7 +12,8 @@ with warnings.catch_warnings():
     from .modeling.dino import DINO
     from .predictor import Predictor, load
 
-# Of images that are neither resized nor flipped; Detectron2 only reads the tensor.
+# Of images that are neither resized nor flipped, which Detectron2 only reads; and of its Swin.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable", module="detectron2")
+warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release")
 
 __all__ = ["DINO", "Predictor", "add_dino_config", "load"]
