@@ -11,16 +11,19 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Instances
 from PIL import Image
 
-from . import model_zoo
-from .checkpoint import CLASS_BIAS, COCO_80, CheckpointError
-from .checkpoint_io import read, weights
-from .checkpointer import Checkpointer, to_ours
-from .config import evaluation_augmentations
+from .config.overrides import apply_overrides
+from .config.styles import evaluation_augmentations
+from .data.coco_classes import COCO_80
 from .data.mapper import channels_of, check_mode, read_image
+from .layouts.adapt import CLASS_BIAS
+from .layouts.renaming import CheckpointError
 from .modeling.dino import DINO, WRONG_CHANNELS
-from .modeling.inference import fold_norms
+from .modeling.fold_norms import fold_norms
 from .names import plural
-from .overrides import apply_overrides
+from .weights import model_zoo
+from .weights.checkpointer import Checkpointer
+from .weights.files import read, weights
+from .weights.fitting import to_ours
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 DTYPES = torch.float32, torch.bfloat16, torch.float16

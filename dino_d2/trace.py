@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from .layers import DeformableAttention
 from .modeling.dino import DINO
-from .modeling.encoder import token_centers
 from .modeling.matcher import queries_of_boxes
-from .modeling.predecessors import ProposalQueries
-from .modeling.query_selection import PureQuerySelection, take
+from .modeling.query_selection import ProposalQueries, PureQuerySelection, take
+from .modeling.tokens import token_centers
 from .ops.reference import resolve
 from .structures import (
     DetectorOutput,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from dino_d2 import DINO, modeling
 from dino_d2.boxes import cxcywh_to_xyxy
-from dino_d2.modeling.encoder import flatten
+from dino_d2.modeling.tokens import flatten
 from dino_d2.structures import Predictions, Target
 
 NUM_CLASSES = 3

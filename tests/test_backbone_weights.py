@@ -11,20 +11,21 @@ import torch.nn.functional as F
 import torchvision
 from detectron2.config import instantiate
 
-from dino_d2 import model_zoo
-from dino_d2.backbone_weights import (
+from dino_d2.layouts.adapt import resize_windows
+from dino_d2.layouts.backbones import (
     convnext_of_timm,
     from_convnext,
     from_model_zoo,
     from_timm,
     from_torchvision,
-    resize_windows,
 )
-from dino_d2.checkpoint import CheckpointError, detect_format, from_detrex
-from dino_d2.checkpoint_io import read
-from dino_d2.checkpointer import Checkpointer
+from dino_d2.layouts.dino import detect_format, from_detrex
+from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.modeling.backbones import TimmBackbone, ViT, ViTDet
 from dino_d2.modeling.swin import SwinTransformer
+from dino_d2.weights import model_zoo
+from dino_d2.weights.checkpointer import Checkpointer
+from dino_d2.weights.files import read
 
 timm = pytest.importorskip("timm")
 

@@ -7,7 +7,6 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 
-from dino_d2 import model_zoo
 from dino_d2.modeling.backbones import (
     BackboneError,
     TimmBackbone,
@@ -16,6 +15,7 @@ from dino_d2.modeling.backbones import (
     feature_shapes,
 )
 from dino_d2.modeling.dino import padding_mask
+from dino_d2.weights import model_zoo
 
 SMALL = [
     *("model.encoder.embed_dim=64", "model.encoder.num_heads=2", "model.encoder.ffn_dim=32"),

@@ -9,21 +9,12 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 
-from dino_d2 import model_zoo
-from dino_d2.backbone_weights import from_torchvision
-from dino_d2.checkpoint import (
-    COCO_80,
-    COCO_91,
-    CheckpointError,
-    count_heads,
-    detect_format,
-    from_detrex,
-    from_mmdet,
-    from_official,
-    repeat_heads,
-    select_classes,
-    to_official,
-)
+from dino_d2.data.coco_classes import COCO_80, COCO_91
+from dino_d2.layouts.adapt import count_heads, repeat_heads, select_classes
+from dino_d2.layouts.backbones import from_torchvision
+from dino_d2.layouts.dino import detect_format, from_detrex, from_mmdet, from_official, to_official
+from dino_d2.layouts.renaming import CheckpointError
+from dino_d2.weights import model_zoo
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 LAYOUTS = {

@@ -17,10 +17,11 @@ import torch
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import HTTPURLHandler
 
-from dino_d2 import checkpoint_io
-from dino_d2.checkpoint import CheckpointError
-from dino_d2.checkpoint_io import fetch, read, replacing, weights, write
-from dino_d2.releases import RELEASES
+from dino_d2.atomic import replacing
+from dino_d2.layouts.renaming import CheckpointError
+from dino_d2.weights import files as checkpoint_io
+from dino_d2.weights.files import fetch, read, weights, write
+from dino_d2.weights.releases import RELEASES
 
 STATE = {"encoder.level_embed.weight": torch.arange(6.0).view(2, 3)}
 URL = "https://example.com/models/dino.pth"

@@ -16,12 +16,14 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import SwinTransformer, build_model
 from torch import nn
 
-from dino_d2 import model_zoo
-from dino_d2.checkpoint import COCO_80, COCO_91, CheckpointError
-from dino_d2.checkpointer import BEST, MSRA, TORCHVISION, Checkpointer
+from dino_d2.data.coco_classes import COCO_80, COCO_91
 from dino_d2.engine.ema import EMA
+from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.names import plural
-from dino_d2.releases import RELEASES
+from dino_d2.weights import model_zoo
+from dino_d2.weights.checkpointer import BEST, Checkpointer
+from dino_d2.weights.releases import RELEASES
+from dino_d2.weights.settings import MSRA, TORCHVISION
 
 LAYOUTS = {"official": layouts.official, "detrex": layouts.detrex, "mmdet": layouts.mmdet}
 ONLY_DINO = {
@@ -987,7 +989,7 @@ def test_detectron2s_checkpointer_refuses_what_only_ours_knows(make_model, file,
     before = copied(model)
     with pytest.raises(CheckpointError) as caught:
         DetectionCheckpointer(model).load(file({key: state} if key else state))
-    assert_one_sentence(caught, f"layout of {layout}", "dino_d2.checkpointer.Checkpointer")
+    assert_one_sentence(caught, f"layout of {layout}", "dino_d2.Checkpointer")
     with pytest.raises(CheckpointError):
         model.load_state_dict(state, strict=False)
     assert_same(model.state_dict(), before)

@@ -10,7 +10,7 @@ from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 
-from dino_d2 import add_dino_config, model_zoo
+from dino_d2 import add_dino_config
 from dino_d2.data import detr_augmentation
 from dino_d2.engine.plan import Plan, make_plan
 from dino_d2.modeling import (
@@ -24,6 +24,7 @@ from dino_d2.modeling import (
     StaticQueries,
     VarifocalLoss,
 )
+from dino_d2.weights import model_zoo
 
 CONFIGS = Path(model_zoo.get_config_file("Base-DINO.yaml")).parent
 NAMES = sorted(

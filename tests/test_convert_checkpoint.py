@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dino_d2 import modeling
-from dino_d2.checkpoint import COCO_80, CheckpointError
-from dino_d2.checkpointer import Checkpointer
+from dino_d2.data.coco_classes import COCO_80
 from dino_d2.engine.ema import EMA
-from dino_d2.releases import RELEASES
+from dino_d2.layouts.renaming import CheckpointError
+from dino_d2.weights.checkpointer import Checkpointer
+from dino_d2.weights.releases import RELEASES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
 import convert_checkpoint  # noqa: E402

@@ -11,8 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_d2 import model_zoo
 from dino_d2.costs import Detection, Flops, count_flops, kept_activations, watched
+from dino_d2.weights import model_zoo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
 import analyze_model  # noqa: E402

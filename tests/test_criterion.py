@@ -18,8 +18,7 @@ from dino_d2.modeling import (
     VarifocalLoss,
 )
 from dino_d2.modeling.class_losses import BackgroundLoss
-from dino_d2.modeling.criterion import average_over_workers
-from dino_d2.modeling.predecessors import AllProposals, BoxesOnly
+from dino_d2.modeling.criterion import AllProposals, BoxesOnly, average_over_workers
 from dino_d2.structures import DetectorOutput, Predictions, Target
 
 NUM_CLASSES = 3

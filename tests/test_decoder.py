@@ -5,9 +5,9 @@ from torch import nn
 from dino_d2.boxes import refine
 from dino_d2.layers import encode_boxes
 from dino_d2.modeling import Decoder
-from dino_d2.modeling.decoder import AnchorPosition, scale_to_levels
+from dino_d2.modeling.decoder_layers import scale_to_levels
 from dino_d2.modeling.denoising import denoising_attn_mask
-from dino_d2.modeling.predecessors import LearnedPosition
+from dino_d2.modeling.positions import AnchorPosition, LearnedPosition
 from dino_d2.structures import Queries, prepend, split_predictions
 
 NUM_LAYERS = 3

@@ -17,13 +17,13 @@ from detectron2.evaluation import inference_on_dataset
 from PIL import Image
 
 import dino_d2
-from dino_d2 import model_zoo
-from dino_d2.checkpoint import CheckpointError
-from dino_d2.checkpointer import Checkpointer
 from dino_d2.data import DatasetError, Mapper, generate, register
 from dino_d2.engine import DefaultTrainer, scale_schedule
-from dino_d2.evaluation.evaluator import ErrorAnalysisEvaluator
+from dino_d2.engine.evaluator import ErrorAnalysisEvaluator
+from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.solver import ClippedAdamW
+from dino_d2.weights import model_zoo
+from dino_d2.weights.checkpointer import Checkpointer
 
 TINY = [
     *("MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(48,64)", "INPUT.MIN_SIZE_TEST", "64"),
@@ -253,7 +253,7 @@ def test_detectron2s_predictor_refuses_weights_of_another_layout(make_cfg, tmp_p
     cfg = make_cfg("MODEL.DINO.NUM_CLASSES", 4, "MODEL.WEIGHTS", f"{tmp_path}/theirs.pth")
     state = DefaultTrainer.build_model(cfg).state_dict()
     torch.save({"model": layouts.official(state)}, tmp_path / "theirs.pth")
-    with pytest.raises(CheckpointError, match="load them with dino_d2.checkpointer"):
+    with pytest.raises(CheckpointError, match="load them with dino_d2.Checkpointer"):
         DefaultPredictor(cfg)
 
 

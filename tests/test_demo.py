@@ -16,11 +16,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import dino_d2
-from dino_d2.checkpoint import COCO_80
-from dino_d2.checkpointer import Checkpointer
 from dino_d2.data import DatasetError, coco_writer, read_results
+from dino_d2.data.coco_classes import COCO_80
 from dino_d2.data.normalise import read
-from dino_d2.model_zoo import get_config
+from dino_d2.weights.checkpointer import Checkpointer
+from dino_d2.weights.model_zoo import get_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
 import demo  # noqa: E402

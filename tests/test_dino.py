@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import nn
 
 from dino_d2 import add_dino_config, modeling
-from dino_d2.modeling.inference import fold_norms
+from dino_d2.modeling.fold_norms import fold_norms
 from dino_d2.solver import ClippedAdamW, parameter_groups
 
 SELECTIONS = (modeling.StaticQueries, modeling.PureQuerySelection, modeling.MixedQuerySelection)

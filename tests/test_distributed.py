@@ -23,12 +23,10 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dino_d2.checkpoint_io import read
-from dino_d2.distributed import (
-    WORKER_VARIABLES,
+from dino_d2.distributed.launch import WORKER_VARIABLES, launch, world_size
+from dino_d2.distributed.sharing import (
     distribute,
     gather,
-    launch,
     load_optimizer,
     local,
     mean_over_workers,
@@ -37,13 +35,13 @@ from dino_d2.distributed import (
     suspend_sync,
     unwrap,
     whole,
-    world_size,
 )
 from dino_d2.engine import EMA, NonFiniteLoss, Trainer
 from dino_d2.modeling import ChannelMapper, ContrastiveDenoising, HungarianMatcher
-from dino_d2.modeling.predecessors import BoxesOnly
+from dino_d2.modeling.criterion import BoxesOnly
 from dino_d2.modeling.swin import SwinTransformer
 from dino_d2.solver import ClippedAdamW, parameter_groups
+from dino_d2.weights.files import read
 
 WORLD = 2
 # What workers need is imported once, by the process that they are forked from.

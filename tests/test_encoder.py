@@ -3,7 +3,7 @@ import torch
 
 from dino_d2.layers import encode_pixels
 from dino_d2.modeling import Encoder
-from dino_d2.modeling.encoder import flatten, token_centers, valid_ratio
+from dino_d2.modeling.tokens import flatten, token_centers, valid_ratio
 
 SHAPES = ((8, 8), (4, 4), (2, 2))
 

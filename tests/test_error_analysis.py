@@ -14,8 +14,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import tensor
 
 from dino_d2.data import DatasetError, read_results, register
-from dino_d2.evaluation.errors import analyse, best_threshold, evaluate, worst_first
-from dino_d2.evaluation.evaluator import ErrorAnalysisEvaluator, write_analysis
+from dino_d2.engine.evaluator import ErrorAnalysisEvaluator, write_analysis
+from dino_d2.evaluation.analysis import analyse, best_threshold, evaluate, worst_first
 from dino_d2.evaluation.matching import ImageMatches, confusions, kinds, match
 from dino_d2.visualize import draw_error_plots, draw_image_errors, error_plots
 from dino_d2.visualize.style import GREY, SKY, VERMILION, YELLOW

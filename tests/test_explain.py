@@ -23,7 +23,8 @@ from dino_d2 import modeling, visualize
 from dino_d2.boxes import cxcywh_to_xyxy, iou
 from dino_d2.data import ResizeShortestEdge
 from dino_d2.modeling.matcher import instability
-from dino_d2.modeling.predecessors import LearnedPosition, PointQueries
+from dino_d2.modeling.positions import LearnedPosition
+from dino_d2.modeling.query_selection import PointQueries
 from dino_d2.predictor import Predictor
 from dino_d2.structures import Predictions, Target
 from dino_d2.trace import LayerTrace, StageMatching, denoised_boxes, trace

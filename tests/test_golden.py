@@ -18,8 +18,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import ImageList
 from torch import Tensor
 
-from dino_d2 import model_zoo
-from dino_d2.checkpoint import from_official, to_official
+from dino_d2.layouts.dino import from_official, to_official
 from dino_d2.modeling.denoising import denoising_attn_mask, noise_boxes, noise_labels
 from dino_d2.modeling.postprocess import postprocess
 from dino_d2.structures import (
@@ -30,6 +29,7 @@ from dino_d2.structures import (
     Target,
     stack_predictions,
 )
+from dino_d2.weights import model_zoo
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 NUM_CLASSES, NUM_QUERIES = 91, 900

@@ -10,14 +10,14 @@ from detectron2.data import transforms as T
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from dino_d2 import model_zoo
-from dino_d2.config import add_dino_config
+from dino_d2.config.keys import add_dino_config
+from dino_d2.config.overrides import keys_of
+from dino_d2.config.styles import get
 from dino_d2.data import generate, register
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine import keys
 from dino_d2.engine.plan import make_plan, yaml_evaluator, yaml_mapper, yaml_train_loader
-from dino_d2.engine.schedule import get
-from dino_d2.overrides import keys_of
+from dino_d2.weights import model_zoo
 
 # What a DINO heeds, or its backbone does; some of them a newer Detectron2 has.
 HEEDED = [

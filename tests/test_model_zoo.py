@@ -13,12 +13,13 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import HTTPURLHandler
 
-from dino_d2 import model_zoo, releases
-from dino_d2.checkpoint import CheckpointError, to_official
-from dino_d2.checkpoint_io import write
-from dino_d2.checkpointer import Checkpointer
-from dino_d2.config import add_dino_config
-from dino_d2.releases import RELEASES, Release
+from dino_d2.config.keys import add_dino_config
+from dino_d2.layouts.dino import to_official
+from dino_d2.layouts.renaming import CheckpointError
+from dino_d2.weights import model_zoo, releases
+from dino_d2.weights.checkpointer import Checkpointer
+from dino_d2.weights.files import write
+from dino_d2.weights.releases import RELEASES, Release
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dino_d2.data import DatasetError, check, register
 from dino_d2.data.coco import annotations_of
-from dino_d2.evaluation.evaluator import ErrorAnalysisEvaluator
+from dino_d2.engine.evaluator import ErrorAnalysisEvaluator
 
 BOX = [4, 3, 20, 10]
 

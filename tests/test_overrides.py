@@ -5,10 +5,10 @@ import copy
 import pytest
 from detectron2.config import LazyConfig, instantiate
 
-from dino_d2.config import read_config
-from dino_d2.model_zoo import get_config
+from dino_d2.config.overrides import apply_overrides
+from dino_d2.config.styles import read_config
 from dino_d2.modeling import VarifocalLoss
-from dino_d2.overrides import apply_overrides
+from dino_d2.weights.model_zoo import get_config
 
 
 @pytest.fixture(scope="module")

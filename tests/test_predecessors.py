@@ -6,7 +6,6 @@ import pytest
 import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
 
-from dino_d2 import model_zoo
 from dino_d2.modeling import (
     Denoising,
     HungarianMatcher,
@@ -14,19 +13,18 @@ from dino_d2.modeling import (
     SetCriterion,
     StaticQueries,
 )
-from dino_d2.modeling.decoder import scale_to_levels
-from dino_d2.modeling.predecessors import (
-    AllProposals,
-    BoxesOnly,
-    IndicatorDenoising,
+from dino_d2.modeling.criterion import AllProposals, BoxesOnly
+from dino_d2.modeling.decoder_layers import scale_to_levels
+from dino_d2.modeling.denoising import IndicatorDenoising
+from dino_d2.modeling.positions import LearnedPosition, ScaledAnchorPosition
+from dino_d2.modeling.query_selection import (
     IndicatorQueries,
-    LearnedPosition,
     PointQueries,
     ProposalQueries,
-    ScaledAnchorPosition,
+    proposal_anchors,
 )
-from dino_d2.modeling.query_selection import proposal_anchors
 from dino_d2.structures import DetectorOutput, Predictions, Queries, Target
+from dino_d2.weights import model_zoo
 
 PLAIN = "deformable_detr_R_50_50ep"
 REFINE = "deformable_detr_R_50_refine_50ep"

@@ -15,13 +15,13 @@ from omegaconf import DictConfig
 from PIL import Image
 
 import dino_d2
-from dino_d2.checkpoint import CheckpointError
-from dino_d2.checkpoint_io import write
-from dino_d2.checkpointer import Checkpointer
-from dino_d2.config import read_config
+from dino_d2.config.styles import read_config
 from dino_d2.data import DatasetError, generate
-from dino_d2.model_zoo import get_config, get_config_file
+from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.predictor import Predictor
+from dino_d2.weights.checkpointer import Checkpointer
+from dino_d2.weights.files import write
+from dino_d2.weights.model_zoo import get_config, get_config_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
 import convert_checkpoint  # noqa: E402

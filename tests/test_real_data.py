@@ -13,7 +13,8 @@ from detectron2.data import (
 )
 from detectron2.modeling import build_model
 
-from dino_d2 import data, model_zoo
+from dino_d2 import data
+from dino_d2.weights import model_zoo
 
 SHARED = Path(__file__).parents[2] / "shared"
 BCCD, COCO = SHARED / "data" / "bccd", SHARED / "data" / "coco_tiny"

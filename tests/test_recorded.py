@@ -17,9 +17,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from dino_d2 import model_zoo
 from dino_d2.boxes import cxcywh_to_xyxy
 from dino_d2.structures import stack_predictions
+from dino_d2.weights import model_zoo
 
 RECORDED = Path(__file__).parent / "recorded" / "small_dino.pt"
 NUM_CLASSES = 5

@@ -18,11 +18,11 @@ from detectron2.config import LazyConfig
 from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 
-from dino_d2 import model_zoo
-from dino_d2.checkpoint import CheckpointError
 from dino_d2.data import generate, register
 from dino_d2.engine import run
 from dino_d2.engine.plan import make_plan
+from dino_d2.layouts.renaming import CheckpointError
+from dino_d2.weights import model_zoo
 
 PROGRAM = Path(__file__).parents[1] / "projects" / "dino" / "train_net.py"
 TINY = [

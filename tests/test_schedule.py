@@ -5,9 +5,10 @@ import copy
 import pytest
 from detectron2.config import LazyConfig, instantiate
 
-from dino_d2 import model_zoo
+from dino_d2.config.styles import get
 from dino_d2.data import generate
-from dino_d2.engine.schedule import get, scale_schedule
+from dino_d2.engine.schedule import scale_schedule
+from dino_d2.weights import model_zoo
 
 BATCH = {"yaml": "SOLVER.IMS_PER_BATCH", "py": "dataloader.train.total_batch_size"}
 REFERENCE = {"yaml": "SOLVER.REFERENCE_BATCH", "py": "train.reference_batch"}

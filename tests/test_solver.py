@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dino_d2.modeling.predecessors import PointQueries
+from dino_d2.modeling.query_selection import PointQueries
 from dino_d2.solver import ClippedAdamW, parameter_groups
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dino_d2.data import generate
-from dino_d2.model_zoo import get_config_file
+from dino_d2.weights.model_zoo import get_config_file
 
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
 sys.path.insert(0, str(PROGRAMS))

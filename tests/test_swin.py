@@ -5,8 +5,8 @@ from detectron2.modeling.backbone import swin
 from torch import nn
 from torch.export import Dim
 
-from dino_d2 import model_zoo
 from dino_d2.modeling.swin import SwinTransformer, window_reverse
+from dino_d2.weights import model_zoo
 
 SMALL_DETECTOR = [
     *("model.encoder.embed_dim=64", "model.encoder.num_heads=2", "model.encoder.ffn_dim=32"),

@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dino_d2 import modeling
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine import Trainer
+from dino_d2.modeling.criterion import BoxesOnly
+from dino_d2.modeling.denoising import IndicatorDenoising
 from dino_d2.modeling.postprocess import postprocess
-from dino_d2.modeling.predecessors import BoxesOnly, IndicatorDenoising, IndicatorQueries
+from dino_d2.modeling.query_selection import IndicatorQueries
 from dino_d2.structures import send
 
 PACKAGE = Path(modeling.__file__).parents[1]

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from dino_d2 import modeling
-from dino_d2.modeling.predecessors import LearnedPosition, PointQueries, ProposalQueries
+from dino_d2.modeling.positions import LearnedPosition
+from dino_d2.modeling.query_selection import PointQueries, ProposalQueries
 from dino_d2.ops.reference import forward
 from dino_d2.structures import DetectorOutput
 from dino_d2.trace import denoised_boxes, match_stages, trace

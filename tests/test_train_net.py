@@ -16,11 +16,11 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from torch.multiprocessing import ProcessExitedException
 
-from dino_d2.checkpointer import Checkpointer
 from dino_d2.data import generate
 from dino_d2.engine import run
 from dino_d2.engine.plan import make_plan
-from dino_d2.model_zoo import get_config_file
+from dino_d2.weights.checkpointer import Checkpointer
+from dino_d2.weights.model_zoo import get_config_file
 
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
 sys.path.insert(0, str(PROGRAMS))

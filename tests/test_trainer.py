@@ -10,11 +10,11 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from dino_d2.checkpoint import CheckpointError
-from dino_d2.checkpoint_io import read
 from dino_d2.engine.trainer import MAX_SKIPPED, NonFiniteLoss, Trainer
+from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.modeling import Denoising
 from dino_d2.solver import ClippedAdamW, parameter_groups
+from dino_d2.weights.files import read
 
 
 class Stream:

@@ -16,7 +16,6 @@ from PIL import Image
 
 from dino_d2.data import generate
 from dino_d2.engine.run import train
-from dino_d2.model_zoo import get_config_file
 from dino_d2.visualize import (
     Mark,
     class_colour,
@@ -27,6 +26,7 @@ from dino_d2.visualize import (
 )
 from dino_d2.visualize.marks import ink_on
 from dino_d2.visualize.style import escape_name
+from dino_d2.weights.model_zoo import get_config_file
 
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
 sys.path.insert(0, str(PROGRAMS))

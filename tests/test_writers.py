@@ -12,11 +12,11 @@ from detectron2.config import LazyConfig
 from detectron2.engine import TrainerBase, hooks
 from detectron2.utils.events import EventStorage, JSONWriter
 
-from dino_d2 import model_zoo
 from dino_d2.data import generate
 from dino_d2.engine import run
 from dino_d2.engine.plan import make_plan
 from dino_d2.engine.writers import WandbWriter, plain_config
+from dino_d2.weights import model_zoo
 
 
 class Run:

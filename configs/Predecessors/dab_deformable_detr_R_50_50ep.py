@@ -2,7 +2,7 @@
 from detectron2.config import LazyCall as L
 
 from dino_d2.modeling import StaticQueries
-from dino_d2.modeling.predecessors import ScaledAnchorPosition
+from dino_d2.modeling.positions import ScaledAnchorPosition
 
 from ..common.data import dataloader
 from ..common.models.dino_R_50 import model

@@ -1,7 +1,8 @@
 # Deformable DETR (arXiv 2010.04159), table 1: 43.8 AP in the paper, 44.5 in its code.
 from detectron2.config import LazyCall as L
 
-from dino_d2.modeling.predecessors import LearnedPosition, PointQueries
+from dino_d2.modeling.positions import LearnedPosition
+from dino_d2.modeling.query_selection import PointQueries
 
 from ..common.data import dataloader
 from ..common.models.dino_R_50 import model

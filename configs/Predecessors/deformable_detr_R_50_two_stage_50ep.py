@@ -1,5 +1,6 @@
 # Two-stage Deformable DETR: 46.2 AP in the paper, 46.9 in its code.
-from dino_d2.modeling.predecessors import AllProposals, ProposalQueries
+from dino_d2.modeling.criterion import AllProposals
+from dino_d2.modeling.query_selection import ProposalQueries
 
 from .deformable_detr_R_50_refine_50ep import dataloader, lr_multiplier, model, optimizer, train
 

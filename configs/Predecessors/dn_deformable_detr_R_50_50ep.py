@@ -1,7 +1,9 @@
 # DN-Deformable-DETR (arXiv 2203.01305, "++" in its second version): 49.5 AP in paper and code.
 from detectron2.config import LazyCall as L
 
-from dino_d2.modeling.predecessors import BoxesOnly, IndicatorDenoising, IndicatorQueries
+from dino_d2.modeling.criterion import BoxesOnly
+from dino_d2.modeling.denoising import IndicatorDenoising
+from dino_d2.modeling.query_selection import IndicatorQueries
 
 from .dab_deformable_detr_R_50_50ep import dataloader, lr_multiplier, model, optimizer, train
 

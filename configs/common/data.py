@@ -7,7 +7,7 @@ from detectron2.data import (
 from omegaconf import OmegaConf
 
 from dino_d2.data import Mapper, ResizeShortestEdge, detr_augmentation
-from dino_d2.evaluation.evaluator import ErrorAnalysisEvaluator
+from dino_d2.engine.evaluator import ErrorAnalysisEvaluator
 
 dataloader = OmegaConf.create()
 

@@ -3,7 +3,7 @@
 from .adopt import is_built_in
 from .augmentation import ResizeShortestEdge, detr_augmentation
 from .coco import annotations_of, check, class_names, num_classes, register
-from .coco_faults import DatasetError
+from .coco_json import DatasetError
 from .coco_results import read_results
 from .folder import find as find_folder
 from .mapper import Mapper, read_image

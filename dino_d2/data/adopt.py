@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin
 from detectron2.structures import BoxMode
 
-from .coco_faults import DatasetError
+from .coco_json import DatasetError
 from .normalise import flag, number, whole
 
 PLAIN = BoxMode.XYXY_ABS, BoxMode.XYWH_ABS

@@ -31,7 +31,8 @@ from ..names import nearest, path_hint, plural
 from ..ranges import require_whole
 from . import folder
 from .adopt import check_records, is_built_in
-from .coco_faults import DatasetError, clip, faults, parse
+from .coco_json import DatasetError, parse
+from .faults import clip, faults
 from .normalise import Repairs, normalise, place_images
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterator
 
 from ..names import path_hint
-from .coco_faults import DatasetError, is_finite, read_json
+from .coco_json import DatasetError, read_json
+from .faults import is_finite
 
 KEYS = ("image_id", "category_id", "bbox", "score")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from detectron2.structures import BoxMode, Instances
 
-from ..checkpoint import COCO_80, COCO_91
 from ..names import hint
+from .coco_classes import COCO_80, COCO_91
 from .normalise import loose
 
 

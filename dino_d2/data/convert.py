@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoint_io import replacing
+from ..atomic import replacing
 from ..progress import progress
-from .coco_faults import DatasetError, faults
+from .coco_json import DatasetError
+from .faults import faults
 from .mapper import SUFFIXES
 
 

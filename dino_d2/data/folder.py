@@ -17,7 +17,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from ..names import path_hint, plural
-from .coco_faults import DatasetError, parse
+from .coco_json import DatasetError, parse
 from .convert import Conversion
 from .normalise import Repairs, leave_out_roots, loose, normalise, place_images, text
 from .voc import from_voc

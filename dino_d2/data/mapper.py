@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..names import hint
 from .augmentation import ResizeShortestEdge
-from .coco_faults import DatasetError
+from .coco_json import DatasetError
 
 # Of photographs, scans and drawings. Pillow opens more (.pcd, .h5, .mpg), which may be anything.
 SUFFIXES = frozenset(

@@ -15,7 +15,8 @@ from typing import Any
 
 from pycocotools import mask
 
-from .coco_faults import DatasetError, is_finite, missing_images, parse
+from .coco_json import DatasetError, parse
+from .faults import is_finite, missing_images
 from .mapper import SUFFIXES, image_size
 
 logger = logging.getLogger(__name__)
@@ -290,7 +291,7 @@ def place_images(images: list[dict], image_root: str, repairs: Repairs) -> None:
 
     A file that is not there is looked for under a name of another Unicode normal form, case, kind
     of slash or suffix, and in the other folders below `image_root`; one is taken if it is the only
-    one that fits, and no other image's. What stays missing is left to `coco_faults`.
+    one that fits, and no other image's. What stays missing is left to `faults`.
 
     Args:
         images: as `normalise` leaves them

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..checkpoint_io import replacing
+from ..atomic import replacing
 from ..progress import progress
 
 IMAGE_SIDE = (96, 136)  # pixels, each side drawn independently

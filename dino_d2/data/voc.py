@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from .coco_faults import DatasetError
+from .coco_json import DatasetError
 from .convert import (
     Conversion,
     LabelledBox,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import yaml
 
 from ..names import path_hint, plural
-from .coco_faults import DatasetError
+from .coco_json import DatasetError
 from .convert import (
     Conversion,
     LabelledBox,

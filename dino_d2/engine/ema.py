@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..distributed import local, scatter, unwrap
+from ..distributed.sharing import local, scatter, unwrap
 
 
 class EMA:

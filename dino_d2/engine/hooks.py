@@ -7,7 +7,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.utils import comm
 
-from ..checkpointer import BEST
+from ..weights.checkpointer import BEST
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 
-from .. import model_zoo
-from ..config import add_dino_config
+from ..config.keys import add_dino_config
+from ..config.overrides import keys_of
+from ..config.styles import get
 from ..modeling.dino import DINO
 from ..names import hint, nearest
-from ..overrides import keys_of
-from .schedule import get
+from ..weights import model_zoo
 
 # Sections and single keys of YAML configs, by what alone has a use for them. Where that is not at
 # hand they are refused; all others do what Detectron2 says.

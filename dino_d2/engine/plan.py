@@ -26,13 +26,13 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from .. import data
-from ..config import named
-from ..evaluation.evaluator import ErrorAnalysisEvaluator
 from ..modeling import BackboneError
+from ..modeling.build import named
 from ..names import hint, plural
 from ..ranges import require_share, require_whole
 from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
+from .evaluator import ErrorAnalysisEvaluator
 from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_dino, refuse
 from .writers import plain_config
 

@@ -15,13 +15,13 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from .. import data
-from ..checkpoint import CheckpointError
-from ..checkpointer import Checkpointer
 from ..data.mapper import channels_of
 from ..data.stream import TrainingStream
-from ..distributed import distribute, share_buffers, unwrap, whole
+from ..distributed.sharing import distribute, share_buffers, unwrap, whole
+from ..layouts.renaming import CheckpointError
 from ..modeling.dino import DINO
 from ..names import hint
+from ..weights.checkpointer import Checkpointer
 from .ema import EMA
 from .folder import claim_folder
 from .hooks import BestCheckpointer, EvalHook

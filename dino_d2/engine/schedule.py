@@ -1,46 +1,14 @@
 """Learning rate and length of a training for the batch and the data at hand."""
 
 from collections.abc import Collection
-from functools import reduce
-from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import get_detection_dataset_dicts
 from omegaconf import DictConfig
 
+from ..config.styles import LAZY, YAML, Keys, get, put
 from ..ranges import require_positive, require_whole
 
-
-class Keys(NamedTuple):
-    """Where a config of one style has what is scaled, and by what."""
-
-    batch: str
-    reference_batch: str
-    epochs: str
-    lr: str
-    max_iter: str
-    iterations: tuple[str, ...]  # others that count iterations
-    warm_up: str  # which does, too
-
-
-YAML = Keys(
-    "SOLVER.IMS_PER_BATCH",
-    "SOLVER.REFERENCE_BATCH",
-    "SOLVER.EPOCHS",
-    "SOLVER.BASE_LR",
-    "SOLVER.MAX_ITER",
-    ("SOLVER.STEPS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),
-    "SOLVER.WARMUP_ITERS",
-)
-LAZY = Keys(
-    "dataloader.train.total_batch_size",
-    "train.reference_batch",
-    "train.epochs",
-    "optimizer.lr",
-    "train.max_iter",
-    ("train.checkpointer.period", "train.eval_period"),
-    "lr_multiplier.warmup_length.iterations",  # of `share_of`
-)
 LONGEST_WARM_UP = 0.05  # of a training, as Goyal et al. have it: 5 of 90 epochs
 
 
@@ -118,13 +86,3 @@ def share_of(iterations: int, max_iter: int) -> float:
     """Of a training, at most all of it: for the schedulers of a LazyConfig, which count in shares,
     as `SOLVER.WARMUP_ITERS` of a YAML config does."""
     return min(iterations / max_iter, 1.0)
-
-
-def get(cfg: CfgNode | DictConfig, key: str, *default: Any) -> Any:
-    """The value of a key; where there is no such key the default, if one is given."""
-    return reduce(lambda node, name: getattr(node, name, *default), key.split("."), cfg)
-
-
-def put(cfg: CfgNode | DictConfig, key: str, value: float | int | tuple) -> None:
-    section, _, name = key.rpartition(".")
-    setattr(get(cfg, section), name, value)

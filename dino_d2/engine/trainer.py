@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint import CheckpointError
-from ..checkpoint_io import write
 from ..data.stream import TrainingStream, seed_for
-from ..distributed import gather, load_optimizer, mean_over_workers, suspend_sync, unwrap
+from ..distributed.sharing import gather, load_optimizer, mean_over_workers, suspend_sync, unwrap
+from ..layouts.renaming import CheckpointError
 from ..modeling.dino import DINO
 from ..structures import send
+from ..weights.files import write
 
 logger = logging.getLogger(__name__)
 

@@ -1,2 +1,2 @@
-"""Where a detector goes wrong: matching.py has what belongs together, errors.py the numbers,
-evaluator.py the files that they become."""
+"""Where a detector goes wrong: matching.py has what belongs together, analysis.py the
+numbers; engine/evaluator.py makes files of them."""

@@ -5,7 +5,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou, iou
-from ..distributed import mean_over_workers
+from ..distributed.sharing import mean_over_workers
 from ..ranges import require_not_negative
 from ..structures import (
     DenoisingBatch,
@@ -178,3 +178,37 @@ def layer_suffixes(num_layers: int, stage: str = "") -> list[str]:
 def average_over_workers(count: Tensor) -> Tensor:
     """Mean of a count over all workers, at least 1."""
     return mean_over_workers(count).clamp(min=1)
+
+
+class AllProposals(SetCriterion):
+    """Criterion of two-stage Deformable DETR: the proposals of all tokens are supervised, with
+    class 0 for any object."""
+
+    def matching_losses(
+        self, output: DetectorOutput, targets: list[Target], num_boxes: Tensor
+    ) -> dict[str, Tensor]:
+        objects = [target._replace(labels=torch.zeros_like(target.labels)) for target in targets]
+        proposals = DetectorOutput([output.proposals], None, [], None)
+        losses = super().matching_losses(proposals, objects, num_boxes)
+        return super().matching_losses(output._replace(proposals=None), targets, num_boxes) | {
+            f"{name}_enc": loss for name, loss in losses.items()
+        }
+
+
+class BoxesOnly(SetCriterion):
+    """Criterion of DN-DETR: the empty slots of denoising are not supervised."""
+
+    def denoising_losses(
+        self,
+        predictions: Predictions,
+        denoising: DenoisingBatch,
+        truth: Target,
+        num_boxes: Tensor,
+    ) -> dict[str, Tensor]:
+        images, queries, _ = denoising.match
+        empty = predictions.logits.new_ones(predictions.logits.shape[1:3], dtype=torch.bool)
+        empty = empty.index_put((images, queries), torch.zeros_like(images, dtype=torch.bool))
+        # Where a logit is -inf nothing is lost and nothing is learned.
+        logits = predictions.logits.masked_fill(empty[..., None], -torch.inf)
+        predictions = predictions._replace(logits=logits)
+        return super().denoising_losses(predictions, denoising, truth, num_boxes)

@@ -3,76 +3,12 @@
 from torch import Tensor, nn
 
 from ..boxes import refine
-from ..layers import MLP, DeformableAttention, box_head, class_head, encode_boxes
-from ..layers.blocks import recompute, xavier_uniform_
+from ..layers import box_head, class_head
+from ..layers.blocks import recompute
 from ..ranges import require_share, require_whole
 from ..structures import FeaturePyramid, Predictions, Queries
-
-
-class DecoderLayer(nn.Module):
-    """Self-attention among queries, deformable attention to the memory, feed-forward; each with
-    residual and norm after it."""
-
-    def __init__(
-        self,
-        *,
-        embed_dim: int,
-        num_heads: int,
-        ffn_dim: int,
-        dropout: float,
-        num_levels: int,
-        num_points: int,
-    ):
-        super().__init__()
-        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, dropout, batch_first=True)
-        self.cross_attn = DeformableAttention(
-            embed_dim=embed_dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
-        )
-        self.ffn = MLP(embed_dim, ffn_dim, embed_dim, dropout=dropout)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(embed_dim) for _ in range(3))
-        self.dropout = nn.Dropout(dropout)
-        xavier_uniform_(self.self_attn)
-        xavier_uniform_(self.ffn)
-
-    def forward(
-        self,
-        x: Tensor,
-        position: Tensor,
-        reference: Tensor,
-        memory: FeaturePyramid,
-        attn_mask: Tensor | None = None,
-    ) -> Tensor:
-        """
-        Args:
-            x: (B, Q, C) content of the queries
-            position: (B, Q, C), added to it wherever attention is computed
-            reference: (B, Q, L, 4) boxes or (B, Q, L, 2) points, relative to each padded level
-            memory: the encoder's
-            attn_mask: (Q, Q), True where self-attention is forbidden
-
-        Returns:
-            (B, Q, C)
-        """
-        q = x + position
-        y = self.self_attn(q, q, x, attn_mask=attn_mask, need_weights=False)[0]
-        x = self.norm1(x + self.dropout(y))
-        y = self.cross_attn(x + position, reference, memory)
-        x = self.norm2(x + self.dropout(y))
-        return self.norm3(x + self.dropout(self.ffn(x)))
-
-
-class AnchorPosition(nn.Module):
-    """Positional part of a query, from its anchor box (DAB-DETR, equation 1)."""
-
-    def __init__(self, *, embed_dim: int):
-        super().__init__()
-        self.embed_dim = embed_dim
-        self.mlp = MLP(2 * embed_dim, embed_dim, embed_dim)
-        xavier_uniform_(self.mlp)
-
-    def forward(self, queries: Queries, layer: int) -> Tensor:
-        """(B, Q, C) for a decoder layer, counted from 0; content and reference are its input."""
-        return self.mlp(encode_boxes(queries.reference, self.embed_dim // 2))
+from .decoder_layers import DecoderLayer, scale_to_levels
+from .positions import AnchorPosition
 
 
 class Decoder(nn.Module):
@@ -176,9 +112,3 @@ class Decoder(nn.Module):
                 reference = refined.detach()
                 anchor = refined if self.look_forward == 2 else reference
         return predictions
-
-
-def scale_to_levels(reference: Tensor, valid_ratios: Tensor) -> Tensor:
-    """Boxes (B, Q, 4) or points (B, Q, 2) relative to the image to (B, Q, L, .) relative to each
-    padded level."""
-    return reference[:, :, None] * valid_ratios.tile(reference.shape[-1] // 2)[:, None]

@@ -16,8 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from ..names import plural
 from ..ranges import require_not_negative, require_share, require_whole
-from ..structures import DenoisingBatch, Match, Queries, Target, join_targets
+from ..structures import (
+    DenoisingBatch,
+    Match,
+    Queries,
+    Target,
+    join_targets,
+)
 
 DENOISING_REGISTRY = Registry("DENOISING")
 
@@ -206,3 +213,54 @@ def denoising_attn_mask(groups: Tensor, num_queries: int) -> Tensor:
     """
     group = torch.cat([groups, groups.new_full((num_queries,), -1)])
     return (group >= 0) & (group != group[:, None])
+
+
+class IndicatorDenoising(Denoising):
+    """Denoising of DN-DETR (section 4.3): a fixed number of groups, centre and size of a box
+    noised, not its corners, and a last channel that says whether a query is to be denoised.
+
+    Args:
+        groups: of `budget` queries altogether
+        box_noise: reach of the noise, relative to half the size for the centre and to the size
+            for the size
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        embed_dim: int = 256,
+        groups: int = 5,
+        budget: int = 500,
+        label_noise: float = 0.4,
+        box_noise: float = 0.4,
+    ):
+        super().__init__(
+            num_classes=num_classes,
+            embed_dim=embed_dim - 1,
+            budget=budget,
+            label_noise=label_noise,
+            box_noise=box_noise,
+        )
+        if not 1 <= groups <= budget:
+            raise ValueError(
+                f"{plural(groups, 'group')} cannot share a denoising budget of {budget}: each "
+                "needs room for a box"
+            )
+        self.groups = groups
+
+    @property
+    def max_boxes(self) -> int:
+        return self.budget // self.groups
+
+    def num_groups(self, slots: int) -> int:
+        return self.groups
+
+    def content_of(self, labels: Tensor) -> Tensor:
+        indicator = (labels != self.num_classes)[..., None]
+        return torch.cat([self.label_embed(labels), indicator], -1)
+
+    def noise_boxes(self, boxes: Tensor, copy: Tensor) -> Tensor:
+        size = boxes[..., 2:]
+        reach = torch.cat([size / 2, size], -1) * self.box_noise
+        return (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)

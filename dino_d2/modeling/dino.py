@@ -15,12 +15,13 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from ..boxes import xyxy_to_cxcywh
-from ..checkpoint import CheckpointError, detect_format
-from ..config import build_parts
 from ..layers.blocks import recompute
+from ..layouts.dino import detect_format
+from ..layouts.renaming import CheckpointError
 from ..names import hint, plural
 from ..ranges import require_positive, require_whole
 from ..structures import DetectorOutput, Target, prepend, send, split_predictions
+from .build import build_parts
 from .denoising import denoising_attn_mask
 from .postprocess import postprocess
 
@@ -226,7 +227,7 @@ def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_) -> None:
     if layout in ("official", "detrex", "mmdet"):
         raise CheckpointError(
             f"these weights have the layout of {layout}, which Detectron2's checkpointer does not "
-            "know: load them with dino_d2.checkpointer.Checkpointer(model).load(path)"
+            "know: load them with dino_d2.Checkpointer(model).load(path)"
         )
 
 

@@ -14,13 +14,19 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..boxes import inverse_sigmoid
 from ..layers import box_head, class_head
 from ..layers.blocks import xavier_uniform_
+from ..layers.position import encode
 from ..ranges import require_whole
-from ..structures import FeaturePyramid, Predictions, Queries
-from .encoder import token_centers
+from ..structures import (
+    FeaturePyramid,
+    Predictions,
+    Queries,
+)
+from .tokens import token_centers
 
 QUERY_SELECTION_REGISTRY = Registry("QUERY_SELECTION")
 
@@ -140,3 +146,61 @@ def proposal_anchors(memory: FeaturePyramid, side: float = 0.05) -> Tensor:
     anchors = torch.cat([centers, sizes], -1)
     valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding
     return inverse_sigmoid(anchors, eps=1e-6).masked_fill(~valid[..., None], math.inf)
+
+
+class PointQueries(nn.Module):
+    """Queries of Deformable DETR: content and position are learned, and the point to look at first
+    is a linear function of the position.
+
+    Args:
+        num_queries: Q
+        embed_dim: C
+    """
+
+    def __init__(self, *, num_queries: int = 300, embed_dim: int = 256):
+        super().__init__()
+        require_whole(num_queries=num_queries)
+        self.content = nn.Embedding(num_queries, embed_dim)
+        self.position = nn.Embedding(num_queries, embed_dim)
+        self.reference_points = nn.Linear(embed_dim, 2)
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
+
+    def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
+        position = self.position.weight
+        parts = self.content.weight, self.reference_points(position).sigmoid(), position
+        batch = memory.tokens.shape[0]
+        return Queries(*(x.expand(batch, -1, -1) for x in parts)), None
+
+
+class ProposalQueries(PureQuerySelection):
+    """Queries of two-stage Deformable DETR (appendix A.4): the proposals of the highest objectness,
+    which is the logit of class 0; content and position are functions of the proposal's box, the
+    feature of its token is not used."""
+
+    def __init__(self, *, num_queries: int = 300, embed_dim: int = 256, num_classes: int):
+        super().__init__(num_queries=num_queries, embed_dim=embed_dim, num_classes=num_classes)
+        self.embed_dim = embed_dim
+        self.box_proj = nn.Linear(2 * embed_dim, 2 * embed_dim)
+        self.box_norm = nn.LayerNorm(2 * embed_dim)
+        xavier_uniform_(self.box_proj)
+
+    def forward(self, memory: FeaturePyramid) -> tuple[Queries, Predictions]:
+        """The predictions are those of all S tokens."""
+        tokens, anchors, logits = self.candidates(memory)
+        boxes = (self.box_head(tokens) + anchors).sigmoid()
+        reference = take(boxes, self.best(logits[..., 0])).detach()
+        encoding = encode(reference, self.embed_dim // 2, temperature=10000.0).flatten(-2)
+        position, content = self.box_norm(self.box_proj(encoding)).chunk(2, dim=-1)
+        return Queries(content, reference, position), Predictions(logits, boxes)
+
+
+class IndicatorQueries(StaticQueries):
+    """Queries of DN-Deformable-DETR: the last channel is 0, for denoising queries it is 1."""
+
+    def __init__(self, *, num_queries: int = 300, embed_dim: int = 256, num_classes: int):
+        super().__init__(num_queries=num_queries, embed_dim=embed_dim - 1, num_classes=num_classes)
+
+    def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
+        queries, _ = super().forward(memory)
+        return queries._replace(content=F.pad(queries.content, (0, 1))), None

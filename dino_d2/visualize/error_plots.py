@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation.errors import IOU_50, Analysis, SizeScores
+from ..evaluation.analysis import IOU_50, Analysis, SizeScores
 from ..evaluation.matching import MIN_IOU, NEAR
 from ..names import plural
 from .style import BLUE, DPI, GREY, ORANGE, PALETTE, SKY, VERMILION, YELLOW, escape_name

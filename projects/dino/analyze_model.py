@@ -77,13 +77,13 @@ from detectron2.data.transforms import AugInput, AugmentationList
 from tabulate import tabulate
 from torch import nn
 
-from dino_d2 import model_zoo
-from dino_d2.config import evaluation_augmentations
+from dino_d2.config.styles import evaluation_augmentations
 from dino_d2.costs import Flops, count_flops, kept_activations, stages_of
 from dino_d2.data import DatasetError
 from dino_d2.data.normalise import read
 from dino_d2.modeling.dino import DINO
 from dino_d2.names import plural
+from dino_d2.weights import model_zoo
 
 BOXES = 7  # in the image of a training step, as COCO has on average
 

@@ -102,13 +102,14 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from dino_d2 import DINO, model_zoo
+from dino_d2 import DINO
+from dino_d2.config.overrides import apply_overrides
 from dino_d2.costs import STAGES
 from dino_d2.layers import deformable_attention
-from dino_d2.modeling.inference import fold_norms
+from dino_d2.modeling.fold_norms import fold_norms
 from dino_d2.names import plural
-from dino_d2.overrides import apply_overrides
 from dino_d2.solver import ClippedAdamW, parameter_groups
+from dino_d2.weights import model_zoo
 
 PUBLISHED = "published form"
 

@@ -39,10 +39,13 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
     argument_parser().parse_args()
 
 
-from dino_d2.checkpoint import CLASS_BIAS, CheckpointError, to_official
-from dino_d2.checkpoint_io import fetch, read, weights, write
-from dino_d2.checkpointer import EXPECTED, coco_classes, encoding_of, to_ours
+from dino_d2.layouts.adapt import CLASS_BIAS
+from dino_d2.layouts.dino import to_official
+from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.names import plural
+from dino_d2.weights.files import fetch, read, weights, write
+from dino_d2.weights.fitting import coco_classes, to_ours
+from dino_d2.weights.settings import EXPECTED, encoding_of
 
 
 def convert(source: str, to: str, *, ema: bool = False) -> dict:

@@ -119,7 +119,7 @@ from demo_video import Video, Window, opencv
 from detectron2.data import MetadataCatalog
 
 import dino_d2
-from dino_d2.checkpoint_io import replacing
+from dino_d2.atomic import replacing
 from dino_d2.data import annotations_of
 from dino_d2.data.coco_writer import category_ids, image_ids
 from dino_d2.data.normalise import read

@@ -97,7 +97,7 @@ from PIL import Image
 import dino_d2
 from dino_d2.boxes import xyxy_to_cxcywh
 from dino_d2.data import class_names, read_image
-from dino_d2.data.coco_faults import dataset_name
+from dino_d2.data.coco_json import dataset_name
 from dino_d2.data.mapper import check_pixels
 from dino_d2.names import hint, path_hint, plural
 from dino_d2.structures import Predictions, Target

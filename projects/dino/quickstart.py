@@ -34,7 +34,7 @@ from PIL import Image
 from dino_d2.data import generate, read_results
 from dino_d2.data.normalise import read
 from dino_d2.engine.folder import check_folder
-from dino_d2.evaluation.errors import THRESHOLD, analyse, evaluate
+from dino_d2.evaluation.analysis import THRESHOLD, analyse, evaluate
 from dino_d2.visualize import LEGEND, contact_sheet, draw_curves, draw_image_errors
 
 SHOWN = 12  # images

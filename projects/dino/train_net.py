@@ -84,12 +84,12 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch.multiprocessing import ProcessExitedException
 
-from dino_d2 import data, model_zoo
-from dino_d2.checkpoint import CheckpointError
-from dino_d2.config import read_config
+from dino_d2 import data
+from dino_d2.config.overrides import apply_overrides
+from dino_d2.config.styles import read_config
 from dino_d2.data import DatasetError
-from dino_d2.data.coco_faults import dataset_name
-from dino_d2.distributed import check_gpus, launch, world_size
+from dino_d2.data.coco_json import dataset_name
+from dino_d2.distributed.launch import check_gpus, launch, world_size
 from dino_d2.engine.folder import check_folder, claim_folder
 from dino_d2.engine.keys import is_dino
 from dino_d2.engine.plan import make_plan, part_of_batch, require_sections
@@ -97,9 +97,10 @@ from dino_d2.engine.run import check, test, train
 from dino_d2.engine.schedule import scale_schedule
 from dino_d2.engine.trainer import NonFiniteLoss
 from dino_d2.engine.writers import require_wandb
+from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.modeling import BackboneError
 from dino_d2.names import check_device
-from dino_d2.overrides import apply_overrides
+from dino_d2.weights import model_zoo
 
 logger = logging.getLogger("dino_d2")
 

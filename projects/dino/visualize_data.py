@@ -76,16 +76,17 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
 from detectron2.config import CfgNode
 from PIL import Image
 
-from dino_d2 import data, model_zoo
+from dino_d2 import data
+from dino_d2.config.overrides import apply_overrides
 from dino_d2.data import DatasetError
-from dino_d2.data.coco_faults import dataset_name
+from dino_d2.data.coco_json import dataset_name
 from dino_d2.data.mapper import channels_of, to_picture
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine.plan import Plan, make_plan
 from dino_d2.names import plural
-from dino_d2.overrides import apply_overrides
 from dino_d2.progress import progress
 from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_marks, resize_long_side
+from dino_d2.weights import model_zoo
 
 SIDE = 480  # pixels of a picture in a sheet of several
 COLUMNS = 4

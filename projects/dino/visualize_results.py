@@ -82,10 +82,10 @@ from PIL import Image
 
 from dino_d2.data import DatasetError, check, read_image, read_results
 from dino_d2.data.coco import annotations_of
-from dino_d2.data.coco_faults import dataset_name
+from dino_d2.data.coco_json import dataset_name
 from dino_d2.data.mapper import check_pixels
-from dino_d2.evaluation.errors import Analysis, analyse, evaluate, worst_first
-from dino_d2.evaluation.evaluator import write_analysis
+from dino_d2.engine.evaluator import write_analysis
+from dino_d2.evaluation.analysis import Analysis, analyse, evaluate, worst_first
 from dino_d2.evaluation.matching import false_positives
 from dino_d2.names import plural
 from dino_d2.progress import alive, progress

@@ -8,16 +8,16 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from omegaconf import DictConfig
 
-from .checkpoint import CheckpointError
-from .checkpoint_io import ReleaseHandler, fetch
+from ..config.styles import read_config
+from ..layouts.renaming import CheckpointError
+from ..modeling.dino import DINO
+from ..names import check_device, hint, nearest_path
 from .checkpointer import Checkpointer
-from .config import read_config
-from .modeling.dino import DINO
-from .names import check_device, hint, nearest_path
+from .files import ReleaseHandler, fetch
 from .releases import RELEASES, alternatives, find
 
 # Inside the package where it is installed, beside it in a checkout.
-_PLACES = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+_PLACES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 NUM_CLASSES = 80  # of COCO, on which all published checkpoints were trained
 
 
@@ -120,7 +120,7 @@ def weights_of(cfg: CfgNode | DictConfig) -> str:
 
 
 def fetch_weights(path: str) -> str:
-    """The local path of weights, as `checkpoint_io.fetch` finds it.
+    """The local path of weights, as `files.fetch` finds it.
 
     Args:
         path: file, URL or `dino_d2://NAME` of a published checkpoint

@@ -2,59 +2,29 @@
 
 import logging
 import os
-from collections.abc import Callable
 from glob import escape, glob
 from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
-from detectron2.modeling.backbone.resnet import BottleneckBlock
 
-from . import backbone_weights
-from . import checkpoint as formats
-from .checkpoint import CheckpointError, ClassNames, State
-from .checkpoint_io import DamagedCheckpoint, fetch, read, replacing, weights, write
-from .distributed import gather, scatter
-from .modeling.backbones import TimmBackbone
-from .modeling.dino import DINO
-from .names import plural
-from .releases import RELEASES
+from ..atomic import replacing
+from ..distributed.sharing import gather, scatter
+from ..layouts import adapt
+from ..layouts.adapt import CLASS_BIAS, LABELS, ClassNames
+from ..layouts.backbones import from_timm
+from ..layouts.renaming import CheckpointError, State, move
+from ..modeling.backbones import TimmBackbone
+from ..modeling.dino import DINO
+from ..names import plural
+from .files import DamagedCheckpoint, fetch, read, weights, write
+from .fitting import coco_classes, to_ours
+from .settings import EXPECTED, REMEDIES, USUAL_ENCODING, encoding_of, pixels_of, settings
 
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"  # the name of the checkpoint with the best evaluation
-
-CONVERTERS: dict[str, Callable[[State], State]] = {
-    "official": formats.from_official,
-    "detrex": formats.from_detrex,
-    "mmdet": formats.from_mmdet,
-    "model_zoo": backbone_weights.from_model_zoo,
-    "torchvision": backbone_weights.from_torchvision,
-    "convnext": backbone_weights.from_convnext,
-}
-
-# What weights expect of the model around them, and no shape of a tensor tells.
-TORCHVISION = {
-    "pixel_mean": [123.675, 116.28, 103.53],
-    "pixel_std": [58.395, 57.12, 57.375],
-    "stride_in_1x1": False,
-}
-MSRA = {"pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1.0] * 3, "stride_in_1x1": True}
-EXPECTED = {
-    "official": {"position_temperature": 20.0, "position_offset": 0.0, **TORCHVISION},
-    "detrex": TORCHVISION,
-    "mmdet": TORCHVISION,
-}
-USUAL_ENCODING = {"dino_d2": (20.0, 0.0), "detrex": (10000.0, -0.5), "mmdet": (20.0, 0.0)}
-REMEDIES = {
-    "pixel_mean": "MODEL.PIXEL_MEAN and the colour order INPUT.FORMAT (model.pixel_mean and "
-    "image_format of the mapper)",
-    "pixel_std": "MODEL.PIXEL_STD (model.pixel_std)",
-    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1 (model.backbone.stages.stride_in_1x1)",
-    "position_temperature": "MODEL.DINO.POSITION_TEMPERATURE (model.encoder.position_temperature)",
-    "position_offset": "MODEL.DINO.POSITION_OFFSET (model.encoder.position_offset)",
-}
 
 
 class Source(NamedTuple):
@@ -68,7 +38,7 @@ class Source(NamedTuple):
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, for DINO and for whatever weights there are of it.
 
-    The format of a file is detected, see `checkpoint.py`; what is none of DINO is taken for a
+    The format of a file is detected, see `layouts/`; what is none of DINO is taken for a
     backbone, as Detectron2 does. The log says how many tensors were loaded, and which were missing,
     unexpected or of another shape. Classes of the same name keep their weights, others start anew.
     What weights expect of the model (see `settings`) is checked, and saved with our own.
@@ -205,7 +175,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict) -> Any:
         source, state = checkpoint.pop("source"), checkpoint.pop("model")
         checkpoint.pop("matching_heuristics", None)  # has been done
-        is_dino, new_classes = formats.CLASS_BIAS in state, []
+        is_dino, new_classes = CLASS_BIAS in state, []
         if is_dino:
             self.check(source)
             state, new_classes = self.fit_classes(self.fit_heads(state, source), source)
@@ -236,9 +206,9 @@ class Checkpointer(DetectionCheckpointer):
         caffe2 = any(key.endswith("_w") for key in state)
         backbone = {k: x for k, x in self.model.state_dict().items() if k.startswith("backbone.")}
         if isinstance(self.model.backbone, TimmBackbone):
-            return backbone_weights.from_timm(state, backbone)
+            return from_timm(state, backbone)
         # before they are matched: what is of another shape is left out
-        initial = backbone_weights.move(backbone, "backbone.", "")
+        initial = move(backbone, "backbone.", "")
         state = self.fit_windows(state, initial, file)
         try:
             return align_and_update_state_dicts(backbone, state, c2_conversion=caffe2)
@@ -252,7 +222,7 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             CheckpointError: some would be interpolated, but the weights have to be complete
         """
-        state, windows = backbone_weights.resize_windows(state, initial)
+        state, windows = adapt.resize_windows(state, initial)
         if windows:
             before, now = next(iter(windows.values()))
             message = (
@@ -284,9 +254,9 @@ class Checkpointer(DetectionCheckpointer):
 
     def fit_heads(self, state: State, source: Source) -> State:
         """One head for all layers is as good as the same for every one, but not the reverse."""
-        given, wanted = formats.count_heads(state), len(self.model.decoder.class_heads)
+        given, wanted = adapt.count_heads(state), len(self.model.decoder.class_heads)
         if given == 1:
-            return formats.repeat_heads(state, wanted)
+            return adapt.repeat_heads(state, wanted)
         if wanted == 1:
             raise CheckpointError(
                 f"'{source.file}' has heads for each of {given} decoder layers, but those of "
@@ -297,8 +267,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def fit_classes(self, state: State, source: Source) -> tuple[State, list[str]]:
         """Rows for the model's classes, and those of them that are new."""
-        number = len(state[formats.CLASS_BIAS])
-        rows = len(state.get(formats.LABELS, range(number + 1))) - 1
+        number = len(state[CLASS_BIAS])
+        rows = len(state.get(LABELS, range(number + 1))) - 1
         if rows != number:
             logger.info(
                 f"the label embedding of '{source.file}' is for {plural(rows, 'class')} and its "
@@ -311,7 +281,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"'{source.file}' does not name its classes: they are taken to be, in this order, "
                 + ", ".join(self.classes)
             )
-        return formats.select_classes(state, given, self.classes, gather(self.model.state_dict()))
+        return adapt.select_classes(state, given, self.classes, gather(self.model.state_dict()))
 
     def report(self, incompatible: Any, missing: list[str], source: Source, fits: bool) -> None:
         """In one sentence, a warning where the config may be another than that of the weights."""
@@ -358,51 +328,3 @@ class Checkpointer(DetectionCheckpointer):
                 f"'{source.file}' does not fill the model: {what} would be random; the config has "
                 "to be that of the weights, and the classes have to be among theirs"
             )
-
-
-def to_ours(state: State, form: str | None) -> State:
-    """From any format that `detect_format` knows."""
-    return CONVERTERS[form](state) if form in CONVERTERS else state
-
-
-def settings(model: DINO) -> dict:
-    """What a model and its weights have to agree on without a tensor's shape telling."""
-    found = {
-        "pixel_mean": [round(x, 3) for x in model.pixel_mean.flatten().tolist()],
-        "pixel_std": [round(x, 3) for x in model.pixel_std.flatten().tolist()],
-        "position_temperature": float(model.encoder.position_temperature),
-        "position_offset": float(model.encoder.position_offset),
-    }
-    block = next(iter(getattr(model.backbone, "res3", [])), None)
-    if isinstance(block, BottleneckBlock):
-        found["stride_in_1x1"] = block.conv1.stride != (1, 1)
-    return found
-
-
-def pixels_of(model: DINO) -> dict:
-    """What pixels a ResNet was trained with, told by how strongly its first layer answers.
-
-    MSRA's weights, on which most of Detectron2's model zoo is built, take pixels as they are, with
-    a standard deviation of about 58. Others take them divided by it, in an order nothing tells.
-    """
-    conv = getattr(getattr(model.backbone, "stem", None), "conv1", None)
-    norm = getattr(conv, "norm", None)
-    if not hasattr(norm, "running_var"):
-        return {}
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    response = (conv.weight.flatten(1).norm(dim=1) * scale.abs()).median()
-    divided = {"pixel_std": TORCHVISION["pixel_std"]}
-    return MSRA if response < 0.06 else divided  # they have 0.02 and 0.2
-
-
-def encoding_of(filename: str) -> dict:
-    """The encoding of pixels that a published file needs."""
-    for release in RELEASES.values():
-        if release.file == os.path.basename(filename):
-            temperature, offset = release.encoding
-            return {"position_temperature": temperature, "position_offset": offset}
-    return {}
-
-
-def coco_classes(number: int) -> ClassNames | None:
-    return {80: formats.COCO_80, 91: formats.COCO_91}.get(number)

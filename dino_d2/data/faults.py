@@ -1,81 +1,9 @@
 """What can be wrong with a file of COCO annotations, one sentence each."""
 
-import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-from ..names import path_hint
-
-KEYS = ("images", "annotations", "categories")
 MANY = 10  # boxes of a file, whatever is wrong with most of them
-
-
-class DatasetError(ValueError):
-    """A dataset cannot be used; the message says what is wrong, where, and what to do."""
-
-    def __init__(self, message: str):
-        # From a worker of a data loader, PyTorch raises this again with its traceback as text.
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].rstrip())
-
-
-def dataset_name(json_file: str | os.PathLike, image_root: str | os.PathLike) -> str:
-    """The name of a dataset of a file of COCO annotations, see `coco.register`.
-
-    Raises:
-        DatasetError: the file is not called .json, as such a name has to say, or file and folder
-            are swapped
-    """
-    if os.path.isdir(json_file) and os.path.isfile(image_root):
-        raise DatasetError(
-            f"annotations and images are swapped: '{json_file}', given as the annotations, is a "
-            f"folder, and '{image_root}', given as the folder of the images, is a file"
-        )
-    if not os.fspath(json_file).endswith(".json"):
-        raise DatasetError(f"'{json_file}' is no .json file: give COCO annotations")
-    return f"{json_file}@{image_root}"
-
-
-def parse(json_file: str) -> dict[str, list]:
-    """The content of a file of COCO annotations as it is written.
-
-    Without "annotations", as files of test images are, it gets an empty list of them.
-
-    Raises:
-        DatasetError: the file is missing, is not JSON, or holds something else
-    """
-    if os.path.isdir(json_file):
-        raise DatasetError(f"'{json_file}' is a folder: give a file of COCO annotations in it")
-    if not os.path.isfile(json_file):
-        raise DatasetError(
-            f"annotation file '{json_file}' does not exist{path_hint(json_file)}: correct its "
-            f"path, seen from '{os.getcwd()}'"
-        )
-    dataset = read_json(json_file)
-    found = ", ".join(dataset) if isinstance(dataset, dict) else f"a {type(dataset).__name__}"
-    if isinstance(dataset, dict) and {"images", "categories"} <= dataset.keys():
-        dataset.setdefault("annotations", [])
-    for key in KEYS:
-        if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
-            raise DatasetError(
-                f"'{json_file}' has no list '{key}' but {found}: give a file of COCO detection "
-                "annotations (not of detection results, captions or a labelling tool's own)"
-            )
-    return dataset
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """
-    Raises:
-        DatasetError: the file is not JSON
-    """
-    try:
-        return json.loads(Path(path).read_bytes())  # of any encoding of Unicode, marked or not
-    except ValueError as error:
-        raise DatasetError(
-            f"'{path}' is not JSON ({error}): it may be cut off, write or fetch it again"
-        ) from error
 
 
 def faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:

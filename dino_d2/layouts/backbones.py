@@ -10,12 +10,8 @@ Swin transformers and ViTs (MAE) of their authors have the names of ours already
 
 import re
 from collections.abc import Iterable
-from math import isqrt
 
-import torch.nn.functional as F
-from torch import Tensor
-
-State = dict[str, Tensor]
+from .renaming import State, move, rename
 
 
 def resnet_names(prefix: str) -> str:
@@ -87,59 +83,3 @@ def from_timm(state: State, names: Iterable[str]) -> State:
 
     places = {plain(name): name for name in names}
     return {places.get(plain(key), key): x for key, x in state.items()}
-
-
-def resize_windows(state: State, initial: State) -> tuple[State, dict[str, tuple[int, int]]]:
-    """The position biases of a Swin transformer for the windows of a model with the same names:
-    interpolated (bicubic) between the offsets of the windows that they were trained with, as its
-    authors do for fine-tuning.
-
-    Returns:
-        the state, and by the names of the tables (offsets, heads) that were interpolated the sides
-        of the windows before and now; a table of windows that are not square stays as it is
-    """
-    resized, windows = {}, {}
-    for key, x in state.items():
-        wanted = initial.get(key, x)
-        if wanted.shape == x.shape:
-            continue
-        if key.endswith("relative_position_index"):  # follows from the size
-            resized[key] = wanted
-        if key.endswith("relative_position_bias_table") and wanted.shape[1] == x.shape[1]:
-            sides, heads = (isqrt(len(x)), isqrt(len(wanted))), x.shape[1]
-            if [side**2 for side in sides] != [len(x), len(wanted)]:
-                continue
-            offsets = x.float().T.reshape(1, heads, sides[0], sides[0])
-            grown = F.interpolate(offsets, (sides[1],) * 2, mode="bicubic", align_corners=False)
-            resized[key] = grown.reshape(heads, -1).T.to(x.dtype)
-            windows[key] = (sides[0] + 1) // 2, (sides[1] + 1) // 2
-    return state | resized, windows
-
-
-def rename(state: State, table: str, *, back: bool = False) -> State:
-    """From their names to ours, or `back`.
-
-    Args:
-        table: ours, theirs. `#` is a number, the first line whose name a key begins with counts,
-            and what no line knows keeps its name
-    """
-    rules = []
-    for line in table.strip().splitlines():
-        new, old = reversed(line.split()) if back else line.split()
-        pattern = re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"
-        numbers = iter(range(1, 1 + new.count("#")))
-        rules.append((re.compile(pattern), re.sub("#", lambda _, n=numbers: rf"\{next(n)}", new)))
-
-    def name(key: str) -> str:
-        hit = next(((p, new) for p, new in rules if p.match(key)), None)
-        return hit[0].sub(hit[1], key, count=1) if hit else key
-
-    return {name(key): x for key, x in state.items() if not key.endswith(".num_batches_tracked")}
-
-
-def move(state: State, prefix: str, new: str) -> State:
-    """Another prefix for the keys that have the given one; the others stay as they are."""
-    return {
-        new + key.removeprefix(prefix) if key.startswith(prefix) else key: x
-        for key, x in state.items()
-    }

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from .names import hint, nearest
+from ..names import hint, nearest
 
 
 def apply_overrides(cfg: CfgNode | DictConfig, overrides: Sequence[str]) -> list[str]:

@@ -5,32 +5,19 @@
     mmdet        open-mmlab/mmdetection 3, configs/dino
 
 They compute the same function under different names, with some tensors twice or left out. Weights
-of a backbone alone are in `backbone_weights.py`; reading files and loading models is the business
-of `checkpointer.py`.
+of a backbone alone are in `backbones.py`; reading files and loading models is the business of
+`weights/`.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 
 import torch
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
-from .backbone_weights import State, convnext_of_timm, move, rename, resnet_names
-
-ClassNames = Sequence[str | None]
-
-# What the class indices of the published weights stand for: Detectron2's 80 contiguous ones, or
-# the category ids of COCO, of which 11 below 91 stand for nothing.
-_THINGS = {x["id"]: x["name"] for x in COCO_CATEGORIES if x["isthing"]}
-COCO_80: ClassNames = tuple(_THINGS.values())
-COCO_91: ClassNames = tuple(map(_THINGS.get, range(91)))
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be had, cannot be read or does not fit; said in one sentence."""
-
+from .adapt import CLASS_BIAS, HEAD, LABELS
+from .backbones import convnext_of_timm, resnet_names
+from .renaming import CheckpointError, State, move, rename
 
 # Names: ours, theirs; see `rename`.
 _OFFICIAL = f"""{resnet_names("backbone.0.body")}
@@ -107,14 +94,10 @@ _MMDET = f"""{resnet_names("backbone")}
     decoder.box_heads.#.layers.2          bbox_head.reg_branches.#.4
     denoising.label_embed                 dn_query_generator.label_embedding
 """
-_HEAD = re.compile(r"decoder\.(class|box)_heads\.(\d+)\.(.*)")
-LABELS = "denoising.label_embed.weight"
-CLASS_BIAS = "decoder.class_heads.0.bias"
-_CLASS_DEPENDENT = re.compile(r"(query_selection|decoder)\.class_heads?\.|denoising\.label_embed\.")
 
 
 def detect_format(state: State) -> str | None:
-    """One of the names above or in `backbone_weights.py`, "dino_d2" for our own, None for anything
+    """One of the names above or in `backbones.py`, "dino_d2" for our own, None for anything
     else.
 
     Raises:
@@ -195,74 +178,6 @@ def to_official(state: State) -> State:
     return state
 
 
-def count_heads(state: State) -> int:
-    """How many class heads the decoder has."""
-    return len({match[2] for key in state if (match := _HEAD.match(key)) and match[1] == "class"})
-
-
-def repeat_heads(state: State, number: int) -> State:
-    """A state dict of one shared head with that head for each of `number` layers."""
-    heads = [match for key in state if (match := _HEAD.match(key))]
-    return state | {
-        f"decoder.{m[1]}_heads.{i}.{m[3]}": state[m[0]] for m in heads for i in range(number)
-    }
-
-
-def select_classes(
-    state: State, source: ClassNames | None, target: ClassNames, initial: State
-) -> tuple[State, list[str]]:
-    """Weights for other classes: a class of the same name keeps its row, others start anew.
-
-    The label embedding may have rows for more classes than the heads, or for fewer, whose class
-    keeps its place in the heads; it is of training alone.
-
-    Args:
-        state: our state dict, of K classes
-        source: what its K classes are, None where a row stands for nothing; None: not known, and
-            equally many classes are taken to be the same ones
-        target: the classes of the model
-        initial: state dict of the model, from which new rows come
-
-    Returns:
-        a new state dict, and the classes of the model that are new to it; if all are, it lacks
-        the tensors that depend on classes
-    """
-    keys = [key for key in state if _CLASS_DEPENDENT.match(key) and key in initial]
-    keys = [key for key in keys if state[key].shape[1:] == initial[key].shape[1:]]
-    fits = {key for key in keys if state[key].shape == initial[key].shape}
-    if source is not None and tuple(source) != tuple(target):
-        known = _same_names(source, target)
-    elif fits.issuperset(keys):
-        return state, []
-    else:
-        known = {i: i for i in range(len(target))} if fits.issuperset({*keys} - {LABELS}) else {}
-    new = [name for i, name in enumerate(target) if name and i not in known]
-    if not known:
-        return {key: x for key, x in state.items() if key not in keys}, new
-    selected = {key: initial[key].detach().clone() for key in keys}
-    for key, x in selected.items():
-        for to, row in known.items():
-            if key != LABELS or row < len(state[key]) - 1:  # the last is that of empty slots
-                x[to] = state[key][row]
-    return state | selected, new
-
-
-def _same_names(source: ClassNames, target: ClassNames) -> dict[int, int]:
-    """Which row of the source is that of a target; upper and lower case count only where names
-    would be the same without."""
-    exact = {name: row for row, name in enumerate(source) if name}
-    folded = [name.casefold() for name in exact]
-    alike = {n.casefold(): row for n, row in exact.items() if folded.count(n.casefold()) == 1}
-    wanted = [name.casefold() for name in target if name]
-    rows = {}
-    for i, name in enumerate(target):
-        if name in exact:
-            rows[i] = exact[name]
-        elif name and name.casefold() in alike and wanted.count(name.casefold()) == 1:
-            rows[i] = alike[name.casefold()]
-    return rows
-
-
 def _without_aliases(state: State) -> State:
     """The files of official DINO and detrex have the heads of the decoder twice."""
     return {key: x for key, x in state.items() if not re.match(r"(class|bbox)_embed\.", key)}
@@ -297,7 +212,7 @@ def _share_heads(state: State) -> State:
     """One head instead of equal ones for every decoder layer."""
     copies = defaultdict(list)
     for key in state:
-        if match := _HEAD.match(key):
+        if match := HEAD.match(key):
             copies[match[1], match[3]].append(key)
     if all(torch.equal(state[keys[0]], state[key]) for keys in copies.values() for key in keys):
         repeated = {key for keys in copies.values() for key in keys[1:]}

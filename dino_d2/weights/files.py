@@ -4,9 +4,8 @@ import os
 import pickle
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPException
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 from zipfile import is_zipfile
 
@@ -17,7 +16,9 @@ from iopath.common.file_io import get_cache_dir
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .checkpoint import CheckpointError, State, detect_format
+from ..atomic import replacing
+from ..layouts.dino import detect_format
+from ..layouts.renaming import CheckpointError, State
 from .releases import find
 
 # What PyTorch's wrappers put into names: data-parallel training at their beginning; torch.compile,
@@ -203,21 +204,6 @@ def _obvious(path: str) -> str:
     if not start:
         return "it is empty"
     return "it is a web page, so its download has failed" if start.startswith(b"<") else ""
-
-
-@contextmanager
-def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file to write that gets its name when it is complete; until then, whatever had it stays."""
-    temporary = f"{path}.incomplete"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def write(data: dict, path: str) -> None:

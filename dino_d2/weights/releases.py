@@ -6,7 +6,7 @@ IDEA-Research/DINO, IDEA-Research/detrex and open-mmlab/mmdetection.
 
 from typing import NamedTuple
 
-from .names import hint, nearest
+from ..names import hint, nearest
 
 # Name, config (relative to configs/), epochs, AP, encoding of pixels, file. No file says which
 # encoding it needs: "dino" is a temperature of 20 and no offset, "detr" 10000 and -0.5.

@@ -10,9 +10,9 @@ import numpy as np
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
+from ..evaluation.analysis import IOU_50, IOU_75, Analysis, analyse, evaluate
 from ..progress import alive
 from ..visualize import draw_error_plots
-from .errors import IOU_50, IOU_75, Analysis, analyse, evaluate
 
 BACKGROUND = "(background)"
 

@@ -1,0 +1,75 @@
+"""The yacs keys of DINO; modeling/build.py makes the stages that they describe.
+
+LazyConfig users compose the same classes directly, see configs/common/models/dino_R_50.py.
+"""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_dino_config(cfg: CN) -> None:
+    """Add the keys of DINO, with the defaults of the paper, to Detectron2's default config."""
+    cfg.MODEL.DINO = c = CN()
+    c.NUM_CLASSES = None  # None: as many as the training data has
+    c.EMBED_DIM = 256
+    c.NUM_HEADS = 8
+    c.FFN_DIM = 2048
+    c.DROPOUT = 0.0
+    # Feature maps of the backbone; coarser levels are appended until there are NUM_LEVELS.
+    c.IN_FEATURES = ["res3", "res4", "res5"]
+    c.NUM_LEVELS = 4
+    c.NUM_POINTS = 4
+    # Of the encoding of pixels: what the weights were trained with, see encode_pixels.
+    c.POSITION_TEMPERATURE = 20.0
+    c.POSITION_OFFSET = 0.0
+    c.ENCODER_LAYERS = 6
+    c.DECODER_LAYERS = 6
+
+    c.QUERY_SELECTION = "MixedQuerySelection"  # or PureQuerySelection, StaticQueries
+    c.NUM_QUERIES = 900
+    c.LOOK_FORWARD = 2  # 2 is look forward twice, 1 is once, 0 does not refine boxes
+    c.SHARED_HEADS = True  # one class and one box head for all decoder layers
+
+    # Stages, of "backbone", "encoder" and "decoder", whose activations are computed again in the
+    # backward pass instead of being kept: less memory, more time.
+    c.CHECKPOINT = []
+
+    c.DENOISING = CN()
+    c.DENOISING.NAME = "ContrastiveDenoising"  # or Denoising, or "" to train without
+    c.DENOISING.BUDGET = 100  # boxes noised per image (in pairs if contrastive)
+    c.DENOISING.LABEL_NOISE = 0.5
+    c.DENOISING.BOX_NOISE = 1.0
+
+    c.MATCHER = CN({"CLASS_COST": 2.0, "BBOX_COST": 5.0, "GIOU_COST": 2.0})
+    c.MATCHER.NAME = "HungarianMatcher"  # or PositionModulatedMatcher
+    c.LOSS = CN({"CLASS_WEIGHT": 1.0, "BBOX_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0})
+    c.LOSS.CLASS_LOSS = "FocalLoss"  # or VarifocalLoss, PositionSupervisedLoss, AlignLoss
+    # Of the denoising queries; None: as for the others.
+    c.LOSS.DENOISING_CLASS_LOSS = None
+    c.LOSS.DENOISING_CLASS_WEIGHT = None
+
+    # With MODEL.BACKBONE.NAME "TimmBackbone"; its features, MODEL.DINO.IN_FEATURES, are p2 to p5.
+    cfg.MODEL.TIMM = CN({"NAME": "convnext_tiny", "NORM": False})
+    cfg.MODEL.TIMM.OPTIONS = CN({"drop_path_rate": None}, new_allowed=True)  # of create_model
+
+    cfg.SOLVER.OPTIMIZER = "ADAMW"  # or "SGD", Detectron2's own, for other meta-architectures
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # learning rate of the backbone, relative to BASE_LR
+    cfg.SOLVER.OFFSETS_MULTIPLIER = 1.0  # of sampling offsets; Deformable DETR has 0.1
+    cfg.SOLVER.AMP.DTYPE = "bfloat16"  # of AMP; float16 comes with a gradient scaler
+    cfg.SOLVER.ACCUMULATE = 1  # parts that the IMS_PER_BATCH images of a step are worked on in
+    cfg.SOLVER.NON_FINITE = "stop"  # what a loss that is not finite does; or "skip" the step
+    cfg.SOLVER.EMA = CN({"ENABLED": False, "DECAY": 0.9999})  # moving average of the weights
+    cfg.SOLVER.FSDP = False  # shards parameters, gradients and optimizer over the workers
+    # The batch for which BASE_LR and numbers of iterations are given; 0: IMS_PER_BATCH, whatever it
+    # is; see engine/schedule.py.
+    cfg.SOLVER.REFERENCE_BATCH = 0
+    cfg.SOLVER.EPOCHS = None  # length of the training, of its own data; None: MAX_ITER counts
+    # Of Weights & Biases, where a training is logged as well; "": nowhere. See engine/writers.py.
+    cfg.WANDB = CN({"PROJECT": ""})
+    cfg.TEST.BEST_METRIC = "bbox/AP"  # whose best value's checkpoint is kept; "": none is
+
+    # Of the latest Detectron2; that of 2024 has the samplers which read them, but not the keys.
+    cfg.DATALOADER.setdefault("RANDOM_SUBSET_RATIO", 1.0)
+    cfg.DATASETS.setdefault("TRAIN_REPEAT_FACTOR", [])
+
+    # Short sides before the crop of DETR's augmentation; see dino_d2/data/augmentation.py.
+    cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)

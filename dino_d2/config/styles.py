@@ -1,0 +1,139 @@
+"""The two styles of config: yacs keys in YAML, and LazyConfig."""
+
+from functools import reduce
+from traceback import extract_tb
+from typing import Any, NamedTuple
+
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode as CN
+from detectron2.data.transforms import Augmentation
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig
+from yaml import MappingNode, ScalarNode, SequenceNode, YAMLError, compose
+
+from ..data import ResizeShortestEdge
+from .keys import add_dino_config
+from .overrides import keys_of, unknown_key
+
+
+def read_config(file: str) -> CN | DictConfig:
+    """A config of either style: `.py` files and what a training with one of them saves as
+    `config.yaml` are LazyConfigs, other YAML files become a CfgNode with the keys of DINO.
+
+    Raises:
+        ValueError: a file that cannot be read, or whose base cannot, a YAML file that is none, has
+            no keys, or one that is unknown, or a `.py` file that fails; says in which line
+    """
+    if file.endswith(".py"):
+        return _run_config(file)
+    keys = _yaml_keys(file)
+    if "_target_" in keys:
+        return LazyConfig.load(file)
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    try:
+        cfg.merge_from_file(file)
+    except OSError as error:
+        raise ValueError(f"'{file}': its _BASE_ cannot be read: {error}") from error
+    except (ValueError, AttributeError, TypeError) as error:  # yacs says which key
+        raise ValueError(f"'{file}' is no config: {' '.join(str(error).split())}") from error
+    except KeyError as error:
+        known = list(keys_of(cfg))
+        given = keys_of(CN.load_yaml_with_base(file, allow_unsafe=True))
+        unknown = next(key for key in given if key not in known)
+        raise ValueError(f"'{file}': {unknown_key(unknown, known)}") from error
+    return cfg
+
+
+def _run_config(file: str) -> DictConfig:
+    try:
+        return LazyConfig.load(file)
+    except SyntaxError as error:
+        cause = error.__cause__  # Detectron2 parses the file, and does not say more
+        line = f", line {cause.lineno} ({cause.msg})" if isinstance(cause, SyntaxError) else ""
+        raise ValueError(f"{error}{line}") from error
+    except Exception as error:  # whatever a program can end with
+        lines = [x for x in extract_tb(error.__traceback__) if x.name == "<module>"]
+        if not lines:
+            raise ValueError(f"'{file}' cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"'{lines[-1].filename}', line {lines[-1].lineno}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _yaml_keys(file: str) -> set[str]:
+    """All keys of a YAML file, at any depth; no object that it describes is made."""
+    try:
+        with PathManager.open(file) as opened:
+            top = compose(opened)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"'{file}' is no config but a binary file: give a .yaml or .py file here, and a "
+            "checkpoint as the weights"
+        ) from error
+    except YAMLError as error:
+        raise ValueError(f"'{file}' is no YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise ValueError(f"'{file}' cannot be read: {error}") from error
+    if not isinstance(top, MappingNode):
+        what = "is empty" if top is None else "is no config: it has no keys"
+        raise ValueError(f"'{file}' {what}; a config has keys such as 'MODEL: ...'")
+    keys, nodes = set(), [top]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, MappingNode):
+            keys.update(key.value for key, _ in node.value if isinstance(key, ScalarNode))
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, SequenceNode):
+            nodes += node.value
+    return keys
+
+
+def evaluation_augmentations(cfg: CN | DictConfig) -> list[Augmentation]:
+    """What resizes an image in the evaluation of a config of either style."""
+    if isinstance(cfg, CN):
+        return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
+    return instantiate(cfg.dataloader.test.mapper.augmentations)
+
+
+class Keys(NamedTuple):
+    """Where a config of one style has what is scaled, and by what."""
+
+    batch: str
+    reference_batch: str
+    epochs: str
+    lr: str
+    max_iter: str
+    iterations: tuple[str, ...]  # others that count iterations
+    warm_up: str  # which does, too
+
+
+YAML = Keys(
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.REFERENCE_BATCH",
+    "SOLVER.EPOCHS",
+    "SOLVER.BASE_LR",
+    "SOLVER.MAX_ITER",
+    ("SOLVER.STEPS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),
+    "SOLVER.WARMUP_ITERS",
+)
+LAZY = Keys(
+    "dataloader.train.total_batch_size",
+    "train.reference_batch",
+    "train.epochs",
+    "optimizer.lr",
+    "train.max_iter",
+    ("train.checkpointer.period", "train.eval_period"),
+    "lr_multiplier.warmup_length.iterations",  # of `share_of`
+)
+
+
+def get(cfg: CfgNode | DictConfig, key: str, *default: Any) -> Any:
+    """The value of a key; where there is no such key the default, if one is given."""
+    return reduce(lambda node, name: getattr(node, name, *default), key.split("."), cfg)
+
+
+def put(cfg: CfgNode | DictConfig, key: str, value: float | int | tuple) -> None:
+    section, _, name = key.rpartition(".")
+    setattr(get(cfg, section), name, value)

@@ -1,0 +1,41 @@
+"""Many workers: `launch.py` starts them, in `sharing.py` they share a model."""
+
+from .launch import WORKER_VARIABLES, check_gpus, is_worker, join, launch, work, world_size
+from .sharing import (
+    distribute,
+    gather,
+    load_optimizer,
+    local,
+    mean_over_workers,
+    parts,
+    replicate,
+    scatter,
+    shard,
+    share_buffers,
+    suspend_sync,
+    unwrap,
+    whole,
+)
+
+__all__ = [
+    "WORKER_VARIABLES",
+    "check_gpus",
+    "distribute",
+    "gather",
+    "is_worker",
+    "join",
+    "launch",
+    "load_optimizer",
+    "local",
+    "mean_over_workers",
+    "parts",
+    "replicate",
+    "scatter",
+    "shard",
+    "share_buffers",
+    "suspend_sync",
+    "unwrap",
+    "whole",
+    "work",
+    "world_size",
+]

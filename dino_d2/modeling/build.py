@@ -1,0 +1,96 @@
+"""The stages that the keys of a YAML config describe."""
+
+from detectron2.config import CfgNode as CN
+from detectron2.layers import ShapeSpec
+from detectron2.utils.registry import Registry
+
+from ..data import num_classes
+from ..names import hint
+from . import (
+    CLASS_LOSS_REGISTRY,
+    DENOISING_REGISTRY,
+    MATCHER_REGISTRY,
+    QUERY_SELECTION_REGISTRY,
+    ChannelMapper,
+    Decoder,
+    Encoder,
+    SetCriterion,
+)
+
+
+def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict:
+    """The stages after the backbone, as arguments of :class:`DINO`."""
+    c = cfg.MODEL.DINO
+    classes = c.NUM_CLASSES or num_classes(cfg.DATASETS.TRAIN)
+    transformer = {
+        "embed_dim": c.EMBED_DIM,
+        "num_heads": c.NUM_HEADS,
+        "ffn_dim": c.FFN_DIM,
+        "dropout": c.DROPOUT,
+        "num_levels": c.NUM_LEVELS,
+        "num_points": c.NUM_POINTS,
+    }
+    select = named(QUERY_SELECTION_REGISTRY, c.QUERY_SELECTION, "MODEL.DINO.QUERY_SELECTION")
+    denoising = c.DENOISING.NAME and named(
+        DENOISING_REGISTRY, c.DENOISING.NAME, "MODEL.DINO.DENOISING.NAME"
+    )
+    return {
+        "num_classes": classes,
+        "neck": ChannelMapper(
+            input_shape=backbone_shape,
+            in_features=c.IN_FEATURES,
+            out_channels=c.EMBED_DIM,
+            num_levels=c.NUM_LEVELS,
+        ),
+        "encoder": Encoder(
+            num_layers=c.ENCODER_LAYERS,
+            position_temperature=c.POSITION_TEMPERATURE,
+            position_offset=c.POSITION_OFFSET,
+            **transformer,
+        ),
+        "query_selection": select(cfg, classes),
+        "decoder": Decoder(
+            num_classes=classes,
+            num_layers=c.DECODER_LAYERS,
+            shared_heads=c.SHARED_HEADS,
+            look_forward=c.LOOK_FORWARD,
+            **transformer,
+        ),
+        "denoising": denoising(cfg, classes) if denoising else None,
+        "criterion": build_criterion(c),
+    }
+
+
+def build_criterion(c: CN) -> SetCriterion:
+    """The criterion of the keys under MODEL.DINO."""
+    matcher = named(MATCHER_REGISTRY, c.MATCHER.NAME, "MODEL.DINO.MATCHER.NAME")
+    class_loss = named(CLASS_LOSS_REGISTRY, c.LOSS.CLASS_LOSS, "MODEL.DINO.LOSS.CLASS_LOSS")
+    denoising_class_loss = c.LOSS.DENOISING_CLASS_LOSS and named(
+        CLASS_LOSS_REGISTRY, c.LOSS.DENOISING_CLASS_LOSS, "MODEL.DINO.LOSS.DENOISING_CLASS_LOSS"
+    )
+    return SetCriterion(
+        matcher=matcher(
+            class_cost=c.MATCHER.CLASS_COST,
+            bbox_cost=c.MATCHER.BBOX_COST,
+            giou_cost=c.MATCHER.GIOU_COST,
+        ),
+        class_loss=class_loss(),
+        denoising_class_loss=denoising_class_loss() if denoising_class_loss else None,
+        class_weight=c.LOSS.CLASS_WEIGHT,
+        bbox_weight=c.LOSS.BBOX_WEIGHT,
+        giou_weight=c.LOSS.GIOU_WEIGHT,
+        denoising_class_weight=c.LOSS.DENOISING_CLASS_WEIGHT,
+    )
+
+
+def named(registry: Registry, name: str, key: str) -> type:
+    """What is registered under a name that `key` of a YAML config gives.
+
+    Raises:
+        ValueError: nothing is; says what is nearest
+    """
+    known = dict(registry)
+    if name not in known:
+        near = hint(str(name), sorted(known))
+        raise ValueError(f"{key} is {name!r}, which is unknown; {near}")
+    return known[name]

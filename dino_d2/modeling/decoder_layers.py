@@ -1,0 +1,65 @@
+"""The layers of the decoder."""
+
+from torch import Tensor, nn
+
+from ..layers import MLP, DeformableAttention
+from ..layers.blocks import xavier_uniform_
+from ..structures import FeaturePyramid
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among queries, deformable attention to the memory, feed-forward; each with
+    residual and norm after it."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        num_levels: int,
+        num_points: int,
+    ):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, dropout, batch_first=True)
+        self.cross_attn = DeformableAttention(
+            embed_dim=embed_dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
+        )
+        self.ffn = MLP(embed_dim, ffn_dim, embed_dim, dropout=dropout)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(embed_dim) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+        xavier_uniform_(self.self_attn)
+        xavier_uniform_(self.ffn)
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        memory: FeaturePyramid,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            x: (B, Q, C) content of the queries
+            position: (B, Q, C), added to it wherever attention is computed
+            reference: (B, Q, L, 4) boxes or (B, Q, L, 2) points, relative to each padded level
+            memory: the encoder's
+            attn_mask: (Q, Q), True where self-attention is forbidden
+
+        Returns:
+            (B, Q, C)
+        """
+        q = x + position
+        y = self.self_attn(q, q, x, attn_mask=attn_mask, need_weights=False)[0]
+        x = self.norm1(x + self.dropout(y))
+        y = self.cross_attn(x + position, reference, memory)
+        x = self.norm2(x + self.dropout(y))
+        return self.norm3(x + self.dropout(self.ffn(x)))
+
+
+def scale_to_levels(reference: Tensor, valid_ratios: Tensor) -> Tensor:
+    """Boxes (B, Q, 4) or points (B, Q, 2) relative to the image to (B, Q, L, .) relative to each
+    padded level."""
+    return reference[:, :, None] * valid_ratios.tile(reference.shape[-1] // 2)[:, None]

@@ -1,0 +1,45 @@
+"""The positional part of the decoder's queries."""
+
+from torch import Tensor, nn
+
+from ..layers import MLP, encode_boxes
+from ..layers.blocks import xavier_uniform_
+from ..structures import (
+    Queries,
+)
+
+
+class AnchorPosition(nn.Module):
+    """Positional part of a query, from its anchor box (DAB-DETR, equation 1)."""
+
+    def __init__(self, *, embed_dim: int):
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.mlp = MLP(2 * embed_dim, embed_dim, embed_dim)
+        xavier_uniform_(self.mlp)
+
+    def forward(self, queries: Queries, layer: int) -> Tensor:
+        """(B, Q, C) for a decoder layer, counted from 0; content and reference are its input."""
+        return self.mlp(encode_boxes(queries.reference, self.embed_dim // 2))
+
+
+class LearnedPosition(nn.Module):
+    """Position head of Deformable DETR's decoder: the positions that the queries came with."""
+
+    def forward(self, queries: Queries, layer: int) -> Tensor:
+        """(B, Q, C), the same for every layer."""
+        return queries.position
+
+
+class ScaledAnchorPosition(AnchorPosition):
+    """Position head of DAB-Deformable-DETR: the content says how much the place counts
+    (conditional scale, DAB-DETR, equation 4); not so in the first layer."""
+
+    def __init__(self, *, embed_dim: int):
+        super().__init__(embed_dim=embed_dim)
+        self.scale = MLP(embed_dim, embed_dim, embed_dim)
+        xavier_uniform_(self.scale)
+
+    def forward(self, queries: Queries, layer: int) -> Tensor:
+        position = super().forward(queries, layer)
+        return position * self.scale(queries.content) if layer else position

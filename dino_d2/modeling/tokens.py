@@ -1,0 +1,44 @@
+"""Feature maps as one sequence of tokens."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..layers import encode_pixels
+from ..structures import FeaturePyramid
+
+
+def flatten(
+    levels: list[Tensor], padding: Tensor, level_embed: Tensor, **encoding: float
+) -> FeaturePyramid:
+    """One sequence of tokens from feature maps (B, C, H_l, W_l), a mask (B, H, W) and the
+    embeddings (L, C) that tell levels apart; `encoding` is for `encode_pixels`."""
+    masks = [F.interpolate(padding[None].float(), size=x.shape[-2:])[0].bool() for x in levels]
+    positions = [
+        encode_pixels(mask, x.shape[1], **encoding) + embed
+        for mask, x, embed in zip(masks, levels, level_embed, strict=True)
+    ]
+    return FeaturePyramid(
+        tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1),
+        position=torch.cat([p.flatten(1, 2) for p in positions], 1),
+        padding=torch.cat([mask.flatten(1) for mask in masks], 1),
+        valid_ratios=torch.stack([valid_ratio(mask) for mask in masks], 1),
+        shapes=tuple((x.shape[2], x.shape[3]) for x in levels),
+    )
+
+
+def valid_ratio(padding: Tensor) -> Tensor:
+    """Mask (B, H, W) to the share (B, 2) of its width and height that is not padding."""
+    inside = (~padding).float()
+    return torch.stack([inside[:, 0].mean(1), inside[:, :, 0].mean(1)], -1)
+
+
+def token_centers(pyramid: FeaturePyramid) -> Tensor:
+    """Centre (x, y) of every token, relative to the image without its padding: (B, S, 2)."""
+    centers = []
+    for (height, width), ratio in zip(pyramid.shapes, pyramid.valid_ratios.unbind(1), strict=True):
+        y = (torch.arange(height, device=ratio.device) + 0.5) / height
+        x = (torch.arange(width, device=ratio.device) + 0.5) / width
+        xy = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+        centers.append(xy / ratio[:, None])
+    return torch.cat(centers, 1)

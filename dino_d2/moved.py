@@ -1,0 +1,42 @@
+"""Where modules were before, so that scripts and saved configs which name the old places work."""
+
+import importlib
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "backbone_weights": ("layouts.backbones", "layouts.renaming", "layouts.adapt"),
+    "checkpoint": ("layouts.dino", "layouts.renaming", "layouts.adapt", "data.coco_classes"),
+    "checkpoint_io": ("weights.files", "atomic"),
+    "checkpointer": ("weights.checkpointer", "weights.settings", "weights.fitting"),
+    "data.coco_faults": ("data.faults", "data.coco_json"),
+    "evaluation.errors": ("evaluation.analysis",),
+    "evaluation.evaluator": ("engine.evaluator",),
+    "model_zoo": ("weights.model_zoo",),
+    "modeling.inference": ("modeling.fold_norms",),
+    "modeling.predecessors": (
+        *("modeling.query_selection", "modeling.denoising"),
+        *("modeling.positions", "modeling.criterion"),
+    ),
+    "overrides": ("config.overrides",),
+    "releases": ("weights.releases",),
+    "visualize.errors": ("visualize.image_errors",),
+}
+PACKAGE = __package__
+
+
+class MovedModules(MetaPathFinder, Loader):
+    """Makes a module of an old name out of what is now elsewhere."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        is_moved = fullname.removeprefix(f"{PACKAGE}.") in MOVED
+        return ModuleSpec(fullname, self) if is_moved else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        for place in reversed(MOVED[module.__name__.removeprefix(f"{PACKAGE}.")]):
+            now = importlib.import_module(f"{PACKAGE}.{place}")
+            module.__dict__.update({k: x for k, x in vars(now).items() if not k.startswith("__")})

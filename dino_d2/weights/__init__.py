@@ -1,0 +1,1 @@
+"""Files of weights: getting and reading them, fitting them to a model, publishing them."""
