@@ -8,7 +8,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.structures import ImageList
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
@@ -39,9 +38,13 @@ class Detection(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        sizes = [tuple(images.shape[-2:])] * len(images)
-        layers = self.model.detect(ImageList(images, sizes)).layers
-        return [x for predictions in layers for x in predictions]
+        output = self.model.detect(images, no_padding(images))
+        return [x for predictions in output.result.layers for x in predictions]
+
+
+def no_padding(images: Tensor) -> Tensor:
+    """(B, H, W), False everywhere."""
+    return torch.zeros_like(images[:, 0], dtype=torch.bool)
 
 
 def count_flops(model: DINO, height: int, width: int) -> Flops:
@@ -99,12 +102,11 @@ def kept_activations(model: DINO, height: int, width: int, boxes: int) -> Counte
     """
     model = copy.deepcopy(model).train()
     pixels = torch.rand(1, len(model.pixel_mean), height, width, device=model.device)
-    image = ImageList(pixels, [(height, width)])
     labels = torch.zeros(boxes, dtype=torch.long, device=model.device)
     targets = [Target(labels, torch.full((boxes, 4), 0.5, device=model.device))]
     kept: Counter[str] = Counter()
     with watched(model, lambda stage, size: kept.update({stage: size})):
-        model.detect(image, targets)
+        model.detect(pixels, no_padding(pixels), targets)
     return kept
 
 

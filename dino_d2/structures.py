@@ -13,7 +13,8 @@ Boxes are (cx, cy, w, h) in [0, 1], relative to the image without its padding.
 Padding masks are True on padding, attention masks are True where attention is forbidden.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,49 +64,66 @@ class Match(NamedTuple):
     targets: Tensor  # (n,) or (N, n)
 
 
-class DenoisingBatch(NamedTuple):
-    """Noised ground truth, to be prepended to the matching queries."""
+class Branch(NamedTuple):
+    """Queries that are supervised by one rule, and what becomes of them.
 
-    queries: Queries  # T of them
-    groups: Tensor  # (T,), group of every query; groups do not see each other
-    match: Match  # known by construction, no assignment needed
-    num_groups: int
+    The result is the branch without a name. Others, such as denoising, exist in training only.
+    """
+
+    name: str  # part of the names of its losses: "dn" makes loss_class_dn
+    queries: Queries | None  # Q of them; None: its predictions do not come from the decoder
+    groups: Tensor | None = None  # (Q,), who attends to whom, see `group_attn_mask`
+    # Known by construction, or what finds it of stacked predictions and targets; None: the matcher
+    # of the criterion.
+    match: "Match | Callable[[Predictions, list[Target]], Match] | None" = None
+    repeats: int = 1  # queries that stand for each box; losses are divided by boxes * repeats
+    weight: float = 1.0  # of all its losses
+    layers: Sequence[Predictions] = ()  # one per decoder layer, once there are
+    proposals: Predictions | None = None  # the encoder's, None without query selection
 
 
 class DetectorOutput(NamedTuple):
-    """Everything that is supervised; at inference only the last of `layers` is of interest."""
+    """Everything that is supervised."""
 
-    layers: list[Predictions]  # one per decoder layer, the last is the result
-    proposals: Predictions | None  # the encoder's, None without query selection
-    denoised: list[Predictions]  # one per decoder layer, empty without denoising
-    denoising: DenoisingBatch | None
+    branches: list[Branch]  # the result first
+
+    @property
+    def result(self) -> Branch:
+        """What detections are made of: by the last of its layers."""
+        return self.branches[0]
+
+    def named(self, name: str) -> Branch | None:
+        """The branch of a name, if there is one."""
+        return next((x for x in self.branches if x.name == name), None)
 
 
-def prepend(first: Queries, second: Queries) -> Queries:
-    """Both sets of queries as one, `first` (denoising queries) in front.
+def join_queries(parts: Sequence[Queries]) -> Queries:
+    """All queries as one set, in the given order.
 
     Raises:
-        ValueError: the others are no boxes: denoising is defined for boxes only
+        ValueError: some are boxes and others points, or some have a learned position and others not
     """
-    if second.position is not None or second.reference.shape[-1] != 4:
+    widths = {x.reference.shape[-1] for x in parts}
+    if len(widths) > 1 or len({x.position is None for x in parts}) > 1:
         raise ValueError("denoising needs queries made of boxes: train points without denoising")
-    return Queries(
-        torch.cat([first.content, second.content], 1),
-        torch.cat([first.reference, second.reference], 1),
-    )
+    return Queries(*(None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True)))
 
 
-def split_predictions(predictions: Predictions, index: int) -> tuple[Predictions, Predictions]:
-    """The predictions of the first `index` queries and those of the others."""
-    front = (x[:, :index] for x in predictions)
-    back = (x[:, index:] for x in predictions)
-    return Predictions(*front), Predictions(*back)
+P = TypeVar("P", bound=NamedTuple)  # Predictions, Target, or those of another detector
 
 
-def stack_predictions(stages: list[Predictions]) -> Predictions:
-    """N stages of (B, Q, .) as one of (N, B, Q, .), in float32 or wider whatever autocast chose."""
-    logits, boxes = (torch.stack(parts) for parts in zip(*stages, strict=True))
-    return Predictions(logits.to(torch.promote_types(logits.dtype, torch.float32)), boxes)
+def split_predictions(predictions: P, sizes: Sequence[int]) -> list[P]:
+    """Predictions (B, Q, .) as those of the first `sizes[0]` queries, of the next, and so on."""
+    parts = zip(*(x.split(sizes, 1) for x in predictions), strict=True)
+    return [type(predictions)(*part) for part in parts]
+
+
+def stack_predictions(stages: Sequence[P]) -> P:
+    """N stages of (B, Q, .) as one of (N, B, Q, .), logits in float32 or wider whatever autocast
+    chose."""
+    stacked = type(stages[0])(*(torch.stack(parts) for parts in zip(*stages, strict=True)))
+    wide = torch.promote_types(stacked.logits.dtype, torch.float32)
+    return stacked._replace(logits=stacked.logits.to(wide))
 
 
 def send(x: Tensor, like: Tensor) -> Tensor:
@@ -116,6 +134,6 @@ def send(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.device, non_blocking=True)
 
 
-def join_targets(targets: list[Target]) -> Target:
+def join_targets(targets: Sequence[P]) -> P:
     """Ground truth of a batch as that of one image, in the order that `Match` counts in."""
-    return Target(*(torch.cat(parts) for parts in zip(*targets, strict=True)))
+    return type(targets[0])(*(torch.cat(parts) for parts in zip(*targets, strict=True)))

@@ -14,7 +14,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from .layers import DeformableAttention
-from .modeling.dino import DINO
+from .modeling.dino import DINO, padding_mask
 from .modeling.matcher import queries_of_boxes
 from .modeling.query_selection import ProposalQueries, PureQuerySelection, take
 from .modeling.tokens import token_centers
@@ -89,8 +89,9 @@ def trace(model: DINO, images: ImageList, targets: list[Target] | None = None) -
     recorder = Recorder()
     with ExitStack() as hooks:
         recorder.watch(model, hooks)
-        output = model.detect(images, targets)
-    first = len(output.denoising.groups) if output.denoising else 0  # of the matching queries
+        output = model.detect(images.tensor, padding_mask(images), targets)
+    # Of the queries of the result; those of other branches stand before them.
+    first = sum(len(x.groups) for x in output.branches[1:] if x.queries is not None)
     layers = [
         LayerTrace(
             reference[:, first:], a[:, first:, first:], places[:, first:], weights[:, first:]
@@ -176,10 +177,10 @@ def match_stages(model: DINO, output: DetectorOutput, target: Target) -> StageMa
         output: of this image alone
         target: on the device of the output
     """
-    stages = list(output.layers)
+    stages, proposals = list(output.result.layers), output.result.proposals
     names = [f"layer {i}" for i in range(1, len(stages) + 1)]
-    if output.proposals is not None and not isinstance(model.query_selection, ProposalQueries):
-        stages, names = [output.proposals, *stages], ["proposals", *names]
+    if proposals is not None and not isinstance(model.query_selection, ProposalQueries):
+        stages, names = [proposals, *stages], ["proposals", *names]
     match = model.criterion.matcher(stack_predictions(stages), [target])
     return StageMatching(names, queries_of_boxes(match, len(target.boxes)))
 
@@ -194,18 +195,19 @@ def denoised_boxes(output: DetectorOutput, target: Target) -> Denoised | None:
     Returns:
         None if there is no box, and so nothing that could be denoised
     """
-    groups, (_, positives, indices) = output.denoising.num_groups, output.denoising.match
+    denoising = output.named("dn")
+    groups, (_, positives, indices) = denoising.repeats, denoising.match
     if not len(positives):
         return None
     truth = Target(*(x[indices.view(groups, -1)[0]] for x in join_targets([target])))
     # In the order of `Denoising`, where a single image leaves no slot empty.
     shape = groups, -1, len(truth.labels)
-    last = output.denoised[-1]
+    last = denoising.layers[-1]
     scores = last.logits[0].sigmoid().unflatten(0, shape)
     labels = truth.labels.expand(scores.shape[:-1])[..., None]
     return Denoised(
         truth=truth,
-        noised=output.denoising.queries.reference[0].unflatten(0, shape),
+        noised=denoising.queries.reference[0].unflatten(0, shape),
         boxes=last.boxes[0].unflatten(0, shape),
         scores=scores.gather(-1, labels)[..., 0],
     )

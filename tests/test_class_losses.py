@@ -4,6 +4,7 @@ from math import log
 
 import pytest
 import torch
+from outputs import detector_output
 from test_syncs import waits  # noqa: F401
 
 from dino_d2.modeling import (
@@ -16,7 +17,7 @@ from dino_d2.modeling import (
     VarifocalLoss,
 )
 from dino_d2.modeling.class_losses import ClassLoss
-from dino_d2.structures import DetectorOutput, Target
+from dino_d2.structures import Target
 
 LOSSES = [FocalLoss, VarifocalLoss, PositionSupervisedLoss, AlignLoss]
 EVERY = pytest.mark.parametrize("kind", LOSSES, ids=lambda kind: kind.__name__)
@@ -250,7 +251,7 @@ def test_the_criterion_passes_the_iou_of_matched_boxes(make_predictions, kind):
     prediction.logits[:] = log(3)
     prediction.boxes[:] = torch.tensor([0.5, 0.5, 0.2, 0.4])  # half of the target, inside it
     criterion = SetCriterion(matcher=HungarianMatcher(), class_loss=kind())
-    losses = criterion(DetectorOutput([prediction], None, [], None), [target])
+    losses = criterion(detector_output([prediction], None, [], None), [target])
     background = BACKGROUND[kind] * 0.75**2 * log(4)
     expected = one_pair(kind, log(3), 0.5) + background
     assert losses["loss_class"].item() == pytest.approx(expected, rel=1e-5)
@@ -262,7 +263,7 @@ def test_the_class_loss_moves_no_box(make_predictions, make_targets, kind):
     for x in stage:
         x.requires_grad_()
     criterion = SetCriterion(matcher=HungarianMatcher(), class_loss=kind())
-    loss = criterion(DetectorOutput([stage], None, [], None), targets)["loss_class"]
+    loss = criterion(detector_output([stage], None, [], None), targets)["loss_class"]
     gradients = torch.autograd.grad(loss, stage, allow_unused=True)
     assert gradients[0].any() and gradients[1] is None
 
@@ -271,7 +272,7 @@ def test_the_class_loss_moves_no_box(make_predictions, make_targets, kind):
 def test_without_boxes_everything_is_background(make_predictions, make_targets, kind):
     targets, stage = make_targets(0, 0), make_predictions(2)
     criterion = SetCriterion(matcher=HungarianMatcher(), class_loss=kind())
-    loss = criterion(DetectorOutput([stage], None, [], None), targets)["loss_class"]
+    loss = criterion(detector_output([stage], None, [], None), targets)["loss_class"]
     p = stage.logits.sigmoid()
     torch.testing.assert_close(loss, BACKGROUND[kind] * (p**2 * -(1 - p).log()).sum())
 

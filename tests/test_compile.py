@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from outputs import run_detector
 
 from dino_d2 import modeling
-from dino_d2.modeling.denoising import denoising_attn_mask
-from dino_d2.structures import prepend
+from dino_d2.modeling.branches import decode
+from dino_d2.modeling.dino import padding_mask
+from dino_d2.structures import Branch
 
 SHAPES = [(8, 8), (4, 4), (2, 2)]
 
@@ -70,15 +72,13 @@ def test_training_on_denoising_queries_is_one_graph(
     model = randomise(make_dino(), std=0.1)
     features, padding = make_inputs(model)
     memory = model.encoder(model.neck(features), padding)
-    matching, _ = model.query_selection(memory)
+    result = Branch("", model.query_selection(memory)[0])
     noised = model.denoising(make_targets(3, 1))
-    queries = prepend(noised.queries, matching)
-    mask = denoising_attn_mask(noised.groups, matching.content.shape[1])
     results = []
     for decoder in (model.decoder, compiled(model.decoder)):
-        layers = decoder(queries, memory, mask)
+        layers = [x for branch in decode(decoder, memory, result, [noised]) for x in branch.layers]
         loss = sum(layer.logits.sum() + layer.boxes.sum() for layer in layers)
-        inputs = [*model.decoder.parameters(), queries.content, memory.tokens]
+        inputs = [*model.decoder.parameters(), result.queries.content, memory.tokens]
         results.append((layers, torch.autograd.grad(loss, inputs, retain_graph=True)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
@@ -91,8 +91,8 @@ def test_the_whole_detector_is_one_graph(make_dino, make_batch, training):
     targets = model.prepare_targets(batch) if training else None
     compiled = torch.compile(model.detect, fullgraph=True, backend="aot_eager")
     torch.manual_seed(1)
-    expected = model.detect(images, targets)
+    expected = run_detector(model, images, targets)
     torch.manual_seed(1)
-    actual = compiled(images, targets)
-    torch.testing.assert_close(actual.layers, expected.layers)
-    torch.testing.assert_close(actual.denoised, expected.denoised)
+    actual = compiled(images.tensor, padding_mask(images), targets)
+    torch.testing.assert_close(actual.result.layers, expected.result.layers)
+    torch.testing.assert_close(actual.named("dn").layers, expected.named("dn").layers)

@@ -5,6 +5,7 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.nn import sigmoid_focal_loss as fvcore_loss
+from outputs import detector_output, with_result
 from torch import distributed, multiprocessing
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
@@ -43,11 +44,11 @@ def make_output(make_predictions):
         denoised = [
             make_predictions(batch, num_queries=len(noised.groups)) for _ in range(3) if denoising
         ]
-        return DetectorOutput(
-            layers=[make_predictions(batch) for _ in range(3)],
-            proposals=make_predictions(batch, num_queries=5) if proposals else None,
-            denoised=denoised,
-            denoising=noised,
+        return detector_output(
+            [make_predictions(batch) for _ in range(3)],
+            make_predictions(batch, num_queries=5) if proposals else None,
+            denoised,
+            noised,
         )
 
     return make
@@ -92,7 +93,7 @@ def test_losses_of_one_query_and_one_box(stage):
     # as positive and negative: the second query of the denoising part has no box
     twice = Predictions(*(x.repeat(1, 2, 1) for x in prediction))
     noised = ContrastiveDenoising(num_classes=2, embed_dim=8, budget=1)([target])
-    losses = make_criterion()(DetectorOutput([prediction], prediction, [twice], noised), [target])
+    losses = make_criterion()(detector_output([prediction], prediction, [twice], noised), [target])
     suffix = {"layers": "", "proposals": "_enc", "denoised": "_dn"}[stage]
     # all probabilities are 1/2: 0.25 * 0.5^2 * log 2 for the class that is, 0.75 * ... for others
     there, absent = (alpha * 0.25 * log(2) for alpha in (0.25, 0.75))
@@ -110,7 +111,7 @@ def test_losses_are_those_of_a_loop_over_stages_and_images(make_targets, make_ou
     output = make_output(targets)
     losses = make_criterion()(output, targets)
     names = ["_0", "_1", "", "_enc"]
-    for suffix, stage in zip(names, [*output.layers, output.proposals], strict=True):
+    for suffix, stage in zip(names, [*output.result.layers, output.result.proposals], strict=True):
         pairs = list(matched_pairs(stage, targets))
         for name, expected in slow_losses(stage, targets, pairs, sum(counts)).items():
             torch.testing.assert_close(losses.pop(name + suffix), expected)
@@ -122,7 +123,7 @@ def test_losses_are_those_of_a_loop_over_stages_and_images(make_targets, make_ou
         for group in range(2)
         for box in range(count)
     ]
-    for suffix, stage in zip(["_dn_0", "_dn_1", "_dn"], output.denoised, strict=True):
+    for suffix, stage in zip(["_dn_0", "_dn_1", "_dn"], output.named("dn").layers, strict=True):
         # divided by boxes times groups
         for name, expected in slow_losses(stage, targets, pairs, 2 * sum(counts)).items():
             torch.testing.assert_close(losses.pop(name + suffix), expected)
@@ -160,7 +161,7 @@ def test_the_loss_of_background_keeps_nothing_but_the_logits(make_predictions):
 def test_gradients_are_those_of_the_loop(make_targets, make_output, alpha, gamma):
     targets = make_targets(2, 3)
     output = make_output(targets, proposals=False, denoising=False)
-    stage = output.layers[0]
+    stage = output.result.layers[0]
     stage.logits.requires_grad_()
     criterion = make_criterion(class_loss=FocalLoss(alpha=alpha, gamma=gamma))
     one_hot = torch.zeros_like(stage.logits)
@@ -239,7 +240,7 @@ def test_matching_and_denoising_losses_see_only_their_own_queries(make_targets, 
     targets = make_targets(2, 1)
     output, other = make_output(targets), make_output(targets)
     losses = make_criterion()(output, targets)
-    swapped = make_criterion()(output._replace(denoised=other.denoised), targets)
+    swapped = make_criterion()(DetectorOutput([output.result, other.named("dn")]), targets)
     for name, loss in losses.items():
         assert torch.equal(loss, swapped[name]) == ("_dn" not in name)
 
@@ -257,11 +258,11 @@ def test_without_boxes_only_matching_queries_have_a_loss(make_targets, make_outp
 def test_without_boxes_every_prediction_still_gets_a_gradient(make_targets, make_output):
     targets = make_targets(0, 0)
     output = make_output(targets)
-    predictions = [*output.layers, output.proposals, *output.denoised]
+    predictions = [*output.result.layers, output.result.proposals, *output.named("dn").layers]
     leaves = [x.requires_grad_() for stage in predictions for x in stage]
     sum(make_criterion()(output, targets).values()).backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
-    assert not any(x.grad.any() for stage in output.denoised for x in stage)
+    assert not any(x.grad.any() for stage in output.named("dn").layers for x in stage)
 
 
 # ---- what is not finite
@@ -282,7 +283,7 @@ def test_a_broken_prediction_breaks_the_loss_and_nothing_else(
     output = make_output(targets)
     criterion = kind(matcher=HungarianMatcher())
     assert sum(criterion(output, targets).values()).isfinite()
-    for stage in (output.layers[0], output.layers[-1], output.proposals):
+    for stage in (output.result.layers[0], output.result.layers[-1], output.result.proposals):
         of_query = stage[field][1]  # five queries: with and without a box
         for query in range(len(of_query)):
             kept = of_query[query, 2].clone()
@@ -298,11 +299,11 @@ def test_a_broken_prediction_breaks_the_loss_and_nothing_else(
 def test_a_broken_denoising_query_breaks_the_loss(make_targets, make_output, value, field):
     targets = make_targets(1, 3)
     output = make_output(targets)
-    for query in range(len(output.denoising.groups)):  # positive, negative, empty
-        kept = output.denoised[1][field][0, query].clone()
-        output.denoised[1][field][0, query] = value
+    for query in range(len(output.named("dn").groups)):  # positive, negative, empty
+        kept = output.named("dn").layers[1][field][0, query].clone()
+        output.named("dn").layers[1][field][0, query] = value
         losses = make_criterion()(output, targets)
-        output.denoised[1][field][0, query] = kept
+        output.named("dn").layers[1][field][0, query] = kept
         broken = {name for name, loss in losses.items() if not loss.isfinite()}
         assert broken and all(name.endswith("_dn_1") for name in broken)
 
@@ -403,11 +404,11 @@ def test_instability_is_logged_from_stage_to_stage(make_targets, make_output, pr
     targets = make_targets(4, 0, 3)
     output = make_output(targets, proposals=proposals)
     expected = {
-        f"matching/instability_{i}": slow_instability(*output.layers[i - 1 : i + 1], targets)
+        f"matching/instability_{i}": slow_instability(*output.result.layers[i - 1 : i + 1], targets)
         for i in (1, 2)
     }
     if proposals:
-        pair = output.proposals, output.layers[0]
+        pair = output.result.proposals, output.result.layers[0]
         expected["matching/instability_0"] = slow_instability(*pair, targets)
     assert len(set(expected.values())) > 1
     assert logged(make_criterion(), output, targets) == pytest.approx(expected)
@@ -416,7 +417,8 @@ def test_instability_is_logged_from_stage_to_stage(make_targets, make_output, pr
 def test_layers_that_agree_are_stable(make_targets, make_output):
     targets = make_targets(3)
     output = make_output(targets)
-    same = output._replace(layers=[output.layers[0]] * 3, proposals=output.layers[0])
+    first = output.result.layers[0]
+    same = with_result(output, layers=[first] * 3, proposals=first)
     assert set(logged(make_criterion(), same, targets).values()) == {0.0}
 
 
@@ -436,9 +438,9 @@ def test_proposals_of_objects_of_any_class_are_not_compared_with_the_layers(
 def test_batches_of_a_step_are_logged_one_by_one(make_targets, make_output):
     targets = make_targets(3)
     output = make_output(targets)
-    same = output._replace(layers=[output.layers[0]] * 3)
+    same = with_result(output, layers=[output.result.layers[0]] * 3)
     with EventStorage() as storage:
         for x in (same, output):
             make_criterion()(x, targets)
         values = [value for value, _ in storage.history("matching/instability_1").values()]
-    assert values == [0.0, pytest.approx(slow_instability(*output.layers[:2], targets))]
+    assert values == [0.0, pytest.approx(slow_instability(*output.result.layers[:2], targets))]

@@ -5,10 +5,10 @@ from torch import nn
 from dino_d2.boxes import refine
 from dino_d2.layers import encode_boxes
 from dino_d2.modeling import Decoder
+from dino_d2.modeling.branches import group_attn_mask
 from dino_d2.modeling.decoder_layers import scale_to_levels
-from dino_d2.modeling.denoising import denoising_attn_mask
 from dino_d2.modeling.positions import AnchorPosition, LearnedPosition
-from dino_d2.structures import Queries, prepend, split_predictions
+from dino_d2.structures import Queries, join_queries, split_predictions
 
 NUM_LAYERS = 3
 LOOKS = pytest.mark.parametrize("look_forward", [1, 2])
@@ -55,9 +55,9 @@ def changed(stages, others):
 
 def test_matching_queries_do_not_depend_on_denoising_queries(make_decoder, memory):
     decoder, matching, noised = make_decoder(), make_queries(5), make_queries(4)
-    mask = denoising_attn_mask(torch.tensor([0, 0, 1, 1]), 5)
-    together = decoder(prepend(noised, matching), memory, mask)
-    assert_same([split_predictions(x, 4)[1] for x in together], decoder(matching, memory))
+    mask = group_attn_mask(torch.tensor([1, 1, 2, 2] + [0] * 5))
+    together = decoder(join_queries([noised, matching]), memory, mask)
+    assert_same([split_predictions(x, [4, 5])[1] for x in together], decoder(matching, memory))
 
 
 @pytest.mark.parametrize("perturbed", range(9))
@@ -66,16 +66,15 @@ def test_groups_do_not_see_each_other_but_themselves_and_the_matching_queries(
 ):
     decoder, queries = make_decoder(), make_queries(9)
     # two groups of a positive and a negative each, then five matching queries
-    groups = torch.tensor([0, 0, 1, 1])
-    mask = denoising_attn_mask(groups, 5)
+    groups = torch.tensor([1, 1, 2, 2] + [0] * 5)
+    mask = group_attn_mask(groups)
     content = queries.content.clone()
     content[:, perturbed] += 3 * torch.randn(32)
     seen = changed(
         decoder(queries, memory, mask), decoder(queries._replace(content=content), memory, mask)
     )
     if perturbed < 4:
-        same_group = (groups == groups[perturbed]).tolist()
-        assert seen.tolist() == same_group + [False] * 5
+        assert torch.equal(seen, groups == groups[perturbed])
     else:
         assert seen.all()
 

@@ -3,7 +3,8 @@ import torch
 
 from dino_d2.boxes import cxcywh_to_xyxy
 from dino_d2.modeling import ContrastiveDenoising, Denoising
-from dino_d2.modeling.denoising import denoising_attn_mask, noise_boxes
+from dino_d2.modeling.branches import group_attn_mask, join_groups
+from dino_d2.modeling.denoising import noise_boxes
 from dino_d2.structures import Target
 
 NUM_CLASSES = 4
@@ -46,7 +47,7 @@ def test_as_many_groups_are_made_as_fit_into_the_budget(
 ):
     noised = make_denoising(kind, budget=budget)(make_targets(*counts))
     slots = min(max(counts), budget)
-    assert noised.num_groups == num_groups
+    assert noised.repeats == num_groups
     assert len(noised.groups) == num_groups * slots * kind.copies_per_group
     assert len(noised.groups) <= budget * kind.copies_per_group
     for part in noised.queries[:2]:
@@ -56,7 +57,7 @@ def test_as_many_groups_are_made_as_fit_into_the_budget(
 def test_groups_lie_one_after_the_other_positives_before_negatives(targets):
     noised = make_denoising(budget=6, label_noise=0.0, box_noise=0.4)(targets)
     # three slots, two groups of two copies
-    assert noised.groups.tolist() == [0] * 6 + [1] * 6
+    assert noised.groups.tolist() == [1] * 6 + [2] * 6
     reference = noised.queries.reference[2].view(4, 3, 4)  # the image that fills its slots
     shifts = corner_shifts(reference, targets[2].boxes)
     # positives move by up to 0.4 halves, negatives by 0.4 to 0.8 of them
@@ -66,7 +67,7 @@ def test_groups_lie_one_after_the_other_positives_before_negatives(targets):
 
 def test_without_contrast_every_query_is_positive(targets):
     noised = make_denoising(Denoising, budget=6, box_noise=0.4)(targets)
-    assert noised.groups.tolist() == [0] * 3 + [1] * 3
+    assert noised.groups.tolist() == [1] * 3 + [2] * 3
     reference = noised.queries.reference[2].view(2, 3, 4)
     assert corner_shifts(reference, targets[2].boxes).max() <= 0.4 + 1e-4
 
@@ -74,8 +75,8 @@ def test_without_contrast_every_query_is_positive(targets):
 @KINDS
 def test_without_any_box_there_is_one_group_of_empty_slots(make_targets, kind):
     noised = make_denoising(kind)(make_targets(0, 0))
-    assert noised.num_groups == 1
-    assert noised.groups.tolist() == [0] * kind.copies_per_group
+    assert noised.repeats == 1
+    assert noised.groups.tolist() == [1] * kind.copies_per_group
     assert all(len(part) == 0 for part in noised.match)
 
 
@@ -100,7 +101,7 @@ def test_matches_point_to_the_box_that_was_noised(make_targets, kind, counts):
     noised = make_denoising(kind, budget=9, label_noise=0.0, box_noise=0.0)(targets)
     truth = Target(*(torch.cat(parts) for parts in zip(*targets, strict=True)))
     images, queries, boxes = noised.match
-    assert len(images) == noised.num_groups * sum(min(count, 9) for count in counts)
+    assert len(images) == noised.repeats * sum(min(count, 9) for count in counts)
     torch.testing.assert_close(noised.queries.reference[images, queries], truth.boxes[boxes])
     assert torch.equal(labels_of(noised)[images, queries], truth.labels[boxes])
     starts = [sum(counts[:image]) for image in images]
@@ -111,8 +112,8 @@ def test_every_box_is_matched_once_per_group(targets):
     noised = make_denoising(budget=12)(targets)
     groups = noised.groups[noised.match.queries]
     pairs = set(zip(groups.tolist(), noised.match.targets.tolist(), strict=True))
-    assert len(pairs) == len(groups) == noised.num_groups * 5
-    assert pairs == {(group, box) for group in range(4) for box in range(5)}
+    assert len(pairs) == len(groups) == noised.repeats * 5
+    assert pairs == {(group, box) for group in range(1, 5) for box in range(5)}
 
 
 def test_a_crowded_image_takes_part_with_a_subset_drawn_anew(make_targets):
@@ -199,15 +200,16 @@ def test_a_budget_of_nothing_is_refused():
 # ---- mask
 
 
-@pytest.mark.parametrize(("groups", "num_queries"), [([0, 0, 1, 1, 2, 2], 3), ([0], 1), ([], 2)])
-def test_the_mask_keeps_groups_from_each_other_and_hides_them_from_matching_queries(
-    groups, num_queries
-):
-    mask = denoising_attn_mask(torch.tensor(groups, dtype=torch.int64), num_queries)
-    total = len(groups) + num_queries
-    assert mask.shape == (total, total) and mask.dtype == torch.bool
-    for query in range(total):
-        for key in range(total):
-            is_denoising_key = key < len(groups)
-            same_group = query < len(groups) and is_denoising_key and groups[query] == groups[key]
-            assert mask[query, key].item() == (is_denoising_key and not same_group)
+@pytest.mark.parametrize("groups", [[1, 1, 2, 2, 3, 3, 0, 0, 0], [1, 0], [0, 0], [1, 2, -3, -4, 0]])
+def test_the_mask_keeps_groups_from_each_other_and_hides_them_from_the_result(groups):
+    mask = group_attn_mask(torch.tensor(groups))
+    assert mask.shape == (len(groups),) * 2 and mask.dtype == torch.bool
+    for query, own in enumerate(groups):
+        for key, other in enumerate(groups):
+            sees = other == own or own > 0 and other == 0
+            assert mask[query, key].item() != sees
+
+
+def test_groups_of_several_branches_are_different_ones():
+    joined = join_groups([torch.tensor([1, 1, 2]), torch.tensor([-1, -2]), torch.tensor([1])], 2)
+    assert joined.tolist() == [1, 1, 2, -4, -5, 6, 0, 0]

@@ -8,6 +8,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
+from outputs import run_detector
 from torch import nn
 
 from dino_d2 import add_dino_config, modeling
@@ -91,21 +92,21 @@ def test_the_main_loss_is_that_of_a_model_without_denoising(make_dino, make_batc
 
 def test_matching_and_denoising_queries_are_told_apart(make_dino, make_batch):
     model, batch = make_dino(num_queries=20, budget=4), make_batch(2, 1)
-    output = model.detect(model.preprocess_images(batch), model.prepare_targets(batch))
-    assert [x.logits.shape for x in output.layers] == [(2, 20, 3)] * 2
+    output = run_detector(model, model.preprocess_images(batch), model.prepare_targets(batch))
+    assert [x.logits.shape for x in output.result.layers] == [(2, 20, 3)] * 2
     # two groups of two positives and two negatives
-    assert [x.boxes.shape for x in output.denoised] == [(2, 8, 4)] * 2
-    assert output.proposals.boxes.shape == (2, 20, 4)
+    assert [x.boxes.shape for x in output.named("dn").layers] == [(2, 8, 4)] * 2
+    assert output.result.proposals.boxes.shape == (2, 20, 4)
 
 
 def test_a_training_step_under_autocast_is_finite_and_its_boxes_are_wide(make_dino, make_batch):
     model, batch = make_dino(), make_batch(2, 0)
     with torch.autocast("cpu", torch.bfloat16):
         targets = model.prepare_targets(batch)
-        output = model.detect(model.preprocess_images(batch), targets)
+        output = run_detector(model, model.preprocess_images(batch), targets)
         losses = model.criterion(output, targets)
-    assert output.layers[0].logits.dtype == torch.bfloat16  # or nothing was cast
-    stages = [*output.layers, *output.denoised, output.proposals]
+    assert output.result.layers[0].logits.dtype == torch.bfloat16  # or nothing was cast
+    stages = [*output.result.layers, *output.named("dn").layers, output.result.proposals]
     assert all(stage.boxes.dtype == torch.float32 for stage in stages)
     total(losses).backward()
     assert total(losses).isfinite()
@@ -313,7 +314,7 @@ def test_predictions_are_those_recorded(make_dino):
     fill(model)
     image = 128 + 100 * torch.sin(torch.arange(3 * 48 * 64.0) * 0.37).view(3, 48, 64)
     with torch.no_grad():
-        last = model.detect(model.preprocess_images([{"image": image}])).layers[-1]
+        last = run_detector(model, model.preprocess_images([{"image": image}])).result.layers[-1]
     boxes = torch.tensor([[0.9293, 0.65879, 0.02674, 0.08037], [0.8696, 0.47415, 0.02673, 0.08036]])
     logits = torch.tensor([[0.20764, 0.33277, -0.0754], [0.19196, 0.34846, -0.09104]])
     torch.testing.assert_close(last.boxes[0, :2], boxes, rtol=0, atol=1e-4)

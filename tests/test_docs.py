@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from outputs import detector_output
 
 from dino_d2.modeling import ContrastiveDenoising, HungarianMatcher, SetCriterion
-from dino_d2.structures import DetectorOutput, Predictions
+from dino_d2.structures import Predictions
 from dino_d2.weights.releases import table
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,7 @@ def test_negatives_are_taught_that_they_are_nothing(make_targets):
     for x in denoised:
         x.requires_grad_()
     criterion = SetCriterion(matcher=HungarianMatcher())
-    losses = criterion(DetectorOutput([matching], None, [denoised], denoising), targets)
+    losses = criterion(detector_output([matching], None, [denoised], denoising), targets)
 
     sum(loss for name, loss in losses.items() if "_dn" in name).backward()
     logits, boxes = (x.grad[0] for x in denoised)

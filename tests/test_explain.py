@@ -17,6 +17,7 @@ import torch
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from outputs import detector_output
 from PIL import Image
 
 from dino_d2 import modeling, visualize
@@ -119,10 +120,10 @@ def test_every_selected_token_has_a_marker_and_every_explained_query_its_proposa
 
 def test_a_box_is_drawn_as_it_starts_and_after_every_layer(make_traced, image):
     _, traced, _ = make_traced()
-    layers = traced.output.layers
+    layers = traced.output.result.layers
     figure = draw_refinement(image, traced, [4, 7], CLASSES)
     for query, (picture, chart) in zip((4, 7), np.reshape(figure.axes, (2, 2)), strict=True):
-        boxes = torch.stack([x.boxes[0, query] for x in (traced.output.proposals, *layers)])
+        boxes = torch.stack([x.boxes[0, query] for x in (traced.output.result.proposals, *layers)])
         torch.testing.assert_close(drawn(picture), in_pixels(boxes))
         overlap, score = (torch.tensor(np.array(x.get_ydata())).float() for x in chart.lines)
         corners = cxcywh_to_xyxy(boxes)
@@ -167,7 +168,7 @@ def attention_of(weights, boxes):
     layer = LayerTrace(boxes[None], weights[None], torch.zeros(0), torch.zeros(0))
     predictions = Predictions(torch.zeros(1, count, 3), boxes[None])
     output = explain.Trace(None, (), None, [layer])
-    return output._replace(output=type("Output", (), {"layers": [predictions]}))
+    return output._replace(output=detector_output([predictions]))
 
 
 def bars(axes):
@@ -209,7 +210,7 @@ def test_the_picture_of_points_goes_by_the_boxes_that_they_become(make_traced, i
         query_selection=Points, denoising=None, position_head=LearnedPosition(), look_forward=0
     )
     picture = draw_self_attention(image, traced, [3], CLASSES).axes[0]
-    expected = in_pixels(traced.output.layers[-1].boxes[0, 3])
+    expected = in_pixels(traced.output.result.layers[-1].boxes[0, 3])
     torch.testing.assert_close(drawn(picture, "black")[0], expected)
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import TinyBackbone
 from detectron2.structures import ImageList
+from outputs import run_detector
 from PIL import Image
 from torch.nn import functional as F
 
@@ -85,7 +86,7 @@ def test_padding_is_masked_as_in_a_batch_of_the_model(model, images, image_sizes
     cut = [image[:, :h, :w] for image, (h, w) in zip(images, sizes, strict=True)]
     batch = model.preprocess_images([{"image": image} for image in cut])
     with torch.no_grad():
-        predictions = model.detect(ImageList(batch.tensor, sizes)).layers[-1]
+        predictions = run_detector(model, ImageList(batch.tensor, sizes)).result.layers[-1]
     expected = postprocess(predictions, sizes, model.max_detections)
     for box, score, x in zip(*detect(model, images, image_sizes)[:2], expected, strict=True):
         x.pred_boxes.clip(x.image_size)

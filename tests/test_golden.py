@@ -16,10 +16,12 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import ImageList
+from outputs import run_detector
 from torch import Tensor
 
 from dino_d2.layouts.dino import from_official, to_official
-from dino_d2.modeling.denoising import denoising_attn_mask, noise_boxes, noise_labels
+from dino_d2.modeling.branches import group_attn_mask, join_groups
+from dino_d2.modeling.denoising import noise_boxes, noise_labels
 from dino_d2.modeling.postprocess import postprocess
 from dino_d2.structures import (
     DetectorOutput,
@@ -166,7 +168,7 @@ def evaluation(model, token_order, images):
         "decoder": model.decoder.norm,
     }
     with watched(parts) as stages, torch.no_grad():
-        return Evaluation(model.detect(images), stages, token_order.selected)
+        return Evaluation(run_detector(model, images), stages, token_order.selected)
 
 
 @contextmanager
@@ -192,7 +194,7 @@ class Training(NamedTuple):
 
 def train(model, token_order, images, targets):
     model.train()
-    output = model.detect(images, targets)
+    output = run_detector(model, images, targets)
     return Training(output, targets, model.criterion(output, targets), token_order.selected)
 
 
@@ -308,17 +310,17 @@ def assert_best(logits: Tensor, recorded: dict[str, Tensor], prefix: str) -> Non
 
 
 def assert_predictions(output: DetectorOutput, recorded: dict[str, Tensor]) -> None:
-    *auxiliary, last = output.layers
+    *auxiliary, last = output.result.layers
     assert_close(last.logits, recorded["pred_logits"])
     assert_close(last.boxes, recorded["pred_boxes"])
     assert len(auxiliary) == 5
     for i, layer in enumerate(auxiliary):
         assert_best(layer.logits, recorded, f"aux{i}/")
         assert_close(layer.boxes, recorded[f"aux{i}/pred_boxes"])
-    assert_best(output.proposals.logits, recorded, "interm_outputs/")
-    assert_close(output.proposals.boxes, recorded["interm_outputs/pred_boxes"])
+    assert_best(output.result.proposals.logits, recorded, "interm_outputs/")
+    assert_close(output.result.proposals.boxes, recorded["interm_outputs/pred_boxes"])
     # The proposals before their refinement: the same classes.
-    assert_best(output.proposals.logits, recorded, "interm_outputs_for_matching_pre/")
+    assert_best(output.result.proposals.logits, recorded, "interm_outputs_for_matching_pre/")
 
 
 def moments(level: Tensor) -> Tensor:
@@ -397,7 +399,7 @@ def test_boxes_and_logits_are_the_official_ones(evaluation, recorded):
 
 
 def test_detections_are_the_official_ones(model, evaluation, recorded, images):
-    result, sizes = evaluation.output.layers[-1], images.image_sizes
+    result, sizes = evaluation.output.result.layers[-1], images.image_sizes
     detections = postprocess(result, sizes, model.max_detections)
     # Boxes that are the number of their query tell which it was.
     numbers = torch.arange(float(NUM_QUERIES))[:, None] * torch.tensor([1.0, 0, 0, 0])
@@ -435,7 +437,7 @@ def test_the_recorded_draws_make_the_recorded_denoising_queries(
 ):
     with drawn(recorded_draws(recorded_training), counts=[3, 7]):
         noised = model.denoising(targets)
-    assert noised.num_groups == recorded_training["cdn/num_dn_group"]
+    assert noised.repeats == recorded_training["cdn/num_dn_group"]
     assert len(noised.groups) == recorded_training["cdn/pad_size"]
     reference = recorded_training["cdn/query_bbox"].sigmoid()
     assert_close(noised.queries.reference, reference, tolerance=1e-6)
@@ -446,7 +448,7 @@ def test_the_recorded_draws_make_the_recorded_denoising_queries(
 
 
 def test_the_attention_mask_is_the_official_one(model, targets, recorded_training):
-    mask = denoising_attn_mask(model.denoising(targets).groups, NUM_QUERIES)
+    mask = group_attn_mask(join_groups([model.denoising(targets).groups], NUM_QUERIES))
     row = recorded_training["cdn/attn_mask_row_of_query"]
     assert torch.equal(mask, recorded_training["cdn/attn_mask_rows"][row])
 
@@ -462,7 +464,7 @@ def test_predictions_in_training_are_the_official_ones(training, recorded_traini
 
 @pytest.mark.slow
 def test_predictions_on_denoising_queries_are_the_official_ones(training, recorded_training):
-    for layer, name in zip(training.output.denoised, LAYERS, strict=True):
+    for layer, name in zip(training.output.named("dn").layers, LAYERS, strict=True):
         prefix = "dn/" if name == "last" else f"dn/{name}/"
         assert_best(layer.logits, recorded_training, prefix)
         assert_close(layer.boxes, recorded_training[f"{prefix}pred_boxes"])
@@ -470,7 +472,7 @@ def test_predictions_on_denoising_queries_are_the_official_ones(training, record
 
 def matched_stages(model, training) -> list[tuple[Predictions, Match]]:
     """Of every decoder layer and of the encoder."""
-    stages = [*training.output.layers, training.output.proposals]
+    stages = [*training.output.result.layers, training.output.result.proposals]
     images, queries, boxes = model.criterion.matcher(stack_predictions(stages), training.targets)
     matches = [Match(images, *pairs) for pairs in zip(queries, boxes, strict=True)]
     return list(zip(stages, matches, strict=True))
@@ -521,9 +523,9 @@ def test_what_the_official_one_only_logs_follows_too(run, request, model, record
         )
     }
     if len(truth):  # without any, the official one does not look at its denoising queries
-        _, _, match, groups = training.output.denoising
-        for suffix, layer in zip(SUFFIXES, training.output.denoised, strict=True):
-            logged[f"_dn{suffix}"] = layer, match, groups
+        noised = training.output.named("dn")
+        for suffix, layer in zip(SUFFIXES, noised.layers, strict=True):
+            logged[f"_dn{suffix}"] = layer, noised.match, noised.repeats
     for suffix, (predictions, match, groups) in logged.items():
         error = (predictions.boxes[match.images, match.queries] - truth[match.targets]).abs()
         xy, wh = (error.sum(0) / (groups * max(len(truth), 1))).view(2, 2).sum(1)

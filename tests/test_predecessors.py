@@ -5,6 +5,7 @@ from math import cos, exp, log, pi, sin
 import pytest
 import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
+from outputs import detector_output, run_detector, with_result
 
 from dino_d2.modeling import (
     Denoising,
@@ -23,7 +24,7 @@ from dino_d2.modeling.query_selection import (
     ProposalQueries,
     proposal_anchors,
 )
-from dino_d2.structures import DetectorOutput, Predictions, Queries, Target
+from dino_d2.structures import Predictions, Queries, Target
 from dino_d2.weights import model_zoo
 
 PLAIN = "deformable_detr_R_50_50ep"
@@ -61,7 +62,7 @@ def decoded(make_batch, randomise):
         randomise(model.query_selection)
         for layer in model.decoder.layers:
             layer.register_forward_pre_hook(lambda _, args: calls.append(args))
-        output = model.detect(model.preprocess_images(make_batch(1, 1)))
+        output = run_detector(model, model.preprocess_images(make_batch(1, 1)))
         return model, calls, output
 
     return run
@@ -243,7 +244,7 @@ def test_without_refinement_all_layers_look_at_the_same_points(decoded):
     for position, reference in zip(positions, references, strict=True):
         assert torch.equal(position[0], model.query_selection.position.weight)
         assert torch.equal(reference, references[0])
-    first, second = output.layers[:2]
+    first, second = output.result.layers[:2]
     assert not torch.allclose(first.boxes, second.boxes, atol=1e-3)
 
 
@@ -251,7 +252,7 @@ def test_refinement_makes_boxes_of_the_points_after_the_first_layer(decoded):
     model, calls, output = decoded(REFINE)
     positions, references = ([args[i] for args in calls] for i in (1, 2))
     assert [reference.shape[-1] for reference in references] == [2, 4, 4]
-    for previous, reference in zip(output.layers, references[1:], strict=False):
+    for previous, reference in zip(output.result.layers, references[1:], strict=False):
         torch.testing.assert_close(reference[:, :, 0], previous.boxes)  # images without padding
     assert all(torch.equal(x[0], model.query_selection.position.weight) for x in positions)
 
@@ -259,7 +260,7 @@ def test_refinement_makes_boxes_of_the_points_after_the_first_layer(decoded):
 @pytest.mark.parametrize("name", [PLAIN, REFINE])
 def test_boxes_start_at_the_points_with_an_eighth_of_the_image(make_batch, name):
     model = make_small(name)
-    first, *_ = model.detect(model.preprocess_images(make_batch(1))).layers
+    first, *_ = run_detector(model, model.preprocess_images(make_batch(1))).result.layers
     selection = model.query_selection
     points = selection.reference_points(selection.position.weight).sigmoid()
     # the sigmoid of -2 is 0.1192
@@ -331,7 +332,7 @@ def test_all_proposals_are_supervised_and_an_object_is_of_the_first_class(make_p
     logits = torch.tensor([1.0, -1.0, -1.0]).expand(1, 7, 3)
     boxes = torch.tensor([0.1, 0.1, 0.1, 0.1]).repeat(1, 7, 1)
     boxes[0, 4] = torch.tensor([0.5, 0.5, 0.3, 0.2])
-    output = DetectorOutput([make_predictions(1)], Predictions(logits, boxes), [], None)
+    output = detector_output([make_predictions(1)], Predictions(logits, boxes), [], None)
     losses = AllProposals(matcher=HungarianMatcher())(output, [target])
     # one of seven is the object, and its class is 0
     expected = focal(1, True) + 6 * focal(1, False) + 14 * focal(-1, False)
@@ -345,7 +346,7 @@ def test_labels_matter_to_the_decoder_but_not_to_the_proposals(make_predictions,
     targets = make_targets(2, 1)
     others = [target._replace(labels=(target.labels + 1) % NUM_CLASSES) for target in targets]
     layers = [make_predictions(2) for _ in range(2)]
-    output = DetectorOutput(layers, make_predictions(2, num_queries=9), [], None)
+    output = detector_output(layers, make_predictions(2, num_queries=9), [], None)
     criterion = AllProposals(matcher=HungarianMatcher())
     losses, changed = criterion(output, targets), criterion(output, others)
     for name, loss in losses.items():
@@ -353,7 +354,7 @@ def test_labels_matter_to_the_decoder_but_not_to_the_proposals(make_predictions,
             assert torch.equal(loss, changed[name])
     assert losses["loss_class"] != changed["loss_class"]
     assert losses["loss_class_0"] != changed["loss_class_0"]
-    usual = SetCriterion(matcher=HungarianMatcher())(output._replace(proposals=None), targets)
+    usual = SetCriterion(matcher=HungarianMatcher())(with_result(output, proposals=None), targets)
     assert all(torch.equal(loss, losses[name]) for name, loss in usual.items())
 
 
@@ -380,7 +381,7 @@ def test_the_content_scales_the_position_except_in_the_first_layer(randomise):
 def test_learned_anchors_are_refined_from_the_first_layer_on(decoded, name):
     model, calls, output = decoded(name)
     anchors = model.query_selection.anchors.weight.sigmoid().expand(2, -1, -1)
-    expected = [anchors, *(layer.boxes for layer in output.layers[:-1])]
+    expected = [anchors, *(layer.boxes for layer in output.result.layers[:-1])]
     ratios = torch.ones(2, 4, 2)  # images without padding
     for (_, _, reference, *_), boxes in zip(calls, expected, strict=True):
         torch.testing.assert_close(reference, scale_to_levels(boxes, ratios))
@@ -418,8 +419,8 @@ def test_the_last_channel_of_a_denoising_query_tells_boxes_from_empty_slots(make
 @pytest.mark.parametrize("counts", [(1,), (2, 0, 3), (60, 1)], ids=str)
 def test_the_number_of_groups_is_fixed(make_targets, counts):
     noised = make_denoising()(make_targets(*counts))
-    assert noised.num_groups == 5
-    expected = [group for group in range(5) for _ in range(max(counts))]
+    assert noised.repeats == 5
+    expected = [group for group in range(1, 6) for _ in range(max(counts))]
     assert noised.groups.tolist() == expected
     assert len(noised.match.queries) == 5 * sum(counts)
 
@@ -427,7 +428,7 @@ def test_the_number_of_groups_is_fixed(make_targets, counts):
 @pytest.mark.parametrize(("budget", "slots"), [(500, 100), (12, 2)])
 def test_groups_have_room_for_their_share_of_the_budget(make_targets, budget, slots):
     noised = make_denoising(budget=budget)(make_targets(300, 1))
-    assert noised.groups.tolist() == [group for group in range(5) for _ in range(slots)]
+    assert noised.groups.tolist() == [group for group in range(1, 6) for _ in range(slots)]
     assert len(noised.match.queries) == 5 * (slots + 1)
 
 
@@ -475,7 +476,7 @@ def test_empty_slots_are_not_supervised(make_predictions, make_targets, criterio
     criterion, targets = criterion(matcher=HungarianMatcher()), make_targets(1, 3)
     noised = make_denoising()(targets)
     denoised = [make_predictions(2, num_queries=15) for _ in range(2)]
-    output = DetectorOutput([make_predictions(2)], None, denoised, noised)
+    output = detector_output([make_predictions(2)], None, denoised, noised)
     losses = criterion(output, targets)
     empty = torch.arange(15) % 3 > 0  # of the first image, which has one box for three slots
     denoised[1].logits[0, empty] += 3
@@ -488,7 +489,7 @@ def test_images_are_told_apart_where_empty_slots_are_not_supervised(make_predict
     targets = make_targets(3, 3)
     noised = make_denoising()(targets)
     denoised = [make_predictions(2, num_queries=15) for _ in range(2)]
-    output = DetectorOutput([make_predictions(2)], None, denoised, noised)
+    output = detector_output([make_predictions(2)], None, denoised, noised)
     options = {"matcher": HungarianMatcher(), "class_loss": PositionSupervisedLoss()}
     losses = BoxesOnly(**options)(output, targets)
     torch.testing.assert_close(losses, SetCriterion(**options)(output, targets))
@@ -507,7 +508,7 @@ def test_denoising_losses_are_means_over_boxes_and_groups(make_targets):
         logits[image, slots, target.labels] = 1.0
     # as many predictions that fit as denoising queries; the empty slots would cost
     logits[0, torch.arange(15) % 3 > 0] = 5.0
-    output = DetectorOutput(
+    output = detector_output(
         [Predictions(logits, boxes)], None, [Predictions(logits, boxes)], noised
     )
     losses = BoxesOnly(matcher=HungarianMatcher())(output, targets)
@@ -521,7 +522,7 @@ def test_without_boxes_denoising_costs_nothing(make_predictions, make_targets):
     targets = make_targets(0, 0)
     noised = make_denoising()(targets)
     denoised = [make_predictions(2, num_queries=1)]
-    output = DetectorOutput([make_predictions(2)], None, denoised, noised)
+    output = detector_output([make_predictions(2)], None, denoised, noised)
     losses = BoxesOnly(matcher=HungarianMatcher())(output, targets)
-    assert noised.num_groups == 1 and all(loss.isfinite() for loss in losses.values())
+    assert noised.repeats == 1 and all(loss.isfinite() for loss in losses.values())
     assert [losses[f"loss_{kind}_dn"].item() for kind in ("class", "bbox", "giou")] == [0, 0, 0]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from outputs import run_detector
 from torch import Tensor
 
 from dino_d2.boxes import cxcywh_to_xyxy
@@ -119,11 +120,11 @@ def run() -> dict[str, Tensor | dict[str, float]]:
         lambda module, inputs, logits: scores.append(logits.amax(-1))
     )
     with torch.no_grad():
-        output = model.detect(model.preprocess_images(batch))
+        output = run_detector(model, model.preprocess_images(batch))
         hook.remove()
         detections = [x["instances"] for x in model(batch)]
-    best = output.proposals.logits.amax(-1)
-    layers = stack_predictions(output.layers)
+    best = output.result.proposals.logits.amax(-1)
+    layers = stack_predictions(output.result.layers)
 
     model.train()
     with named_noise():
@@ -132,8 +133,8 @@ def run() -> dict[str, Tensor | dict[str, float]]:
     return {
         "logits": layers.logits,
         "boxes": layers.boxes,
-        "proposal_logits": output.proposals.logits,
-        "proposal_boxes": output.proposals.boxes,
+        "proposal_logits": output.result.proposals.logits,
+        "proposal_boxes": output.result.proposals.boxes,
         "scores": scores[0],
         "tokens": (best[..., None] == scores[0][:, None]).int().argmax(-1),
         "detected_scores": torch.stack([x.scores for x in detections]),

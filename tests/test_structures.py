@@ -4,18 +4,18 @@ import torch
 from dino_d2.structures import (
     Predictions,
     Queries,
+    join_queries,
     join_targets,
-    prepend,
     send,
     split_predictions,
     stack_predictions,
 )
 
 
-def test_prepend_puts_the_first_queries_in_front():
+def test_queries_are_joined_in_the_given_order():
     first = Queries(torch.full((2, 3, 8), 1.0), torch.full((2, 3, 4), 0.1))
     second = Queries(torch.full((2, 5, 8), 2.0), torch.full((2, 5, 4), 0.2))
-    both = prepend(first, second)
+    both = join_queries([first, second])
     assert both.content[0, :, 0].tolist() == [1.0] * 3 + [2.0] * 5
     torch.testing.assert_close(both.reference[1, :, 3], torch.tensor([0.1] * 3 + [0.2] * 5))
 
@@ -28,16 +28,16 @@ def test_prepend_puts_the_first_queries_in_front():
     ],
     ids=["points", "learned positions"],
 )
-def test_nothing_is_prepended_to_queries_that_are_not_made_of_boxes(second):
+def test_queries_of_boxes_are_not_joined_with_those_of_points(second):
     first = Queries(torch.zeros(2, 3, 8), torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match="denoising needs queries made of boxes"):
-        prepend(first, second)
+        join_queries([first, second])
 
 
 @pytest.mark.parametrize("index", [0, 2, 5])
 def test_split_predictions_are_the_front_and_the_rest(make_predictions, index):
     whole = make_predictions(2)
-    front, back = split_predictions(whole, index)
+    front, back = split_predictions(whole, [index, 5 - index])
     assert front.logits.shape[1] == front.boxes.shape[1] == index
     for a, b, both in zip(front, back, whole, strict=True):
         assert torch.equal(torch.cat([a, b], 1), both)

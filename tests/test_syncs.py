@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
+from outputs import run_detector
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -281,7 +282,8 @@ def test_inference_waits_for_nothing(waits, make_dino, make_batch, build):
     waits.clear()
     with torch.no_grad():
         images = model.preprocess_images(batch)
-        detections = postprocess(model.detect(images).layers[-1], images.image_sizes, 50)
+        last = run_detector(model, images).result.layers[-1]
+        detections = postprocess(last, images.image_sizes, 50)
     assert not waits
     assert all(len(x) == 50 and x.scores.is_cuda for x in detections)
 

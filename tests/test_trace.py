@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from outputs import detector_output, run_detector
 from torch.nn import functional as F
 
 from dino_d2 import modeling
 from dino_d2.modeling.positions import LearnedPosition
 from dino_d2.modeling.query_selection import PointQueries, ProposalQueries
 from dino_d2.ops.reference import forward
-from dino_d2.structures import DetectorOutput
 from dino_d2.trace import denoised_boxes, match_stages, trace
 
 PADDED = [(64, 64), (40, 56)]  # sizes of two images of a batch
@@ -49,10 +49,11 @@ def test_predictions_are_those_of_a_pass_that_nobody_watches(make_traced, target
     model, traced, inputs = make_traced(targets=targets)
     torch.manual_seed(1)
     with torch.no_grad():
-        expected = model.detect(*inputs)
-    torch.testing.assert_close(traced.output.layers, expected.layers, rtol=0, atol=0)
-    torch.testing.assert_close(traced.output.proposals, expected.proposals, rtol=0, atol=0)
-    torch.testing.assert_close(traced.output.denoised, expected.denoised, rtol=0, atol=0)
+        expected = run_detector(model, *inputs)
+    for found, branch in zip(traced.output.branches, expected.branches, strict=True):
+        for field in ("layers", "proposals"):
+            pair = getattr(found, field), getattr(branch, field)
+            torch.testing.assert_close(*pair, rtol=0, atol=0)
 
 
 def test_nobody_watches_afterwards(make_traced):
@@ -79,7 +80,7 @@ def test_recorded_points_and_weights_make_the_output_of_the_layer(make_traced):
     for layer, recorded in zip(model.decoder.layers, traced.layers, strict=True):
         calls, module = [], layer.cross_attn
         with torch.no_grad(), record(module, calls):
-            model.detect(*inputs)
+            run_detector(model, *inputs)
         ((_, _, memory), _, output) = calls[0]
         value = module.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0)
         shapes = [side for shape in memory.shapes for side in shape]
@@ -100,7 +101,7 @@ def test_recorded_self_attention_makes_the_output_of_a_layer_of_one_head(make_tr
     for layer, recorded in zip(model.decoder.layers, traced.layers, strict=True):
         calls, module = [], layer.self_attn
         with torch.no_grad(), record(module, calls):
-            model.detect(*inputs)
+            run_detector(model, *inputs)
         ((_, _, content), _, (output, _)) = calls[0]
         weight, bias = module.in_proj_weight.chunk(3)[2], module.in_proj_bias.chunk(3)[2]
         expected = module.out_proj(recorded.self_attention @ F.linear(content, weight, bias))
@@ -113,7 +114,7 @@ def test_denoising_queries_are_left_out(make_traced):
         torch.manual_seed(0)
         traces.append(make_traced(targets=targets)[1])
     alone, among = traces
-    assert among.output.denoising is not None
+    assert among.output.named("dn") is not None
     # The others do not see them.
     torch.testing.assert_close(among.layers, alone.layers, rtol=1e-4, atol=1e-5)
 
@@ -121,7 +122,7 @@ def test_denoising_queries_are_left_out(make_traced):
 @SELECTIONS
 def test_layers_start_from_the_proposals_and_go_on_from_the_layer_before(make_traced, selection):
     _, traced, _ = make_traced(query_selection=selection, final_norm=False)
-    stages = [traced.output.proposals, *traced.output.layers]
+    stages = [traced.output.result.proposals, *traced.output.result.layers]
     for stage, layer in zip(stages, traced.layers, strict=False):  # without norm, what is predicted
         torch.testing.assert_close(layer.reference, stage.boxes, rtol=1e-4, atol=1e-5)
 
@@ -156,16 +157,16 @@ def test_every_token_is_of_its_level(make_traced):
 
 def test_scores_of_selection_are_those_of_the_proposals(make_traced):
     _, traced, _ = make_traced()
-    expected = traced.output.proposals.logits.amax(-1).sigmoid()
+    expected = traced.output.result.proposals.logits.amax(-1).sigmoid()
     torch.testing.assert_close(traced.selection.scores, expected)
-    assert torch.equal(traced.selection.boxes, traced.output.proposals.boxes)
+    assert torch.equal(traced.selection.boxes, traced.output.result.proposals.boxes)
 
 
 def test_objectness_of_two_stages_is_that_of_the_first_class(make_traced):
     _, traced, _ = make_traced(
         query_selection=ProposalQueries, denoising=None, position_head=LearnedPosition()
     )
-    expected = traced.output.proposals.logits[..., 0].sigmoid().topk(20).values
+    expected = traced.output.result.proposals.logits[..., 0].sigmoid().topk(20).values
     torch.testing.assert_close(traced.selection.scores, expected)
 
 
@@ -196,7 +197,7 @@ def test_records_are_in_float32_whatever_autocast_does(make_dino, make_batch):
         traced = trace(model, images)
     for layer in traced.layers:
         assert {x.dtype for x in layer} == {torch.float32}
-    assert {x.dtype for x in traced.output.layers[-1]} == {torch.float32}
+    assert {x.dtype for x in traced.output.result.layers[-1]} == {torch.float32}
 
 
 # ---- matching
@@ -206,9 +207,9 @@ def test_stages_are_matched_in_the_order_in_which_they_refine_each_other(make_tr
     model, traced, (_, (target,)) = make_traced(counts=(3,), targets=True)
     matching = match_stages(model, traced.output, target)
     assert matching.stages == ["proposals", "layer 1", "layer 2"]
-    stages = [traced.output.proposals, *traced.output.layers]
+    stages = [traced.output.result.proposals, *traced.output.result.layers]
     for queries, stage in zip(matching.queries.tolist(), stages, strict=True):
-        alone = match_stages(model, DetectorOutput([stage], None, [], None), target)
+        alone = match_stages(model, detector_output([stage], None, [], None), target)
         assert queries == alone.queries[0].tolist()
 
 
@@ -233,10 +234,10 @@ def test_denoised_boxes_are_sorted_by_group_and_copy(make_traced, kind, copies):
     _, traced, (_, (target,)) = make_traced(counts=(2,), targets=True, denoising=kind, budget=6)
     denoised = denoised_boxes(traced.output, target)
     assert denoised.scores.shape == (3, copies, 2)
-    last = traced.output.denoised[-1]
+    last = traced.output.named("dn").layers[-1]
     for query in range(3 * copies * 2):  # layout: group, copy, box
         place = query // (2 * copies), query // 2 % copies, query % 2
-        reference = traced.output.denoising.queries.reference[0, query]
+        reference = traced.output.named("dn").queries.reference[0, query]
         assert torch.equal(denoised.noised[place], reference)
         assert torch.equal(denoised.boxes[place], last.boxes[0, query])
         score = last.logits[0, query, target.labels[query % 2]].sigmoid()
@@ -248,7 +249,7 @@ def test_denoised_boxes_are_sorted_by_group_and_copy(make_traced, kind, copies):
 def test_of_many_boxes_those_that_took_part_are_the_truth(make_traced):
     _, traced, (_, (target,)) = make_traced(counts=(9,), targets=True, budget=4)
     denoised = denoised_boxes(traced.output, target)
-    indices = traced.output.denoising.match.targets
+    indices = traced.output.named("dn").match.targets
     assert len(indices) == 4 and indices.tolist() != [0, 1, 2, 3]
     assert torch.equal(denoised.truth.boxes, target.boxes[indices])
     assert torch.equal(denoised.truth.labels, target.labels[indices])

@@ -125,9 +125,9 @@ def test_mixed_precision_is_what_layers_compute_in(dtypes, precision):
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_boxes_and_losses_are_never_of_half_precision(dtypes, precision):
     _, output, _ = dtypes(precision)
-    predictions = [*output.layers, output.proposals, *output.denoised]
+    predictions = [*output.result.layers, output.result.proposals, *output.named("dn").layers]
     assert {x.boxes.dtype for x in predictions} == {torch.float32}
-    assert output.denoising.queries.reference.dtype == torch.float32
+    assert output.named("dn").queries.reference.dtype == torch.float32
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])

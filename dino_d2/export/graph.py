@@ -45,11 +45,8 @@ class Exportable(nn.Module):
         model = self.model
         padding = padding_of(images, image_sizes)
         pixels = (images.float() - model.pixel_mean) / model.pixel_std
-        features = model.neck(model.backbone(pixels.masked_fill(padding[:, None], 0)))
-        memory = model.encoder(features, padding)
-        queries, _ = model.query_selection(memory)
-        predictions = model.decoder(queries, memory)[-1]
-        boxes, scores, labels = best_pairs(predictions, model.max_detections)
+        output = model.detect(pixels.masked_fill(padding[:, None], 0), padding)
+        boxes, scores, labels = best_pairs(output.result.layers[-1], model.max_detections)
         limit = image_sizes.flip(1).tile(2)[:, None].to(boxes.dtype)
         return (boxes * limit).clamp(min=0).minimum(limit), scores, labels
 

@@ -8,7 +8,7 @@ from ..boxes import cxcywh_to_xyxy, generalized_iou, iou
 from ..distributed.sharing import mean_over_workers
 from ..ranges import require_not_negative
 from ..structures import (
-    DenoisingBatch,
+    Branch,
     DetectorOutput,
     Match,
     Predictions,
@@ -74,44 +74,54 @@ class SetCriterion(nn.Module):
             self.denoising_weights["loss_class"] = denoising_class_weight
 
     def forward(self, output: DetectorOutput, targets: list[Target]) -> dict[str, Tensor]:
-        """The weighted losses of all stages, each a scalar; their sum is to be minimised."""
-        truth = join_targets(targets)
-        num_boxes = average_over_workers(truth.boxes.new_full((), len(truth.boxes)))
-        losses = self.matching_losses(output, targets, num_boxes)
-        if output.denoising is not None:
-            predictions = stack_predictions(output.denoised)
-            losses |= self.denoising_losses(predictions, output.denoising, truth, num_boxes)
+        """The weighted losses of all branches, each a scalar; their sum is to be minimised."""
+        boxes = join_targets(targets).boxes
+        num_boxes = average_over_workers(boxes.new_full((), len(boxes)))
+        losses = {}
+        for branch in output.branches:
+            losses |= self.branch_losses(branch, targets, num_boxes)
         return losses
 
-    def matching_losses(
-        self, output: DetectorOutput, targets: list[Target], num_boxes: Tensor
+    def branch_losses(
+        self, branch: Branch, targets: list[Target], num_boxes: Tensor
     ) -> dict[str, Tensor]:
-        """Losses of the decoder layers and, if any, of the proposals."""
-        stages, suffixes = list(output.layers), layer_suffixes(len(output.layers))
-        if output.proposals is not None:
-            stages, suffixes = [*stages, output.proposals], [*suffixes, "_enc"]
-        predictions = stack_predictions(stages)
-        match, truth = self.matcher(predictions, targets), join_targets(targets)
-        log_instability(match, len(truth.boxes), proposals_last=output.proposals is not None)
-        match = Match(*(send(x, like=predictions.boxes) for x in match))
-        sums = stage_sums(predictions, match, truth, self.class_loss)
-        return weigh(sums, self.weights, num_boxes, suffixes)
+        """Losses of the decoder layers of a branch and, if any, of its proposals."""
+        suffix = f"_{branch.name}" if branch.name else ""
+        stages, suffixes = [*branch.layers], layer_suffixes(len(branch.layers), suffix)
+        if branch.proposals is not None:
+            stages, suffixes = [*stages, branch.proposals], [*suffixes, f"{suffix}_enc"]
+        predictions, truth, match = stack_predictions(stages), join_targets(targets), branch.match
+        if not isinstance(match, Match):
+            match = (match or self.matcher)(predictions, targets)
+        if not branch.name:
+            log_instability(match, len(truth.labels), proposals_last=branch.proposals is not None)
+        match = Match(*(send(x, like=predictions.logits) for x in match))
+        is_denoising = branch.name == "dn"
+        class_loss = self.denoising_class_loss if is_denoising else self.class_loss
+        weights = self.denoising_weights if is_denoising else self.weights
+        sums = self.sums(predictions, match, truth, class_loss)
+        weights = {name: branch.weight * weight for name, weight in weights.items()}
+        return weigh(sums, weights, num_boxes * branch.repeats, suffixes)
 
-    def denoising_losses(
-        self,
-        predictions: Predictions,
-        denoising: DenoisingBatch,
-        truth: Target,
-        num_boxes: Tensor,
+    def sums(
+        self, predictions: Predictions, match: Match, truth: Target, class_loss: ClassLoss
     ) -> dict[str, Tensor]:
-        """Losses of the denoising queries: predictions (N, B, T, .), matched by construction."""
-        sums = stage_sums(predictions, denoising.match, truth, self.denoising_class_loss)
-        # A batch without boxes has nothing to denoise, yet its queries keep their place in the
-        # backward pass: every parameter gets a gradient on every worker.
-        share = float(len(truth.boxes) > 0)
-        weights = {name: share * weight for name, weight in self.denoising_weights.items()}
-        suffixes = layer_suffixes(len(predictions.logits), stage="_dn")
-        return weigh(sums, weights, num_boxes * denoising.num_groups, suffixes)
+        """Each kind of loss, summed over the queries of N stages: predictions (N, B, Q, .), `truth`
+        of the whole batch, sums (N,)."""
+        logits, boxes = predictions.logits, predictions.boxes
+        stages = torch.arange(len(logits), device=logits.device)[:, None]
+        matched = stages, match.images, match.queries  # (N, n) when broadcast
+
+        predicted, expected = boxes[matched], truth.boxes[match.targets]
+        corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected)
+        matched_logits = *matched, truth.labels[match.targets]
+        # NaN if a box is not finite, matched or not, otherwise 0.
+        broken = 0 * (boxes.detach().sum((1, 2, 3)) + truth.boxes.sum())
+        return {
+            "loss_class": class_loss(logits, matched_logits, iou(*corners).detach()),
+            "loss_bbox": (predicted - expected).abs().sum((1, 2)) + broken,
+            "loss_giou": (1 - generalized_iou(*corners)).sum(1),
+        }
 
 
 def log_instability(match: Match, num_boxes: int, *, proposals_last: bool) -> None:
@@ -135,27 +145,6 @@ def log_instability(match: Match, num_boxes: int, *, proposals_last: bool) -> No
     storage, first = get_event_storage(), 0 if proposals_last else 1
     for layer, share in enumerate(instability(queries).tolist(), first):
         storage.put_scalar(f"matching/instability_{layer}", share)
-
-
-def stage_sums(
-    predictions: Predictions, match: Match, truth: Target, class_loss: ClassLoss
-) -> dict[str, Tensor]:
-    """Each kind of loss, summed over the queries of N stages: predictions (N, B, Q, .), `truth` of
-    the whole batch, sums (N,)."""
-    logits, boxes = predictions
-    stages = torch.arange(len(logits), device=logits.device)[:, None]
-    matched = stages, match.images, match.queries  # (N, n) when broadcast
-
-    predicted, expected = boxes[matched], truth.boxes[match.targets]
-    corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected)
-    matched_logits = *matched, truth.labels[match.targets]
-    # NaN if a box is not finite, matched or not, otherwise 0.
-    broken = 0 * (boxes.detach().sum((1, 2, 3)) + truth.boxes.sum())
-    return {
-        "loss_class": class_loss(logits, matched_logits, iou(*corners).detach()),
-        "loss_bbox": (predicted - expected).abs().sum((1, 2)) + broken,
-        "loss_giou": (1 - generalized_iou(*corners)).sum(1),
-    }
 
 
 def weigh(
@@ -184,31 +173,32 @@ class AllProposals(SetCriterion):
     """Criterion of two-stage Deformable DETR: the proposals of all tokens are supervised, with
     class 0 for any object."""
 
-    def matching_losses(
-        self, output: DetectorOutput, targets: list[Target], num_boxes: Tensor
+    def branch_losses(
+        self, branch: Branch, targets: list[Target], num_boxes: Tensor
     ) -> dict[str, Tensor]:
+        if branch.proposals is None:
+            return super().branch_losses(branch, targets, num_boxes)
         objects = [target._replace(labels=torch.zeros_like(target.labels)) for target in targets]
-        proposals = DetectorOutput([output.proposals], None, [], None)
-        losses = super().matching_losses(proposals, objects, num_boxes)
-        return super().matching_losses(output._replace(proposals=None), targets, num_boxes) | {
-            f"{name}_enc": loss for name, loss in losses.items()
-        }
+        proposals = Branch("enc", queries=None, layers=[branch.proposals])
+        losses = super().branch_losses(branch._replace(proposals=None), targets, num_boxes)
+        return losses | super().branch_losses(proposals, objects, num_boxes)
 
 
 class BoxesOnly(SetCriterion):
     """Criterion of DN-DETR: the empty slots of denoising are not supervised."""
 
-    def denoising_losses(
-        self,
-        predictions: Predictions,
-        denoising: DenoisingBatch,
-        truth: Target,
-        num_boxes: Tensor,
+    def branch_losses(
+        self, branch: Branch, targets: list[Target], num_boxes: Tensor
     ) -> dict[str, Tensor]:
-        images, queries, _ = denoising.match
-        empty = predictions.logits.new_ones(predictions.logits.shape[1:3], dtype=torch.bool)
-        empty = empty.index_put((images, queries), torch.zeros_like(images, dtype=torch.bool))
-        # Where a logit is -inf nothing is lost and nothing is learned.
-        logits = predictions.logits.masked_fill(empty[..., None], -torch.inf)
-        predictions = predictions._replace(logits=logits)
-        return super().denoising_losses(predictions, denoising, truth, num_boxes)
+        if branch.name == "dn":
+            images, queries, _ = branch.match
+            logits = branch.layers[0].logits
+            empty = logits.new_ones(logits.shape[:2], dtype=torch.bool)
+            empty = empty.index_put((images, queries), torch.zeros_like(images, dtype=torch.bool))
+            # Where a logit is -inf nothing is lost and nothing is learned.
+            supervised = [
+                x._replace(logits=x.logits.masked_fill(empty[..., None], -torch.inf))
+                for x in branch.layers
+            ]
+            branch = branch._replace(layers=supervised)
+        return super().branch_losses(branch, targets, num_boxes)

@@ -18,13 +18,7 @@ from torch.nn import functional as F
 from ..boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from ..names import plural
 from ..ranges import require_not_negative, require_share, require_whole
-from ..structures import (
-    DenoisingBatch,
-    Match,
-    Queries,
-    Target,
-    join_targets,
-)
+from ..structures import Branch, FeaturePyramid, Match, Queries, Target, join_targets
 
 DENOISING_REGISTRY = Registry("DENOISING")
 
@@ -80,8 +74,14 @@ class Denoising(nn.Module):
             "box_noise": c.DENOISING.BOX_NOISE,
         }
 
-    def forward(self, targets: list[Target]) -> DenoisingBatch:
-        """Noises the ground truth of a batch; without any box it is one group of empty slots."""
+    def forward(
+        self,
+        targets: list[Target],
+        queries: Queries | None = None,
+        memory: FeaturePyramid | None = None,
+    ) -> Branch:
+        """Noises the ground truth of a batch; without any box it is one group of empty slots, whose
+        losses weigh nothing. Queries and memory, which every branch is given, are not used."""
         counts = [min(len(target.labels), self.max_boxes) for target in targets]
         slots = max(1, *counts)
         num_groups = self.num_groups(slots) if any(counts) else 1
@@ -98,21 +98,24 @@ class Denoising(nn.Module):
         noised = self.noise_boxes(boxes, copy)
         # Clamped to the range of the decoder's logits from the start; empty slots have logit 0.
         reference = inverse_sigmoid(noised).where(real[..., None], 0).sigmoid()
-        return DenoisingBatch(
+        return Branch(
+            "dn",
             queries=Queries(self.content_of(labels), reference),
-            groups=copy // self.copies_per_group,
+            groups=copy // self.copies_per_group + 1,
             match=self.match(index, counts, num_groups),
-            num_groups=num_groups,
+            repeats=num_groups,
+            weight=float(any(counts)),
         )
 
     def choose(self, targets: list[Target], slots: int) -> Tensor:
         """Which boxes take part, counted through the batch, -1 in empty slots: (B, slots)."""
         index = targets[0].labels.new_full((len(targets), slots), -1)
         start = 0
-        for row, (labels, _) in zip(index, targets, strict=True):
-            part = subset(len(labels), self.max_boxes, labels.device)
+        for row, target in zip(index, targets, strict=True):
+            count = len(target.labels)
+            part = subset(count, self.max_boxes, row.device)
             row[: len(part)] = start + part
-            start += len(labels)
+            start += count
         return index
 
     @property
@@ -192,27 +195,6 @@ def noise_boxes(boxes: Tensor, scale: float, harder: Tensor) -> Tensor:
     sign = torch.randint_like(boxes, 2) * 2 - 1
     corners = cxcywh_to_xyxy(boxes) + sign * (torch.rand_like(boxes) + harder) * reach
     return xyxy_to_cxcywh(corners.clamp(0, 1))
-
-
-def denoising_attn_mask(groups: Tensor, num_queries: int) -> Tensor:
-    """Who may not attend to whom, for T denoising queries followed by the matching queries.
-
-               groups        matching
-             0    1    2
-        0    .    x    x     .          x is forbidden: nobody sees another group,
-        1    x    .    x     .          matching queries see no group at all
-        2    x    x    .     .
-        m    x    x    x     .
-
-    Args:
-        groups: (T,)
-        num_queries: Q
-
-    Returns:
-        (T + Q, T + Q) bool
-    """
-    group = torch.cat([groups, groups.new_full((num_queries,), -1)])
-    return (group >= 0) & (group != group[:, None])
 
 
 class IndicatorDenoising(Denoising):

@@ -20,9 +20,9 @@ from ..layouts.dino import detect_format
 from ..layouts.renaming import CheckpointError
 from ..names import hint, plural
 from ..ranges import require_positive, require_whole
-from ..structures import DetectorOutput, Target, prepend, send, split_predictions
+from ..structures import Branch, DetectorOutput, Target, send
+from .branches import decode
 from .build import build_parts
-from .denoising import denoising_attn_mask
 from .postprocess import postprocess
 
 WRONG_CHANNELS = (
@@ -42,7 +42,8 @@ class DINO(nn.Module):
         query_selection: maps the encoded pyramid to queries and, possibly, proposals
         decoder: maps queries and pyramid to the predictions of each layer
         criterion: maps a :class:`DetectorOutput` and targets to a dict of losses
-        denoising: maps targets to a :class:`DenoisingBatch`; None trains without
+        denoising: maps targets to a :class:`Branch`; None trains without
+        branches: what else exists in training only, see `branches.py`
         num_classes: K
         max_detections: per image
         pixel_mean, pixel_std: per channel, in the order and range of the input images
@@ -64,6 +65,7 @@ class DINO(nn.Module):
         decoder: nn.Module,
         criterion: nn.Module,
         denoising: nn.Module | None = None,
+        branches: Sequence[nn.Module] = (),
         num_classes: int,
         max_detections: int = 300,
         pixel_mean: Sequence[float],
@@ -92,6 +94,7 @@ class DINO(nn.Module):
         self.query_selection = query_selection
         self.decoder = decoder
         self.denoising = denoising
+        self.branches = nn.ModuleList(branches)
         self.criterion = criterion
         self.checkpoint_backbone = "backbone" in checkpoint
         self.encoder.checkpoint = "encoder" in checkpoint
@@ -132,7 +135,8 @@ class DINO(nn.Module):
         if not self.training:
             return self.inference(batched_inputs)
         targets = self.prepare_targets(batched_inputs)
-        return self.criterion(self.detect(self.preprocess_images(batched_inputs), targets), targets)
+        images = self.preprocess_images(batched_inputs)
+        return self.criterion(self.detect(images.tensor, padding_mask(images), targets), targets)
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
         """Detections, independent of what else is in the batch.
@@ -146,27 +150,29 @@ class DINO(nn.Module):
         results: list[dict] = [{}] * len(batched_inputs)
         for indices in same_size.values():
             images = self.preprocess_images([batched_inputs[i] for i in indices])
-            predictions = self.detect(images).layers[-1]
+            predictions = self.detect(images.tensor, padding_mask(images)).result.layers[-1]
             detections = postprocess(predictions, images.image_sizes, self.max_detections)
             for i, instances in zip(indices, detections, strict=True):
                 results[i] = {"instances": rescale(instances, batched_inputs[i])}
         return results
 
-    def detect(self, images: ImageList, targets: list[Target] | None = None) -> DetectorOutput:
-        """The detector: every prediction of every stage, with denoising if there are targets."""
-        call = recompute if self.checkpoint_backbone else nn.Module.__call__
-        features = self.neck(call(self.backbone, images.tensor))
-        memory = self.encoder(features, padding_mask(images))
-        queries, proposals = self.query_selection(memory)
-        if targets is None or self.denoising is None:
-            return DetectorOutput(self.decoder(queries, memory), proposals, [], None)
+    def detect(
+        self, pixels: Tensor, padding: Tensor, targets: list[Target] | None = None
+    ) -> DetectorOutput:
+        """The detector: every prediction of every stage.
 
-        noised = self.denoising(targets)
-        mask = denoising_attn_mask(noised.groups, queries.content.shape[1])
-        predictions = self.decoder(prepend(noised.queries, queries), memory, mask)
-        split = [split_predictions(layer, len(noised.groups)) for layer in predictions]
-        denoised, layers = map(list, zip(*split, strict=True))
-        return DetectorOutput(layers, proposals, denoised, noised)
+        Args:
+            pixels: (B, 3, H, W), normalised, zero on padding
+            padding: (B, H, W), True on padding
+            targets: with them, as in training, there are denoising and other branches, too
+        """
+        call = recompute if self.checkpoint_backbone else nn.Module.__call__
+        memory = self.encoder(self.neck(call(self.backbone, pixels)), padding)
+        queries, proposals = self.query_selection(memory)
+        result = Branch("", queries, proposals=proposals)
+        training_only = [] if targets is None else [self.denoising, *self.branches]
+        others = [make(targets, queries, memory) for make in training_only if make]
+        return DetectorOutput(decode(self.decoder, memory, result, others))
 
     def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises, and pads to a common size with zeros.

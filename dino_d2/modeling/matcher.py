@@ -69,7 +69,7 @@ class HungarianMatcher:
         costs = predictions.logits.new_empty(stages, queries, sum(counts))
         for image, part in enumerate(costs.split(counts, -1)):
             if counts[image]:
-                own = Predictions(*(x[:, image] for x in predictions))
+                own = type(predictions)(*(x[:, image] for x in predictions))
                 self.fill(part, own, targets[image])
         return costs
 
@@ -117,9 +117,8 @@ class PositionModulatedMatcher(HungarianMatcher):
 
 def in_parts(costs: Tensor, target: Target) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Costs (N, Q, m), labels (m,) and boxes (m, 4), of at most BOXES_AT_ONCE boxes at a time."""
-    return zip(
-        costs.split(BOXES_AT_ONCE, -1), *(x.split(BOXES_AT_ONCE) for x in target), strict=True
-    )
+    parts = (target.labels.split(BOXES_AT_ONCE), target.boxes.split(BOXES_AT_ONCE))
+    return zip(costs.split(BOXES_AT_ONCE, -1), *parts, strict=True)
 
 
 def pairwise_giou(predicted: Tensor, boxes: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def draw_proposals(
         outline(right, boxes[query], "#555555", width=0.8, alpha=0.6)
     for i, query in enumerate(queries):
         outline(right, boxes[query], COLOURS[i % len(COLOURS)], width=2.5)
-    names = [title_of(query, trace.output.layers[-1], classes) for query in queries]
+    names = [title_of(query, trace.output.result.layers[-1], classes) for query in queries]
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2.5) for i in range(len(names))]
     handles.append(Line2D([], [], color="#555555", lw=0.8))
     names.append(f"the {len(best)} proposals of the highest scores")
@@ -97,7 +97,7 @@ def draw_refinement(
     colours = stage_colours(len(trace.layers) + 1)
     for (picture, chart), query in zip(grid, queries, strict=True):
         start = trace.layers[0].reference[0, query]
-        boxes = [layer.boxes[0, query] for layer in trace.output.layers]
+        boxes = [layer.boxes[0, query] for layer in trace.output.result.layers]
         places = [start, *boxes] if len(start) == 4 else boxes
         places = to_pixels(torch.stack(places), image)
         show(picture, image, dim=0.25)
@@ -106,7 +106,7 @@ def draw_refinement(
             outline(picture, box, colour, width=2)
         if len(start) == 2:
             picture.plot(*to_pixels(start, image), "X", color=colours[0], mec="white", ms=10)
-        picture.set_title(title_of(query, trace.output.layers[-1], classes))
+        picture.set_title(title_of(query, trace.output.result.layers[-1], classes))
         _draw_progress(chart, trace, query, places)
     stages = ["start", *(f"layer {i + 1}" for i in range(len(trace.layers)))]
     handles = [Line2D([], [], color=colour, lw=3) for colour in colours]
@@ -121,7 +121,7 @@ def stage_colours(count: int) -> list[tuple[float, float, float, float]]:
 
 
 def _draw_progress(axes: Axes, trace: Trace, query: int, places: Tensor) -> None:
-    layers = trace.output.layers
+    layers = trace.output.result.layers
     label = layers[-1].logits[0, query].argmax()
     stages = range(len(layers) + 1)
     corners = cxcywh_to_xyxy(places)

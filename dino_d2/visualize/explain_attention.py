@@ -35,7 +35,7 @@ def draw_sampling(
     for row, query in zip(grid, queries, strict=True):
         points = to_pixels(layer.locations[0, query], image)  # (H, L, P, 2)
         weights = layer.weights[0, query]
-        box = to_pixels(trace.output.layers[-1].boxes[0, query], image)
+        box = to_pixels(trace.output.result.layers[-1].boxes[0, query], image)
         # What weighs next to nothing may be anywhere.
         heavy = points[weights > 0.02]
         shown = torch.cat([cxcywh_to_xyxy(box)[None], heavy.tile(2)])
@@ -46,7 +46,7 @@ def draw_sampling(
             _draw_points(axes, points[:, level], weights[:, level])
             share = 100 * float(weights[:, level].sum() / weights.sum())
             axes.set_xlabel(f"{share:.0f} % of the weight", fontsize=9)
-        row[0].set_ylabel(title_of(query, trace.output.layers[-1], classes))
+        row[0].set_ylabel(title_of(query, trace.output.result.layers[-1], classes))
     for level, (axes, (height, width)) in enumerate(zip(grid[0], trace.shapes, strict=True)):
         axes.set_title(f"level {level + 1}\n{width} × {height} cells")
     handles = [_marker(head, f"head {head + 1}") for head in range(layer.weights.shape[2])]
@@ -95,7 +95,7 @@ def draw_self_attention(
     grid = figure.subplots(len(queries), 2, squeeze=False, width_ratios=[1.15, 1])
     for (picture, chart), query in zip(grid, queries, strict=True):
         _draw_attended(picture, image, trace, query)
-        picture.set_title(title_of(query, trace.output.layers[-1], classes))
+        picture.set_title(title_of(query, trace.output.result.layers[-1], classes))
         _draw_shares(chart, trace, query)
     handles, labels = grid[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
@@ -106,7 +106,7 @@ def draw_self_attention(
 def _places(trace: Trace, layer: int) -> Tensor:
     """Where the queries (Q, 4) of a layer are: where it starts from or, of points, gets to."""
     reference = trace.layers[layer].reference[0]
-    return reference if reference.shape[-1] == 4 else trace.output.layers[layer].boxes[0]
+    return reference if reference.shape[-1] == 4 else trace.output.result.layers[layer].boxes[0]
 
 
 def _draw_attended(axes: Axes, image: Image.Image, trace: Trace, query: int) -> None:

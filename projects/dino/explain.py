@@ -242,10 +242,10 @@ def draw_training(
             reason = "This takes an image with ground truth: --annotations and --images."
         return {"denoising": reason, "matching": reason}
     denoising = "This model is trained without denoising."
-    if recorded.output.denoising:
+    if recorded.output.named("dn"):
         denoising = draw_denoising(picture, denoised_boxes(recorded.output, target))
     matching = match_stages(model, recorded.output, target)
-    last = recorded.output.layers[-1]
+    last = recorded.output.result.layers[-1]
     matching = draw_matching(picture, target, matching, last, classes)
     return {"denoising": denoising, "matching": matching}
 
@@ -278,7 +278,7 @@ def work(prog: str, args: argparse.Namespace) -> None:
         subject = read_subject(args, predictor.classes)
         make_folder(args.output, "--output")
     recorded, resized = run(predictor, subject, args.seed)
-    predictions = recorded.output.layers[-1]
+    predictions = recorded.output.result.layers[-1]
     with one_sentence(prog):
         queries = choose(args.query, predictions)
     facts = [

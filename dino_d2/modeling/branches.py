@@ -1,0 +1,63 @@
+"""Several sets of queries in one pass of the decoder: the result, and what exists in training only.
+
+A training-only branch is a module that :class:`DINO` calls with the targets, the queries of the
+result and the encoder's memory, and that returns a :class:`Branch`; :class:`Denoising` is the first
+of them. What it supervises is in its Branch; the criterion reads that, so neither the detector nor
+the criterion has to know it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..structures import Branch, FeaturePyramid, join_queries, split_predictions
+
+
+def decode(
+    decoder: nn.Module, memory: FeaturePyramid, result: Branch, others: Sequence[Branch] = ()
+) -> list[Branch]:
+    """The branches with the predictions of every decoder layer, the result first.
+
+    Queries of `others` stand before those of the result; branches without queries stay as they are.
+    """
+    first = [x for x in others if x.queries is not None]
+    rest = [x for x in others if x.queries is None]
+    if not first:
+        return [result._replace(layers=decoder(result.queries, memory)), *rest]
+    branches = [*first, result]
+    sizes = [x.queries.content.shape[1] for x in branches]
+    mask = group_attn_mask(join_groups([x.groups for x in first], sizes[-1]))
+    layers = decoder(join_queries([x.queries for x in branches]), memory, mask)
+    split = zip(*(split_predictions(layer, sizes) for layer in layers), strict=True)
+    *first, result = (x._replace(layers=list(y)) for x, y in zip(branches, split, strict=True))
+    return [result, *first, *rest]
+
+
+def join_groups(groups: Sequence[Tensor], num_queries: int) -> Tensor:
+    """Groups (T_i,) of several branches, made different, and then `num_queries` zeros."""
+    shifted, start = [], 0
+    for group in groups:
+        shifted.append(group + group.sign() * start)
+        start += len(group)
+    return torch.cat([*shifted, groups[0].new_zeros(num_queries)])
+
+
+def group_attn_mask(groups: Tensor) -> Tensor:
+    """Who may not attend to whom, by the group of every query.
+
+               denoising  one-to-many  result
+                1    2        -3         0
+         1      .    x         x         .        x is forbidden: everyone sees the own group,
+         2      x    .         x         .        groups above 0 see the result as well, and
+        -3      x    x         .         x        nobody sees another group
+         0      x    x         x         .
+
+    Args:
+        groups: (Q,) int64
+
+    Returns:
+        (Q, Q) bool, row by row what a query must not see
+    """
+    own = groups == groups[:, None]
+    return ~(own | ((groups == 0) & (groups[:, None] > 0)))
