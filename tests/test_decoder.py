@@ -6,9 +6,9 @@ from dino_d2.boxes import refine
 from dino_d2.layers import encode_boxes
 from dino_d2.modeling import Decoder
 from dino_d2.modeling.branches import group_attn_mask
-from dino_d2.modeling.decoder_layers import scale_to_levels
 from dino_d2.modeling.positions import AnchorPosition, LearnedPosition
-from dino_d2.structures import Queries, join_queries, split_predictions
+from dino_d2.modeling.tokens import scale_to_levels
+from dino_d2.structures import FeaturePyramid, Queries, join_queries, split_predictions
 
 NUM_LAYERS = 3
 LOOKS = pytest.mark.parametrize("look_forward", [1, 2])
@@ -155,10 +155,10 @@ def test_every_layer_looks_where_the_one_before_refined_to(traced, memory, look_
     decoder, queries, _, calls = traced(look_forward=look_forward)
     reference, content = queries.reference, queries.content
     for i, (args, output) in enumerate(zip(calls["layers"], calls["outputs"], strict=True)):
-        x, position, scaled, *_ = args
+        x, position, seen, *_ = args
         torch.testing.assert_close(x, content)
-        torch.testing.assert_close(scaled, scale_to_levels(reference, memory.valid_ratios))
-        expected = decoder.position_head(Queries(x, scaled[:, :, 0]), i)
+        torch.testing.assert_close(seen, reference)
+        expected = decoder.position_head(Queries(x, seen), memory, i)
         torch.testing.assert_close(position, expected)
         reference, content = refine(reference, decoder.box_heads[0](output)), output
     # what attention sees after the first layer is a constant to autograd
@@ -170,9 +170,8 @@ def test_without_refinement_every_layer_starts_from_the_first_reference(
     traced, memory, shared_heads
 ):
     decoder, queries, stages, calls = traced(look_forward=0, shared_heads=shared_heads)
-    expected = scale_to_levels(queries.reference, memory.valid_ratios)
     for i, (stage, x) in enumerate(zip(stages, calls["outputs"], strict=True)):
-        assert torch.equal(calls["layers"][i][2], expected)
+        assert torch.equal(calls["layers"][i][2], queries.reference)
         moved = decoder.box_heads[0 if shared_heads else i](decoder.norm(x))
         torch.testing.assert_close(stage.boxes, refine(queries.reference, moved))
     assert not torch.allclose(stages[0].boxes, stages[1].boxes, atol=1e-2)
@@ -193,18 +192,18 @@ def test_the_position_head_is_told_what_enters_the_layer(traced, memory):
     class Recorder(nn.Module):
         calls = []
 
-        def forward(self, queries, layer):
+        def forward(self, queries, memory, layer):
             self.calls.append((queries, layer))
             return queries.position + layer
 
     queries = make_points(5)
     *_, calls = traced(queries, look_forward=1, position_head=Recorder())
     assert [layer for _, layer in Recorder.calls] == [0, 1, 2]
-    for (seen, layer), (x, position, scaled, *_) in zip(
+    for (seen, layer), (x, position, reference, *_) in zip(
         Recorder.calls, calls["layers"], strict=True
     ):
         assert torch.equal(seen.content, x) and torch.equal(seen.position, queries.position)
-        assert torch.equal(seen.reference, scaled[:, :, 0])  # relative to the finest padded level
+        assert torch.equal(seen.reference, reference)
         assert torch.equal(position, queries.position + layer)
 
 
@@ -213,7 +212,7 @@ def test_positions_are_added_to_queries_and_keys_but_not_to_values(make_decoder,
     position, asked = torch.randn_like(x), []
     for attention in (layer.self_attn, layer.cross_attn):
         attention.register_forward_hook(lambda *call: asked.append(call[1:]))
-    layer(x, position, scale_to_levels(reference, memory.valid_ratios), memory)
+    layer(x, position, reference, memory)
     ((query, key, value), (found, _)), ((cross_query, *_), _) = asked
     assert torch.equal(query, x + position) and torch.equal(key, x + position)
     assert torch.equal(value, x)
@@ -223,11 +222,15 @@ def test_positions_are_added_to_queries_and_keys_but_not_to_values(make_decoder,
 def test_the_position_of_a_query_is_made_of_sines_of_its_anchor(randomise):
     head, anchors = randomise(AnchorPosition(embed_dim=8)), torch.rand(1, 3, 4)
     first, second = head.mlp.layers
+    # relative to the finest padded level, of which half is image in x and a quarter in y
+    ratios = torch.tensor([[[0.5, 0.25], [0.6, 0.3]]])
+    memory = FeaturePyramid(*[None] * 3, ratios, ())
+    padded = anchors * torch.tensor([0.5, 0.25, 0.5, 0.25])
     # four coordinates of 8 / 2 channels each
-    expected = second(first(encode_boxes(anchors, 4)).relu())
+    expected = second(first(encode_boxes(padded, 4)).relu())
     for layer in range(2):
         queries = Queries(torch.randn(1, 3, 8), anchors)
-        torch.testing.assert_close(head(queries, layer), expected)
+        torch.testing.assert_close(head(queries, memory, layer), expected)
 
 
 # ---- look forward

@@ -46,7 +46,7 @@ PLACES = {
     """,
     "evaluation.evaluator": "BACKGROUND ErrorAnalysisEvaluator write_analysis",
     "model_zoo": "NUM_CLASSES get_config_file get_config get build weights_of fetch_weights",
-    "modeling.decoder": "DecoderLayer AnchorPosition Decoder scale_to_levels",
+    "modeling.decoder": "DecoderLayer AnchorPosition Decoder",
     "modeling.encoder": "EncoderLayer Encoder flatten valid_ratio token_centers",
     "modeling.inference": "fold_norms",
     "modeling.predecessors": """

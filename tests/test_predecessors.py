@@ -15,7 +15,6 @@ from dino_d2.modeling import (
     StaticQueries,
 )
 from dino_d2.modeling.criterion import AllProposals, BoxesOnly
-from dino_d2.modeling.decoder_layers import scale_to_levels
 from dino_d2.modeling.denoising import IndicatorDenoising
 from dino_d2.modeling.positions import LearnedPosition, ScaledAnchorPosition
 from dino_d2.modeling.query_selection import (
@@ -24,7 +23,7 @@ from dino_d2.modeling.query_selection import (
     ProposalQueries,
     proposal_anchors,
 )
-from dino_d2.structures import Predictions, Queries, Target
+from dino_d2.structures import FeaturePyramid, Predictions, Queries, Target
 from dino_d2.weights import model_zoo
 
 PLAIN = "deformable_detr_R_50_50ep"
@@ -240,7 +239,7 @@ def test_a_point_is_a_linear_function_of_the_position(make_memory, randomise):
 def test_without_refinement_all_layers_look_at_the_same_points(decoded):
     model, calls, output = decoded(PLAIN)
     positions, references = ([args[i] for args in calls] for i in (1, 2))
-    assert references[0].shape == (2, 10, 4, 2)  # 4 levels
+    assert references[0].shape == (2, 10, 2)
     for position, reference in zip(positions, references, strict=True):
         assert torch.equal(position[0], model.query_selection.position.weight)
         assert torch.equal(reference, references[0])
@@ -253,7 +252,7 @@ def test_refinement_makes_boxes_of_the_points_after_the_first_layer(decoded):
     positions, references = ([args[i] for args in calls] for i in (1, 2))
     assert [reference.shape[-1] for reference in references] == [2, 4, 4]
     for previous, reference in zip(output.result.layers, references[1:], strict=False):
-        torch.testing.assert_close(reference[:, :, 0], previous.boxes)  # images without padding
+        torch.testing.assert_close(reference, previous.boxes)
     assert all(torch.equal(x[0], model.query_selection.position.weight) for x in positions)
 
 
@@ -364,6 +363,7 @@ def test_labels_matter_to_the_decoder_but_not_to_the_proposals(make_predictions,
 def test_the_content_scales_the_position_except_in_the_first_layer(randomise):
     head = randomise(ScaledAnchorPosition(embed_dim=32), std=0.5)
     queries = Queries(torch.randn(1, 4, 32), torch.rand(1, 4, 4))
+    memory = FeaturePyramid(*[None] * 3, torch.ones(1, 4, 2), ())  # of an image without padding
 
     def mlp(layers, x):
         (w1, b1), (w2, b2) = ((layer.weight, layer.bias) for layer in layers)
@@ -374,7 +374,9 @@ def test_the_content_scales_the_position_except_in_the_first_layer(randomise):
         position = mlp(head.mlp.layers, sines([y, x, w, h], 16))
         scaled = position * mlp(head.scale.layers, queries.content[0, i])
         for layer, expected in enumerate([position, scaled, scaled]):
-            torch.testing.assert_close(head(queries, layer)[0, i], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                head(queries, memory, layer)[0, i], expected, rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("name", [DAB, DN])
@@ -382,9 +384,8 @@ def test_learned_anchors_are_refined_from_the_first_layer_on(decoded, name):
     model, calls, output = decoded(name)
     anchors = model.query_selection.anchors.weight.sigmoid().expand(2, -1, -1)
     expected = [anchors, *(layer.boxes for layer in output.result.layers[:-1])]
-    ratios = torch.ones(2, 4, 2)  # images without padding
     for (_, _, reference, *_), boxes in zip(calls, expected, strict=True):
-        torch.testing.assert_close(reference, scale_to_levels(boxes, ratios))
+        torch.testing.assert_close(reference, boxes)
 
 
 # ---- DN-Deformable-DETR

@@ -1,5 +1,7 @@
 """Refines queries and their reference boxes, layer by layer."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from ..boxes import refine
@@ -7,7 +9,7 @@ from ..layers import box_head, class_head
 from ..layers.blocks import recompute
 from ..ranges import require_share, require_whole
 from ..structures import FeaturePyramid, Predictions, Queries
-from .decoder_layers import DecoderLayer, scale_to_levels
+from .decoder_layers import DecoderLayer
 from .positions import AnchorPosition
 
 
@@ -28,6 +30,7 @@ class Decoder(nn.Module):
         look_forward: how many box heads the box loss of a layer trains. 1: that of the layer
             alone; 2, "look forward twice" (DINO, section 3.5): that of the layer before as well.
             0: boxes are predicted but not refined, each layer looks where the first one did
+        layer: makes each layer of the numbers above; it takes what it needs of them
         position_head: makes the positional part of the queries; None: :class:`AnchorPosition`
         final_norm: whether predictions see the queries through a norm (Deformable DETR: no)
         size_bias: where the first box head starts with width and height, before the sigmoid
@@ -48,6 +51,7 @@ class Decoder(nn.Module):
         num_points: int = 4,
         shared_heads: bool = True,
         look_forward: int = 2,
+        layer: Callable[..., nn.Module] = DecoderLayer,
         position_head: nn.Module | None = None,
         final_norm: bool = True,
         size_bias: float = 0.0,
@@ -63,7 +67,7 @@ class Decoder(nn.Module):
             )
         self.look_forward = look_forward
         self.layers = nn.ModuleList(
-            DecoderLayer(
+            layer(
                 embed_dim=embed_dim,
                 num_heads=num_heads,
                 ffn_dim=ffn_dim,
@@ -100,9 +104,8 @@ class Decoder(nn.Module):
             to_class, to_box = (
                 heads[min(i, len(heads) - 1)] for heads in (self.class_heads, self.box_heads)
             )
-            scaled = scale_to_levels(reference, memory.valid_ratios)
-            where = self.position_head(Queries(x, scaled[:, :, 0], position), i)
-            x = call(layer, x, where, scaled, memory, attn_mask)
+            where = self.position_head(Queries(x, reference, position), memory, i)
+            x = call(layer, x, where, reference, memory, attn_mask)
             y = self.norm(x)
             delta = to_box(y)
             predictions.append(Predictions(to_class(y), refine(anchor, delta)))

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from ..layers import MLP, DeformableAttention
 from ..layers.blocks import xavier_uniform_
 from ..structures import FeaturePyramid
+from .tokens import scale_to_levels
 
 
 class DecoderLayer(nn.Module):
@@ -44,7 +45,7 @@ class DecoderLayer(nn.Module):
         Args:
             x: (B, Q, C) content of the queries
             position: (B, Q, C), added to it wherever attention is computed
-            reference: (B, Q, L, 4) boxes or (B, Q, L, 2) points, relative to each padded level
+            reference: (B, Q, 4) boxes or (B, Q, 2) points, where to look
             memory: the encoder's
             attn_mask: (Q, Q), True where self-attention is forbidden
 
@@ -54,12 +55,7 @@ class DecoderLayer(nn.Module):
         q = x + position
         y = self.self_attn(q, q, x, attn_mask=attn_mask, need_weights=False)[0]
         x = self.norm1(x + self.dropout(y))
-        y = self.cross_attn(x + position, reference, memory)
+        scaled = scale_to_levels(reference, memory.valid_ratios)
+        y = self.cross_attn(x + position, scaled, memory)
         x = self.norm2(x + self.dropout(y))
         return self.norm3(x + self.dropout(self.ffn(x)))
-
-
-def scale_to_levels(reference: Tensor, valid_ratios: Tensor) -> Tensor:
-    """Boxes (B, Q, 4) or points (B, Q, 2) relative to the image to (B, Q, L, .) relative to each
-    padded level."""
-    return reference[:, :, None] * valid_ratios.tile(reference.shape[-1] // 2)[:, None]

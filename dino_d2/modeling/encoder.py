@@ -1,12 +1,14 @@
 """Flattens multi-scale features and lets every pixel attend to a few others, on all levels."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from ..layers import MLP, DeformableAttention
 from ..layers.blocks import recompute, xavier_uniform_
 from ..ranges import require_positive, require_share, require_whole
 from ..structures import FeaturePyramid
-from .tokens import flatten, token_centers
+from .tokens import flatten, scale_to_levels, token_centers
 from .tokens import valid_ratio as valid_ratio
 
 
@@ -32,9 +34,9 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         xavier_uniform_(self.ffn)
 
-    def forward(self, pyramid: FeaturePyramid, reference: Tensor) -> FeaturePyramid:
-        """`reference` (B, S, L, 2): where each token is, relative to each padded level."""
-        x = pyramid.tokens
+    def forward(self, pyramid: FeaturePyramid, centers: Tensor) -> FeaturePyramid:
+        """`centers` (B, S, 2) are those of the tokens, relative to the image without padding."""
+        x, reference = pyramid.tokens, scale_to_levels(centers, pyramid.valid_ratios)
         y = self.self_attn(x + pyramid.position, reference, pyramid)
         x = self.norm1(x + self.dropout(y))
         return pyramid._replace(tokens=self.norm2(x + self.dropout(self.ffn(x))))
@@ -51,6 +53,7 @@ class Encoder(nn.Module):
         dropout: probability
         num_levels: L
         num_points: P, per head and level
+        layer: makes each layer of the numbers above; it takes what it needs of them
         position_temperature, position_offset: of the encoding of pixels, see `encode_pixels`
 
     Raises:
@@ -69,6 +72,7 @@ class Encoder(nn.Module):
         dropout: float = 0.0,
         num_levels: int = 4,
         num_points: int = 4,
+        layer: Callable[..., nn.Module] = EncoderLayer,
         position_temperature: float = 20.0,
         position_offset: float = 0.0,
     ):
@@ -81,7 +85,7 @@ class Encoder(nn.Module):
         self.position_temperature, self.position_offset = position_temperature, position_offset
         self.level_embed = nn.Embedding(num_levels, embed_dim)
         self.layers = nn.ModuleList(
-            EncoderLayer(
+            layer(
                 embed_dim=embed_dim,
                 num_heads=num_heads,
                 ffn_dim=ffn_dim,
@@ -108,8 +112,8 @@ class Encoder(nn.Module):
             temperature=self.position_temperature,
             offset=self.position_offset,
         )
-        reference = token_centers(pyramid)[:, :, None] * pyramid.valid_ratios[:, None]
+        centers = token_centers(pyramid)
         call = recompute if self.checkpoint else nn.Module.__call__
         for layer in self.layers:
-            pyramid = call(layer, pyramid, reference)
+            pyramid = call(layer, pyramid, centers)
         return pyramid

@@ -4,9 +4,8 @@ from torch import Tensor, nn
 
 from ..layers import MLP, encode_boxes
 from ..layers.blocks import xavier_uniform_
-from ..structures import (
-    Queries,
-)
+from ..structures import FeaturePyramid, Queries
+from .tokens import scale_to_levels
 
 
 class AnchorPosition(nn.Module):
@@ -18,15 +17,16 @@ class AnchorPosition(nn.Module):
         self.mlp = MLP(2 * embed_dim, embed_dim, embed_dim)
         xavier_uniform_(self.mlp)
 
-    def forward(self, queries: Queries, layer: int) -> Tensor:
+    def forward(self, queries: Queries, memory: FeaturePyramid, layer: int) -> Tensor:
         """(B, Q, C) for a decoder layer, counted from 0; content and reference are its input."""
-        return self.mlp(encode_boxes(queries.reference, self.embed_dim // 2))
+        padded = scale_to_levels(queries.reference, memory.valid_ratios)[:, :, 0]
+        return self.mlp(encode_boxes(padded, self.embed_dim // 2))
 
 
 class LearnedPosition(nn.Module):
     """Position head of Deformable DETR's decoder: the positions that the queries came with."""
 
-    def forward(self, queries: Queries, layer: int) -> Tensor:
+    def forward(self, queries: Queries, memory: FeaturePyramid, layer: int) -> Tensor:
         """(B, Q, C), the same for every layer."""
         return queries.position
 
@@ -40,6 +40,6 @@ class ScaledAnchorPosition(AnchorPosition):
         self.scale = MLP(embed_dim, embed_dim, embed_dim)
         xavier_uniform_(self.scale)
 
-    def forward(self, queries: Queries, layer: int) -> Tensor:
-        position = super().forward(queries, layer)
+    def forward(self, queries: Queries, memory: FeaturePyramid, layer: int) -> Tensor:
+        position = super().forward(queries, memory, layer)
         return position * self.scale(queries.content) if layer else position

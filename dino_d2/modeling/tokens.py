@@ -42,3 +42,9 @@ def token_centers(pyramid: FeaturePyramid) -> Tensor:
         xy = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
         centers.append(xy / ratio[:, None])
     return torch.cat(centers, 1)
+
+
+def scale_to_levels(reference: Tensor, valid_ratios: Tensor) -> Tensor:
+    """Boxes (B, Q, 4) or points (B, Q, 2) relative to the image to (B, Q, L, .) relative to each
+    padded level; `valid_ratios` (B, L, 2) are those of the pyramid."""
+    return reference[:, :, None] * valid_ratios.tile(reference.shape[-1] // 2)[:, None]
