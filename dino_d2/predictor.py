@@ -15,22 +15,23 @@ from .config.overrides import apply_overrides
 from .config.styles import evaluation_augmentations
 from .data.coco_classes import COCO_80
 from .data.mapper import channels_of, check_mode, read_image
-from .layouts.adapt import CLASS_BIAS
+from .layouts.adapt import count_classes
 from .layouts.renaming import CheckpointError
-from .modeling.dino import DINO, WRONG_CHANNELS
+from .modeling.detector import Detector
+from .modeling.dino import WRONG_CHANNELS
 from .modeling.fold_norms import fold_norms
 from .names import plural
 from .weights import model_zoo
 from .weights.checkpointer import Checkpointer
-from .weights.files import read, weights
-from .weights.fitting import to_ours
+from .weights.fitting import OpenedWeights, open_weights
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 class Predictor:
-    """
+    """Detects in images, as they come: read, resized, and boxes in their own pixels.
+
     Args:
         model: in evaluation mode
         classes: names of its classes
@@ -45,7 +46,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: DINO,
+        model: Detector,
         *,
         classes: Sequence[str],
         augmentations: Sequence[T.Augmentation],
@@ -154,9 +155,12 @@ def load(
     augmentations = evaluation_augmentations(cfg)
     is_yaml = isinstance(cfg, CfgNode)
     path = weights or model_zoo.weights_of(cfg)
-    classes = classes_of(path)
+    if not path:
+        raise CheckpointError("there are no weights: name a file, a URL or dino_d2://NAME")
+    opened = open_weights(model_zoo.fetch_weights(path))
+    classes = classes_of(opened)
     model = model_zoo.build(cfg, len(classes), device)
-    Checkpointer(model, classes=classes, complete=True).load(path)
+    Checkpointer(model, classes=classes, complete=True).load(opened)
     return Predictor(
         fold_norms(model.eval()),
         classes=classes,
@@ -176,23 +180,17 @@ def _name(argument: str, value: str | os.PathLike) -> str:
     return os.fspath(value)
 
 
-def classes_of(path: str) -> list[str]:
-    """Names of the classes that a checkpoint knows: its own or, where it has none, COCO's.
+def classes_of(opened: OpenedWeights) -> list[str]:
+    """Names of the classes that weights know: their own or, where they have none, COCO's.
 
     Raises:
-        CheckpointError: the weights are of a backbone, or not there
+        CheckpointError: they are those of a backbone
     """
-    if not path:
-        raise CheckpointError("there are no weights: name a file, a URL or dino_d2://NAME")
-    file = model_zoo.fetch_weights(path)
-    checkpoint = read(file)
-    named = checkpoint.get("dino_d2", {}).get("classes")
-    if named:
+    number = count_classes(opened.state)
+    if named := opened.settings.get("classes"):
         return [name for name in named if name]
-    state, form, _ = weights(checkpoint, file)
-    bias = to_ours(state, form).get(CLASS_BIAS)
-    if bias is None:
-        raise CheckpointError(f"'{path}' has no weights of a trained DINO, so it detects nothing")
-    if len(bias) in (80, 91):
-        return list(COCO_80)
-    return [f"class {i}" for i in range(len(bias))]
+    if number is None:
+        raise CheckpointError(
+            f"'{opened.file}' has no weights of a trained DINO, so it detects nothing"
+        )
+    return list(COCO_80) if number in (80, 91) else [f"class {i}" for i in range(number)]

@@ -21,6 +21,7 @@ from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.predictor import Predictor
 from dino_d2.weights.checkpointer import Checkpointer
 from dino_d2.weights.files import write
+from dino_d2.weights.fitting import open_weights
 from dino_d2.weights.model_zoo import get_config, get_config_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
@@ -222,7 +223,7 @@ def test_classes_of_coco_are_named(number, tmp_path):
     state = {"encoder.level_embed.weight": torch.zeros(1)}
     state["decoder.class_heads.0.bias"] = torch.zeros(number)
     write({"model": state}, str(tmp_path / "coco.pth"))
-    names = dino_d2.predictor.classes_of(str(tmp_path / "coco.pth"))
+    names = dino_d2.predictor.classes_of(open_weights(str(tmp_path / "coco.pth")))
     assert len(names) == 80 and names[0] == "person"
 
 

@@ -84,12 +84,14 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def parts(model: nn.Module) -> Iterator[nn.Module]:
-    """What is put together by itself: stages of the backbone, layers of encoder and decoder."""
-    for child in model.backbone.children():
-        is_container = isinstance(child, (nn.ModuleList, nn.ModuleDict))
-        yield from child.children() if is_container else [child]
-    yield from model.encoder.layers
-    yield from model.decoder.layers
+    """What is put together by itself: stages of the backbone, layers of other stages."""
+    for name, stage in model.named_children():
+        if name == "backbone":
+            for child in stage.children():
+                is_container = isinstance(child, (nn.ModuleList, nn.ModuleDict))
+                yield from child.children() if is_container else [child]
+        else:
+            yield from getattr(stage, "layers", [])
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..config.keys import add_dino_config
 from ..config.overrides import keys_of
 from ..config.styles import get
-from ..modeling.dino import DINO
+from ..modeling.detector import Detector
 from ..names import hint, nearest
 from ..weights import model_zoo
 
@@ -43,9 +43,9 @@ OF_OTHER_BACKBONES = {
 }
 
 
-def is_dino(cfg: CfgNode) -> bool:
-    """Whether the meta-architecture is DINO, or derived from it; one that is unknown is not."""
-    return issubclass(dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE, object), DINO)
+def is_detector(cfg: CfgNode) -> bool:
+    """Whether the meta-architecture is a Detector, such as DINO; one that is unknown is not."""
+    return issubclass(dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE, object), Detector)
 
 
 def check_keys(cfg: CfgNode | DictConfig) -> None:
@@ -61,8 +61,8 @@ def check_keys(cfg: CfgNode | DictConfig) -> None:
         check_train(cfg.train)
         return
     check_optimizer(cfg)
-    dino, backbone, optimizer = is_dino(cfg), cfg.MODEL.BACKBONE.NAME, cfg.SOLVER.OPTIMIZER
-    by_model = OF_OTHER_MODELS if dino else ("INPUT.CROP.MIN_SIZE_TRAIN",)
+    is_ours, backbone, optimizer = is_detector(cfg), cfg.MODEL.BACKBONE.NAME, cfg.SOLVER.OPTIMIZER
+    by_model = OF_OTHER_MODELS if is_ours else ("INPUT.CROP.MIN_SIZE_TRAIN",)
     refuse(cfg, NOWHERE, "here")
     refuse(cfg, by_model, f"on a {cfg.MODEL.META_ARCHITECTURE}")
     refuse(cfg, OF_OTHER_BACKBONES.get(backbone, ()), f"on the backbone {backbone}")
@@ -81,7 +81,7 @@ def check_optimizer(cfg: CfgNode) -> None:
             f"SOLVER.OPTIMIZER is {optimizer!r}; it can be ADAMW or SGD; "
             + hint(optimizer, ("ADAMW", "SGD"))
         )
-    if optimizer == "SGD" and is_dino(cfg):
+    if optimizer == "SGD" and is_detector(cfg):
         raise ValueError("SOLVER.OPTIMIZER SGD is for other models: a DINO trains with ADAMW")
     if clip.ENABLED and (clip.CLIP_TYPE == "full_model") != (optimizer == "ADAMW"):
         raise ValueError(

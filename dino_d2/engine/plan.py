@@ -33,7 +33,7 @@ from ..ranges import require_share, require_whole
 from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
 from .evaluator import ErrorAnalysisEvaluator
-from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_dino, refuse
+from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_detector, refuse
 from .writers import plain_config
 
 SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
@@ -110,7 +110,7 @@ def yaml_plan(cfg: CfgNode) -> Plan:
     solver = cfg.SOLVER
     amp = solver.AMP
     refuse(cfg, OF_DETECTRON2S_TRAINER, "here")
-    if solver.FSDP and not is_dino(cfg):
+    if solver.FSDP and not is_detector(cfg):
         raise ValueError("SOLVER.FSDP shards the stages of a DINO; train this model without it")
     require_whole(0, **{"DATALOADER.NUM_WORKERS": cfg.DATALOADER.NUM_WORKERS})
     for_people = plain_config(cfg)
@@ -126,7 +126,7 @@ def yaml_plan(cfg: CfgNode) -> Plan:
         evaluate=partial(yaml_evaluate, cfg),
         train_sets=cfg.DATASETS.TRAIN,
         test_sets=cfg.DATASETS.TEST,
-        metrics=metrics_of(cfg.DATASETS.TEST) if is_dino(cfg) else (),
+        metrics=metrics_of(cfg.DATASETS.TEST) if is_detector(cfg) else (),
         output_dir=cfg.OUTPUT_DIR,
         weights=cfg.MODEL.WEIGHTS,
         seed=cfg.SEED,
@@ -214,7 +214,7 @@ def yaml_train_loader(cfg: CfgNode, dataset: list[dict] | None = None) -> Any:
 def yaml_mapper(cfg: CfgNode, is_train: bool = True) -> data.Mapper:
     """In training, augments as DETR does; for other models than DINO as Detectron2 does."""
     options = {}
-    if is_dino(cfg) and is_train:
+    if is_detector(cfg) and is_train:
         options["augmentations"] = data.detr_augmentation(
             min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
             sampling=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,

@@ -19,7 +19,7 @@ from ..data.mapper import channels_of
 from ..data.stream import TrainingStream
 from ..distributed.sharing import distribute, share_buffers, unwrap, whole
 from ..layouts.renaming import CheckpointError
-from ..modeling.dino import DINO
+from ..modeling.detector import Detector
 from ..names import hint
 from ..weights.checkpointer import Checkpointer
 from .ema import EMA
@@ -202,13 +202,13 @@ def evaluate(plan: Plan, model: nn.Module, ema: EMA | None) -> dict:
 def make_checkpointer(
     model: nn.Module, output_dir: str, names: Sequence[str], *, complete: bool = False, **saved
 ) -> DetectionCheckpointer:
-    """For a model of the classes of the given data sets; Detectron2's for other models than DINO.
+    """For a model of the classes of the given data sets; Detectron2's for other than a Detector.
 
     Args:
-        complete: whether weights have to fill a DINO
+        complete: whether weights have to fill the model
         saved: what is saved beside the model
     """
-    if not isinstance(unwrap(model), DINO):
+    if not isinstance(unwrap(model), Detector):
         return DetectionCheckpointer(model, output_dir, **saved)
     classes = data.class_names(names)
     return Checkpointer(model, output_dir, classes=classes, complete=complete, **saved)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..data.stream import TrainingStream, seed_for
 from ..distributed.sharing import gather, load_optimizer, mean_over_workers, suspend_sync, unwrap
 from ..layouts.renaming import CheckpointError
-from ..modeling.dino import DINO
+from ..modeling.detector import Detector
 from ..structures import send
 from ..weights.files import write
 
@@ -138,12 +138,14 @@ class Trainer(SimpleTrainer):
     def shares(self, batches: list[Batch]) -> Tensor:
         """The weight of each batch in a step, so that it equals one with all its images at once.
 
-        DINO divides losses by a number of boxes, which has to be that of the step. (Its denoising
-        groups are still made per batch, as they are per worker.) Other models average over images.
+        A Detector divides losses by a number of boxes, which has to be that of the step. (Groups of
+        denoising are still made per batch, as they are per worker.) Other models average over
+        images.
         """
-        if len(batches) == 1 or not isinstance(unwrap(self.model), DINO):
+        model = unwrap(self.model)
+        if len(batches) == 1 or not isinstance(model, Detector):
             return torch.full([len(batches)], 1 / len(batches), device=self.device)
-        counts = [float(sum(len(x["instances"]) for x in batch)) for batch in batches]
+        counts = [float(model.loss_divisor(batch)) for batch in batches]
         boxes = mean_over_workers(send(torch.tensor(counts), like=self.parameters[0]))
         return boxes.clamp(min=1) / boxes.sum().clamp(min=1)
 

@@ -16,6 +16,11 @@ CLASS_BIAS = "decoder.class_heads.0.bias"
 _CLASS_DEPENDENT = re.compile(r"(query_selection|decoder)\.class_heads?\.|denoising\.label_embed\.")
 
 
+def count_classes(state: State) -> int | None:
+    """How many classes the decoder's heads know; None: there are no such heads."""
+    return len(state[CLASS_BIAS]) if CLASS_BIAS in state else None
+
+
 def count_heads(state: State) -> int:
     """How many class heads the decoder has."""
     return len({match[2] for key in state if (match := HEAD.match(key)) and match[1] == "class"})

@@ -23,6 +23,7 @@ from ..ranges import require_positive, require_whole
 from ..structures import Branch, DetectorOutput, Target, send
 from .branches import decode
 from .build import build_parts
+from .detector import Detector
 from .postprocess import postprocess
 
 WRONG_CHANNELS = (
@@ -33,8 +34,9 @@ WRONG_CHANNELS = (
 
 
 @META_ARCH_REGISTRY.register()
-class DINO(nn.Module):
-    """
+class DINO(Detector):
+    """DETR with improved denoising anchor boxes, as a composition of stages.
+
     Args:
         backbone: follows Detectron2's backbone interface
         neck: maps the backbone's features to a list of (B, C, H_l, W_l)
@@ -72,7 +74,6 @@ class DINO(nn.Module):
         pixel_std: Sequence[float],
         checkpoint: Sequence[str] = (),
     ):
-        super().__init__()
         stages = ("backbone", "encoder", "decoder")
         for name in checkpoint:
             if name not in stages:
@@ -88,7 +89,12 @@ class DINO(nn.Module):
         require_whole(num_classes=num_classes, max_detections=max_detections)
         require_positive(**{f"pixel_std[{i}]": x for i, x in enumerate(pixel_std)})
         # Fastest for convolutions on CPUs and for half precision on GPUs; parameters are the same.
-        self.backbone = backbone.to(memory_format=torch.channels_last)
+        super().__init__(
+            backbone=backbone.to(memory_format=torch.channels_last),
+            num_classes=num_classes,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+        )
         self.neck = neck.to(memory_format=torch.channels_last)
         self.encoder = encoder
         self.query_selection = query_selection
@@ -99,10 +105,7 @@ class DINO(nn.Module):
         self.checkpoint_backbone = "backbone" in checkpoint
         self.encoder.checkpoint = "encoder" in checkpoint
         self.decoder.checkpoint = "decoder" in checkpoint
-        self.num_classes = num_classes
         self.max_detections = max_detections
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
     @classmethod
@@ -117,9 +120,12 @@ class DINO(nn.Module):
             "checkpoint": cfg.MODEL.DINO.CHECKPOINT,
         }
 
-    @property
-    def device(self) -> torch.device:
-        return self.pixel_mean.device
+    def settings(self) -> dict:
+        encoding = {
+            "position_temperature": float(self.encoder.position_temperature),
+            "position_offset": float(self.encoder.position_offset),
+        }
+        return super().settings() | encoding
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """Detectron2's standard interface.

@@ -1,38 +1,33 @@
-"""Loads and saves a DINO, with the weights of any of its implementations."""
+"""Loads and saves a detector, with the weights of any implementation of DINO."""
 
 import logging
 import os
 from glob import escape, glob
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 
 from ..atomic import replacing
 from ..distributed.sharing import gather, scatter
-from ..layouts import adapt
-from ..layouts.adapt import CLASS_BIAS, LABELS, ClassNames
-from ..layouts.backbones import from_timm
-from ..layouts.renaming import CheckpointError, State, move
-from ..modeling.backbones import TimmBackbone
-from ..modeling.dino import DINO
-from ..names import plural
-from .files import DamagedCheckpoint, fetch, read, weights, write
-from .fitting import coco_classes, to_ours
-from .settings import EXPECTED, REMEDIES, USUAL_ENCODING, encoding_of, pixels_of, settings
+from ..layouts.adapt import ClassNames
+from ..layouts.renaming import CheckpointError, State
+from ..modeling.detector import Detector
+from .files import DamagedCheckpoint, write
+from .fitting import (
+    OpenedWeights,
+    coco_classes,
+    fit_classes,
+    fit_heads,
+    fit_names,
+    fit_windows,
+    open_weights,
+)
+from .report import report_loaded, report_new_classes, require_loaded
+from .settings import check_settings, pixels_of, warn_of_encoding
 
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"  # the name of the checkpoint with the best evaluation
-
-
-class Source(NamedTuple):
-    """Where weights come from."""
-
-    file: str
-    form: str | None  # as `detect_format` has it
-    expected: dict  # the settings of a model that they go with
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -41,7 +36,7 @@ class Checkpointer(DetectionCheckpointer):
     The format of a file is detected, see `layouts/`; what is none of DINO is taken for a
     backbone, as Detectron2 does. The log says how many tensors were loaded, and which were missing,
     unexpected or of another shape. Classes of the same name keep their weights, others start anew.
-    What weights expect of the model (see `settings`) is checked, and saved with our own.
+    What weights expect of the model (see `Detector.settings`) is checked, and saved with our own.
 
     Args:
         model: to load and save
@@ -55,7 +50,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def __init__(
         self,
-        model: DINO,
+        model: Detector,
         save_dir: str = "",
         *,
         classes: ClassNames | None = None,
@@ -67,6 +62,7 @@ class Checkpointer(DetectionCheckpointer):
         self.names = classes or coco_classes(number)
         self.classes = self.names or [f"class {i}" for i in range(number)]
         self.complete = complete
+        self.opened: OpenedWeights | None = None  # while it is loaded
 
     def save(self, name: str, **kwargs: Any) -> None:
         """The file is complete or not there at all, also if the program ends meanwhile.
@@ -105,7 +101,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def description(self) -> dict:
         """What is saved beside the weights, to be checked by `load`."""
-        return {"dino_d2": settings(self.model) | {"classes": self.names and list(self.names)}}
+        return {"dino_d2": self.model.settings() | {"classes": self.names and list(self.names)}}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """Loads a training's last checkpoint that is whole, or else the weights at `path`.
@@ -135,196 +131,66 @@ class Checkpointer(DetectionCheckpointer):
         """What a training has saved, the latest first."""
         return sorted(glob(os.path.join(escape(self.save_dir), "model_[0-9]*.pth")), reverse=True)
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
-        """
+    def load(self, path: str | OpenedWeights, *args: Any, **kwargs: Any) -> dict:
+        """Loads weights of any form, and says how far they fit.
+
+        Args:
+            path: as of `open_weights`, or what that has opened; "": nothing is loaded
+
         Raises:
             CheckpointError: the file cannot be had or is damaged, nothing or (if it has to be
                 complete) not all of it fits, or the model has other settings than it needs
         """
-        if path:
-            fetch(path)
-        elif self.complete:
+        if not path and self.complete:
             raise CheckpointError("there is no checkpoint: all of the model would be random")
+        if path:
+            self.opened = path if isinstance(path, OpenedWeights) else open_weights(path)
         try:
-            return super().load(path, *args, **kwargs)
+            return super().load(self.opened.file if path else "", *args, **kwargs)
         finally:
+            self.opened = None
             self._parsed_url_during_load = None  # or another file could not be tried after an error
 
     def _load_file(self, filename: str) -> dict:
-        checkpoint = read(filename)
-        state, form, note = weights(checkpoint, filename)
-        if note:
-            logger.info(note)
-        expected = checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(filename)
-        encoder = self.model.encoder
-        encoding = encoder.position_temperature, encoder.position_offset
-        usual = USUAL_ENCODING.get(form, encoding)
-        if "position_offset" not in expected and encoding != usual:
-            logger.warning(
-                f"'{filename}' does not say with which encoding of pixels it was trained: the "
-                f"model has temperature and offset {encoding}, most of {form} have {usual}"
-            )
-        # timm's ResNets have torchvision's names, and keep them
-        is_timms = form == "torchvision" and isinstance(self.model.backbone, TimmBackbone)
-        if form is None or is_timms:
-            state = self.to_backbone(state, filename)
-        else:
-            state = to_ours(state, form)
-        return checkpoint | {"model": state, "source": Source(filename, form, expected)}
+        opened = self.opened
+        if opened.note:
+            logger.info(opened.note)
+        warn_of_encoding(self.model, opened.form, opened.settings, opened.file)
+        state = fit_names(opened, self.model, complete=self.complete)
+        return opened.rest | {"model": state, "opened": opened}
 
     def _load_model(self, checkpoint: dict) -> Any:
-        source, state = checkpoint.pop("source"), checkpoint.pop("model")
+        opened: OpenedWeights = checkpoint.pop("opened")
+        state = checkpoint.pop("model")
         checkpoint.pop("matching_heuristics", None)  # has been done
-        is_dino, new_classes = CLASS_BIAS in state, []
-        if is_dino:
-            self.check(source)
-            state, new_classes = self.fit_classes(self.fit_heads(state, source), source)
+        is_detector, new_classes = self.model.count_classes(state) is not None, []
+        if is_detector:
+            check_settings(self.model, opened.settings, opened.file, complete=self.complete)
+            state, new_classes = self.fit(state, opened)
         is_ours = "dino_d2" in checkpoint  # other tools have an "ema" of another kind
         if is_ours and "ema" in self.checkpointables and "ema" in checkpoint:
-            average = self.fit_heads(checkpoint["ema"]["weights"], source)
-            checkpoint["ema"]["weights"], _ = self.fit_classes(average, source)
-        state = self.fit_windows(state, self.model.state_dict(), source.file)
-        shapes = {key: x.shape for key, x in self.model.state_dict().items()}
-        loaded = {key for key, x in state.items() if x.shape == shapes.get(key)}
-        state = scatter(state, self.model.state_dict())
-        incompatible = super()._load_model(checkpoint | {"model": state})
+            average, _ = self.fit(checkpoint["ema"]["weights"], opened)
+            checkpoint["ema"] = checkpoint["ema"] | {"weights": average}
+        own = self.model.state_dict()
+        state = fit_windows(state, own, opened.file, complete=self.complete)
+        loaded = {key for key, x in state.items() if key in own and x.shape == own[key].shape}
+        incompatible = super()._load_model(checkpoint | {"model": scatter(state, own)})
         # More may be missing than the model says: it sets running statistics silently.
-        missing = sorted(shapes.keys() - loaded)
-        fits = not is_dino or 2 * len(missing) < len(shapes)
-        self.report(incompatible, missing, source, fits)
+        missing = sorted(own.keys() - loaded)
+        fits = not is_detector or 2 * len(missing) < len(own)
+        report_loaded(opened, incompatible, missing, len(own), fits=fits)
         if new_classes and fits:
-            self.report_new(new_classes, source)
-        self.refuse(missing, new_classes, source)
-        if not is_dino and "backbone.stem.conv1.weight" in loaded:
-            self.check(source._replace(expected=pixels_of(self.model)))
+            report_new_classes(opened, new_classes, len(self.classes))
+        require_loaded(opened, missing, new_classes, len(own), complete=self.complete)
+        if not is_detector and "backbone.stem.conv1.weight" in loaded:
+            pixels = pixels_of(self.model)
+            check_settings(self.model, pixels, opened.file, complete=self.complete)
         # What is returned is listed by Detectron2; the names of another model say nothing.
         unfit = incompatible._replace(incorrect_shapes=[])
         return unfit if fits else unfit._replace(missing_keys=[], unexpected_keys=[])
 
-    def to_backbone(self, state: State, file: str) -> State:
-        """Names that nobody knows are matched with those of the backbone, as Detectron2 does."""
-        caffe2 = any(key.endswith("_w") for key in state)
-        backbone = {k: x for k, x in self.model.state_dict().items() if k.startswith("backbone.")}
-        if isinstance(self.model.backbone, TimmBackbone):
-            return from_timm(state, backbone)
-        # before they are matched: what is of another shape is left out
-        initial = move(backbone, "backbone.", "")
-        state = self.fit_windows(state, initial, file)
-        try:
-            return align_and_update_state_dicts(backbone, state, c2_conversion=caffe2)
-        except ValueError:  # a name is the end of several: it says nothing
-            return state
-
-    def fit_windows(self, state: State, initial: State, file: str) -> State:
-        """Position biases for the windows of the model's Swin transformer: interpolated ones are a
-        good start, but not what was trained.
-
-        Raises:
-            CheckpointError: some would be interpolated, but the weights have to be complete
-        """
-        state, windows = adapt.resize_windows(state, initial)
-        if windows:
-            before, now = next(iter(windows.values()))
-            message = (
-                f"the Swin transformer of '{file}' has windows of {before} x {before}, that of the "
-                f"model has {now} x {now}"
-            )
-            if self.complete:
-                raise CheckpointError(
-                    f"{message}: set model.backbone.window_size to {before}, or fine-tune from them"
-                )
-            logger.warning(f"{message}: {len(windows)} position biases are interpolated")
-        return state
-
-    def check(self, source: Source) -> None:
-        """Compares the settings of model and weights. A wrong encoding of pixels is always an
-        error; other pixels may be meant to be learned, but not for evaluation."""
-        for name, found in settings(self.model).items():
-            value = source.expected.get(name, found)
-            exact = name.startswith("position")
-            if np.allclose(found, value, rtol=1e-3 if exact else 0.05):
-                continue
-            message = (
-                f"the weights of '{source.file}' go with {name} {value}, but the model has "
-                f"{found}: change {REMEDIES[name]}"
-            )
-            if self.complete or exact:
-                raise CheckpointError(message)
-            logger.warning(message)
-
-    def fit_heads(self, state: State, source: Source) -> State:
-        """One head for all layers is as good as the same for every one, but not the reverse."""
-        given, wanted = adapt.count_heads(state), len(self.model.decoder.class_heads)
-        if given == 1:
-            return adapt.repeat_heads(state, wanted)
-        if wanted == 1:
-            raise CheckpointError(
-                f"'{source.file}' has heads for each of {given} decoder layers, but those of "
-                "the model are shared: set MODEL.DINO.SHARED_HEADS "
-                "(model.decoder.shared_heads) to False"
-            )
-        return state
-
-    def fit_classes(self, state: State, source: Source) -> tuple[State, list[str]]:
-        """Rows for the model's classes, and those of them that are new."""
-        number = len(state[CLASS_BIAS])
-        rows = len(state.get(LABELS, range(number + 1))) - 1
-        if rows != number:
-            logger.info(
-                f"the label embedding of '{source.file}' is for {plural(rows, 'class')} and its "
-                f"class heads for {number}: these are kept, and of the embedding the rows of their "
-                "classes" + (", of which others start anew" if rows < number else "")
-            )
-        given = source.expected.get("classes") or coco_classes(number)
-        if given is None and self.names and number == self.model.num_classes:
-            logger.warning(
-                f"'{source.file}' does not name its classes: they are taken to be, in this order, "
-                + ", ".join(self.classes)
-            )
-        return adapt.select_classes(state, given, self.classes, gather(self.model.state_dict()))
-
-    def report(self, incompatible: Any, missing: list[str], source: Source, fits: bool) -> None:
-        """In one sentence, a warning where the config may be another than that of the weights."""
-        _, unexpected, other_shape = incompatible
-        total = len(self.model.state_dict())
-        message = (
-            f"{total - len(missing)} of {total} tensors are from '{source.file}' "
-            f"({source.form or 'a backbone'}), {len(missing)} keep their initial values, "
-            f"{len(unexpected)} were not expected, {len(other_shape)} have another shape"
-        )
-        if other_shape:
-            key, given, wanted = other_shape[0]
-            message += f", such as {key}: {given} in the file, {wanted} in the model"
-        if not fits:
-            message += (
-                "; the weights are of another model than the config: take the config that they "
-                "were trained with or, to train this one, weights of its backbone"
-            )
-        logger.log(logging.INFO if fits and not other_shape else logging.WARNING, message)
-
-    def report_new(self, classes: list[str], source: Source) -> None:
-        logger.warning(
-            f"{len(classes)} of {len(self.classes)} classes are new to '{source.file}' and "
-            f"start anew in the class heads and the label embedding: {', '.join(classes)}"
-        )
-
-    def refuse(self, missing: list[str], new_classes: list[str], source: Source) -> None:
-        """
-        Raises:
-            CheckpointError: nothing was loaded, or less than has to be
-        """
-        if len(missing) == len(self.model.state_dict()):
-            raise CheckpointError(
-                f"no tensor of '{source.file}' fits: it is of another model, or the config is"
-            )
-        left = [
-            key
-            for key in missing
-            if not key.startswith("denoising.") and not key.endswith(".num_batches_tracked")
-        ]
-        if self.complete and (new_classes or left):
-            what = f"the class {new_classes[0]}" if new_classes else f"tensors such as {left[0]}"
-            raise CheckpointError(
-                f"'{source.file}' does not fill the model: {what} would be random; the config has "
-                "to be that of the weights, and the classes have to be among theirs"
-            )
+    def fit(self, state: State, opened: OpenedWeights) -> tuple[State, list[str]]:
+        """Weights, or their average, for the heads and the classes of the model; and its classes
+        that are new to them."""
+        state = fit_heads(state, self.model, opened.file)
+        return fit_classes(state, opened, self.model, self.classes, named=bool(self.names))

@@ -1,20 +1,70 @@
-"""Weights of any format, made those of a model."""
+"""Weights of any file, made those of a model: their layout, heads, classes and windows."""
 
+import logging
 from collections.abc import Callable
+from typing import NamedTuple
+
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 
 from ..data.coco_classes import COCO_80, COCO_91
-from ..layouts import backbones, dino
-from ..layouts.adapt import ClassNames
-from ..layouts.renaming import State
+from ..distributed.sharing import gather
+from ..layouts import adapt, backbones, dino
+from ..layouts.adapt import LABELS, ClassNames
+from ..layouts.renaming import CheckpointError, State, move
+from ..modeling.backbones import TimmBackbone
+from ..modeling.detector import Detector
+from ..names import plural
+from .files import fetch, read, weights
+from .settings import EXPECTED, encoding_of
 
-CONVERTERS: dict[str, Callable[[State], State]] = {
+logger = logging.getLogger(__name__)
+
+DETECTORS: dict[str | None, Callable[[State], State]] = {
     "official": dino.from_official,
     "detrex": dino.from_detrex,
     "mmdet": dino.from_mmdet,
+}
+BACKBONES: dict[str | None, Callable[[State], State]] = {
     "model_zoo": backbones.from_model_zoo,
     "torchvision": backbones.from_torchvision,
     "convnext": backbones.from_convnext,
 }
+CONVERTERS = DETECTORS | BACKBONES
+
+
+class OpenedWeights(NamedTuple):
+    """What is in a file of weights; read once, and handed on to whoever needs some of it."""
+
+    file: str
+    form: str | None  # as `detect_format` has it
+    state: State  # of a detector with our names, of a backbone or of unknown form with its own
+    settings: dict  # of the model that they go with, as far as they are known
+    rest: dict  # of the file: averaged weights, optimizer, iteration, ...
+    note: str  # a sentence on what was taken of the file, "" where there is nothing to say
+
+    def classes(self, number: int) -> ClassNames | None:
+        """What the `number` rows of the class heads stand for; None: that is not known."""
+        return self.settings.get("classes") or coco_classes(number)
+
+
+def open_weights(path: str, *, averaged: bool = False) -> OpenedWeights:
+    """Gets and reads a file of weights.
+
+    Args:
+        path: file, URL or `dino_d2://NAME` of a published checkpoint
+        averaged: take the moving average that a training has saved beside its weights
+
+    Raises:
+        CheckpointError: it cannot be had, is damaged, or has no weights that are known
+    """
+    file = fetch(path)
+    checkpoint = read(file)
+    state, form, note = weights(checkpoint, file, averaged=averaged)
+    if form is None and "dino_d2" in checkpoint:  # of a detector that is not DINO
+        form = "dino_d2"
+    convert = DETECTORS.get(form, dict)
+    settings = checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(file)
+    return OpenedWeights(file, form, convert(state), settings, checkpoint, note)
 
 
 def to_ours(state: State, form: str | None) -> State:
@@ -23,4 +73,91 @@ def to_ours(state: State, form: str | None) -> State:
 
 
 def coco_classes(number: int) -> ClassNames | None:
+    """Names of the classes of COCO, if there are as many as one of its two ways of counting has."""
     return {80: COCO_80, 91: COCO_91}.get(number)
+
+
+def fit_names(opened: OpenedWeights, model: Detector, *, complete: bool) -> State:
+    """The state under the names of the model. Names of a backbone that nobody knows are matched
+    with those of the model's, as Detectron2 does."""
+    state, is_timm = opened.state, isinstance(model.backbone, TimmBackbone)
+    # timm's ResNets have torchvision's names, and keep them
+    if opened.form is not None and not (opened.form == "torchvision" and is_timm):
+        return BACKBONES.get(opened.form, dict)(state)
+    caffe2 = any(key.endswith("_w") for key in state)
+    backbone = {k: x for k, x in model.state_dict().items() if k.startswith("backbone.")}
+    if is_timm:
+        return backbones.from_timm(state, backbone)
+    # before they are matched: what is of another shape is left out
+    initial = move(backbone, "backbone.", "")
+    state = fit_windows(state, initial, opened.file, complete=complete)
+    try:
+        return align_and_update_state_dicts(backbone, state, c2_conversion=caffe2)
+    except ValueError:  # a name is the end of several: it says nothing
+        return state
+
+
+def fit_windows(state: State, initial: State, file: str, *, complete: bool) -> State:
+    """Position biases for the windows of the model's Swin transformer: interpolated ones are a good
+    start, but not what was trained.
+
+    Raises:
+        CheckpointError: some would be interpolated, but the weights have to be complete
+    """
+    state, windows = adapt.resize_windows(state, initial)
+    if windows:
+        before, now = next(iter(windows.values()))
+        message = (
+            f"the Swin transformer of '{file}' has windows of {before} x {before}, that of the "
+            f"model has {now} x {now}"
+        )
+        if complete:
+            raise CheckpointError(
+                f"{message}: set model.backbone.window_size to {before}, or fine-tune from them"
+            )
+        logger.warning(f"{message}: {len(windows)} position biases are interpolated")
+    return state
+
+
+def fit_heads(state: State, model: Detector, file: str) -> State:
+    """A shared head is copied to every decoder layer.
+
+    Raises:
+        CheckpointError: separate heads cannot be merged to the model's shared one
+    """
+    given, wanted = adapt.count_heads(state), adapt.count_heads(model.state_dict())
+    if given == 1:
+        return adapt.repeat_heads(state, wanted)
+    if wanted == 1:
+        raise CheckpointError(
+            f"'{file}' has heads for each of {given} decoder layers, but those of the model are "
+            "shared: set MODEL.DINO.SHARED_HEADS (model.decoder.shared_heads) to False"
+        )
+    return state
+
+
+def fit_classes(
+    state: State, opened: OpenedWeights, model: Detector, classes: ClassNames, *, named: bool
+) -> tuple[State, list[str]]:
+    """Rows for the model's classes, and those of them that are new.
+
+    Args:
+        state: of the opened weights, or their average
+        classes: of the model
+        named: whether these are names, and not numbers
+    """
+    number = model.count_classes(state) or 0
+    given = opened.classes(number)
+    rows = len(state.get(LABELS, range(number + 1))) - 1
+    if rows != number:
+        logger.info(
+            f"the label embedding of '{opened.file}' is for {plural(rows, 'class')} and its class "
+            f"heads for {number}: these are kept, and of the embedding the rows of their classes"
+            + (", of which others start anew" if rows < number else "")
+        )
+    if given is None and named and number == model.num_classes:
+        logger.warning(
+            f"'{opened.file}' does not name its classes: they are taken to be, in this order, "
+            + ", ".join(map(str, classes))
+        )
+    return adapt.select_classes(state, given, classes, gather(model.state_dict()))

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from ..config.styles import read_config
 from ..layouts.renaming import CheckpointError
-from ..modeling.dino import DINO
+from ..modeling.detector import Detector
 from ..names import check_device, hint, nearest_path
 from .checkpointer import Checkpointer
 from .files import ReleaseHandler, fetch
@@ -72,7 +72,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
     return cfg
 
 
-def get(name: str, device: str | None = None) -> DINO:
+def get(name: str, device: str | None = None) -> Detector:
     """A published checkpoint as a model, ready for inference: `model_zoo.get("detrex/dino_...")`.
 
     Args:
@@ -90,7 +90,7 @@ def get(name: str, device: str | None = None) -> DINO:
     return model.eval()
 
 
-def build(cfg: CfgNode | DictConfig, num_classes: int, device: str | None = None) -> DINO:
+def build(cfg: CfgNode | DictConfig, num_classes: int, device: str | None = None) -> Detector:
     """The model of a config of either style.
 
     Args:
@@ -109,7 +109,7 @@ def build(cfg: CfgNode | DictConfig, num_classes: int, device: str | None = None
     else:
         cfg.model.num_classes = num_classes
         model = instantiate(cfg.model).to(device)
-    if not isinstance(model, DINO):
+    if not isinstance(model, Detector):
         raise ValueError(f"the config is that of a {type(model).__name__}, not of a DINO")
     return model
 

@@ -1,13 +1,16 @@
 """What weights expect of the model around them, and no shape of a tensor tells."""
 
+import logging
 import os
 
-from detectron2.modeling.backbone.resnet import BottleneckBlock
+import numpy as np
 
-from ..modeling.dino import DINO
+from ..layouts.renaming import CheckpointError
+from ..modeling.detector import Detector
 from .releases import RELEASES
 
-# What weights expect of the model around them, and no shape of a tensor tells.
+logger = logging.getLogger(__name__)
+
 TORCHVISION = {
     "pixel_mean": [123.675, 116.28, 103.53],
     "pixel_std": [58.395, 57.12, 57.375],
@@ -30,21 +33,7 @@ REMEDIES = {
 }
 
 
-def settings(model: DINO) -> dict:
-    """What a model and its weights have to agree on without a tensor's shape telling."""
-    found = {
-        "pixel_mean": [round(x, 3) for x in model.pixel_mean.flatten().tolist()],
-        "pixel_std": [round(x, 3) for x in model.pixel_std.flatten().tolist()],
-        "position_temperature": float(model.encoder.position_temperature),
-        "position_offset": float(model.encoder.position_offset),
-    }
-    block = next(iter(getattr(model.backbone, "res3", [])), None)
-    if isinstance(block, BottleneckBlock):
-        found["stride_in_1x1"] = block.conv1.stride != (1, 1)
-    return found
-
-
-def pixels_of(model: DINO) -> dict:
+def pixels_of(model: Detector) -> dict:
     """What pixels a ResNet was trained with, told by how strongly its first layer answers.
 
     MSRA's weights, on which most of Detectron2's model zoo is built, take pixels as they are, with
@@ -67,3 +56,39 @@ def encoding_of(filename: str) -> dict:
             temperature, offset = release.encoding
             return {"position_temperature": temperature, "position_offset": offset}
     return {}
+
+
+def check_settings(model: Detector, expected: dict, file: str, *, complete: bool) -> None:
+    """Compares the settings of a model with what the weights of a file expect.
+
+    A wrong encoding of pixels is always an error. Other pixels may be meant to be learned, but not
+    where weights have to be complete, as for evaluation.
+
+    Raises:
+        CheckpointError: they differ in one of these
+    """
+    for name, found in model.settings().items():
+        value = expected.get(name, found)
+        exact = name.startswith("position")
+        if np.allclose(found, value, rtol=1e-3 if exact else 0.05):
+            continue
+        message = (
+            f"the weights of '{file}' go with {name} {value}, but the model has {found}: change "
+            f"{REMEDIES[name]}"
+        )
+        if complete or exact:
+            raise CheckpointError(message)
+        logger.warning(message)
+
+
+def warn_of_encoding(model: Detector, form: str | None, expected: dict, file: str) -> None:
+    """Says so where nothing tells with which encoding of pixels weights were trained, and the model
+    has not that of most weights of their form."""
+    own = model.settings()
+    encoding = own.get("position_temperature"), own.get("position_offset")
+    usual = USUAL_ENCODING.get(form, encoding)
+    if "position_offset" not in expected and encoding != usual:
+        logger.warning(
+            f"'{file}' does not say with which encoding of pixels it was trained: the model has "
+            f"temperature and offset {encoding}, most of {form} have {usual}"
+        )

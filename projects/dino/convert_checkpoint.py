@@ -39,13 +39,12 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
     argument_parser().parse_args()
 
 
-from dino_d2.layouts.adapt import CLASS_BIAS
+from dino_d2.layouts.adapt import count_classes
 from dino_d2.layouts.dino import to_official
 from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.names import plural
-from dino_d2.weights.files import fetch, read, weights, write
-from dino_d2.weights.fitting import coco_classes, to_ours
-from dino_d2.weights.settings import EXPECTED, encoding_of
+from dino_d2.weights.files import write
+from dino_d2.weights.fitting import open_weights
 
 
 def convert(source: str, to: str, *, ema: bool = False) -> dict:
@@ -55,21 +54,17 @@ def convert(source: str, to: str, *, ema: bool = False) -> dict:
         CheckpointError: the file cannot be read, is of a layout that is not known, or has no
             averaged weights
     """
-    path = fetch(source)
-    checkpoint = read(path)
-    state, form, note = weights(checkpoint, path, averaged=ema)
-    if note:
-        print(note)
-    state = to_ours(state, form)
-    if CLASS_BIAS not in state:
+    opened = open_weights(source, averaged=ema)
+    if opened.note:
+        print(opened.note)
+    number = count_classes(opened.state)
+    if number is None:
         raise CheckpointError(f"'{source}' is no DINO of a known layout")
-    classes = coco_classes(len(state[CLASS_BIAS]))
-    description = {
-        "classes": classes and list(classes),
-        **(checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(path)),
-    }
+    classes = opened.classes(number)
     # Beside the official layout too: other settings than the official ones would be lost otherwise.
-    return {"model": to_official(state) if to == "official" else state, "dino_d2": description}
+    description = opened.settings | {"classes": classes and list(classes)}
+    state = to_official(opened.state) if to == "official" else opened.state
+    return {"model": state, "dino_d2": description}
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ from dino_d2.data import DatasetError
 from dino_d2.data.coco_json import dataset_name
 from dino_d2.distributed.launch import check_gpus, launch, world_size
 from dino_d2.engine.folder import check_folder, claim_folder
-from dino_d2.engine.keys import is_dino
+from dino_d2.engine.keys import is_detector
 from dino_d2.engine.plan import make_plan, part_of_batch, require_sections
 from dino_d2.engine.run import check, test, train
 from dino_d2.engine.schedule import scale_schedule
@@ -136,7 +136,7 @@ def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     sets = cfg.DATASETS
     sets.TRAIN = datasets(args, "train", sets.TRAIN, "DATASETS.TRAIN" in given)
     sets.TEST = datasets(args, "val", sets.TEST, "DATASETS.TEST" in given)
-    num_classes = cfg.MODEL.DINO.NUM_CLASSES if is_dino(cfg) else None
+    num_classes = cfg.MODEL.DINO.NUM_CLASSES if is_detector(cfg) else None
     # Written down: the config that is saved with the results builds the model without the data.
     cfg.MODEL.DINO.NUM_CLASSES = check_data(
         args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, num_classes

@@ -1,0 +1,64 @@
+"""What training, checkpoints and the model zoo ask of a detector, whichever it is."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.modeling import Backbone
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+from torch import nn
+
+from ..layouts import adapt
+from ..layouts.renaming import State
+
+
+class Detector(nn.Module):
+    """A meta-architecture of this package: `DINO`, or another one that derives from this.
+
+    Beside Detectron2's interface (a list of dicts in; losses in training, dicts with "instances"
+    otherwise) it has what the methods here say, and may override them.
+
+    Args:
+        backbone: follows Detectron2's backbone interface
+        num_classes: K
+        pixel_mean, pixel_std: per channel, in the order and range of the input images
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        num_classes: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def loss_divisor(self, batch: list[dict]) -> int:
+        """What the losses of a batch are divided by, before it is averaged over workers: the number
+        of its boxes. Batches that are accumulated to a step weigh by it."""
+        return sum(len(x["instances"]) for x in batch)
+
+    def settings(self) -> dict:
+        """What this model and its weights have to agree on without a tensor's shape telling; saved
+        beside the weights, and compared when they are loaded."""
+        found = {
+            "pixel_mean": [round(x, 3) for x in self.pixel_mean.flatten().tolist()],
+            "pixel_std": [round(x, 3) for x in self.pixel_std.flatten().tolist()],
+        }
+        block = next(iter(getattr(self.backbone, "res3", [])), None)
+        if isinstance(block, BottleneckBlock):
+            found["stride_in_1x1"] = block.conv1.stride != (1, 1)
+        return found
+
+    @staticmethod
+    def count_classes(state: State) -> int | None:
+        """How many classes a state dict detects; None: it is none of a detector like this."""
+        return adapt.count_classes(state)

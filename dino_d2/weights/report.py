@@ -1,0 +1,76 @@
+"""What is said of weights that were loaded, in one sentence each."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ..layouts.renaming import CheckpointError
+from .fitting import OpenedWeights
+
+logger = logging.getLogger(__name__)
+
+
+def report_loaded(
+    opened: OpenedWeights, incompatible: Any, missing: Sequence[str], total: int, *, fits: bool
+) -> None:
+    """How many tensors are loaded, as a warning where the config may be another than that of the
+    weights.
+
+    Args:
+        incompatible: what Detectron2 says of names and shapes
+        missing: names of those of the `total` tensors of the model that keep their initial values
+        fits: whether the weights are of this model at all
+    """
+    _, unexpected, other_shape = incompatible
+    message = (
+        f"{total - len(missing)} of {total} tensors are from '{opened.file}' "
+        f"({opened.form or 'a backbone'}), {len(missing)} keep their initial values, "
+        f"{len(unexpected)} were not expected, {len(other_shape)} have another shape"
+    )
+    if other_shape:
+        key, given, wanted = other_shape[0]
+        message += f", such as {key}: {given} in the file, {wanted} in the model"
+    if not fits:
+        message += (
+            "; the weights are of another model than the config: take the config that they were "
+            "trained with or, to train this one, weights of its backbone"
+        )
+    logger.log(logging.INFO if fits and not other_shape else logging.WARNING, message)
+
+
+def report_new_classes(opened: OpenedWeights, new: Sequence[str], total: int) -> None:
+    """Which of the `total` classes of the model the weights do not know."""
+    logger.warning(
+        f"{len(new)} of {total} classes are new to '{opened.file}' and start anew in the class "
+        f"heads and the label embedding: {', '.join(new)}"
+    )
+
+
+def require_loaded(
+    opened: OpenedWeights,
+    missing: Sequence[str],
+    new_classes: Sequence[str],
+    total: int,
+    *,
+    complete: bool,
+) -> None:
+    """Refuses weights that leave more random than they may.
+
+    Raises:
+        CheckpointError: nothing was loaded or, if they have to be complete, not all
+    """
+    if len(missing) == total:
+        raise CheckpointError(
+            f"no tensor of '{opened.file}' fits: it is of another model, or the config is"
+        )
+    left = [
+        key
+        for key in missing
+        if not key.startswith("denoising.") and not key.endswith(".num_batches_tracked")
+    ]
+    if complete and (new_classes or left):
+        what = f"the class {new_classes[0]}" if new_classes else f"tensors such as {left[0]}"
+        raise CheckpointError(
+            f"'{opened.file}' does not fill the model: {what} would be random; the config has to "
+            "be that of the weights, and the classes have to be among theirs"
+        )
