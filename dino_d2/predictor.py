@@ -157,7 +157,7 @@ def load(
     path = weights or model_zoo.weights_of(cfg)
     if not path:
         raise CheckpointError("there are no weights: name a file, a URL or dino_d2://NAME")
-    opened = open_weights(model_zoo.fetch_weights(path))
+    opened = open_weights(model_zoo.fetch_weights(path), mmap=True)
     classes = classes_of(opened)
     model = model_zoo.build(cfg, len(classes), device)
     Checkpointer(model, classes=classes, complete=True).load(opened)

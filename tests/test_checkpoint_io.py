@@ -514,7 +514,7 @@ def test_a_file_in_a_folder_that_is_not_there_is_not_written(tmp_path):
 
 
 def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch):
-    def refuse(path):
+    def refuse(path, mmap):
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(checkpoint_io, "_read_torch", refuse)
@@ -523,7 +523,7 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatc
 
 
 def test_a_lack_of_memory_is_not_the_fault_of_the_file(tmp_path, monkeypatch):
-    def fail(path):
+    def fail(path, mmap):
         raise MemoryError
 
     monkeypatch.setattr(checkpoint_io, "_read_torch", fail)
@@ -546,3 +546,11 @@ def test_a_disk_that_is_full_is_one_sentence_and_leaves_the_old_file(tmp_path):
     assert_one_sentence(caught, f"'{path}' cannot be written: ", "File too large", "make room")
     assert path.read_bytes() == before
     assert [x.name for x in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_mapped_tensors_are_the_same_and_copied_into_a_model(tmp_path):
+    path = str(tmp_path / "a.pth")
+    torch.save({"model": {"x": torch.arange(3.0)}}, path)
+    assert torch.equal(read(path, mmap=True)["model"]["x"], torch.arange(3.0))
+    torch.save({"x": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(read(path, mmap=True)["x"], torch.ones(2))  # cannot be mapped, is read

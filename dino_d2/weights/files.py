@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterator
+from functools import partial
 from http.client import HTTPException
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -81,9 +82,14 @@ class DamagedCheckpoint(CheckpointError):
     """What is in a file is not, or not all of, a checkpoint."""
 
 
-def read(path: str) -> dict:
+def read(path: str, *, mmap: bool = False) -> dict:
     """The content of a `.pkl`, `.safetensors` or PyTorch file: tensors, arrays and plain Python
     values.
+
+    Args:
+        path: of the file
+        mmap: leave the tensors of a PyTorch file on the disk until they are used, so that a model
+            is not in memory twice; the file has to stay as it is as long as they are
 
     Raises:
         DamagedCheckpoint: it is truncated, or no checkpoint
@@ -91,7 +97,8 @@ def read(path: str) -> dict:
     """
     try:
         read_as = {".pkl": _read_pickle, ".safetensors": _read_safetensors}
-        data = read_as.get(os.path.splitext(path)[1], _read_torch)(path)
+        read_torch = partial(_read_torch, mmap=mmap)
+        data = read_as.get(os.path.splitext(path)[1], read_torch)(path)
     except ModuleNotFoundError as error:
         raise CheckpointError(f"'{path}' needs {error.name}: pip install {error.name}") from error
     except MemoryError:  # not the fault of the file
@@ -233,10 +240,11 @@ class _ForeignObject:
         pass
 
 
-def _read_torch(path: str) -> Any:
-    foreign = get_unsafe_globals_in_checkpoint(path) if is_zipfile(path) else []
+def _read_torch(path: str, *, mmap: bool) -> Any:
+    is_zip = is_zipfile(path)  # since PyTorch 1.6
+    foreign = get_unsafe_globals_in_checkpoint(path) if is_zip else []
     with safe_globals([(_ForeignObject, name) for name in foreign]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
 
 
 def _read_safetensors(path: str) -> State:

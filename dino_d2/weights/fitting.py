@@ -47,18 +47,19 @@ class OpenedWeights(NamedTuple):
         return self.settings.get("classes") or coco_classes(number)
 
 
-def open_weights(path: str, *, averaged: bool = False) -> OpenedWeights:
+def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> OpenedWeights:
     """Gets and reads a file of weights.
 
     Args:
         path: file, URL or `dino_d2://NAME` of a published checkpoint
         averaged: take the moving average that a training has saved beside its weights
+        mmap: as of `read`, for weights that are copied into a model and then forgotten
 
     Raises:
         CheckpointError: it cannot be had, is damaged, or has no weights that are known
     """
     file = fetch(path)
-    checkpoint = read(file)
+    checkpoint = read(file, mmap=mmap)
     state, form, note = weights(checkpoint, file, averaged=averaged)
     if form is None and "dino_d2" in checkpoint:  # of a detector that is not DINO
         form = "dino_d2"

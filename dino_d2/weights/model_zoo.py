@@ -14,6 +14,7 @@ from ..modeling.detector import Detector
 from ..names import check_device, hint, nearest_path
 from .checkpointer import Checkpointer
 from .files import ReleaseHandler, fetch
+from .fitting import open_weights
 from .releases import RELEASES, alternatives, find
 
 # Inside the package where it is installed, beside it in a checkout.
@@ -86,7 +87,7 @@ def get(name: str, device: str | None = None) -> Detector:
     """
     cfg = get_config(name, trained=True)
     model = build(cfg, NUM_CLASSES, device)
-    Checkpointer(model, complete=True).load(weights_of(cfg))
+    Checkpointer(model, complete=True).load(open_weights(weights_of(cfg), mmap=True))
     return model.eval()
 
 
