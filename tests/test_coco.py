@@ -1,5 +1,6 @@
 import json
 import logging
+import pickle
 
 import pytest
 import torch
@@ -14,7 +15,17 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from dino_d2.data import DatasetError, check, num_classes, register, shapes
+from dino_d2.data import (
+    DatasetError,
+    check,
+    coco,
+    num_classes,
+    register,
+    register_again,
+    registered,
+    shapes,
+)
+from dino_d2.data.coco_json import parse
 
 pytestmark = pytest.mark.usefixtures("clean_catalogs")
 
@@ -408,3 +419,22 @@ def test_a_number_beyond_all_images_is_refused(tmp_path):
 def test_check_returns_the_number_of_classes(tmp_path):
     name = write(tmp_path, a_dataset())
     assert check([name], [], None) == check([], [name], 2) == 2
+
+
+def test_files_are_parsed_once_and_handed_to_other_processes(tmp_path, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(coco, "parse", lambda path: parsed.append(path) or parse(path))
+    name = write(tmp_path, a_dataset())
+    check([name], [name], None)
+    records = DatasetCatalog.get(name)
+    records[0]["annotations"].clear()  # a loader's own: the next one gets them as they were
+    assert DatasetCatalog.get(name)[0]["annotations"] and len(parsed) == 1
+
+    content = pickle.loads(pickle.dumps(registered()))
+    expected, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name).as_dict()
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+    register_again([x for x in content if x.name == name])
+    check([name], [name], None)
+    assert DatasetCatalog.get(name) == expected and len(parsed) == 1
+    assert MetadataCatalog.get(name).as_dict() == metadata

@@ -128,7 +128,7 @@ def test_train_stop_resume_evaluate(style, data, tmp_path):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_data_by_path_reaches_both_styles(style, data, shapes):
-    cfg = train_net.load_config(parse(*config(style), *data, *overrides(style)))
+    cfg = train_net.load_job(parse(*config(style), *data, *overrides(style))).cfg
     train, test = f"{shapes}/train.json@{shapes}/images", f"{shapes}/val.json@{shapes}/images"
     if style == ".py":
         names = cfg.dataloader.train.dataset.names, cfg.dataloader.test.dataset.names
@@ -142,14 +142,14 @@ def test_data_by_path_reaches_both_styles(style, data, shapes):
 @pytest.mark.parametrize("style", STYLES)
 def test_evaluation_needs_no_training_data(style, data, shapes):
     options = overrides(style, weights=shapes / "val.json")  # any file: it is not read yet
-    cfg = train_net.load_config(parse(*config(style), *data[4:], "--eval-only", *options))
+    cfg = train_net.load_job(parse(*config(style), *data[4:], "--eval-only", *options)).cfg
     model = cfg.model if style == ".py" else cfg.MODEL.DINO
     assert model["num_classes" if style == ".py" else "NUM_CLASSES"] == 4
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_number_of_classes_is_written_down(style, data):
-    cfg = train_net.load_config(parse(*config(style), *data, *overrides(style)))
+    cfg = train_net.load_job(parse(*config(style), *data, *overrides(style))).cfg
     assert (cfg.model.num_classes if style == ".py" else cfg.MODEL.DINO.NUM_CLASSES) == 4
 
 
@@ -229,7 +229,7 @@ def test_weights_of_every_layout_are_where_training_and_evaluation_begin(
     words = [*config(style), *data, *option]
     options = overrides(style, output=tmp_path, weights=tmp_path / "theirs.pth", iterations=1)
     torch.save({}, tmp_path / "theirs.pth")
-    expected = model_of(train_net.load_config(parse(*words, *options))).state_dict()
+    expected = model_of(train_net.load_job(parse(*words, *options)).cfg).state_dict()
     torch.save({"model": getattr(layouts, layout)(expected)}, tmp_path / "theirs.pth")
     train_net.main(parse(*words, *options))
     (model,) = started
@@ -239,7 +239,7 @@ def test_weights_of_every_layout_are_where_training_and_evaluation_begin(
 @pytest.mark.parametrize("style", STYLES)
 def test_a_checkpoint_says_which_classes_it_was_trained_with(style, data, tmp_path):
     options = overrides(style, output=tmp_path, iterations=1)
-    cfg = train_net.load_config(parse(*config(style), *data, *options))
+    cfg = train_net.load_job(parse(*config(style), *data, *options)).cfg
     names = make_plan(cfg).train_sets
     checkpointer = run.make_checkpointer(model_of(cfg), str(tmp_path), names)
     assert type(checkpointer) is Checkpointer and not checkpointer.complete
@@ -307,7 +307,7 @@ def test_no_config_at_all(monkeypatch):
 def test_a_config_has_a_name(style, data, tmp_path):
     words = ["--config-file", f"quickstart{style}", *data, *overrides(style, output=tmp_path)]
     named, by_path = (
-        make_plan(train_net.load_config(parse(*x))) for x in (words, [*config(style), *words[2:]])
+        train_net.load_job(parse(*x)).plan for x in (words, [*config(style), *words[2:]])
     )
     assert (named.output_dir, named.seed, named.max_iter) == (
         by_path.output_dir,
@@ -350,7 +350,7 @@ def test_a_device_that_pytorch_does_not_know_is_one_sentence(style, data, monkey
 
 @pytest.mark.parametrize("style", STYLES)
 def test_training_without_validation_data_evaluates_nothing(style, data):
-    cfg = train_net.load_config(parse(*config(style), *data[:4], *overrides(style)))
+    cfg = train_net.load_job(parse(*config(style), *data[:4], *overrides(style))).cfg
     assert make_plan(cfg).evaluate(torch.nn.Identity()) == {}
 
 
@@ -359,7 +359,7 @@ def test_training_without_validation_data_evaluates_nothing(style, data):
 def test_the_command_line_wins_over_the_config(style, device, data, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     option = [f"train.device={device}"] if style == ".py" else ["MODEL.DEVICE", device]
-    cfg = train_net.load_config(parse(*config(style), *data, *overrides(style), *option))
+    cfg = train_net.load_job(parse(*config(style), *data, *overrides(style), *option)).cfg
     assert (cfg.train.device if style == ".py" else cfg.MODEL.DEVICE) == device
 
 
@@ -406,10 +406,10 @@ def test_the_config_that_a_lazy_training_saved_trains(name, data, tmp_path):
     if name != "quickstart":  # others have no such scheduler
         options.remove("lr_multiplier.warmup_length=0.0")
     words = [*data, *options, "train.init_checkpoint=''"]
-    first = train_net.load_config(parse(*config(".py", name), *words))
+    first = train_net.load_job(parse(*config(".py", name), *words)).cfg
     LazyConfig.save(first, str(tmp_path / "config.yaml"))
     # without the data, which the config has written down
-    second = train_net.load_config(parse("--config-file", tmp_path / "config.yaml"))
+    second = train_net.load_job(parse("--config-file", tmp_path / "config.yaml")).cfg
     assert second.model.num_classes == 4 and second.train.output_dir == str(tmp_path)
     assert second.dataloader.train.dataset.names == first.dataloader.train.dataset.names
     shapes = [
@@ -458,13 +458,13 @@ def test_annotations_without_their_images(monkeypatch, capsys):
 def test_other_models_of_detectron2_train_with_their_own_optimizer(data, tmp_path):
     file = tmp_path / "faster_rcnn.yaml"
     file.write_text("MODEL: {META_ARCHITECTURE: GeneralizedRCNN, DEVICE: cpu}")
-    cfg = train_net.load_config(parse("--config-file", file, *data, "SOLVER.OPTIMIZER", "SGD"))
+    cfg = train_net.load_job(parse("--config-file", file, *data, "SOLVER.OPTIMIZER", "SGD")).cfg
     optimizer = make_plan(cfg).build_optimizer(torch.nn.Linear(1, 1))
     assert isinstance(optimizer, torch.optim.SGD)
 
 
 def test_the_optimizer_of_the_config(data):
-    cfg = train_net.load_config(parse(*config(".yaml"), *data, *overrides(".yaml")))
+    cfg = train_net.load_job(parse(*config(".yaml"), *data, *overrides(".yaml"))).cfg
     optimizer = make_plan(cfg).build_optimizer(torch.nn.Linear(1, 1))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert (optimizer.defaults["max_norm"], optimizer.defaults["lr"]) == (0.1, cfg.SOLVER.BASE_LR)
@@ -531,7 +531,7 @@ def test_detectron2s_own_scaling_counts_workers(data, tmp_path):
     """Written for 4 workers with 16 images, run by 1: a quarter of all, four times as long."""
     options = overrides(".yaml", output=tmp_path, iterations=100)
     words = [*options, "SOLVER.REFERENCE_WORLD_SIZE", "4", "SOLVER.IMS_PER_BATCH", "16"]
-    cfg = train_net.load_config(parse(*config(".yaml"), *data, *words))
+    cfg = train_net.load_job(parse(*config(".yaml"), *data, *words)).cfg
     solver = cfg.SOLVER
     assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.REFERENCE_BATCH) == (4, 400, 4)
     assert solver.BASE_LR == pytest.approx(0.001 / 4)
@@ -541,7 +541,7 @@ def test_detectron2s_own_scaling_counts_workers(data, tmp_path):
 def test_what_the_command_line_says_is_not_scaled(style, data, tmp_path):
     """The quick start is for 4 images a step; here there are 2."""
     options = overrides(style, output=tmp_path, iterations=100)
-    cfg = train_net.load_config(parse(*config(style), *data, *options))
+    cfg = train_net.load_job(parse(*config(style), *data, *options)).cfg
     plan = make_plan(cfg)
     lr = cfg.SOLVER.BASE_LR if style == ".yaml" else cfg.optimizer.lr
     assert lr == pytest.approx(0.001 / 2) and plan.max_iter == 100
@@ -570,7 +570,7 @@ def test_a_training_for_wandb_without_wandb_is_refused(style, option, data, monk
 
 def chosen(style, *words):
     """Names of the training and of the test sets."""
-    cfg = train_net.load_config(parse(*config(style), *words))
+    cfg = train_net.load_job(parse(*config(style), *words)).cfg
     if style == ".py":
         return [list(cfg.dataloader[x].dataset.names) for x in ("train", "test")]
     return [list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)]

@@ -2,7 +2,15 @@
 
 from .adopt import is_built_in
 from .augmentation import ResizeShortestEdge, detr_augmentation
-from .coco import annotations_of, check, class_names, num_classes, register
+from .coco import (
+    annotations_of,
+    check,
+    class_names,
+    num_classes,
+    register,
+    register_again,
+    registered,
+)
 from .coco_json import DatasetError
 from .coco_results import read_results
 from .folder import find as find_folder
@@ -28,4 +36,6 @@ __all__ = [
     "read_image",
     "read_results",
     "register",
+    "register_again",
+    "registered",
 ]

@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 from collections import defaultdict
@@ -20,6 +21,7 @@ from itertools import zip_longest
 from multiprocessing.util import Finalize
 from operator import itemgetter
 from textwrap import shorten
+from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -38,6 +40,17 @@ from .normalise import Repairs, normalise, place_images
 logger = logging.getLogger(__name__)
 
 SEPARATOR = ".json@"
+
+
+class Registered(NamedTuple):
+    """A dataset that was read from files."""
+
+    name: str
+    records: bytes  # pickled, as Detectron2 gets them
+    metadata: dict
+
+
+_REGISTERED: dict[str, Registered] = {}
 
 
 def register(names: Iterable[str]) -> None:
@@ -216,16 +229,30 @@ def _register_content(
     repairs = prepare(dataset, image_root, source, **options)
     json_file = source if can_be_read(source, repairs, dataset) else write_copy(dataset)
     categories = sorted(dataset["categories"], key=itemgetter("id"))
-    DatasetCatalog.register(name, functools.partial(_load, name, json_file, image_root))
-    MetadataCatalog.get(name).set(
-        json_file=json_file,
-        image_root=image_root,
-        evaluator_type="coco",
-        is_annotated=bool(dataset["annotations"]),
-        is_checked=True,
-        thing_classes=[category["name"] for category in categories],
-        thing_dataset_id_to_contiguous_id={c["id"]: index for index, c in enumerate(categories)},
-    )
+    records = pickle.dumps(_records(name, dataset, image_root))  # compact, and new for each user
+    metadata = {
+        "json_file": json_file,
+        "image_root": image_root,
+        "evaluator_type": "coco",
+        "is_annotated": bool(dataset["annotations"]),
+        "is_checked": True,
+        "thing_classes": [category["name"] for category in categories],
+        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
+    }
+    register_again([Registered(name, records, metadata)])
+
+
+def register_again(datasets: Iterable[Registered]) -> None:
+    """Make Detectron2 know what `registered` has of another process, whose files are not read."""
+    for one in datasets:
+        _REGISTERED[one.name] = one
+        DatasetCatalog.register(one.name, functools.partial(pickle.loads, one.records))
+        MetadataCatalog.get(one.name).set(**one.metadata)
+
+
+def registered() -> list[Registered]:
+    """What `register` has read from files so far, for processes that are started now."""
+    return list(_REGISTERED.values())
 
 
 def _check_registered(name: str) -> None:
@@ -317,12 +344,11 @@ def _suggest(what: str, path: str) -> None:
         raise DatasetError(f"{what} '{path}' does not exist{near}")
 
 
-def _load(name: str, json_file: str, image_root: str) -> list[dict]:
-    """Detectron2's records of a checked file, with boxes clipped to their image or dropped.
+def _records(name: str, dataset: dict[str, list], image_root: str) -> list[dict]:
+    """Detectron2's records of a checked dataset, with boxes clipped to their image or dropped.
 
     Detectron2's own reader would drop boxes whose segmentation it dislikes; none is needed here.
     """
-    dataset = parse(json_file)
     category_ids = sorted(category["id"] for category in dataset["categories"])
     classes = {category_id: index for index, category_id in enumerate(category_ids)}
     annotations = defaultdict(list)

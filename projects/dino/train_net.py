@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import product
 from logging.handlers import MemoryHandler
+from typing import NamedTuple
 
 from program import add_training_arguments, make_parser, one_sentence
 
@@ -52,6 +53,7 @@ Evaluate a checkpoint, of one's own or a published one; go on with an interrupte
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
     add_training_arguments(parser)
+    parser.set_defaults(job=None, found=None, registered=())  # of who has looked before
     return parser
 
 
@@ -89,10 +91,10 @@ from dino_d2.config.overrides import apply_overrides
 from dino_d2.config.styles import read_config
 from dino_d2.data import DatasetError
 from dino_d2.data.coco_json import dataset_name
-from dino_d2.distributed.launch import check_gpus, launch, world_size
+from dino_d2.distributed.launch import check_gpus, is_worker, launch, world_size
 from dino_d2.engine.folder import check_folder, claim_folder
 from dino_d2.engine.keys import is_detector
-from dino_d2.engine.plan import make_plan, part_of_batch, require_sections
+from dino_d2.engine.plan import Plan, make_plan, part_of_batch, require_sections
 from dino_d2.engine.run import check, test, train
 from dino_d2.engine.schedule import scale_schedule
 from dino_d2.engine.trainer import NonFiniteLoss
@@ -111,8 +113,22 @@ EARLY = MemoryHandler(10_000, logging.CRITICAL + 1)
 SENTENCES = (BackboneError, CheckpointError, DatasetError, NonFiniteLoss)
 
 
-def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
-    """The config of either style, with the command line merged in and its data checked.
+class Contents(NamedTuple):
+    """Of the folder of --data."""
+
+    line: str  # that says what is in it
+    splits: tuple[str, ...]
+
+
+class Job(NamedTuple):
+    """What the command line asks for."""
+
+    cfg: CfgNode | DictConfig  # with the command line merged in
+    plan: Plan
+
+
+def load_job(args: argparse.Namespace) -> Job:
+    """The config of either style, with its data checked, and the plan that it makes.
 
     Raises:
         ValueError: the config, the data or the machine cannot do what is asked for
@@ -128,7 +144,7 @@ def load_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     plan = make_plan(cfg)
     if plan.wandb_project and not args.eval_only:
         require_wandb()
-    return cfg
+    return Job(cfg, plan)
 
 
 def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
@@ -191,8 +207,10 @@ def datasets(args: argparse.Namespace, split: str, names: Sequence[str], given: 
         given: whether the command line named these
     """
     if args.data:
-        has = split in data.find_folder(os.path.expanduser(args.data)).splits
-        own = [f"{args.data}@{split}"] if has else []
+        if args.found is None:
+            found = data.find_folder(os.path.expanduser(args.data))
+            args.found = Contents(str(found), tuple(found.splits))
+        own = [f"{args.data}@{split}"] if split in args.found.splits else []
     else:
         file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
         own = [dataset_name(file, images)] if file else []
@@ -243,28 +261,29 @@ def require_device(device: str, remedy: str) -> None:
         raise ValueError(f"{error}; end the command with {remedy} to do without") from error
 
 
-def check_all(args: argparse.Namespace) -> None:
-    """Does what `main` begins with, and writes nothing.
+def check_all(args: argparse.Namespace) -> Job:
+    """Does what `main` begins with, and writes nothing; returns what it is asked for.
 
     Raises:
         ValueError: the config, the data, the weights or the machine cannot do what is asked for
     """
-    plan = make_plan(load_config(args))
+    job = load_job(args)
     if not args.eval_only:
-        check_folder(plan.output_dir, resume=args.resume, overwrite=args.overwrite)
-    check(plan, resume=args.resume, eval_only=args.eval_only)
+        check_folder(job.plan.output_dir, resume=args.resume, overwrite=args.overwrite)
+    check(job.plan, resume=args.resume, eval_only=args.eval_only)
+    return job
 
 
 def main(args: argparse.Namespace) -> None:
     """Train or evaluate; one process of `launch`. Results are in the output folder."""
-    cfg = load_config(args)
-    plan = make_plan(cfg)
+    data.register_again(args.registered)
+    cfg, plan = args.job or load_job(args)
     if not args.eval_only:  # before there is a log
         claim_folder(plan.output_dir, resume=args.resume, overwrite=args.overwrite)
     default_setup(cfg, args)
     begin_log(plan.output_dir)
     if args.data:
-        logger.info(data.find_folder(os.path.expanduser(args.data)))
+        logger.info(args.found.line)
     if args.eval_only:
         test(plan, resume=args.resume)
     else:
@@ -325,7 +344,9 @@ def invoke_main() -> None:
     with one_sentence(parser.prog):  # bad input ends here, before there are several processes
         keep_early()
         check_gpus(args.num_gpus)
-        check_all(args)
+        args.job = check_all(args)
+    if args.num_gpus * args.num_machines > 1 and not is_worker():  # they may not get all of it
+        args.job, args.registered = None, data.registered()
     end = "" if args.eval_only else "; --resume goes on from the last checkpoint"
     try:
         launch(worker, args)
