@@ -5,14 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Instances
 from PIL import Image
 
 from .config.overrides import apply_overrides
-from .config.styles import evaluation_augmentations
+from .config.styles import evaluation_augmentations, get, keys_for
 from .data.coco_classes import COCO_80
 from .data.mapper import channels_of, check_mode, read_image
 from .layouts.adapt import count_classes
@@ -153,7 +152,6 @@ def load(
     cfg = model_zoo.get_config(config, trained=not weights)
     apply_overrides(cfg, overrides)
     augmentations = evaluation_augmentations(cfg)
-    is_yaml = isinstance(cfg, CfgNode)
     path = weights or model_zoo.weights_of(cfg)
     if not path:
         raise CheckpointError("there are no weights: name a file, a URL or dino_d2://NAME")
@@ -165,7 +163,7 @@ def load(
         fold_norms(model.eval()),
         classes=classes,
         augmentations=augmentations,
-        image_format=cfg.INPUT.FORMAT if is_yaml else cfg.dataloader.test.mapper.image_format,
+        image_format=get(cfg, keys_for(cfg).image_format),
         dtype=dtype,
     )
 

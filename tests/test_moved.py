@@ -37,7 +37,7 @@ PLACES = {
         mean_over_workers
     """,
     "engine.schedule": """
-        Keys YAML LAZY LONGEST_WARM_UP scale_schedule check_numbers scaled count_images share_of
+        Keys LONGEST_WARM_UP scale_schedule check_numbers scaled count_images share_of
         get put
     """,
     "evaluation.errors": """

@@ -5,7 +5,6 @@ from traceback import extract_tb
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.config import CfgNode as CN
 from detectron2.data.transforms import Augmentation
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
@@ -16,7 +15,7 @@ from .keys import add_dino_config
 from .overrides import keys_of, unknown_key
 
 
-def read_config(file: str) -> CN | DictConfig:
+def read_config(file: str) -> CfgNode | DictConfig:
     """A config of either style: `.py` files and what a training with one of them saves as
     `config.yaml` are LazyConfigs, other YAML files become a CfgNode with the keys of DINO.
 
@@ -39,7 +38,7 @@ def read_config(file: str) -> CN | DictConfig:
         raise ValueError(f"'{file}' is no config: {' '.join(str(error).split())}") from error
     except KeyError as error:
         known = list(keys_of(cfg))
-        given = keys_of(CN.load_yaml_with_base(file, allow_unsafe=True))
+        given = keys_of(CfgNode.load_yaml_with_base(file, allow_unsafe=True))
         unknown = next(key for key in given if key not in known)
         raise ValueError(f"'{file}': {unknown_key(unknown, known)}") from error
     return cfg
@@ -90,43 +89,109 @@ def _yaml_keys(file: str) -> set[str]:
     return keys
 
 
-def evaluation_augmentations(cfg: CN | DictConfig) -> list[Augmentation]:
+def evaluation_augmentations(cfg: CfgNode | DictConfig) -> list[Augmentation]:
     """What resizes an image in the evaluation of a config of either style."""
-    if isinstance(cfg, CN):
+    if isinstance(cfg, CfgNode):
         return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
     return instantiate(cfg.dataloader.test.mapper.augmentations)
 
 
 class Keys(NamedTuple):
-    """Where a config of one style has what is scaled, and by what."""
+    """Where a config of one style has what both have."""
 
+    train_sets: str
+    test_sets: str
+    image_format: str
+    num_classes: str
+    weights: str
+    device: str
+    output_dir: str
+    seed: str
     batch: str
+    accumulate: str
     reference_batch: str
     epochs: str
     lr: str
     max_iter: str
     iterations: tuple[str, ...]  # others that count iterations
     warm_up: str  # which does, too
+    eval_period: str
+    checkpoint_period: str
+    best_metric: str
+    wandb_project: str
+    amp_enabled: str
+    amp_dtype: str
+    ema_enabled: str
+    ema_decay: str
+    non_finite: str
+    fsdp: str
+
+    def change(self, key: str, value: str) -> str:
+        """How a change of a key stands on the command line."""
+        return f"{key} {value}" if self is YAML else f"{key}={value}"
 
 
 YAML = Keys(
-    "SOLVER.IMS_PER_BATCH",
-    "SOLVER.REFERENCE_BATCH",
-    "SOLVER.EPOCHS",
-    "SOLVER.BASE_LR",
-    "SOLVER.MAX_ITER",
-    ("SOLVER.STEPS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),
-    "SOLVER.WARMUP_ITERS",
+    train_sets="DATASETS.TRAIN",
+    test_sets="DATASETS.TEST",
+    image_format="INPUT.FORMAT",
+    num_classes="MODEL.DINO.NUM_CLASSES",
+    weights="MODEL.WEIGHTS",
+    device="MODEL.DEVICE",
+    output_dir="OUTPUT_DIR",
+    seed="SEED",
+    batch="SOLVER.IMS_PER_BATCH",
+    accumulate="SOLVER.ACCUMULATE",
+    reference_batch="SOLVER.REFERENCE_BATCH",
+    epochs="SOLVER.EPOCHS",
+    lr="SOLVER.BASE_LR",
+    max_iter="SOLVER.MAX_ITER",
+    iterations=("SOLVER.STEPS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),
+    warm_up="SOLVER.WARMUP_ITERS",
+    eval_period="TEST.EVAL_PERIOD",
+    checkpoint_period="SOLVER.CHECKPOINT_PERIOD",
+    best_metric="TEST.BEST_METRIC",
+    wandb_project="WANDB.PROJECT",
+    amp_enabled="SOLVER.AMP.ENABLED",
+    amp_dtype="SOLVER.AMP.DTYPE",
+    ema_enabled="SOLVER.EMA.ENABLED",
+    ema_decay="SOLVER.EMA.DECAY",
+    non_finite="SOLVER.NON_FINITE",
+    fsdp="SOLVER.FSDP",
 )
 LAZY = Keys(
-    "dataloader.train.total_batch_size",
-    "train.reference_batch",
-    "train.epochs",
-    "optimizer.lr",
-    "train.max_iter",
-    ("train.checkpointer.period", "train.eval_period"),
-    "lr_multiplier.warmup_length.iterations",  # of `share_of`
+    train_sets="dataloader.train.dataset.names",
+    test_sets="dataloader.test.dataset.names",
+    image_format="dataloader.test.mapper.image_format",
+    num_classes="model.num_classes",
+    weights="train.init_checkpoint",
+    device="train.device",
+    output_dir="train.output_dir",
+    seed="train.seed",
+    batch="dataloader.train.total_batch_size",
+    accumulate="train.accumulate",
+    reference_batch="train.reference_batch",
+    epochs="train.epochs",
+    lr="optimizer.lr",
+    max_iter="train.max_iter",
+    iterations=("train.checkpointer.period", "train.eval_period"),
+    warm_up="lr_multiplier.warmup_length.iterations",  # of `share_of`
+    eval_period="train.eval_period",
+    checkpoint_period="train.checkpointer.period",
+    best_metric="train.best_metric",
+    wandb_project="train.wandb_project",
+    amp_enabled="train.amp.enabled",
+    amp_dtype="train.amp.dtype",
+    ema_enabled="train.ema.enabled",
+    ema_decay="train.ema.decay",
+    non_finite="train.non_finite",
+    fsdp="train.fsdp",
 )
+
+
+def keys_for(cfg: CfgNode | DictConfig) -> Keys:
+    """The keys of a config's style."""
+    return YAML if isinstance(cfg, CfgNode) else LAZY
 
 
 def get(cfg: CfgNode | DictConfig, key: str, *default: Any) -> Any:
@@ -134,6 +199,7 @@ def get(cfg: CfgNode | DictConfig, key: str, *default: Any) -> Any:
     return reduce(lambda node, name: getattr(node, name, *default), key.split("."), cfg)
 
 
-def put(cfg: CfgNode | DictConfig, key: str, value: float | int | tuple) -> None:
+def put(cfg: CfgNode | DictConfig, key: str, value: Any) -> None:
+    """Gives a key of a section that is there a value."""
     section, _, name = key.rpartition(".")
-    setattr(get(cfg, section), name, value)
+    setattr(get(cfg, section) if section else cfg, name, value)

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from .. import data
+from ..config.styles import YAML, get, keys_for, put
 from ..modeling import BackboneError
 from ..modeling.build import named
 from ..names import hint, plural
@@ -80,7 +81,8 @@ class Plan(NamedTuple):
 
 
 def make_plan(cfg: CfgNode | DictConfig) -> Plan:
-    """
+    """Reads a config of either style, and checks what can be checked without building anything.
+
     Args:
         cfg: a YAML config with the keys of `add_dino_config`, or a LazyConfig with those of
             configs/common
@@ -90,7 +92,60 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
             settings do not go together, or a key has no effect, see `check_keys`
     """
     check_keys(cfg)
-    plan = yaml_plan(cfg) if isinstance(cfg, CfgNode) else lazy_plan(cfg)
+    keys, for_people, cfg = keys_for(cfg), plain_config(cfg), copy.deepcopy(cfg)
+    value, accumulate = partial(get, cfg), get(cfg, keys.accumulate)
+    own = yaml_parts(cfg) if keys is YAML else lazy_parts(cfg)
+    put(cfg, keys.batch, part_of_batch(value(keys.batch), accumulate))
+    plan = Plan(
+        **own,
+        train_sets=value(keys.train_sets),
+        test_sets=value(keys.test_sets),
+        output_dir=value(keys.output_dir),
+        weights=value(keys.weights),
+        seed=value(keys.seed),
+        max_iter=value(keys.max_iter),
+        eval_period=value(keys.eval_period),
+        checkpoint_period=value(keys.checkpoint_period),
+        wandb_project=value(keys.wandb_project),
+        config=for_people,
+        best_metric=value(keys.best_metric),
+        precision=precision_of(value(keys.amp_dtype)) if value(keys.amp_enabled) else None,
+        accumulate=accumulate,
+        skip_non_finite=skips(value(keys.non_finite)),
+        ema_decay=value(keys.ema_decay) if value(keys.ema_enabled) else None,
+        fsdp=value(keys.fsdp),
+    )
+    check_plan(plan)
+    return plan
+
+
+def yaml_parts(cfg: CfgNode) -> dict[str, Any]:
+    """The fields of a plan that are made in a way of YAML configs, or are not in them."""
+    cfg.defrost()
+    refuse(cfg, OF_DETECTRON2S_TRAINER, "here")
+    if cfg.SOLVER.FSDP and not is_detector(cfg):
+        raise ValueError("SOLVER.FSDP shards the stages of a DINO; train this model without it")
+    require_whole(0, **{"DATALOADER.NUM_WORKERS": cfg.DATALOADER.NUM_WORKERS})
+    return {
+        "build_model": partial(built, "model", yaml_model, cfg),
+        "build_optimizer": partial(built, "optimizer", yaml_optimizer, cfg),
+        "build_scheduler": partial(built, "schedule of the learning rate", yaml_scheduler, cfg),
+        "build_loader": partial(built, "loader of training data", yaml_train_loader, cfg),
+        "build_mapper": partial(built, "augmentation", yaml_mapper, cfg),
+        "evaluate": partial(yaml_evaluate, cfg),
+        "metrics": metrics_of(cfg.DATASETS.TEST) if is_detector(cfg) else (),
+        "max_to_keep": None,
+        "log_period": 20,
+        "ddp": {},
+    }
+
+
+def check_plan(plan: Plan) -> None:
+    """Checks numbers of a plan, and what does not go together.
+
+    Raises:
+        ValueError: a number is out of range, or FSDP is to have options of DDP
+    """
     require_whole(0, log_period=plan.log_period)
     if plan.max_to_keep is not None:
         require_whole(max_to_keep=plan.max_to_keep)
@@ -103,48 +158,6 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
     options = [name for name, value in plan.ddp.items() if value]
     if plan.fsdp and options:
         raise ValueError(f"FSDP does not use {options[0]} of DistributedDataParallel: unset either")
-    return plan
-
-
-def yaml_plan(cfg: CfgNode) -> Plan:
-    solver = cfg.SOLVER
-    amp = solver.AMP
-    refuse(cfg, OF_DETECTRON2S_TRAINER, "here")
-    if solver.FSDP and not is_detector(cfg):
-        raise ValueError("SOLVER.FSDP shards the stages of a DINO; train this model without it")
-    require_whole(0, **{"DATALOADER.NUM_WORKERS": cfg.DATALOADER.NUM_WORKERS})
-    for_people = plain_config(cfg)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.IMS_PER_BATCH = part_of_batch(solver.IMS_PER_BATCH, solver.ACCUMULATE)
-    return Plan(
-        build_model=partial(built, "model", yaml_model, cfg),
-        build_optimizer=partial(built, "optimizer", yaml_optimizer, cfg),
-        build_scheduler=partial(built, "schedule of the learning rate", yaml_scheduler, cfg),
-        build_loader=partial(built, "loader of training data", yaml_train_loader, cfg),
-        build_mapper=partial(built, "augmentation", yaml_mapper, cfg),
-        evaluate=partial(yaml_evaluate, cfg),
-        train_sets=cfg.DATASETS.TRAIN,
-        test_sets=cfg.DATASETS.TEST,
-        metrics=metrics_of(cfg.DATASETS.TEST) if is_detector(cfg) else (),
-        output_dir=cfg.OUTPUT_DIR,
-        weights=cfg.MODEL.WEIGHTS,
-        seed=cfg.SEED,
-        max_iter=solver.MAX_ITER,
-        eval_period=cfg.TEST.EVAL_PERIOD,
-        checkpoint_period=solver.CHECKPOINT_PERIOD,
-        max_to_keep=None,
-        log_period=20,
-        wandb_project=cfg.WANDB.PROJECT,
-        config=for_people,
-        best_metric=cfg.TEST.BEST_METRIC,
-        precision=precision_of(amp.DTYPE) if amp.ENABLED else None,
-        accumulate=solver.ACCUMULATE,
-        skip_non_finite=skips(solver.NON_FINITE),
-        ema_decay=solver.EMA.DECAY if solver.EMA.ENABLED else None,
-        fsdp=solver.FSDP,
-        ddp={},
-    )
 
 
 def built(what: str, make: Callable, *arguments: Any, **options: Any) -> Any:
@@ -271,41 +284,23 @@ def require_sections(cfg: DictConfig) -> None:
             )
 
 
-def lazy_plan(cfg: DictConfig) -> Plan:
-    for_people = plain_config(cfg)
-    cfg = copy.deepcopy(cfg)
-    train, loader = cfg.train, cfg.dataloader
+def lazy_parts(cfg: DictConfig) -> dict[str, Any]:
+    """The fields of a plan that are made in a way of LazyConfigs, or are in them alone."""
     for key in ("train", "test"):
-        require_whole(0, **{f"dataloader.{key}.num_workers": loader[key].get("num_workers", 0)})
-    loader.train.total_batch_size = part_of_batch(loader.train.total_batch_size, train.accumulate)
-    return Plan(
-        build_model=partial(built, "model", lazy_model, cfg),
-        build_optimizer=partial(built, "optimizer", lazy_optimizer, cfg),
-        build_scheduler=partial(built, "schedule of the learning rate", lazy_scheduler, cfg),
-        build_loader=partial(built, "loader of training data", lazy_train_loader, cfg),
-        build_mapper=partial(built, "augmentation", lazy_mapper, cfg),
-        evaluate=partial(lazy_evaluate, cfg),
-        train_sets=loader.train.dataset.names,
-        test_sets=loader.test.dataset.names,
-        metrics=lazy_metrics(cfg),
-        output_dir=train.output_dir,
-        weights=train.init_checkpoint,
-        seed=train.seed,
-        max_iter=train.max_iter,
-        eval_period=train.eval_period,
-        checkpoint_period=train.checkpointer.period,
-        max_to_keep=train.checkpointer.max_to_keep,
-        log_period=train.log_period,
-        wandb_project=train.wandb_project,
-        config=for_people,
-        best_metric=train.best_metric,
-        precision=precision_of(train.amp.dtype) if train.amp.enabled else None,
-        accumulate=train.accumulate,
-        skip_non_finite=skips(train.non_finite),
-        ema_decay=train.ema.decay if train.ema.enabled else None,
-        fsdp=train.fsdp,
-        ddp=dict(train.ddp),
-    )
+        number = cfg.dataloader[key].get("num_workers", 0)
+        require_whole(0, **{f"dataloader.{key}.num_workers": number})
+    return {
+        "build_model": partial(built, "model", lazy_model, cfg),
+        "build_optimizer": partial(built, "optimizer", lazy_optimizer, cfg),
+        "build_scheduler": partial(built, "schedule of the learning rate", lazy_scheduler, cfg),
+        "build_loader": partial(built, "loader of training data", lazy_train_loader, cfg),
+        "build_mapper": partial(built, "augmentation", lazy_mapper, cfg),
+        "evaluate": partial(lazy_evaluate, cfg),
+        "metrics": lazy_metrics(cfg),
+        "max_to_keep": cfg.train.checkpointer.max_to_keep,
+        "log_period": cfg.train.log_period,
+        "ddp": dict(cfg.train.ddp),
+    }
 
 
 def lazy_model(cfg: DictConfig, device: str | None = None) -> nn.Module:

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.data import get_detection_dataset_dicts
 from omegaconf import DictConfig
 
-from ..config.styles import LAZY, YAML, Keys, get, put
+from ..config.styles import Keys, get, keys_for, put
 from ..ranges import require_positive, require_whole
 
 LONGEST_WARM_UP = 0.05  # of a training, as Goyal et al. have it: 5 of 90 epochs
@@ -29,7 +29,7 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
         ValueError: the length is given both in epochs and in iterations, or a number cannot be: of
             images in a step, epochs or iterations, or the learning rate
     """
-    keys = YAML if isinstance(cfg, CfgNode) else LAZY
+    keys = keys_for(cfg)
     batch, reference, epochs, max_iter = (
         get(cfg, key) for key in (keys.batch, keys.reference_batch, keys.epochs, keys.max_iter)
     )

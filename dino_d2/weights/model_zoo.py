@@ -8,7 +8,8 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from omegaconf import DictConfig
 
-from ..config.styles import read_config
+from ..config import styles
+from ..config.styles import keys_for, put, read_config
 from ..layouts.renaming import CheckpointError
 from ..modeling.detector import Detector
 from ..names import check_device, hint, nearest_path
@@ -65,11 +66,9 @@ def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
     """
     cfg = read_config(get_config_file(name))
     trained = trained and not _is_file(os.path.expanduser(name))
-    weights = f"dino_d2://{find(name).name}" if trained else None
-    if trained and isinstance(cfg, CfgNode):
-        cfg.MODEL.WEIGHTS, cfg.MODEL.DINO.NUM_CLASSES = weights, NUM_CLASSES
-    elif trained:
-        cfg.train.init_checkpoint, cfg.model.num_classes = weights, NUM_CLASSES
+    if trained:
+        put(cfg, keys_for(cfg).weights, f"dino_d2://{find(name).name}")
+        put(cfg, keys_for(cfg).num_classes, NUM_CLASSES)
     return cfg
 
 
@@ -104,11 +103,11 @@ def build(cfg: CfgNode | DictConfig, num_classes: int, device: str | None = None
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
+    put(cfg, keys_for(cfg).num_classes, num_classes)
     if isinstance(cfg, CfgNode):
-        cfg.MODEL.DINO.NUM_CLASSES, cfg.MODEL.DEVICE = num_classes, device
+        cfg.MODEL.DEVICE = device
         model = build_model(cfg)
     else:
-        cfg.model.num_classes = num_classes
         model = instantiate(cfg.model).to(device)
     if not isinstance(model, Detector):
         raise ValueError(f"the config is that of a {type(model).__name__}, not of a DINO")
@@ -117,7 +116,7 @@ def build(cfg: CfgNode | DictConfig, num_classes: int, device: str | None = None
 
 def weights_of(cfg: CfgNode | DictConfig) -> str:
     """Which weights a config of either style names."""
-    return cfg.MODEL.WEIGHTS if isinstance(cfg, CfgNode) else cfg.train.init_checkpoint
+    return styles.get(cfg, keys_for(cfg).weights)
 
 
 def fetch_weights(path: str) -> str:

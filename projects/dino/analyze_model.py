@@ -72,12 +72,11 @@ import numpy as np
 import torch
 from benchmark_model import Setting, Workload, build, load_config
 from benchmarking import MIB, PeakMemory, cell, find_device, headline, machine
-from detectron2.config import CfgNode
 from detectron2.data.transforms import AugInput, AugmentationList
 from tabulate import tabulate
 from torch import nn
 
-from dino_d2.config.styles import evaluation_augmentations
+from dino_d2.config.styles import evaluation_augmentations, get, keys_for
 from dino_d2.costs import Flops, count_flops, kept_activations, stages_of
 from dino_d2.data import DatasetError
 from dino_d2.data.normalise import read
@@ -228,7 +227,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
         variant="plain",
     )
     cfg = load_config(setting)
-    number = cfg.MODEL.DINO.NUM_CLASSES if isinstance(cfg, CfgNode) else cfg.model.num_classes
+    number = get(cfg, keys_for(cfg).num_classes)
     return setting._replace(classes=number if isinstance(number, int) else model_zoo.NUM_CLASSES)
 
 

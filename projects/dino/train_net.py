@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import product
 from logging.handlers import MemoryHandler
 from typing import NamedTuple
@@ -88,7 +88,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from dino_d2 import data
 from dino_d2.config.overrides import apply_overrides
-from dino_d2.config.styles import read_config
+from dino_d2.config.styles import LAZY, YAML, get, keys_for, put, read_config
 from dino_d2.data import DatasetError
 from dino_d2.data.coco_json import dataset_name
 from dino_d2.distributed.launch import check_gpus, is_worker, launch, world_size
@@ -140,59 +140,42 @@ def load_job(args: argparse.Namespace) -> Job:
     if not file.endswith((".yaml", ".yml", ".py")):
         raise ValueError(f"--config-file is {file!r}, neither a .yaml nor a .py file")
     cfg = read_config(file)
-    cfg = load_yaml(cfg, args) if isinstance(cfg, CfgNode) else load_lazy(cfg, args)
+    given, keys = apply_overrides(cfg, args.opts), keys_for(cfg)
+    if keys is LAZY:
+        require_sections(cfg)
+    set_data(cfg, args, given)
+    require_device(get(cfg, keys.device), keys.change(keys.device, "cpu"))
+    check_weights(args, get(cfg, keys.weights), keys.weights)
+    check_output(get(cfg, keys.output_dir), keys.output_dir)
+    if not args.eval_only:
+        if keys is YAML and cfg.SOLVER.REFERENCE_WORLD_SIZE:  # Detectron2's own way to scale
+            cfg = DefaultTrainer.auto_scale_workers(cfg, world_size(args))
+            cfg.SOLVER.REFERENCE_BATCH = cfg.SOLVER.IMS_PER_BATCH
+        scale_schedule(cfg, given=given)
+        part_of_batch(get(cfg, keys.batch), get(cfg, keys.accumulate), world_size(args))
+    if keys is YAML:
+        cfg.freeze()
     plan = make_plan(cfg)
     if plan.wandb_project and not args.eval_only:
         require_wandb()
     return Job(cfg, plan)
 
 
-def load_yaml(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
-    given = apply_overrides(cfg, args.opts)
-    sets = cfg.DATASETS
-    sets.TRAIN = datasets(args, "train", sets.TRAIN, "DATASETS.TRAIN" in given)
-    sets.TEST = datasets(args, "val", sets.TEST, "DATASETS.TEST" in given)
-    num_classes = cfg.MODEL.DINO.NUM_CLASSES if is_detector(cfg) else None
-    # Written down: the config that is saved with the results builds the model without the data.
-    cfg.MODEL.DINO.NUM_CLASSES = check_data(
-        args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, num_classes
-    )
-    require_device(cfg.MODEL.DEVICE, "MODEL.DEVICE cpu")
-    check_weights(args, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
-    check_output(cfg.OUTPUT_DIR, "OUTPUT_DIR")
-    if not args.eval_only:
-        if cfg.SOLVER.REFERENCE_WORLD_SIZE:  # Detectron2's own way to scale
-            cfg = DefaultTrainer.auto_scale_workers(cfg, world_size(args))
-            cfg.SOLVER.REFERENCE_BATCH = cfg.SOLVER.IMS_PER_BATCH
-        scale_schedule(cfg, given=given)
-        part_of_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, world_size(args))
-    cfg.freeze()
-    return cfg
-
-
-def load_lazy(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
-    given = apply_overrides(cfg, args.opts)
-    require_sections(cfg)
-    train, test = cfg.dataloader.train.dataset, cfg.dataloader.test.dataset
-    key = "dataloader.{}.dataset.names"
-    train.names = datasets(args, "train", train.names, key.format("train") in given)
-    test.names = datasets(args, "val", test.names, key.format("test") in given)
-    number = cfg.model.num_classes
-    if isinstance(number, DictConfig):  # a call that asks the training data
+def set_data(cfg: CfgNode | DictConfig, args: argparse.Namespace, given: Collection[str]) -> None:
+    """Names the data sets in the config, and the number of their classes: the config that is saved
+    with the results builds the model without the data."""
+    keys = keys_for(cfg)
+    for split, key in (("train", keys.train_sets), ("val", keys.test_sets)):
+        put(cfg, key, datasets(args, split, get(cfg, key), key in given))
+    test_sets, number = get(cfg, keys.test_sets), get(cfg, keys.num_classes)
+    if keys is LAZY and len(test_sets) > 1:
+        raise ValueError(f"a LazyConfig evaluates on one data set, not on {list(test_sets)}")
+    # A LazyConfig may call what asks the training data; other models have a key of their own.
+    if isinstance(number, DictConfig) or (keys is YAML and not is_detector(cfg)):
         number = None
-    cfg.model.num_classes = check_data(args, train.names, test.names, number)
-    require_device(cfg.train.device, "train.device=cpu")
-    check_weights(args, cfg.train.init_checkpoint, "train.init_checkpoint")
-    if len(test.names) > 1:
-        raise ValueError(f"a LazyConfig evaluates on one data set, not on {list(test.names)}")
-    if not test.names:
+    put(cfg, keys.num_classes, check_data(args, get(cfg, keys.train_sets), test_sets, number))
+    if keys is LAZY and not test_sets:
         del cfg.dataloader.evaluator
-    check_output(cfg.train.output_dir, "train.output_dir")
-    if not args.eval_only:
-        scale_schedule(cfg, given=given)
-        batch = cfg.dataloader.train.total_batch_size
-        part_of_batch(batch, cfg.train.accumulate, world_size(args))
-    return cfg
 
 
 def datasets(args: argparse.Namespace, split: str, names: Sequence[str], given: bool) -> Sequence:

@@ -73,11 +73,11 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
     parse()
 
 
-from detectron2.config import CfgNode
 from PIL import Image
 
 from dino_d2 import data
 from dino_d2.config.overrides import apply_overrides
+from dino_d2.config.styles import get, keys_for, put
 from dino_d2.data import DatasetError
 from dino_d2.data.coco_json import dataset_name
 from dino_d2.data.mapper import channels_of, to_picture
@@ -110,13 +110,9 @@ def load(args: argparse.Namespace) -> Source:
     apply_overrides(cfg, args.opts)
     names = [dataset_name(args.train_json, args.train_images)] if args.train_json else None
     names = [data_of(args)] if args.data else names
-    if isinstance(cfg, CfgNode):
-        cfg.DATASETS.TRAIN = names or cfg.DATASETS.TRAIN
-        image_format = cfg.INPUT.FORMAT
-    else:
-        dataset = cfg.dataloader.train.dataset
-        dataset.names = names or dataset.names
-        image_format = cfg.dataloader.train.mapper.image_format
+    keys = keys_for(cfg)
+    put(cfg, keys.train_sets, names or get(cfg, keys.train_sets))
+    image_format = get(cfg, keys.image_format)
     channels_of(image_format)
     plan = make_plan(cfg)
     if not plan.train_sets:
