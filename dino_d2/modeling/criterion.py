@@ -161,7 +161,8 @@ def weigh(
 
 
 def layer_suffixes(num_layers: int, stage: str = "") -> list[str]:
-    return [f"{stage}_{i}" for i in range(num_layers - 1)] + [stage]
+    """What the names of losses end with: the number of the layer, but for the last."""
+    return [f"{stage}_{i}" for i in range(num_layers - 1)] + [stage] * (num_layers > 0)
 
 
 def average_over_workers(count: Tensor) -> Tensor:
