@@ -148,8 +148,8 @@ def watched(model: DINO, report: Callable[[str, int], None]) -> Iterator[None]:
 
 def recomputed(model: DINO) -> list[nn.Module]:
     """The modules whose activations are not kept but computed again in the backward pass."""
-    backbone = [model.backbone] if model.checkpoint_backbone else []
-    stages = [stage for stage in (model.encoder, model.decoder) if stage.checkpoint]
+    backbone = [model.backbone] if model.recompute_backbone else []
+    stages = [stage for stage in (model.encoder, model.decoder) if stage.recompute]
     return [*backbone, *(layer for stage in stages for layer in stage.layers)]
 
 

@@ -101,7 +101,9 @@ def test_a_backbone_computed_again_learns_the_same(config, make_batch):
     batch, gradients = make_batch(2, 1, sizes=ODD), []
     for stages in ("[]", "[backbone]"):
         torch.manual_seed(0)
-        model = instantiate(make_cfg(config, *small, f"model.checkpoint={stages}").model)
+        model = instantiate(
+            make_cfg(config, *small, f"model.activation_checkpointing={stages}").model
+        )
         torch.manual_seed(1)  # which paths are dropped, what is noised
         sum(model(batch).values()).backward()
         gradients.append({name: x.grad for name, x in model.backbone.named_parameters()})

@@ -147,7 +147,7 @@ def test_nothing_stays_in_memory_of_what_was_kept(make_dino):
 def test_layers_that_are_computed_again_keep_their_inputs(stage, make_dino):
     model = make_dino()
     kept = kept_activations(model, 64, 64, 2)
-    getattr(model, stage).checkpoint = True
+    getattr(model, stage).recompute = True
     fewer = kept_activations(model, 64, 64, 2)
     # 2 layers of 85 tokens, or 20 and 2 * 2 * 2 noised queries, with 64 channels and 4 bytes each
     tokens = {"encoder": 2 * 85 * 64 * 4, "decoder": 2 * 24 * 64 * 4}[stage]
@@ -158,7 +158,7 @@ def test_layers_that_are_computed_again_keep_their_inputs(stage, make_dino):
 def test_a_backbone_that_is_computed_again_keeps_the_image(make_dino):
     """And no more: its feature maps are the neck's inputs."""
     model = make_dino()
-    model.checkpoint_backbone = True
+    model.recompute_backbone = True
     kept = kept_activations(model, 64, 64, 2)
     assert kept["rest"] == 3 * 64 * 64 * 4 and not kept["backbone"]
 

@@ -135,13 +135,13 @@ def test_an_empty_batch_gives_no_detections(make_dino):
 # ---- memory and speed
 
 
-def test_checkpointed_stages_change_no_loss_and_no_gradient(make_dino, make_batch):
+def test_recomputed_stages_change_no_loss_and_no_gradient(make_dino, make_batch):
     model, batch = make_dino(dropout=0.1), make_batch(2, 0)
 
     def step(*stages):
-        model.checkpoint_backbone = "backbone" in stages
-        model.encoder.checkpoint = "encoder" in stages
-        model.decoder.checkpoint = "decoder" in stages
+        model.recompute_backbone = "backbone" in stages
+        model.encoder.recompute = "encoder" in stages
+        model.decoder.recompute = "decoder" in stages
         torch.manual_seed(1)
         losses = model(batch)
         return losses, torch.autograd.grad(sum(losses.values()), list(model.parameters()))
@@ -154,9 +154,9 @@ def test_checkpointed_stages_change_no_loss_and_no_gradient(make_dino, make_batc
 
 
 @pytest.mark.parametrize("stage", ["backbone", "encoder", "decoder"])
-def test_a_checkpointed_stage_keeps_less_for_the_backward_pass(small_cfg, make_batch, stage):
+def test_a_recomputed_stage_keeps_less_for_the_backward_pass(small_cfg, make_batch, stage):
     def kept(stages):
-        small_cfg.MODEL.DINO.CHECKPOINT = stages
+        small_cfg.MODEL.DINO.ACTIVATION_CHECKPOINTING = stages
         torch.manual_seed(0)
         model, sizes = build_model(small_cfg).train(), {}
 
@@ -172,8 +172,8 @@ def test_a_checkpointed_stage_keeps_less_for_the_backward_pass(small_cfg, make_b
     assert kept([stage]) < kept([])
 
 
-def test_a_stage_that_cannot_be_checkpointed_is_named(small_cfg):
-    small_cfg.MODEL.DINO.CHECKPOINT = ["encoder", "neck"]
+def test_a_stage_that_cannot_be_recomputed_is_named(small_cfg):
+    small_cfg.MODEL.DINO.ACTIVATION_CHECKPOINTING = ["encoder", "neck"]
     with pytest.raises(ValueError, match="names 'neck', which is no stage; there are: backbone"):
         build_model(small_cfg)
 

@@ -204,8 +204,8 @@ def recomputed(rank, model, batch, fsdp):
     results = []
     for checkpoint in (False, True):
         plain = unwrap(model)
-        plain.checkpoint_backbone = checkpoint
-        plain.encoder.checkpoint = plain.decoder.checkpoint = checkpoint
+        plain.recompute_backbone = checkpoint
+        plain.encoder.recompute = plain.decoder.recompute = checkpoint
         torch.manual_seed(7)
         losses, grads = step(model, batch[rank : rank + 1])
         results.append((losses, {name: x.clone() for name, x in grads.items()}))

@@ -6,7 +6,7 @@ import pytest
 from detectron2.config import LazyConfig, instantiate
 
 from dino_d2.config.overrides import apply_overrides
-from dino_d2.config.styles import read_config
+from dino_d2.config.styles import get, read_config
 from dino_d2.modeling import VarifocalLoss
 from dino_d2.weights.model_zoo import get_config
 
@@ -280,3 +280,26 @@ def test_a_value_of_another_kind_is_refused(word, part, lazy):
 )
 def test_what_a_key_may_be_besides_is_taken(word, lazy):
     apply_overrides(lazy, [word])
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("MODEL: {DINO: {CHECKPOINT: [encoder]}}", "MODEL.DINO.ACTIVATION_CHECKPOINTING"),
+        ("model: {_target_: x, checkpoint: [encoder]}", "model.activation_checkpointing"),
+    ],
+    ids=["yaml", "lazy"],
+)
+def test_keys_of_earlier_versions_are_read_with_a_warning(content, place, tmp_path, caplog):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    cfg = read_config(str(file))
+    assert get(cfg, place) == ["encoder"] and "checkpoint" not in str(cfg).lower().split()
+    assert f"is now called {place}" in caplog.text
+    file.write_text(content.replace("encoder", ""))  # as a saved config has the default
+    caplog.clear()
+    assert get(read_config(str(file)), place, []) == [] and "is now called" not in caplog.text
+
+
+def test_a_change_of_a_key_of_earlier_versions_names_the_new_one(lazy):
+    assert "now called 'model.activation_checkpointing'" in complaint(lazy, "model.checkpoint=[]")

@@ -5,6 +5,12 @@ LazyConfig users compose the same classes directly, see configs/common/models/di
 
 from detectron2.config import CfgNode as CN
 
+# What keys of earlier versions are called now.
+RENAMED = {
+    "MODEL.DINO.CHECKPOINT": "MODEL.DINO.ACTIVATION_CHECKPOINTING",
+    "model.checkpoint": "model.activation_checkpointing",
+}
+
 
 def add_dino_config(cfg: CN) -> None:
     """Add the keys of DINO, with the defaults of the paper, to Detectron2's default config."""
@@ -29,9 +35,9 @@ def add_dino_config(cfg: CN) -> None:
     c.LOOK_FORWARD = 2  # 2 is look forward twice, 1 is once, 0 does not refine boxes
     c.SHARED_HEADS = True  # one class and one box head for all decoder layers
 
-    # Stages, of "backbone", "encoder" and "decoder", whose activations are computed again in the
-    # backward pass instead of being kept: less memory, more time.
-    c.CHECKPOINT = []
+    # Stages, of "backbone", "encoder" and "decoder", whose activations are recomputed in the
+    # backward pass: less memory, more time.
+    c.ACTIVATION_CHECKPOINTING = []
 
     c.DENOISING = CN()
     c.DENOISING.NAME = "ContrastiveDenoising"  # or Denoising, or "" to train without

@@ -11,6 +11,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from ..names import hint, nearest
+from .keys import RENAMED
 
 
 def apply_overrides(cfg: CfgNode | DictConfig, overrides: Sequence[str]) -> list[str]:
@@ -49,6 +50,8 @@ def keys_of(cfg: dict, prefix: str = "") -> Iterator[str]:
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """The sentence about a key that is none of the known."""
+    if key in RENAMED:
+        return f"'{key}' is now called '{RENAMED[key]}': write this"
     name = key.split(".")[-1]
     near = nearest(key, known) or [x for x in known if x.split(".")[-1] == name][:3]
     end = (

@@ -1,8 +1,9 @@
 """The two styles of config: yacs keys in YAML, and LazyConfig."""
 
+import logging
 from functools import reduce
 from traceback import extract_tb
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data.transforms import Augmentation
@@ -11,8 +12,12 @@ from omegaconf import DictConfig
 from yaml import MappingNode, ScalarNode, SequenceNode, YAMLError, compose
 
 from ..data import ResizeShortestEdge
-from .keys import add_dino_config
+from .keys import RENAMED, add_dino_config
 from .overrides import keys_of, unknown_key
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", CfgNode, DictConfig)
 
 
 def read_config(file: str) -> CfgNode | DictConfig:
@@ -24,12 +29,14 @@ def read_config(file: str) -> CfgNode | DictConfig:
             no keys, or one that is unknown, or a `.py` file that fails; says in which line
     """
     if file.endswith(".py"):
-        return _run_config(file)
+        return rename_keys(_run_config(file), file)
     keys = _yaml_keys(file)
     if "_target_" in keys:
-        return LazyConfig.load(file)
+        return rename_keys(LazyConfig.load(file), file)
     cfg = get_cfg()
     add_dino_config(cfg)
+    for old in (x for x in RENAMED if x.startswith("MODEL.")):
+        put(cfg, old, None)
     try:
         cfg.merge_from_file(file)
     except OSError as error:
@@ -41,6 +48,20 @@ def read_config(file: str) -> CfgNode | DictConfig:
         given = keys_of(CfgNode.load_yaml_with_base(file, allow_unsafe=True))
         unknown = next(key for key in given if key not in known)
         raise ValueError(f"'{file}': {unknown_key(unknown, known)}") from error
+    return rename_keys(cfg, file)
+
+
+def rename_keys(cfg: Config, file: str) -> Config:
+    """Gives values under keys of earlier versions, as saved configs have them, to those of now."""
+    for old, new in RENAMED.items():
+        section, _, name = old.rpartition(".")
+        values = get(cfg, section, None)
+        if values is None or name not in values:
+            continue
+        value = values.pop(name)
+        if value:
+            logger.warning(f"'{file}': {old} is now called {new}: rename it")
+            put(cfg, new, value)
     return cfg
 
 

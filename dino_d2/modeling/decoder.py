@@ -36,7 +36,7 @@ class Decoder(nn.Module):
         size_bias: where the first box head starts with width and height, before the sigmoid
     """
 
-    checkpoint = False  # DINO(checkpoint=["decoder"]) sets it
+    recompute = False  # DINO(activation_checkpointing=["decoder"]) sets it
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         x, reference, position = queries
         anchor = reference  # what the next prediction is relative to
         predictions = []
-        call = recompute if self.checkpoint else nn.Module.__call__
+        call = recompute if self.recompute else nn.Module.__call__
         for i, layer in enumerate(self.layers):
             to_class, to_box = (
                 heads[min(i, len(heads) - 1)] for heads in (self.class_heads, self.box_heads)

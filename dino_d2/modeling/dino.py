@@ -49,11 +49,11 @@ class DINO(Detector):
         num_classes: K
         max_detections: per image
         pixel_mean, pixel_std: per channel, in the order and range of the input images
-        checkpoint: stages, of "backbone", "encoder" and "decoder", whose activations are computed
-            again in the backward pass instead of being kept; changes memory and time alone
+        activation_checkpointing: stages, of "backbone", "encoder" and "decoder", whose activations
+            are recomputed in the backward pass: less memory, more time
 
     Raises:
-        ValueError: another stage is to be checkpointed, or a number is none that can be
+        ValueError: there is no such stage to recompute, or a number is out of range
     """
 
     @configurable
@@ -72,14 +72,15 @@ class DINO(Detector):
         max_detections: int = 300,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
-        checkpoint: Sequence[str] = (),
+        activation_checkpointing: Sequence[str] = (),
     ):
         stages = ("backbone", "encoder", "decoder")
-        for name in checkpoint:
+        for name in activation_checkpointing:
             if name not in stages:
                 raise ValueError(
-                    f"checkpoint (MODEL.DINO.CHECKPOINT, model.checkpoint) names {name!r}, which "
-                    f"is no stage; {hint(str(name), stages)}"
+                    "activation_checkpointing (MODEL.DINO.ACTIVATION_CHECKPOINTING, model."
+                    f"activation_checkpointing) names {name!r}, which is no stage; "
+                    + hint(str(name), stages)
                 )
         if len(pixel_mean) != len(pixel_std):
             raise ValueError(
@@ -102,9 +103,9 @@ class DINO(Detector):
         self.denoising = denoising
         self.branches = nn.ModuleList(branches)
         self.criterion = criterion
-        self.checkpoint_backbone = "backbone" in checkpoint
-        self.encoder.checkpoint = "encoder" in checkpoint
-        self.decoder.checkpoint = "decoder" in checkpoint
+        self.recompute_backbone = "backbone" in activation_checkpointing
+        self.encoder.recompute = "encoder" in activation_checkpointing
+        self.decoder.recompute = "decoder" in activation_checkpointing
         self.max_detections = max_detections
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
@@ -117,7 +118,7 @@ class DINO(Detector):
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "checkpoint": cfg.MODEL.DINO.CHECKPOINT,
+            "activation_checkpointing": cfg.MODEL.DINO.ACTIVATION_CHECKPOINTING,
         }
 
     def settings(self) -> dict:
@@ -172,7 +173,7 @@ class DINO(Detector):
             padding: (B, H, W), True on padding
             targets: with them, as in training, there are denoising and other branches, too
         """
-        call = recompute if self.checkpoint_backbone else nn.Module.__call__
+        call = recompute if self.recompute_backbone else nn.Module.__call__
         memory = self.encoder(self.neck(call(self.backbone, pixels)), padding)
         queries, proposals = self.query_selection(memory)
         result = Branch("", queries, proposals=proposals)

@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         ValueError: a number is none that can be, or the channels cannot be shared by the heads
     """
 
-    checkpoint = False  # DINO(checkpoint=["encoder"]) sets it
+    recompute = False  # DINO(activation_checkpointing=["encoder"]) sets it
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
             offset=self.position_offset,
         )
         centers = token_centers(pyramid)
-        call = recompute if self.checkpoint else nn.Module.__call__
+        call = recompute if self.recompute else nn.Module.__call__
         for layer in self.layers:
             pyramid = call(layer, pyramid, centers)
         return pyramid

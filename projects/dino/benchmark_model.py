@@ -146,8 +146,8 @@ def compiled(model: DINO) -> DINO:
 
 
 def checkpointed(model: DINO) -> DINO:
-    """As DINO(checkpoint=["backbone", "encoder", "decoder"])."""
-    model.checkpoint_backbone = model.encoder.checkpoint = model.decoder.checkpoint = True
+    """As DINO(activation_checkpointing=["backbone", "encoder", "decoder"])."""
+    model.recompute_backbone = model.encoder.recompute = model.decoder.recompute = True
     return model
 
 

@@ -82,5 +82,5 @@ model = L(DINO)(
     max_detections=300,
     pixel_mean=[123.675, 116.280, 103.530],
     pixel_std=[58.395, 57.120, 57.375],
-    checkpoint=[],
+    activation_checkpointing=[],
 )
