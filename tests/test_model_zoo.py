@@ -195,7 +195,9 @@ def published(request, monkeypatch, tmp_path):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     PathManager.register_handler(HTTPURLHandler(), allow_override=True)  # with nothing in mind
     url = "https://example.com/releases/tiny.pth"
-    release = Release("detrex/tiny", request.param, 12, 0.0, (20.0, 0.0), url, "tiny.pth")
+    release = Release(
+        "detrex/tiny", request.param, 12, 0.0, (20.0, 0.0), url, "tiny.pth", "", "MIT"
+    )
     monkeypatch.setitem(RELEASES, release.name, release)
     monkeypatch.setattr(
         urllib.request,
