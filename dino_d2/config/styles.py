@@ -3,7 +3,8 @@
 import logging
 from functools import reduce
 from traceback import extract_tb
-from typing import Any, NamedTuple, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data.transforms import Augmentation
@@ -117,97 +118,49 @@ def evaluation_augmentations(cfg: CfgNode | DictConfig) -> list[Augmentation]:
     return instantiate(cfg.dataloader.test.mapper.augmentations)
 
 
-class Keys(NamedTuple):
-    """Where a config of one style has what both have."""
+# What both styles have: the key in YAML, and in a LazyConfig.
+_KEYS = {
+    "train_sets": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
+    "test_sets": ("DATASETS.TEST", "dataloader.test.dataset.names"),
+    "image_format": ("INPUT.FORMAT", "dataloader.test.mapper.image_format"),
+    "num_classes": ("MODEL.DINO.NUM_CLASSES", "model.num_classes"),
+    "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
+    "device": ("MODEL.DEVICE", "train.device"),
+    "output_dir": ("OUTPUT_DIR", "train.output_dir"),
+    "seed": ("SEED", "train.seed"),
+    "batch": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+    "accumulate": ("SOLVER.ACCUMULATE", "train.accumulate"),
+    "reference_batch": ("SOLVER.REFERENCE_BATCH", "train.reference_batch"),
+    "epochs": ("SOLVER.EPOCHS", "train.epochs"),
+    "lr": ("SOLVER.BASE_LR", "optimizer.lr"),
+    "max_iter": ("SOLVER.MAX_ITER", "train.max_iter"),
+    "iterations": (
+        ("SOLVER.STEPS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),
+        ("train.checkpointer.period", "train.eval_period"),
+    ),
+    "warm_up": ("SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length.iterations"),
+    "eval_period": ("TEST.EVAL_PERIOD", "train.eval_period"),
+    "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period"),
+    "best_metric": ("TEST.BEST_METRIC", "train.best_metric"),
+    "wandb_project": ("WANDB.PROJECT", "train.wandb_project"),
+    "amp_enabled": ("SOLVER.AMP.ENABLED", "train.amp.enabled"),
+    "amp_dtype": ("SOLVER.AMP.DTYPE", "train.amp.dtype"),
+    "ema_enabled": ("SOLVER.EMA.ENABLED", "train.ema.enabled"),
+    "ema_decay": ("SOLVER.EMA.DECAY", "train.ema.decay"),
+    "non_finite": ("SOLVER.NON_FINITE", "train.non_finite"),
+    "fsdp": ("SOLVER.FSDP", "train.fsdp"),
+}
 
-    train_sets: str
-    test_sets: str
-    image_format: str
-    num_classes: str
-    weights: str
-    device: str
-    output_dir: str
-    seed: str
-    batch: str
-    accumulate: str
-    reference_batch: str
-    epochs: str
-    lr: str
-    max_iter: str
-    iterations: tuple[str, ...]  # others that count iterations
-    warm_up: str  # which does, too
-    eval_period: str
-    checkpoint_period: str
-    best_metric: str
-    wandb_project: str
-    amp_enabled: str
-    amp_dtype: str
-    ema_enabled: str
-    ema_decay: str
-    non_finite: str
-    fsdp: str
+
+class Keys(SimpleNamespace):
+    """Where a config of one style has what both have, by the names of the table above."""
 
     def change(self, key: str, value: str) -> str:
         """How a change of a key stands on the command line."""
         return f"{key} {value}" if self is YAML else f"{key}={value}"
 
 
-YAML = Keys(
-    train_sets="DATASETS.TRAIN",
-    test_sets="DATASETS.TEST",
-    image_format="INPUT.FORMAT",
-    num_classes="MODEL.DINO.NUM_CLASSES",
-    weights="MODEL.WEIGHTS",
-    device="MODEL.DEVICE",
-    output_dir="OUTPUT_DIR",
-    seed="SEED",
-    batch="SOLVER.IMS_PER_BATCH",
-    accumulate="SOLVER.ACCUMULATE",
-    reference_batch="SOLVER.REFERENCE_BATCH",
-    epochs="SOLVER.EPOCHS",
-    lr="SOLVER.BASE_LR",
-    max_iter="SOLVER.MAX_ITER",
-    iterations=("SOLVER.STEPS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),
-    warm_up="SOLVER.WARMUP_ITERS",
-    eval_period="TEST.EVAL_PERIOD",
-    checkpoint_period="SOLVER.CHECKPOINT_PERIOD",
-    best_metric="TEST.BEST_METRIC",
-    wandb_project="WANDB.PROJECT",
-    amp_enabled="SOLVER.AMP.ENABLED",
-    amp_dtype="SOLVER.AMP.DTYPE",
-    ema_enabled="SOLVER.EMA.ENABLED",
-    ema_decay="SOLVER.EMA.DECAY",
-    non_finite="SOLVER.NON_FINITE",
-    fsdp="SOLVER.FSDP",
-)
-LAZY = Keys(
-    train_sets="dataloader.train.dataset.names",
-    test_sets="dataloader.test.dataset.names",
-    image_format="dataloader.test.mapper.image_format",
-    num_classes="model.num_classes",
-    weights="train.init_checkpoint",
-    device="train.device",
-    output_dir="train.output_dir",
-    seed="train.seed",
-    batch="dataloader.train.total_batch_size",
-    accumulate="train.accumulate",
-    reference_batch="train.reference_batch",
-    epochs="train.epochs",
-    lr="optimizer.lr",
-    max_iter="train.max_iter",
-    iterations=("train.checkpointer.period", "train.eval_period"),
-    warm_up="lr_multiplier.warmup_length.iterations",  # of `share_of`
-    eval_period="train.eval_period",
-    checkpoint_period="train.checkpointer.period",
-    best_metric="train.best_metric",
-    wandb_project="train.wandb_project",
-    amp_enabled="train.amp.enabled",
-    amp_dtype="train.amp.dtype",
-    ema_enabled="train.ema.enabled",
-    ema_decay="train.ema.decay",
-    non_finite="train.non_finite",
-    fsdp="train.fsdp",
-)
+YAML, LAZY = (Keys(**{name: both[i] for name, both in _KEYS.items()}) for i in (0, 1))
 
 
 def keys_for(cfg: CfgNode | DictConfig) -> Keys:
