@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,12 +35,12 @@ def class_head(embed_dim: int, num_classes: int, prior: float = 0.01) -> nn.Modu
 def box_head(embed_dim: int) -> nn.Module:
     """Moves a reference box; starts out leaving it where it is."""
     head = MLP(embed_dim, embed_dim, embed_dim, 4)
-    nn.init.zeros_(head.layers[-1].weight)
-    nn.init.zeros_(head.layers[-1].bias)
+    for parameter in head.layers[-1].parameters():
+        nn.init.zeros_(parameter)
     return head
 
 
-def recompute(module: nn.Module, *args):
+def recompute(module: nn.Module, *args: Any) -> Any:
     """Call `module`; its activations are not kept but computed again in the backward pass."""
     return checkpoint(module, *args, use_reentrant=False)
 

@@ -18,8 +18,9 @@ def rename(state: State, table: str, *, back: bool = False) -> State:
     for line in table.strip().splitlines():
         new, old = reversed(line.split()) if back else line.split()
         pattern = re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"
-        numbers = iter(range(1, 1 + new.count("#")))
-        rules.append((re.compile(pattern), re.sub("#", lambda _, n=numbers: rf"\{next(n)}", new)))
+        for number in range(1, 1 + new.count("#")):
+            new = new.replace("#", rf"\{number}", 1)
+        rules.append((re.compile(pattern), new))
 
     def name(key: str) -> str:
         hit = next(((p, new) for p, new in rules if p.match(key)), None)

@@ -27,8 +27,8 @@ def forward(
     for image in range(batch):
         for start in range(0, points.shape[1], QUERIES_AT_ONCE):
             part = slice(image, image + 1), slice(start, start + QUERIES_AT_ONCE)
-            given = (x if x is None else x[part] for x in (points, weights, reference))
-            rows, shares = corners(shapes, *resolve(shapes, *given))
+            place = reference if reference is None else reference[part]
+            rows, shares = corners(shapes, *resolve(shapes, points[part], weights[part], place))
             sums = F.embedding_bag(rows, table[image], per_sample_weights=shares, mode="sum")
             out[part] = sums.view(1, -1, heads * channels)
     return out.to(value.dtype)

@@ -9,6 +9,7 @@ the kernels, which saves several passes over memory.
 """
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -92,8 +93,8 @@ def _checked(
             f"reference {tuple(reference.shape)} should be {boxes} or {(*boxes[:3], 2)}"
         )
     flat_shapes = [side for shape in shapes for side in shape]
-    points, weights, reference = _widened(points, weights, reference)
-    return torch.ops.dino_d2.ms_deform_attn(value, flat_shapes, points, weights, reference)
+    tensors = _widened(points, weights, reference)
+    return torch.ops.dino_d2.ms_deform_attn(value, flat_shapes, *tensors)
 
 
 def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -107,31 +108,34 @@ library.define(f"ms_deform_attn({ARGUMENTS}) -> Tensor")
 library.define(f"ms_deform_attn_backward(Tensor grad, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 
 
-def _forward(value, shapes, points, weights, reference):
+def _forward(value: Tensor, shapes: list[int], points: Tensor, *others: Tensor | None) -> Tensor:
     kernels = dispatch.kernels_for(value, points)
-    return kernels.forward(value, shapes, points, weights, reference)
+    return kernels.forward(value, shapes, points, *others)
 
 
-def _backward(grad, value, shapes, points, weights, reference):
+def _backward(
+    grad: Tensor, value: Tensor, shapes: list[int], points: Tensor, *others: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     kernels = dispatch.kernels_for(value, points)
-    return kernels.backward(grad, value, shapes, points, weights, reference)
+    return kernels.backward(grad, value, shapes, points, *others)
 
 
-def _fake_forward(value, shapes, points, weights, reference):
+def _fake_forward(value: Tensor, shapes: list[int], points: Tensor, *others: Any) -> Tensor:
     batch, _, heads, channels = value.shape
     return value.new_empty(batch, points.shape[1], heads * channels)
 
 
-def _fake_backward(grad, value, shapes, points, weights, reference):
+def _fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    value, _, points, weights, _ = inputs
     return tuple(x.new_empty(x.shape) for x in (value, points, weights))
 
 
-def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     value, ctx.shapes, points, weights, reference = inputs
     ctx.save_for_backward(value, points, weights, reference)
 
 
-def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     value, points, weights, reference = ctx.saved_tensors
     grad_value, grad_locations, grad_weights = torch.ops.dino_d2.ms_deform_attn_backward(
         grad, value, ctx.shapes, points, weights, reference
@@ -150,18 +154,18 @@ def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_value, None, grad_offsets, grad_weights, grad_reference
 
 
-def _refuse_to_differentiate(ctx, *grads):
+def _refuse_to_differentiate(ctx: Any, *grads: Tensor) -> NoReturn:
     raise NotImplementedError("ms_deform_attn can be differentiated only once")
 
 
-def _autocast(value, shapes, points, weights, reference):
+def _autocast(value: Tensor, shapes: list[int], *others: Tensor | None) -> Tensor:
     """Of the tensors only value gets narrower: places and weights stay exact."""
     device = value.device.type
     if value.dtype != torch.float64:
         value = value.to(torch.get_autocast_dtype(device))
-    points, weights, reference = _widened(points, weights, reference)
+    tensors = _widened(*others)
     with torch.autocast(device, enabled=False):
-        return torch.ops.dino_d2.ms_deform_attn(value, shapes, points, weights, reference)
+        return torch.ops.dino_d2.ms_deform_attn(value, shapes, *tensors)
 
 
 library.impl("ms_deform_attn", _forward, "CompositeExplicitAutograd")

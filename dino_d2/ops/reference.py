@@ -5,6 +5,7 @@ written out because autograd does not run inside a custom operator.
 """
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -36,10 +37,11 @@ def forward(
     batch, _, heads, channels = value.shape
     queries = points.shape[1]
     locations, weights = resolve(shapes, points, weights, reference)
-    out = sum(  # nothing in place: exported graphs have this function in them
+    parts = (
         (sample(image, grid) * weight[:, None]).sum(-1)
         for image, grid, weight in levels(value, shapes, locations, weights)
     )
+    out = reduce(torch.add, parts)  # not in place: exported graphs have this function in them
     out = out.view(batch, heads * channels, queries).transpose(1, 2)
     return out.to(value.dtype).contiguous()
 
