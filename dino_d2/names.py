@@ -16,7 +16,7 @@ MAX_LISTED = 40
 def nearest(name: str, known: Iterable[str]) -> list[str]:
     """At most three of the known names, the most similar first; upper and lower case are one."""
     known = list(known)
-    name, candidates = name.lower(), {x.lower() for x in known}
+    name, candidates = name.lower(), list({x.lower() for x in known})
     if len(candidates) > MAX_COMPARED:  # as the files of COCO are: those with most pairs in common
         pairs = set(pairwise(name))
         candidates = nlargest(
@@ -66,7 +66,7 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}s"
 
 
-def path_hint(path: str | os.PathLike) -> str:
+def path_hint(path: str | os.PathLike[str]) -> str:
     """The end of a sentence on a path that does not exist: where a link points, or the nearest, or
     "" if there is none."""
     if os.path.islink(path) and not os.path.exists(path):

@@ -1,6 +1,7 @@
 """The optimizer of DETR-like detectors."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from detectron2.solver import get_default_optimizer_params
@@ -27,7 +28,7 @@ class ClippedAdamW(torch.optim.AdamW):
         # A gradient scaler then unscales before this optimizer clips, and not inside its kernel.
         self._step_supports_amp_scaling = False
 
-    def step(self, closure: Callable | None = None) -> torch.Tensor | None:
+    def step(self, closure: Callable | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

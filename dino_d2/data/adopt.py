@@ -42,8 +42,8 @@ def _record(record: Any, where: str, num_classes: int | None) -> dict:
     sides = {}
     for side in ("width", "height"):
         if side in record:
-            sides[side] = whole(record[side])
-            if sides[side] is None or sides[side] < 1:
+            sides[side] = pixels = whole(record[side])
+            if pixels is None or pixels < 1:
                 raise DatasetError(
                     f"{where} has {side} {record[side]!r}: make it a positive integer"
                 )

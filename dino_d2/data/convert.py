@@ -7,7 +7,7 @@ out is what `data.check` accepts as a test set.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class Conversion(NamedTuple):
 
 
 def to_coco(
-    splits: dict[str, Iterable[LabelledImage]], root: Path, classes: Sequence[str]
+    splits: Mapping[str, Iterable[LabelledImage]], root: Path, classes: Sequence[str]
 ) -> Conversion:
     """
     Args:
@@ -57,7 +57,7 @@ def to_coco(
             split has a box
     """
     categories = [{"id": id, "name": name} for id, name in enumerate(classes, start=1)]
-    datasets, notes = {}, Counter()
+    datasets, notes = conversion = Conversion({}, Counter())
     for split, labelled in splits.items():
         dataset = {"images": [], "annotations": [], "categories": categories}
         for id, image in enumerate(progress(labelled, "image", what=split), start=1):
@@ -81,7 +81,7 @@ def to_coco(
         raise DatasetError(
             f"'{root}': there are no annotations in {' or '.join(splits)}: add boxes"
         )
-    return Conversion(datasets, notes)
+    return conversion
 
 
 def _annotation(box: LabelledBox, image: LabelledImage, notes: Counter[str]) -> dict:

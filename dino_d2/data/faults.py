@@ -23,7 +23,7 @@ def faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:
 
 
 def _name_faults(categories: list[dict]) -> Iterator[str]:
-    ids = {}
+    ids: dict[str, int] = {}
     for id, name in ((category["id"], category["name"]) for category in categories):
         if not name.strip():
             yield f"category {id} has an empty name: say what it is"

@@ -145,7 +145,7 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         DatasetError: the file cannot be read, or has more than 8 bits per channel
     """
-    check_header(path)
+    check_header(str(path))
     with Image.open(path) as image:
         width, height = image.size
         try:

@@ -212,7 +212,7 @@ def _box(entry: dict, where: str, repairs: Repairs) -> None:
         raise DatasetError(
             f"{where} has bbox {given!r}: give [x, y, width, height], finite, in pixels"
         )
-    if any(map(isinstance, given, (str,) * 4)):
+    if any(isinstance(x, str) for x in entry["bbox"]):
         repairs.put(entry, "bbox", values)
 
 

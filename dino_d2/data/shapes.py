@@ -6,6 +6,7 @@ data has: objects of many sizes that overlap, images of many sizes, and images w
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -54,7 +55,7 @@ def generate(root: Path, num_train: int = 480, num_val: int = 96, seed: int = 0)
         FileExistsError: there are annotations of something else, which would be lost.
     """
     root = Path(root)
-    info = {
+    info: dict[str, Any] = {
         "description": "shapes on textured backgrounds",
         "version": VERSION,
         "arguments": {"num_train": num_train, "num_val": num_val, "seed": seed},
@@ -96,7 +97,8 @@ def _is_complete(root: Path, split: str, info: dict) -> bool:
 
 def _write_images(folder: Path, split: str, split_number: int, count: int, seed: int) -> dict:
     """Draw and save ``count`` images; returns their COCO images, annotations and categories."""
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index in progress(range(count), "image", what=f"drawing {split} images"):
         pixels, shapes = _draw_image(np.random.default_rng((seed, split_number, index)))
         file_name = f"{split}_{index:05d}.jpg"

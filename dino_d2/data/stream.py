@@ -1,7 +1,7 @@
 """Training samples in an order that can be taken up anywhere."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -48,7 +48,7 @@ class TrainingStream:
         loader = self.build()
         if isinstance(loader, DataLoader) and isinstance(loader.dataset, ToIterableDataset):
             samples = loader.dataset
-            size, seen = len(samples.dataset), self.start * loader.batch_size
+            size, seen = len(samples.dataset), self.start * (loader.batch_size or 1)
             samples.sampler = Places(samples.sampler, seen, size)
             samples.dataset = SeededDataset(samples.dataset, self.seed)
         elif self.start:
@@ -85,7 +85,7 @@ class Places(Sampler):
 class SeededDataset(Dataset):
     """A data set whose samples are loaded with random numbers that belong to their place."""
 
-    def __init__(self, dataset: Dataset, seed: int):
+    def __init__(self, dataset: Sequence[Any], seed: int):
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, place_and_index: int) -> Any:

@@ -106,7 +106,7 @@ def read_splits(folder: Path, files: dict[str, VocFile]) -> dict[str, list[str]]
     for path in (folder / f"{split}.txt" for split in SPLITS):
         if not path.is_file():
             continue
-        stems = {}  # each once, in their order
+        stems: dict[str, None] = {}  # each once, in their order
         for number, line in enumerate(read_text(path).splitlines(), start=1):
             # Behind the name may be what VOC says of a class: there (1), not there (-1), hard (0).
             names = line.strip(), re.sub(r"\s+(-1|0|1)$", "", line.strip())
@@ -142,7 +142,7 @@ def read_xml(path: Path) -> VocFile:
         raise DatasetError(f"'{path}' is not XML that can be read: {error}") from error
     if root.tag != "annotation":
         raise DatasetError(f"'{path}': its root is <{root.tag}>, not <annotation>, as VOC's is")
-    size = tuple(_size(root, side, path) for side in ("width", "height"))
+    size = _size(root, "width", path), _size(root, "height", path)
     objects = list(_objects(root, path))
     return VocFile(path, root.findtext("filename", "").strip(), size, objects)
 

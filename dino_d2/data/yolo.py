@@ -109,7 +109,7 @@ def find_splits(root: Path) -> dict[str, list[Path]]:
     splits = {name: split for split, names in SPLITS.items() for name in names}
     named = [(path.name, path) for path in sorted(root.glob("images/*"))]
     named += [(path.parent.name, path) for path in sorted(root.glob("*/images"))]
-    folders, images = {}, {}
+    found: dict[str, tuple[Path, list[Path]]] = {}
     for name, folder in named:
         paths = find_images(folder)
         if not paths or not LIKE_A_SPLIT.fullmatch(name):
@@ -120,13 +120,13 @@ def find_splits(root: Path) -> dict[str, list[Path]]:
                 "it, or say in data.yaml which split it is"
             )
         split = splits[name]
-        if split in folders:
+        if split in found:
             raise DatasetError(
-                f"'{folders[split]}' and '{folder}' are both the split '{split}': put them into "
+                f"'{found[split][0]}' and '{folder}' are both the split '{split}': put them into "
                 "one folder, or list them in data.yaml"
             )
-        folders[split], images[split] = folder, paths
-    return {split: images[split] for split in SPLITS if split in images}
+        found[split] = folder, paths
+    return {split: found[split][1] for split in SPLITS if split in found}
 
 
 def read_yaml(path: Path) -> YoloFolder:
@@ -213,7 +213,8 @@ def label_file(image: Path) -> Path:
 
 def label(image: Path, classes: list[str], notes: dict[str, int]) -> LabelledImage:
     width, height = image_size(image)
-    path, boxes = label_file(image), []
+    path = label_file(image)
+    boxes: list[LabelledBox] = []
     if not path.is_file():
         notes["images without a label file, without boxes"] += 1
         return LabelledImage(image, width, height, boxes)

@@ -80,7 +80,8 @@ def shard(model: nn.Module) -> nn.Module:
     for part in parts(model):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     # What is left is needed from the first to the last.
-    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    return model
 
 
 def parts(model: nn.Module) -> Iterator[nn.Module]:

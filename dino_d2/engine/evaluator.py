@@ -2,9 +2,9 @@
 
 import csv
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.evaluation import COCOEvaluator
@@ -63,7 +63,7 @@ def _tables(analysis: Analysis) -> dict[str, Iterable]:
     """Rows by the name of the table, its head first."""
     names = [*(x.name for x in analysis.classes), BACKGROUND]
     confusion = zip(names, analysis.confusion.tolist(), strict=True)
-    tables = {
+    tables: dict[str, Sequence[NamedTuple]] = {
         "per_class": analysis.classes,
         "ap_by_size": analysis.sizes,
         "errors": analysis.errors,

@@ -145,8 +145,8 @@ def class_scores(
         for key in ("precision", "recall")
     )
     # A class has boxes of a size or has none, at every IoU and recall: plain means do.
-    ap, ap50, ap75 = precision.mean(axis=(0, 1)), *precision[[IOU_50, IOU_75]].mean(axis=1)
-    ar = recall.mean(axis=0)[:, 0]
+    ap, ar = precision.mean(axis=(0, 1)), recall.mean(axis=0)[:, 0]
+    ap50, ap75 = precision[[IOU_50, IOU_75]].mean(axis=1)
     outcomes = defaultdict(list)
     for image in images:
         for detection, found, ignored in zip(
@@ -158,7 +158,7 @@ def class_scores(
     return [
         ClassScores(
             *(category["id"], category["name"], boxes[category["id"]]),
-            *(ap[k, 0], ap50[k, 0], ap75[k, 0], *ap[k, 1:], ar[k]),
+            *(ap[k, 0], ap50[k, 0], ap75[k, 0], ap[k, 1], ap[k, 2], ap[k, 3], ar[k]),
             *best_threshold(outcomes[category["id"]], boxes[category["id"]]),
         )
         for k, category in enumerate(categories)
@@ -212,7 +212,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def error_counts(images: list[ImageMatches], categories: list[dict]) -> list[ErrorCounts]:
-    counts = {category["id"]: Counter() for category in categories}
+    counts: dict[int, Counter[str]] = {category["id"]: Counter() for category in categories}
     for image in images:
         for detection, kind in zip(image.detections, kinds(image), strict=True):
             counts[detection["category_id"]][kind] += 1

@@ -92,7 +92,8 @@ def match(
 
 def surest(detections: list[dict], count: int) -> list[dict]:
     """By falling score, at most `count` of a class."""
-    seen, kept = Counter(), []
+    seen: Counter[int] = Counter()
+    kept = []
     for detection in sorted(detections, key=lambda x: -x["score"]):
         seen[detection["category_id"]] += 1
         if seen[detection["category_id"]] <= count:

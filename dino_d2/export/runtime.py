@@ -75,8 +75,8 @@ class Exported:
     def __init__(self, path: Path):
         if not path.is_file():
             raise FileNotFoundError(f"there is no file '{path}'")
-        read = read_pt2 if kind_of(path) == ".pt2" else read_onnx
-        self.graph, self.about = read(path)
+        self.graph: Any
+        self.graph, self.about = read_pt2(path) if kind_of(path) == ".pt2" else read_onnx(path)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, image_sizes: Tensor) -> Detections:

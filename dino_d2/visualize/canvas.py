@@ -1,6 +1,7 @@
 """What the explaining pictures share: an image to draw on, boxes, colours and names."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from matplotlib.axes import Axes
@@ -36,7 +37,8 @@ def show(axes: Axes, image: Image.Image, dim: float = 0.0) -> None:
     width, height = image.size
     picture = shrink(image)
     picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), dim)
-    aspect = "equal" if min(image.size) > MIN_SHAPE * max(image.size) else "auto"
+    is_line = min(image.size) <= MIN_SHAPE * max(image.size)
+    aspect: Literal["auto", "equal"] = "auto" if is_line else "equal"
     axes.imshow(picture, aspect=aspect, extent=(0, width, height, 0), interpolation="bilinear")
     axes.set(xticks=[], yticks=[], facecolor="#dddddd", autoscale_on=False)
     axes.spines[:].set_visible(False)
@@ -64,13 +66,9 @@ def outline(
     """A box (cx, cy, w, h) in pixels, with a seam that keeps it visible on any ground."""
     x, y, x_end, y_end = cxcywh_to_xyxy(box).tolist()
     seam = [withStroke(linewidth=width + 1.5, foreground="white", alpha=0.7 * alpha)]
-    axes.add_patch(
-        Rectangle(
-            *((x, y), x_end - x, y_end - y),
-            **{"fill": False, "edgecolor": colour, "linewidth": width, "linestyle": style},
-            **{"alpha": alpha, "path_effects": seam},
-        )
-    )
+    frame = Rectangle((x, y), x_end - x, y_end - y, fill=False, ec=colour, lw=width, ls=style)
+    frame.set(alpha=alpha, path_effects=seam)
+    axes.add_patch(frame)
 
 
 def zoom(axes: Axes, image: Image.Image, corners: Tensor) -> None:
@@ -93,10 +91,11 @@ def zoom(axes: Axes, image: Image.Image, corners: Tensor) -> None:
 def tag(axes: Axes, place: Sequence[float], text: str, colour: str = "black") -> None:
     """Text on a ground of its own."""
     style = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
-    axes.text(*place, text, color=colour, fontsize=10, bbox=style, va="bottom", clip_on=True)
+    x, y = place
+    axes.text(x, y, text, color=colour, fontsize=10, bbox=style, va="bottom", clip_on=True)
 
 
 def title_of(query: int, predictions: Predictions, classes: Sequence[str]) -> str:
     """What a query of the first image has found."""
     score, label = predictions.logits[0, query].sigmoid().max(0)
-    return f"query {query}: {escape_name(classes[label], 30)}, {score:.2f}"
+    return f"query {query}: {escape_name(classes[int(label)], 30)}, {score:.2f}"

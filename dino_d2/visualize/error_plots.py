@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -48,7 +49,7 @@ def draw_error_plots(analysis: Analysis, folder: str | os.PathLike) -> list[Path
     return paths
 
 
-def _axes(width: float, height: float, title: str, **labels: str) -> tuple[Figure, Axes]:
+def _axes(width: float, height: float, title: str, **labels: Any) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=11)

@@ -48,6 +48,7 @@ def draw_proposals(
         trace: has a selection
     """
     selection = trace.selection
+    assert selection is not None
     rows = max(len(trace.shapes), len(queries) + 1)  # of a legend
     size = 11, 5.4 * shape_of(image) + 0.2 * rows + 0.7
     figure = Figure(figsize=size, layout="constrained")
@@ -98,8 +99,8 @@ def draw_refinement(
     for (picture, chart), query in zip(grid, queries, strict=True):
         start = trace.layers[0].reference[0, query]
         boxes = [layer.boxes[0, query] for layer in trace.output.result.layers]
-        places = [start, *boxes] if len(start) == 4 else boxes
-        places = to_pixels(torch.stack(places), image)
+        steps = [start, *boxes] if len(start) == 4 else boxes
+        places = to_pixels(torch.stack(steps), image)
         show(picture, image, dim=0.25)
         zoom(picture, image, cxcywh_to_xyxy(places))
         for box, colour in zip(places, colours[-len(places) :], strict=True):

@@ -55,8 +55,8 @@ def draw_sampling(
         for x in (0.05, 0.2, 0.5)
     ]
     # The layout keeps no room for padding, which would move the legend into the row's captions.
-    place = {"loc": "outside lower center", "borderaxespad": 0}
-    figure.legend(handles=handles, ncols=int(1.7 * levels), **place)
+    columns = int(1.7 * levels)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, borderaxespad=0)
     figure.suptitle("Sampling points of deformable attention, last decoder layer", weight="bold")
     return figure
 
@@ -77,13 +77,10 @@ def _marker(head: int, label: str) -> Line2D:
 def _draw_points(axes: Axes, points: Tensor, weights: Tensor) -> None:
     """Points (H, P, 2) in pixels and their weights (H, P)."""
     for head, (places, weight) in enumerate(zip(points, weights, strict=True)):
-        axes.scatter(
-            *places.T,
-            s=_area(weight),
-            marker=_style(head)["marker"],
-            color=COLOURS[head % len(COLOURS)],
-            **{"edgecolors": "white", "linewidths": 0.6, "alpha": 0.85, "zorder": 3},
-        )
+        x, y = places.T
+        marker, colour = _style(head)["marker"], COLOURS[head % len(COLOURS)]
+        dots = axes.scatter(x, y, s=_area(weight), marker=marker, color=colour, zorder=3)
+        dots.set(edgecolors="white", linewidths=0.6, alpha=0.85)
 
 
 def draw_self_attention(
@@ -114,12 +111,13 @@ def _draw_attended(axes: Axes, image: Image.Image, trace: Trace, query: int) -> 
     weights[query] = 0  # not another
     boxes = to_pixels(_places(trace, -1), image)
     show(axes, image, dim=0.45)
-    scale = ScalarMappable(Normalize(0, float(weights.max())), colormaps["plasma_r"])
+    share, colours = Normalize(0, float(weights.max())), colormaps["plasma_r"]
     for other in weights.topk(min(ATTENDED, len(weights) - 1)).indices.flip(0).tolist():
-        colour = scale.to_rgba(float(weights[other]))
+        colour = colours(share(float(weights[other])))
         outline(axes, boxes[other], colour, width=1.5)
         axes.plot(*boxes[[query, other], :2].T, color=colour, linewidth=1.5)
     outline(axes, boxes[query], "black", width=2.5)
+    scale = ScalarMappable(share, colours)
     axes.figure.colorbar(scale, ax=axes, shrink=0.8, label="attention, % of all")
 
 

@@ -34,7 +34,7 @@ def draw_denoising(image: Image.Image, denoised: Denoised) -> Figure:
     rows, columns = (2, shown) if shown > 1 else (1, 2)
     heights = [rows * (10 / columns * shape_of(image) + 0.4), 3.6]
     figure = Figure(figsize=(11, sum(heights) + 0.8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
     grid = top.subplots(rows, columns, squeeze=False).reshape(2, shown)
     _draw_groups(grid, image, denoised)
     _draw_totals(bottom, denoised)

@@ -1,6 +1,5 @@
 """An image with what is right and wrong in it."""
 
-import numpy as np
 from PIL import Image
 
 from ..evaluation.matching import ERRORS, ImageMatches, kinds
@@ -36,7 +35,7 @@ def draw_image_errors(
     """
     image, scale = resize_long_side(image, side)
     annotated, detected = (
-        draw_marks(image, [mark._replace(box=scale * mark.box) for mark in marks])
+        draw_marks(image, [mark._replace(box=[scale * x for x in mark.box]) for mark in marks])
         for marks in (_truth_marks(matching, names), _detection_marks(matching, names))
     )
     pair = Image.new("RGB", (2 * image.width + MARGIN, image.height), "white")
@@ -70,6 +69,6 @@ def _detection_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark
     return [mark for _, mark in sorted(marks, key=lambda pair: pair[0])]
 
 
-def _corners(box: dict) -> np.ndarray:
+def _corners(box: dict) -> list[float]:
     x, y, width, height = box["bbox"]
-    return np.array([x, y, x + width, y + height])
+    return [x, y, x + width, y + height]

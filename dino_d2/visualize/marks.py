@@ -45,7 +45,8 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     width = max(2, round(min(picture.size) / 160))
     for mark in reversed(marks):
         _outline(canvas, mark, width)
-    font, taken = load_font(max(12, round(min(picture.size) / 36))), []
+    font = load_font(max(12, round(min(picture.size) / 36)))
+    taken: list[tuple] = []
     marks = [mark._replace(text=one_line(mark.text)) for mark in marks]
     _warn_of_gaps(mark.text for mark in marks)
     for mark in marks:
