@@ -57,7 +57,7 @@ setup(
     | {
         # Without windows: the tests run where there is no display.
         "dev": [
-            *("pytest", "pytest-cov", "ruff", "opencv-python-headless"),
+            *("pytest", "pytest-cov", "mypy", "ruff", "opencv-python-headless"),
             *(name for key, names in EXTRAS.items() if key != "video" for name in names),
         ],
     },
@@ -65,7 +65,11 @@ setup(
     # dino_d2/configs, where dino_d2.model_zoo finds it.
     packages=[*find_packages(include=["dino_d2*"]), "dino_d2.configs"],
     package_dir={"dino_d2.configs": "configs"},
-    package_data={"dino_d2.configs": ["**/*.yaml", "**/*.py"], "dino_d2.ops": ["csrc/*"]},
+    package_data={
+        "dino_d2": ["py.typed"],
+        "dino_d2.configs": ["**/*.yaml", "**/*.py"],
+        "dino_d2.ops": ["csrc/*"],
+    },
     # What is in it is up to BuildKernels: the name only tells setuptools that there is something.
     ext_modules=[Extension("dino_d2.ops.ms_deform_attn_cpu", sources=[], optional=True)],
     cmdclass={"build_ext": BuildKernels},
