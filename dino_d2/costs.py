@@ -149,8 +149,9 @@ def watched(model: DINO, report: Callable[[str, int], None]) -> Iterator[None]:
 def recomputed(model: DINO) -> list[nn.Module]:
     """The modules whose activations are not kept but computed again in the backward pass."""
     backbone = [model.backbone] if model.recompute_backbone else []
-    stages = [stage for stage in (model.encoder, model.decoder) if stage.recompute]
-    return [*backbone, *(layer for stage in stages for layer in stage.layers)]
+    encoder = list(model.encoder.layers) if model.encoder.recompute else []
+    decoder = list(model.decoder.layers) if model.decoder.recompute else []
+    return [*backbone, *encoder, *decoder]
 
 
 def stages_of(model: DINO) -> list[str]:

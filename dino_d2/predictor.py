@@ -66,7 +66,7 @@ class Predictor:
         self.dtype = dtype
 
     @torch.inference_mode()
-    def __call__(self, images: Picture | Sequence[Picture]) -> Instances | list[Instances]:
+    def __call__(self, images: Picture | list | tuple) -> Instances | list[Instances]:
         """
         Args:
             images: a path, a PIL image (which is not turned, whatever its EXIF orientation) or an
@@ -159,8 +159,9 @@ def load(
     classes = classes_of(opened)
     model = model_zoo.build(cfg, len(classes), device)
     Checkpointer(model, classes=classes, complete=True).load(opened)
+    fold_norms(model.eval())
     return Predictor(
-        fold_norms(model.eval()),
+        model,
         classes=classes,
         augmentations=augmentations,
         image_format=get(cfg, keys_for(cfg).image_format),

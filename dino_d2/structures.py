@@ -106,7 +106,8 @@ def join_queries(parts: Sequence[Queries]) -> Queries:
     widths = {x.reference.shape[-1] for x in parts}
     if len(widths) > 1 or len({x.position is None for x in parts}) > 1:
         raise ValueError("denoising needs queries made of boxes: train points without denoising")
-    return Queries(*(None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True)))
+    joined = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))
+    return Queries._make(joined)
 
 
 P = TypeVar("P", bound=NamedTuple)  # Predictions, Target, or those of another detector
@@ -115,15 +116,15 @@ P = TypeVar("P", bound=NamedTuple)  # Predictions, Target, or those of another d
 def split_predictions(predictions: P, sizes: Sequence[int]) -> list[P]:
     """Predictions (B, Q, .) as those of the first `sizes[0]` queries, of the next, and so on."""
     parts = zip(*(x.split(sizes, 1) for x in predictions), strict=True)
-    return [type(predictions)(*part) for part in parts]
+    return [predictions._make(part) for part in parts]
 
 
 def stack_predictions(stages: Sequence[P]) -> P:
     """N stages of (B, Q, .) as one of (N, B, Q, .), logits in float32 or wider whatever autocast
     chose."""
-    stacked = type(stages[0])(*(torch.stack(parts) for parts in zip(*stages, strict=True)))
-    wide = torch.promote_types(stacked.logits.dtype, torch.float32)
-    return stacked._replace(logits=stacked.logits.to(wide))
+    stacked = stages[0]._make(torch.stack(parts) for parts in zip(*stages, strict=True))
+    logits: Tensor = stacked._asdict()["logits"]
+    return stacked._replace(logits=logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def send(x: Tensor, like: Tensor) -> Tensor:
@@ -136,4 +137,4 @@ def send(x: Tensor, like: Tensor) -> Tensor:
 
 def join_targets(targets: Sequence[P]) -> P:
     """Ground truth of a batch as that of one image, in the order that `Match` counts in."""
-    return type(targets[0])(*(torch.cat(parts) for parts in zip(*targets, strict=True)))
+    return targets[0]._make(torch.cat(parts) for parts in zip(*targets, strict=True))

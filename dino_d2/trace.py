@@ -22,6 +22,7 @@ from .ops.reference import resolve
 from .structures import (
     DetectorOutput,
     FeaturePyramid,
+    Match,
     Queries,
     Target,
     join_targets,
@@ -91,7 +92,7 @@ def trace(model: DINO, images: ImageList, targets: list[Target] | None = None) -
         recorder.watch(model, hooks)
         output = model.detect(images.tensor, padding_mask(images), targets)
     # Of the queries of the result; those of other branches stand before them.
-    first = sum(len(x.groups) for x in output.branches[1:] if x.queries is not None)
+    first = sum(len(x.groups) for x in output.branches[1:] if x.groups is not None)
     layers = [
         LayerTrace(
             reference[:, first:], a[:, first:, first:], places[:, first:], weights[:, first:]
@@ -117,17 +118,16 @@ class Recorder:
         add = hooks.enter_context
         add(model.query_selection.register_forward_hook(self.see_selection))
         for layer in model.decoder.layers:
-            add(layer.self_attn.register_forward_hook(self.see_attention, with_kwargs=True))
-            add(layer.cross_attn.register_forward_hook(self.see_sampling))
+            attention = layer.get_submodule("self_attn")
+            add(attention.register_forward_hook(self.see_attention, with_kwargs=True))
+            add(layer.get_submodule("cross_attn").register_forward_hook(self.see_sampling))
 
     def see_selection(self, module: nn.Module, args: tuple, output: tuple) -> None:
         self.shapes = args[0].shapes
         if isinstance(module, PureQuerySelection):
-            self.selection = selection_of(module, *args, output[0])
+            self.selection = selection_of(module, args[0], output[0])
 
-    def see_attention(
-        self, module: nn.MultiheadAttention, args: tuple, kwargs: dict, output: tuple
-    ) -> None:
+    def see_attention(self, module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         # Once more, as attention without weights is computed in another way, and rounded otherwise.
         self.attention.append(module.forward(*args, **kwargs | {"need_weights": True})[1])
 
@@ -196,6 +196,7 @@ def denoised_boxes(output: DetectorOutput, target: Target) -> Denoised | None:
         None if there is no box, and so nothing that could be denoised
     """
     denoising = output.named("dn")
+    assert denoising and denoising.queries and isinstance(denoising.match, Match)
     groups, (_, positives, indices) = denoising.repeats, denoising.match
     if not len(positives):
         return None

@@ -92,7 +92,9 @@ def _set_yaml(cfg: CfgNode, key: str, value: str) -> None:
         raise ValueError(f"'{key}' is a section: name one of its keys, as {key}.{next(iter(now))}")
     if type(now) in (int, float) and type(number := whole(value)) is int:
         value = str(type(now)(number))
-    change = reduce(lambda inner, part: {part: inner}, reversed(parts), value)
+    change: Any = value
+    for part in reversed(parts):
+        change = {part: change}
     try:
         cfg.merge_from_other_cfg(CfgNode(change))
     except ValueError as error:
@@ -200,7 +202,7 @@ def _arguments(node: Any) -> tuple[list[str], bool]:
     return names, any(x.kind is Parameter.VAR_KEYWORD for x in parameters.values())
 
 
-def _fitting(plain: dict, key: str, value: Any) -> Any:
+def _fitting(plain: Any, key: str, value: Any) -> Any:
     """The value as one of the kind that a key has: a whole float where an int is meant is one.
 
     Raises:

@@ -100,7 +100,8 @@ def _yaml_keys(file: str) -> set[str]:
     if not isinstance(top, MappingNode):
         what = "is empty" if top is None else "is no config: it has no keys"
         raise ValueError(f"'{file}' {what}; a config has keys such as 'MODEL: ...'")
-    keys, nodes = set(), [top]
+    keys: set[str] = set()
+    nodes = [top]
     while nodes:
         node = nodes.pop()
         if isinstance(node, MappingNode):

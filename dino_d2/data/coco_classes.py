@@ -7,5 +7,5 @@ from ..layouts.adapt import ClassNames
 # What the class indices of the published weights stand for: Detectron2's 80 contiguous ones, or
 # the category ids of COCO, of which 11 below 91 stand for nothing.
 _THINGS = {x["id"]: x["name"] for x in COCO_CATEGORIES if x["isthing"]}
-COCO_80: ClassNames = tuple(_THINGS.values())
+COCO_80: tuple[str, ...] = tuple(_THINGS.values())
 COCO_91: ClassNames = tuple(map(_THINGS.get, range(91)))

@@ -5,7 +5,7 @@ import shutil
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, default_writers, hooks
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 # Stand in for the data where a loader is only built; many, as a sampler may take a small share.
-RECORDS = [{"annotations": []}] * 1000
+RECORDS: list[dict[str, list]] = [{"annotations": []}] * 1000
 
 
 class Training(NamedTuple):
@@ -113,7 +113,7 @@ def prepare(plan: Plan, model: nn.Module, seed: int, resume: bool) -> Training:
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
     trainer = make_trainer(plan, model, seed)
     # Or the trainer would hold itself through its hooks, and stay in memory.
-    saved = {"trainer": weakref.proxy(trainer)} | ({"ema": ema} if ema else {})
+    saved: dict[str, Any] = {"trainer": weakref.proxy(trainer)} | ({"ema": ema} if ema else {})
     checkpointer = make_checkpointer(model, plan.output_dir, plan.train_sets, **saved)
     check_room(plan, unwrap(model))
     goes_on = resume and checkpointer.has_checkpoint()
@@ -171,7 +171,7 @@ def test(plan: Plan, *, resume: bool = False) -> dict:
 def load_for_test(plan: Plan, model: nn.Module, resume: bool) -> EMA | None:
     """Gives a model the weights that `test` evaluates; returns the averaged ones, if there are."""
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
-    options = {"complete": True} | ({"ema": ema} if ema else {})
+    options: dict[str, Any] = {"complete": True} | ({"ema": ema} if ema else {})
     checkpointer = make_checkpointer(model, plan.output_dir, plan.test_sets, **options)
     if resume and checkpointer.has_checkpoint():
         rest = checkpointer.resume_or_load("", resume=True)
@@ -200,7 +200,7 @@ def evaluate(plan: Plan, model: nn.Module, ema: EMA | None) -> dict:
 
 
 def make_checkpointer(
-    model: nn.Module, output_dir: str, names: Sequence[str], *, complete: bool = False, **saved
+    model: nn.Module, output_dir: str, names: Sequence[str], *, complete: bool = False, **saved: Any
 ) -> DetectionCheckpointer:
     """For a model of the classes of the given data sets; Detectron2's for other than a Detector.
 
@@ -208,7 +208,8 @@ def make_checkpointer(
         complete: whether weights have to fill the model
         saved: what is saved beside the model
     """
-    if not isinstance(unwrap(model), Detector):
+    model = unwrap(model)
+    if not isinstance(model, Detector):
         return DetectionCheckpointer(model, output_dir, **saved)
     classes = data.class_names(names)
     return Checkpointer(model, output_dir, classes=classes, complete=complete, **saved)

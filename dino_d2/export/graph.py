@@ -108,8 +108,9 @@ def nearest(image: Tensor, size: list[int] | None, scales: list[float] | None = 
         size: height and width of the result, or None
         scales: what height and width are multiplied by, without a size
     """
-    for i, length in enumerate(image.shape[2:]):
-        count = int(length * scales[i]) if scales else size[i]
+    lengths = image.shape[2:]
+    counts = size or [int(x * scale) for x, scale in zip(lengths, scales or (), strict=True)]
+    for i, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         step = 1 / scales[i] if scales else length / count
         index = torch.arange(count, device=image.device, dtype=torch.float32)
         image = image.index_select(2 + i, (index * step).long())
@@ -165,7 +166,7 @@ def save(program: ExportedProgram, path: Path, about: About) -> None:
 def to_onnx(program: ExportedProgram) -> "torch.onnx.ONNXProgram":
     """In standard operators, all in one file."""
     needs("onnxscript")
-    return torch.onnx.export(
+    exported = torch.onnx.export(
         program,
         input_names=INPUTS,
         output_names=Detections._fields,
@@ -173,6 +174,8 @@ def to_onnx(program: ExportedProgram) -> "torch.onnx.ONNXProgram":
         external_data=False,
         verbose=False,
     )
+    assert exported is not None
+    return exported
 
 
 def scope_of(node: Any) -> str:

@@ -100,7 +100,7 @@ class TimmBackbone(Backbone):
         self.norms = nn.ModuleDict({key: LayerNorm(maps[key][1].channels) for key in normed})
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         return {
             "name": cfg.MODEL.TIMM.NAME,
             "norm": cfg.MODEL.TIMM.NORM,
@@ -150,7 +150,7 @@ def feature_maps(name: str, options: Mapping[str, Any]) -> dict[str, tuple[int, 
     }
 
 
-def create_model(name: str, options: Mapping[str, Any]) -> nn.Module:
+def create_model(name: str, options: Mapping[str, Any]) -> Any:
     """A model of `timm` that gives feature maps; a LazyConfig's lists are none to `timm`."""
     plain = {
         key: OmegaConf.to_container(x) if OmegaConf.is_config(x) else x

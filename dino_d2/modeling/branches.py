@@ -26,9 +26,10 @@ def decode(
     if not first:
         return [result._replace(layers=decoder(result.queries, memory)), *rest]
     branches = [*first, result]
-    sizes = [x.queries.content.shape[1] for x in branches]
-    mask = group_attn_mask(join_groups([x.groups for x in first], sizes[-1]))
-    layers = decoder(join_queries([x.queries for x in branches]), memory, mask)
+    queries = [x.queries for x in branches if x.queries is not None]
+    groups = [x.groups for x in first if x.groups is not None]
+    sizes = [x.content.shape[1] for x in queries]
+    layers = decoder(join_queries(queries), memory, group_attn_mask(join_groups(groups, sizes[-1])))
     split = zip(*(split_predictions(layer, sizes) for layer in layers), strict=True)
     *first, result = (x._replace(layers=list(y)) for x, y in zip(branches, split, strict=True))
     return [result, *first, *rest]

@@ -18,7 +18,7 @@ from . import (
 )
 
 
-def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict:
+def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, object]:
     """The stages after the backbone, as arguments of :class:`DINO`."""
     c = cfg.MODEL.DINO
     classes = c.NUM_CLASSES or num_classes(cfg.DATASETS.TRAIN)

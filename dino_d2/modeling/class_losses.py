@@ -11,6 +11,7 @@ boxes score highest.
 """
 
 import math
+from typing import Any
 
 import torch
 from detectron2.utils.registry import Registry
@@ -148,13 +149,13 @@ class BackgroundLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, gamma: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, gamma: float) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.gamma = gamma
         return (logits.sigmoid() ** gamma * F.softplus(logits)).flatten(1).sum(1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
         p = logits.sigmoid()
         slope = p**ctx.gamma * (ctx.gamma * (1 - p) * F.softplus(logits) + p)

@@ -77,7 +77,7 @@ class SetCriterion(nn.Module):
         """The weighted losses of all branches, each a scalar; their sum is to be minimised."""
         boxes = join_targets(targets).boxes
         num_boxes = average_over_workers(boxes.new_full((), len(boxes)))
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for branch in output.branches:
             losses |= self.branch_losses(branch, targets, num_boxes)
         return losses
@@ -192,6 +192,7 @@ class BoxesOnly(SetCriterion):
         self, branch: Branch, targets: list[Target], num_boxes: Tensor
     ) -> dict[str, Tensor]:
         if branch.name == "dn":
+            assert isinstance(branch.match, Match)  # known by construction
             images, queries, _ = branch.match
             logits = branch.layers[0].logits
             empty = logits.new_ones(logits.shape[:2], dtype=torch.bool)

@@ -82,7 +82,8 @@ class Decoder(nn.Module):
         copies = 1 if shared_heads else num_layers
         self.class_heads = nn.ModuleList(class_head(embed_dim, num_classes) for _ in range(copies))
         self.box_heads = nn.ModuleList(box_head(embed_dim) for _ in range(copies))
-        nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], size_bias)
+        *_, bias = self.box_heads[0].parameters()
+        nn.init.constant_(bias[2:], size_bias)
 
     def forward(
         self, queries: Queries, memory: FeaturePyramid, attn_mask: Tensor | None = None

@@ -10,7 +10,7 @@ Layout of the T queries, for a batch with at most three boxes in an image (`slot
 """
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,7 +64,7 @@ class Denoising(nn.Module):
         self.label_embed = nn.Embedding(num_classes + 1, embed_dim, padding_idx=num_classes)
 
     @classmethod
-    def from_config(cls, cfg, num_classes):
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
         c = cfg.MODEL.DINO
         return {
             "num_classes": num_classes,
@@ -149,11 +149,11 @@ class Denoising(nn.Module):
         """
         size = index.shape[1] // num_groups
         group_start = torch.arange(num_groups, device=index.device)[:, None] * size
-        queries = [
+        parts = [
             (group_start + torch.arange(count, device=index.device)).flatten() for count in counts
         ]
-        images = torch.cat([torch.full_like(query, i) for i, query in enumerate(queries)])
-        queries = torch.cat(queries)
+        images = torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)])
+        queries = torch.cat(parts)
         return Match(images, queries, index[images, queries])
 
 

@@ -1,14 +1,17 @@
 """What training, checkpoints and the model zoo ask of a detector, whichever it is."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.modeling import Backbone
 from detectron2.modeling.backbone.resnet import BottleneckBlock
-from torch import nn
+from torch import Tensor, nn
 
 from ..layouts import adapt
 from ..layouts.renaming import State
+
+Batch = list[dict[str, Any]]  # Detectron2's, one of an image
 
 
 class Detector(nn.Module):
@@ -22,6 +25,9 @@ class Detector(nn.Module):
         num_classes: K
         pixel_mean, pixel_std: per channel, in the order and range of the input images
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,
@@ -41,15 +47,15 @@ class Detector(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def loss_divisor(self, batch: list[dict]) -> int:
+    def loss_divisor(self, batch: Batch) -> int:
         """What the losses of a batch are divided by, before it is averaged over workers: the number
         of its boxes. Batches that are accumulated to a step weigh by it."""
         return sum(len(x["instances"]) for x in batch)
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """What this model and its weights have to agree on without a tensor's shape telling; saved
         beside the weights, and compared when they are loaded."""
-        found = {
+        found: dict[str, Any] = {
             "pixel_mean": [round(x, 3) for x in self.pixel_mean.flatten().tolist()],
             "pixel_std": [round(x, 3) for x in self.pixel_std.flatten().tolist()],
         }

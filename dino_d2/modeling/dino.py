@@ -2,9 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
     Backbone,
@@ -23,7 +24,10 @@ from ..ranges import require_positive, require_whole
 from ..structures import Branch, DetectorOutput, Target, send
 from .branches import decode
 from .build import build_parts
-from .detector import Detector
+from .criterion import SetCriterion
+from .decoder import Decoder
+from .detector import Batch, Detector
+from .encoder import Encoder
 from .postprocess import postprocess
 
 WRONG_CHANNELS = (
@@ -62,10 +66,10 @@ class DINO(Detector):
         *,
         backbone: Backbone,
         neck: nn.Module,
-        encoder: nn.Module,
+        encoder: Encoder,
         query_selection: nn.Module,
-        decoder: nn.Module,
-        criterion: nn.Module,
+        decoder: Decoder,
+        criterion: SetCriterion,
         denoising: nn.Module | None = None,
         branches: Sequence[nn.Module] = (),
         num_classes: int,
@@ -110,7 +114,7 @@ class DINO(Detector):
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         backbone = build_backbone(cfg)
         return {
             "backbone": backbone,
@@ -121,14 +125,14 @@ class DINO(Detector):
             "activation_checkpointing": cfg.MODEL.DINO.ACTIVATION_CHECKPOINTING,
         }
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         encoding = {
             "position_temperature": float(self.encoder.position_temperature),
             "position_offset": float(self.encoder.position_offset),
         }
         return super().settings() | encoding
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(self, batched_inputs: Batch) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Detectron2's standard interface.
 
         Args:
@@ -145,7 +149,7 @@ class DINO(Detector):
         images = self.preprocess_images(batched_inputs)
         return self.criterion(self.detect(images.tensor, padding_mask(images), targets), targets)
 
-    def inference(self, batched_inputs: list[dict]) -> list[dict]:
+    def inference(self, batched_inputs: Batch) -> list[dict[str, Any]]:
         """Detections, independent of what else is in the batch.
 
         Only images of the same size share a forward pass. Padding is masked in the attention,
@@ -154,7 +158,7 @@ class DINO(Detector):
         same_size = defaultdict(list)
         for i, x in enumerate(batched_inputs):
             same_size[x["image"].shape[-2:]].append(i)
-        results: list[dict] = [{}] * len(batched_inputs)
+        results: list[dict[str, Any]] = [{}] * len(batched_inputs)
         for indices in same_size.values():
             images = self.preprocess_images([batched_inputs[i] for i in indices])
             predictions = self.detect(images.tensor, padding_mask(images)).result.layers[-1]
@@ -181,7 +185,7 @@ class DINO(Detector):
         others = [make(targets, queries, memory) for make in training_only if make]
         return DetectorOutput(decode(self.decoder, memory, result, others))
 
-    def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
+    def preprocess_images(self, batched_inputs: Batch) -> ImageList:
         """Normalises, and pads to a common size with zeros.
 
         Raises:
@@ -202,7 +206,7 @@ class DINO(Detector):
             padding_constraints=self.backbone.padding_constraints,
         )
 
-    def prepare_targets(self, batched_inputs: list[dict]) -> list[Target]:
+    def prepare_targets(self, batched_inputs: Batch) -> list[Target]:
         """
         Raises:
             ValueError: a class that the model does not have
@@ -234,7 +238,7 @@ def padding_mask(images: ImageList) -> Tensor:
     return mask
 
 
-def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_) -> None:
+def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_: Any) -> None:
     """Detectron2's own checkpointer would load the few tensors whose names happen to fit."""
     layout = detect_format(state)
     if layout in ("official", "detrex", "mmdet"):
@@ -244,7 +248,7 @@ def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_) -> None:
         )
 
 
-def rescale(instances: Instances, x: dict) -> Instances:
+def rescale(instances: Instances, x: dict[str, Any]) -> Instances:
     """To the resolution that the input asks for, by default that of the input."""
     height, width = instances.image_size
     return detector_postprocess(instances, x.get("height", height), x.get("width", width))

@@ -73,5 +73,5 @@ class ChannelMapper(nn.Module):
 def conv_norm(in_channels: int, out_channels: int, *, kernel: int, stride: int = 1) -> nn.Module:
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
     nn.init.xavier_uniform_(conv.weight)
-    nn.init.zeros_(conv.bias)
+    nn.init.zeros_(conv.get_parameter("bias"))
     return nn.Sequential(conv, nn.GroupNorm(32, out_channels))

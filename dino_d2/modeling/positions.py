@@ -28,6 +28,7 @@ class LearnedPosition(nn.Module):
 
     def forward(self, queries: Queries, memory: FeaturePyramid, layer: int) -> Tensor:
         """(B, Q, C), the same for every layer."""
+        assert queries.position is not None
         return queries.position
 
 

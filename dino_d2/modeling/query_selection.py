@@ -47,7 +47,7 @@ class StaticQueries(nn.Module):
         self.anchors = nn.Embedding(num_queries, 4)
 
     @classmethod
-    def from_config(cls, cfg, num_classes):
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
         return selection_from_config(cfg, num_classes)
 
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
@@ -75,7 +75,7 @@ class PureQuerySelection(nn.Module):
         xavier_uniform_(self.memory_proj)
 
     @classmethod
-    def from_config(cls, cfg, num_classes):
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
         return selection_from_config(cfg, num_classes)
 
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, Predictions]:
@@ -122,7 +122,7 @@ def take(x: Tensor, indices: Tensor) -> Tensor:
     return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def selection_from_config(cfg: CfgNode, num_classes: int) -> dict:
+def selection_from_config(cfg: CfgNode, num_classes: int) -> dict[str, object]:
     """The arguments that all three have in common."""
     return {
         "num_queries": cfg.MODEL.DINO.NUM_QUERIES,

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -49,7 +48,7 @@ def draw_error_plots(analysis: Analysis, folder: str | os.PathLike) -> list[Path
     return paths
 
 
-def _axes(width: float, height: float, title: str, **labels: Any) -> tuple[Figure, Axes]:
+def _axes(width: float, height: float, title: str, **labels: object) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=11)

@@ -146,13 +146,14 @@ class Checkpointer(DetectionCheckpointer):
         if path:
             self.opened = path if isinstance(path, OpenedWeights) else open_weights(path)
         try:
-            return super().load(self.opened.file if path else "", *args, **kwargs)
+            return super().load(self.opened.file if self.opened else "", *args, **kwargs)
         finally:
             self.opened = None
             self._parsed_url_during_load = None  # or another file could not be tried after an error
 
     def _load_file(self, filename: str) -> dict:
         opened = self.opened
+        assert opened is not None
         if opened.note:
             logger.info(opened.note)
         warn_of_encoding(self.model, opened.form, opened.settings, opened.file)
@@ -163,8 +164,8 @@ class Checkpointer(DetectionCheckpointer):
         opened: OpenedWeights = checkpoint.pop("opened")
         state = checkpoint.pop("model")
         checkpoint.pop("matching_heuristics", None)  # has been done
-        is_detector, new_classes = self.model.count_classes(state) is not None, []
-        if is_detector:
+        new_classes: list[str] = []
+        if is_detector := self.model.count_classes(state) is not None:
             check_settings(self.model, opened.settings, opened.file, complete=self.complete)
             state, new_classes = self.fit(state, opened)
         is_ours = "dino_d2" in checkpoint  # other tools have an "ema" of another kind

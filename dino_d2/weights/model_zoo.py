@@ -33,8 +33,8 @@ def get_config_file(name: str) -> str:
     Raises:
         FileNotFoundError: no such config; names the nearest, which may be a file
     """
-    if _is_file(path := os.path.expanduser(name)):
-        return path
+    if _is_file(given := os.path.expanduser(name)):
+        return given
     config = RELEASES[name].config if name in RELEASES else name
     root = next(place for place in _PLACES if place.is_dir())
     suffixes = [""] if config.endswith((".yaml", ".py")) else [".yaml", ".py"]

@@ -17,7 +17,7 @@ TORCHVISION = {
     "stride_in_1x1": False,
 }
 MSRA = {"pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1.0] * 3, "stride_in_1x1": True}
-EXPECTED = {
+EXPECTED: dict[str | None, dict[str, object]] = {
     "official": {"position_temperature": 20.0, "position_offset": 0.0, **TORCHVISION},
     "detrex": TORCHVISION,
     "mmdet": TORCHVISION,
@@ -41,7 +41,7 @@ def pixels_of(model: Detector) -> dict:
     """
     conv = getattr(getattr(model.backbone, "stem", None), "conv1", None)
     norm = getattr(conv, "norm", None)
-    if not hasattr(norm, "running_var"):
+    if conv is None or norm is None or not hasattr(norm, "running_var"):
         return {}
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     response = (conv.weight.flatten(1).norm(dim=1) * scale.abs()).median()
@@ -86,7 +86,7 @@ def warn_of_encoding(model: Detector, form: str | None, expected: dict, file: st
     has not that of most weights of their form."""
     own = model.settings()
     encoding = own.get("position_temperature"), own.get("position_offset")
-    usual = USUAL_ENCODING.get(form, encoding)
+    usual = USUAL_ENCODING.get(form or "", encoding)
     if "position_offset" not in expected and encoding != usual:
         logger.warning(
             f"'{file}' does not say with which encoding of pixels it was trained: the model has "
