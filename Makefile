@@ -1,6 +1,6 @@
 ## make demo    install what is missing, then run the quick start (pictures go to output/quickstart)
 ## make test    install what is missing, then run the tests with coverage
-## make lint    check style and formatting
+## make lint    install what is missing, then check style, formatting and types
 ## make clean   remove caches and the results of `make demo`; the environment stays
 ##
 ## VENV=dir       the environment to use (default: .venv, created where it is missing).
@@ -35,10 +35,11 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 # output/ is also where trainings end up: only the part that `make demo` can write again goes.
 clean:
-	rm -rf output/quickstart build dist *.egg-info .coverage .pytest_cache .ruff_cache
+	rm -rf output/quickstart build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache
 	find configs dino_d2 projects tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): Makefile setup.py requirements.txt projects/dino/install.py $(wildcard dino_d2/ops/csrc/*) | $(BIN)/python
