@@ -100,7 +100,8 @@ class DINO(Detector):
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
         )
-        self.neck = neck.to(memory_format=torch.channels_last)
+        # PyTorch 2.10 has no type of this:
+        self.neck = neck.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.encoder = encoder
         self.query_selection = query_selection
         self.decoder = decoder
