@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from .coco_json import DatasetError
-from .convert import (
-    Conversion,
-    LabelledBox,
-    LabelledImage,
-    find_images,
-    read_text,
-    to_coco,
-)
+from .convert import Conversion, LabelledBox, LabelledImage, find_images, read_text, to_coco
 from .mapper import image_size
 
 SPLITS = ("train", "val", "trainval", "test")

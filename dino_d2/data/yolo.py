@@ -9,14 +9,7 @@ import yaml
 
 from ..names import path_hint, plural
 from .coco_json import DatasetError
-from .convert import (
-    Conversion,
-    LabelledBox,
-    LabelledImage,
-    find_images,
-    read_text,
-    to_coco,
-)
+from .convert import Conversion, LabelledBox, LabelledImage, find_images, read_text, to_coco
 from .mapper import image_size
 from .normalise import whole
 

@@ -6,12 +6,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import (
-    META_ARCH_REGISTRY,
-    Backbone,
-    build_backbone,
-    detector_postprocess,
-)
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 

@@ -21,11 +21,7 @@ from ..layers import box_head, class_head
 from ..layers.blocks import xavier_uniform_
 from ..layers.position import encode
 from ..ranges import require_whole
-from ..structures import (
-    FeaturePyramid,
-    Predictions,
-    Queries,
-)
+from ..structures import FeaturePyramid, Predictions, Queries
 from .tokens import token_centers
 
 QUERY_SELECTION_REGISTRY = Registry("QUERY_SELECTION")

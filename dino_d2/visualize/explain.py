@@ -18,16 +18,7 @@ from ..boxes import cxcywh_to_xyxy, iou
 from ..names import plural
 from ..structures import Predictions
 from ..trace import Trace
-from .canvas import (
-    COLOURS,
-    MARKERS,
-    outline,
-    shape_of,
-    show,
-    title_of,
-    to_pixels,
-    zoom,
-)
+from .canvas import COLOURS, MARKERS, outline, shape_of, show, title_of, to_pixels, zoom
 from .style import BLUE, VERMILION
 
 PROPOSALS = 50  # boxes that are drawn
