@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 import dino_d2
 from dino_d2.data import DatasetError, coco_writer, read_results
 from dino_d2.data.coco_classes import COCO_80
-from dino_d2.data.normalise import read
+from dino_d2.data.normalise import read_annotations
 from dino_d2.weights.checkpointer import Checkpointer
 from dino_d2.weights.model_zoo import get_config
 
@@ -358,7 +358,7 @@ def test_an_image_that_is_not_annotated_is_one_sentence(folder, annotations, mon
 
 
 def test_two_inputs_that_are_one_image_of_the_annotations_are_refused(annotations):
-    dataset = read(annotations)
+    dataset = read_annotations(annotations)
     first, second = Path("x/a.png"), Path("y/a.png")
     with pytest.raises(ValueError, match=f"'{first}' and '{second}' would both be 'a.png'"):
         coco_writer.image_ids([first, second], dataset)
@@ -366,7 +366,7 @@ def test_two_inputs_that_are_one_image_of_the_annotations_are_refused(annotation
 
 
 def test_an_image_may_differ_from_its_annotated_name_in_case(annotations):
-    dataset = read(annotations)
+    dataset = read_annotations(annotations)
     assert coco_writer.image_ids([Path("x/A.PNG")], dataset) == [70]
 
 
@@ -390,7 +390,7 @@ def test_an_entry_of_the_annotations_that_is_a_number_is_one_sentence(key, annot
     dataset[key][1] = 5
     annotations.write_text(json.dumps(dataset))
     with pytest.raises(DatasetError, match=f"'{annotations}': entry 1 of '{key}'"):
-        read(annotations)
+        read_annotations(annotations)
 
 
 def test_the_folder_of_the_json_is_made_as_that_of_the_pictures(
@@ -403,7 +403,7 @@ def test_the_folder_of_the_json_is_made_as_that_of_the_pictures(
 
 def test_a_class_that_is_not_annotated_is_one_sentence(annotations):
     with pytest.raises(ValueError, match="class 'squares' is no category of .*nearest: square"):
-        dataset = read(annotations)
+        dataset = read_annotations(annotations)
         coco_writer.category_ids(["circle", "squares"], dataset)
 
 

@@ -28,7 +28,7 @@ from dino_d2.distributed.sharing import (
     distribute,
     gather,
     load_optimizer,
-    local,
+    local_shard,
     mean_over_workers,
     scatter,
     share_buffers,
@@ -527,10 +527,10 @@ def test_replicas_take_part_in_adding_up(alone, make_dino, make_batch):
 
 def test_the_part_of_a_worker_shares_its_memory(alone, make_dino):
     (parameter, *_), plain = distribute(make_dino(), fsdp=True).parameters(), torch.ones(2)
-    assert local(plain) is plain
+    assert local_shard(plain) is plain
     with torch.no_grad():
-        local(parameter).fill_(7.0)
-    assert not isinstance(local(parameter), DTensor) and (gather(parameter) == 7).all()
+        local_shard(parameter).fill_(7.0)
+    assert not isinstance(local_shard(parameter), DTensor) and (gather(parameter) == 7).all()
 
 
 # ---- what workers do together in a training

@@ -15,8 +15,8 @@ from torch import tensor
 
 from dino_d2.data import DatasetError, read_results, register
 from dino_d2.engine.evaluator import ErrorAnalysisEvaluator, write_analysis
-from dino_d2.evaluation.analysis import analyse, best_threshold, evaluate, worst_first
-from dino_d2.evaluation.matching import ImageMatches, confusions, kinds, match
+from dino_d2.evaluation.analysis import analyse, best_threshold, evaluate_boxes, worst_first
+from dino_d2.evaluation.matching import ImageMatches, confusions, detection_kinds, match_image
 from dino_d2.visualize import draw_error_plots, draw_image_errors, error_plots
 from dino_d2.visualize.style import GREY, SKY, VERMILION, YELLOW
 
@@ -61,7 +61,7 @@ def random_case(seed, categories=3, images=4):
 
 
 def matched(annotations, detections):
-    return match(IMAGE, annotations, detections, 100)
+    return match_image(IMAGE, annotations, detections, 100)
 
 
 # Which detection finds which object
@@ -72,7 +72,7 @@ def test_what_finds_what_is_as_in_coco_evaluation(seed, monkeypatch):
     # The fast evaluation of Detectron2 does not say what it matched.
     monkeypatch.setattr("dino_d2.evaluation.errors.COCOeval_opt", COCOeval)
     data, found = random_case(seed)
-    evaluation = evaluate(data, found)
+    evaluation = evaluate_boxes(data, found)
     images = {x.image["id"]: x for x in analyse(evaluation).images}
     checked = 0
     for entry in evaluation.evalImgs:
@@ -94,14 +94,14 @@ def test_what_finds_what_is_as_in_coco_evaluation(seed, monkeypatch):
 def test_no_more_detections_count_than_in_coco_evaluation():
     data = dataset(annotation([10, 10, 20, 20]))
     many = [detection([60, 60, 10, 10], score=0.9)] * 100 + [detection([10, 10, 20, 20], score=0.5)]
-    analysis = analyse(evaluate(data, many), 0.1)
+    analysis = analyse(evaluate_boxes(data, many), 0.1)
     assert analysis.sizes[0].AP == 0 and analysis.errors[0].correct == 0
 
 
 def test_as_many_detections_count_as_the_evaluation_is_told():
     data = dataset(annotation([10, 10, 20, 20]))
     many = [detection([60, 60, 10, 10], score=0.9)] * 100 + [detection([10, 10, 20, 20], score=0.5)]
-    evaluation = evaluate(data, many)
+    evaluation = evaluate_boxes(data, many)
     evaluation.params.maxDets = [1, 10, 300]
     evaluation.evaluate()
     evaluation.accumulate()
@@ -127,7 +127,7 @@ def test_as_many_detections_count_as_the_evaluation_is_told():
 )
 def test_a_detection_is(bbox, category, kind):
     truth = [annotation([10, 10, 20, 20]), annotation([50, 0, 50, 40], id=2, crowd=1)]
-    assert kinds(matched(truth, [detection(bbox, category)])) == [kind]
+    assert detection_kinds(matched(truth, [detection(bbox, category)])) == [kind]
 
 
 @pytest.mark.parametrize(
@@ -144,13 +144,13 @@ def test_the_greater_overlap_decides_and_at_equal_ones_the_class(same, other, ki
     truth = [annotation([10, 10, 20, same]), annotation([10, 10, 20, other], DOG, id=2)]
     surer = detection([10, 10, 20, same], score=0.95)
     matching = matched(truth, [surer, detection([10, 10, 20, 20], score=0.5)])
-    assert kinds(matching) == ["correct", kind]
+    assert detection_kinds(matching) == ["correct", kind]
 
 
 def test_the_less_sure_of_two_is_a_duplicate():
     both = [detection([10, 10, 20, 19], score=0.6), detection([10, 10, 20, 20], score=0.5)]
     matching = matched([annotation([10, 10, 20, 20])], both)
-    assert kinds(matching) == ["correct", "duplicate"]
+    assert detection_kinds(matching) == ["correct", "duplicate"]
     assert matching.detections[0]["score"] == 0.6
 
 
@@ -159,7 +159,7 @@ def test_a_detection_below_the_threshold_finds_nothing():
     assert not matching.missed.any()
     assert matching.above(0.4).missed.tolist() == [False]
     assert matching.above(0.5).missed.tolist() == [True]
-    assert kinds(matching.above(0.5)) == []
+    assert detection_kinds(matching.above(0.5)) == []
 
 
 def test_the_right_class_finds_an_object_before_a_surer_wrong_one():
@@ -180,7 +180,7 @@ def test_a_detection_that_is_right_is_not_confused_with_a_neighbour():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_ap_is_that_of_coco_evaluation(seed, capsys):
-    evaluation = evaluate(*random_case(seed))
+    evaluation = evaluate_boxes(*random_case(seed))
     analysis = analyse(evaluation)
     evaluation.summarize()
     means = analysis.sizes
@@ -236,7 +236,7 @@ def test_confusions_are_counted_by_true_and_detected_class():
         detection([0, 40, 20, 20]),  # in the crowd
         detection([60, 0, 20, 20], DOG, 0.3),  # not sure enough
     ]
-    analysis = analyse(evaluate(dataset(*truth), found), 0.5)
+    analysis = analyse(evaluate_boxes(dataset(*truth), found), 0.5)
     assert analysis.confusion.tolist() == [[1, 1, 0], [0, 0, 1], [0, 1, 0]]
     assert [x.missed for x in analysis.errors] == [1, 1]
     assert [x.classification for x in analysis.errors] == [0, 2]
@@ -245,7 +245,7 @@ def test_confusions_are_counted_by_true_and_detected_class():
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_of_the_confusion_matrix_are_all_boxes_and_columns_all_detections(seed):
     data, found = random_case(seed)
-    analysis = analyse(evaluate(data, found), 0.3)
+    analysis = analyse(evaluate_boxes(data, found), 0.3)
     boxes = [x.boxes for x in analysis.classes]
     assert analysis.confusion[:-1].sum(axis=1).tolist() == boxes
     errors = [sum(x[2:-1]) for x in analysis.errors]  # of every kind, and correct
@@ -254,7 +254,7 @@ def test_rows_of_the_confusion_matrix_are_all_boxes_and_columns_all_detections(s
 
 
 def test_without_detections_everything_is_missed():
-    analysis = analyse(evaluate(dataset(annotation([10, 10, 20, 20])), []))
+    analysis = analyse(evaluate_boxes(dataset(annotation([10, 10, 20, 20])), []))
     cat, dog = analysis.classes
     assert cat.AP == 0 and np.isnan(cat.best_threshold) and analysis.errors[0].missed == 1
     assert dog.boxes == 0 and np.isnan(dog.AP) and np.isnan(dog.AR)
@@ -264,7 +264,7 @@ def test_the_worst_image_comes_first_and_sure_mistakes_weigh_more():
     images = [IMAGE | {"id": i} for i in range(4)]
     data = dataset(annotation([10, 10, 20, 20], image=3), images=images)
     mistakes = [detection([60, 50, 9, 9], score=s, image=i) for i, s in ((0, 0.6), (2, 0.9))]
-    ranked = worst_first(analyse(evaluate(data, mistakes)))
+    ranked = worst_first(analyse(evaluate_boxes(data, mistakes)))
     assert [(badness, x.image["id"]) for badness, x in ranked] == [
         (1, 3),
         (0.9, 2),
@@ -276,7 +276,7 @@ def test_the_worst_image_comes_first_and_sure_mistakes_weigh_more():
 def test_annotations_stay_as_they_are():
     data, found = random_case(0)
     before = json.dumps([data, found])
-    analyse(evaluate(data, found))
+    analyse(evaluate_boxes(data, found))
     assert json.dumps([data, found]) == before
 
 
@@ -294,7 +294,7 @@ NAMES = ('cat, "big"', "hund; ä\nnew line")
 def two_classes():
     """Of which one has a box, which is found, and of the other is detected what is not there."""
     found = [detection([10, 10, 20, 20]), detection([60, 50, 9, 9], DOG, 0.8)]
-    return analyse(evaluate(dataset(annotation([10, 10, 20, 20]), names=NAMES), found))
+    return analyse(evaluate_boxes(dataset(annotation([10, 10, 20, 20]), names=NAMES), found))
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_the_legend_of_curves_has_every_class_and_is_whole():
     names = ("_hidden", "W" * 30, "M" * 30, "a", "b", "c")
     data = dataset(*(annotation([10, 10, 20, 20], k) for k in range(1, 7)))
     data["categories"] = [{"id": k, "name": name} for k, name in enumerate(names, start=1)]
-    figure = error_plots._precision_recall(analyse(evaluate(data, [])))
+    figure = error_plots._precision_recall(analyse(evaluate_boxes(data, [])))
     figure.draw_without_rendering()
     legend = figure.axes[0].get_legend()
     box, canvas = legend.get_window_extent(), figure.bbox
@@ -361,7 +361,7 @@ def test_curves_have_a_row_for_every_recall(tables):
 @pytest.mark.slow
 def test_a_data_set_of_nothing_but_crowds_can_be_drawn(tmp_path):
     crowd = dataset(annotation([10, 10, 20, 20], crowd=1))
-    assert len(draw_error_plots(analyse(evaluate(crowd, [])), tmp_path)) == 5
+    assert len(draw_error_plots(analyse(evaluate_boxes(crowd, [])), tmp_path)) == 5
 
 
 def test_of_many_classes_the_most_confused_are_drawn_and_the_others_summed():
@@ -371,7 +371,7 @@ def test_of_many_classes_the_most_confused_are_drawn_and_the_others_summed():
     data = dataset(
         *truth, names=[f"c{i}" for i in ids], ids=ids, images=[IMAGE | {"id": i} for i in ids]
     )
-    analysis = analyse(evaluate(data, found))
+    analysis = analyse(evaluate_boxes(data, found))
     names, counts, title = error_plots._confused(analysis)
     assert "25 of 60" in title and {"c2", "c50", "(other classes)"} <= set(names)
     assert counts[names.index("c50"), names.index("c2")] == 1
@@ -391,7 +391,9 @@ def test_pictures_of_any_number_of_classes_have_a_bounded_size(number, tmp_path)
     names = [f"${i}$ a class of a name that is long, {i}" for i in ids]
     data = dataset(*(annotation([0, 0, 20, 20], id, id) for id in ids), names=names, ids=ids)
     found = [detection([0, 0, 20, 20], id) for id in ids]
-    for path in write_analysis(analyse(evaluate(data, found)), tmp_path) and tmp_path.glob("*.png"):
+    for path in write_analysis(analyse(evaluate_boxes(data, found)), tmp_path) and tmp_path.glob(
+        "*.png"
+    ):
         assert max(Image.open(path).size) < 2500
 
 
@@ -545,4 +547,8 @@ def test_results_with_other_keys_are_read(tmp_path):
 
 def test_matchings_of_an_empty_image_are_empty():
     empty = matched([], [])
-    assert isinstance(empty, ImageMatches) and kinds(empty) == [] and empty.missed.tolist() == []
+    assert (
+        isinstance(empty, ImageMatches)
+        and detection_kinds(empty) == []
+        and empty.missed.tolist() == []
+    )

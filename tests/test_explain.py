@@ -39,7 +39,7 @@ from dino_d2.visualize import (
     explanation_page,
     surest_queries,
 )
-from dino_d2.visualize.canvas import show, title_of, zoom
+from dino_d2.visualize.canvas import show_image, title_of, zoom_to
 from dino_d2.visualize.explain_attention import ATTENDED
 from dino_d2.visualize.explain_page import TEXTS
 
@@ -230,8 +230,8 @@ def test_the_picture_of_points_goes_by_the_boxes_that_they_become(make_traced, i
 )
 def test_a_square_around_boxes_is_shown(image, corners):
     axes = Figure().subplots()
-    show(axes, image)
-    zoom(axes, image, torch.tensor([corners], dtype=torch.float32))
+    show_image(axes, image)
+    zoom_to(axes, image, torch.tensor([corners], dtype=torch.float32))
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     assert right - left == pytest.approx(bottom - top)
     assert 0.2 * 80 <= right - left <= 1.3 * 80 + 0.01
@@ -244,29 +244,29 @@ def test_a_square_around_boxes_is_shown(image, corners):
 
 def test_boxes_are_in_the_middle_where_there_is_room(image):
     axes = Figure().subplots()
-    show(axes, image)
-    zoom(axes, image, torch.tensor([[30.0, 20.0, 40.0, 40.0], [35.0, 25.0, 50.0, 30.0]]))
+    show_image(axes, image)
+    zoom_to(axes, image, torch.tensor([[30.0, 20.0, 40.0, 40.0], [35.0, 25.0, 50.0, 30.0]]))
     assert axes.get_xlim() == (25, 55) and axes.get_ylim() == (45, 15)
 
 
 def test_the_ground_beside_the_image_is_not_shown_without_need(image):
     axes = Figure().subplots()
-    show(axes, image)
-    zoom(axes, image, torch.tensor([[0.0, 0.0, 20.0, 20.0]]))
+    show_image(axes, image)
+    zoom_to(axes, image, torch.tensor([[0.0, 0.0, 20.0, 20.0]]))
     assert axes.get_xlim() == (0, 30) and axes.get_ylim() == (30, 0)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
 def test_images_of_every_mode_are_shown(image, mode):
     axes = Figure().subplots()
-    show(axes, image.convert(mode), dim=0.5)
+    show_image(axes, image.convert(mode), dim=0.5)
     shown = axes.images[0]
     assert shown.get_extent() == [0, 80, 60, 0] and shown.get_array().shape == (60, 80, 3)
 
 
 def test_huge_images_are_made_smaller_and_keep_their_coordinates():
     axes = Figure().subplots()
-    show(axes, Image.new("L", (10, 6000)))
+    show_image(axes, Image.new("L", (10, 6000)))
     assert axes.images[0].get_extent() == [0, 10, 6000, 0]
     assert max(axes.images[0].get_array().shape) <= 1600
 
@@ -274,7 +274,7 @@ def test_huge_images_are_made_smaller_and_keep_their_coordinates():
 @pytest.mark.parametrize("size", [(1, 500), (500, 1)])
 def test_an_image_that_would_be_a_line_is_stretched(size):
     axes = Figure((4, 4)).subplots()
-    show(axes, Image.new("RGB", size))
+    show_image(axes, Image.new("RGB", size))
     axes.apply_aspect()
     shown = axes.get_position()
     assert 0.5 < shown.width / shown.height < 2

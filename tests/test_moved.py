@@ -33,15 +33,14 @@ PLACES = {
     """,
     "distributed": """
         WORKER_VARIABLES launch work world_size is_worker check_gpus join distribute replicate
-        shard parts unwrap suspend_sync whole share_buffers gather scatter local load_optimizer
-        mean_over_workers
+        shard unwrap suspend_sync share_buffers gather scatter load_optimizer mean_over_workers
     """,
     "engine.schedule": """
         Keys LONGEST_WARM_UP scale_schedule check_numbers scaled count_images share_of
         get put
     """,
     "evaluation.errors": """
-        THRESHOLD SIZES IOU_50 IOU_75 ClassScores SizeScores ErrorCounts Analysis evaluate analyse
+        THRESHOLD SIZES IOU_50 IOU_75 ClassScores SizeScores ErrorCounts Analysis analyse
         class_scores best_threshold size_scores error_counts confusion_matrix worst_first
     """,
     "evaluation.evaluator": "BACKGROUND ErrorAnalysisEvaluator write_analysis",

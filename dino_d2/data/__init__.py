@@ -13,7 +13,7 @@ from .coco import (
 )
 from .coco_json import DatasetError
 from .coco_results import read_results
-from .folder import find as find_folder
+from .folder import find_folder
 from .mapper import Mapper, read_image
 from .shapes import generate
 from .voc import from_voc

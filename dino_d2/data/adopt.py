@@ -8,7 +8,7 @@ from detectron2.data.datasets import builtin
 from detectron2.structures import BoxMode
 
 from .coco_json import DatasetError
-from .normalise import flag, number, whole
+from .normalise import to_flag, to_int, to_number
 
 PLAIN = BoxMode.XYXY_ABS, BoxMode.XYWH_ABS
 
@@ -42,8 +42,8 @@ def _record(record: Any, where: str, num_classes: int | None) -> dict:
     sides = {}
     for side in ("width", "height"):
         if side in record:
-            sides[side] = pixels = whole(record[side])
-            if pixels is None or pixels < 1:
+            sides[side] = to_int(record[side])
+            if sides[side] is None or sides[side] < 1:
                 raise DatasetError(
                     f"{where} has {side} {record[side]!r}: make it a positive integer"
                 )
@@ -59,19 +59,19 @@ def _record(record: Any, where: str, num_classes: int | None) -> dict:
 def _annotation(annotation: dict, where: str, num_classes: int | None) -> dict:
     # NumPy's numbers are as good as Python's.
     annotation = {k: x.item() if isinstance(x, np.generic) else x for k, x in annotation.items()}
-    category = whole(annotation.get("category_id"))
+    category = to_int(annotation.get("category_id"))
     if category is None or category < 0 or (num_classes is not None and category >= num_classes):
         raise DatasetError(
             f"{where} has category_id {annotation.get('category_id')!r}: give a number from 0 to "
             + ("that of classes, less 1" if num_classes is None else str(num_classes - 1))
         )
     given = annotation.get("iscrowd")
-    crowd = 0 if given is None else flag(given)
+    crowd = 0 if given is None else to_flag(given)
     if crowd is None:
         raise DatasetError(f"{where} has iscrowd {given!r}: give 1 for a crowd, else 0")
     fixed = {**annotation, "category_id": category, "iscrowd": crowd}
     if annotation.get("bbox_mode") in PLAIN:
-        box = [number(x) for x in np.asarray(annotation.get("bbox", ())).tolist()]
+        box = [to_number(x) for x in np.asarray(annotation.get("bbox", ())).tolist()]
         if len(box) != 4 or None in box:
             raise DatasetError(f"{where} has bbox {annotation.get('bbox')!r}: give four numbers")
         fixed["bbox"] = box

@@ -76,7 +76,7 @@ def register(names: Iterable[str]) -> None:
             annotations, image_root = map(os.path.expanduser, name.split(SEPARATOR, 1))
             _register(name, f"{annotations}.json", image_root)
         elif place := folder.split_name(name):
-            found = folder.find(place.folder)
+            found = folder.find_folder(place.folder)
             if place.split not in found.splits:
                 raise DatasetError(f"'{place.folder}' has no split '{place.split}': {found}")
             _register_content(name, *found.splits[place.split], place.folder, keep_roots=True)

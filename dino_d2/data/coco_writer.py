@@ -8,7 +8,7 @@ from detectron2.structures import BoxMode, Instances
 
 from ..names import hint
 from .coco_classes import COCO_80, COCO_91
-from .normalise import loose
+from .normalise import fold_name
 
 
 def image_ids(paths: Sequence[Path], annotations: dict[str, list] | None) -> list[int]:
@@ -22,13 +22,13 @@ def image_ids(paths: Sequence[Path], annotations: dict[str, list] | None) -> lis
     known = {x["file_name"]: x["id"] for x in annotations["images"]}
     alike: dict[str, list[str]] = {}
     for name in known:
-        alike.setdefault(loose(name), []).append(name)
+        alike.setdefault(fold_name(name), []).append(name)
     found: dict[int, Path] = {}
     for path in paths:
         ends = [Path(*path.parts[i:]).as_posix() for i in range(len(path.parts))]
         name = next((end for end in ends if end in known), None)
         if name is None:  # the only one that differs in case or Unicode normal form alone
-            names = next((alike[loose(end)] for end in ends if loose(end) in alike), ())
+            names = next((alike[fold_name(end)] for end in ends if fold_name(end) in alike), ())
             name = names[0] if len(names) == 1 else None
         if name is None:
             raise ValueError(f"'{path}' is no image of the annotations; {hint(path.name, known)}")

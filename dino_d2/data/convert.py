@@ -121,7 +121,7 @@ def read_text(path: Path) -> str:
         raise DatasetError(f"'{path}' cannot be read as text: {error}") from error
 
 
-def write(dataset: dict, path: Path) -> None:
+def write_json(dataset: dict, path: Path) -> None:
     """Either the whole file is there or, if writing fails, what was there before."""
     with replacing(str(path)) as file:
         file.write(json.dumps(dataset).encode())

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ..names import path_hint, plural
 from .coco_json import DatasetError, parse
 from .convert import Conversion
-from .normalise import Repairs, leave_out_roots, loose, normalise, place_images, text
+from .normalise import Repairs, fold_name, leave_out_roots, normalise, place_images, to_text
 from .voc import from_voc
 from .yolo import from_yolo
 
@@ -83,7 +83,7 @@ def split_name(name: str) -> Name | None:
 
 
 @cache
-def find(folder: str) -> Found:
+def find_folder(folder: str) -> Found:
     """What a folder holds; the same each time.
 
     Where there is training data and no val split, a share of it is held out.
@@ -111,9 +111,9 @@ def find(folder: str) -> Found:
         )
     if not found:
         raise DatasetError(
-            f"'{folder}' is no data set that is known: in it are {seen(path)}, but no COCO JSON "
-            "with its images, data.yaml of YOLO, or XML files of VOC; name files by --train-json "
-            "and --train-images, or convert them"
+            f"'{folder}' is no data set that is known: in it are {describe_content(path)}, but no "
+            "COCO JSON with its images, data.yaml of YOLO, or XML files of VOC; name files by "
+            "--train-json and --train-images, or convert them"
         )
     ((kind, splits),) = found.items()
     splits = {"train" if name == ALL else name: split for name, split in splits.items()}
@@ -160,7 +160,7 @@ def hold_out(split: Split) -> tuple[Split, Split]:
     return part(False), part(True)
 
 
-def seen(path: Path) -> str:
+def describe_content(path: Path) -> str:
     """What is in a folder, in a few words."""
     if path.is_file():
         return "no names of classes"
@@ -237,14 +237,14 @@ def image_root(images: list, json_file: Path, root: Path) -> str:
     """The folder that has most of the images of a file; of several the one that is named as its
     split, and then the nearest."""
     near, split = json_file.parent, split_of(json_file, root)
-    names = [x["file_name"] for x in images if isinstance(x, dict) and text(x.get("file_name"))]
+    names = [x["file_name"] for x in images if isinstance(x, dict) and to_text(x.get("file_name"))]
     names = [str(name).replace("\\", "/") for name in names[:SAMPLE]]
     below = [x for depth in (1, 2) for x in sorted(root.glob("*/" * depth)) if x.is_dir()]
     folders = list(dict.fromkeys([near, *(x for x in below if near in x.parents), root, *below]))
 
     def rank(folder: Path) -> tuple[int, bool]:
-        there = {loose(x.name) for x in folder.iterdir()}
-        has = sum((folder / x).is_file() or loose(Path(x).name) in there for x in names)
+        there = {fold_name(x.name) for x in folder.iterdir()}
+        has = sum((folder / x).is_file() or fold_name(Path(x).name) in there for x in names)
         return -has, split != ALL and split_of(folder / "x", root) != split
 
     return str(min(folders, key=rank))  # the first of equals
@@ -260,7 +260,7 @@ def find_yolo(root: Path) -> dict[str, Split]:
     if not named and not (root / "classes.txt").is_file():
         return {}
     base = root if root.is_dir() else root.parent
-    return converted({"": from_yolo(root)}, {"": base})
+    return merge_conversions({"": from_yolo(root)}, {"": base})
 
 
 def find_voc(root: Path) -> dict[str, Split]:
@@ -268,11 +268,11 @@ def find_voc(root: Path) -> dict[str, Split]:
     if root.is_file():
         return {}
     if has_xml(root):
-        return converted({"": from_voc(root, zero_based=None)}, {"": root})
+        return merge_conversions({"": from_voc(root, zero_based=None)}, {"": root})
     inside = [x for x in sorted(root.iterdir()) if x.is_dir() and has_xml(x)]
     folders = {split_of(x / "x", root): x for x in inside}
     conversions = {split: from_voc(x, zero_based=None) for split, x in folders.items()}
-    return converted(conversions, folders)
+    return merge_conversions(conversions, folders)
 
 
 def has_xml(root: Path) -> bool:
@@ -280,7 +280,9 @@ def has_xml(root: Path) -> bool:
     return any(next(x.glob("*.xml"), None) for x in folders)
 
 
-def converted(conversions: dict[str, Conversion], roots: dict[str, Path]) -> dict[str, Split]:
+def merge_conversions(
+    conversions: dict[str, Conversion], roots: dict[str, Path]
+) -> dict[str, Split]:
     """The splits of what was converted: "" has splits of its own, others are one each."""
     splits: dict[str, Split] = {}
     for outer, conversion in conversions.items():

@@ -53,7 +53,7 @@ class Repairs:
             logger.warning(f"'{source}': {what}: {count}, the first is {self.first[what]}")
 
 
-def read(json_file: str | os.PathLike) -> dict[str, list]:
+def read_annotations(json_file: str | os.PathLike) -> dict[str, list]:
     """The content of a file of COCO annotations, put right; what was is said in warnings.
 
     Raises:
@@ -95,7 +95,7 @@ def normalise(dataset: dict[str, list], repairs: Repairs, *, keep_roots: bool = 
         leave_out_roots([dataset], repairs)
 
 
-def whole(value: Any) -> int | None:
+def to_int(value: Any) -> int | None:
     """An integer, also written as 7.0 or "7"; None for what is none."""
     if isinstance(value, int):
         return None if isinstance(value, bool) else value
@@ -104,11 +104,11 @@ def whole(value: Any) -> int | None:
             return int(value)
         except ValueError:
             pass
-    value = number(value)
+    value = to_number(value)
     return int(value) if value is not None and value == int(value) else None
 
 
-def number(value: Any) -> float | None:
+def to_number(value: Any) -> float | None:
     """A finite number, also written as "7.5"; None for what is none."""
     if isinstance(value, str):
         try:
@@ -118,14 +118,14 @@ def number(value: Any) -> float | None:
     return value if is_finite(value) and not isinstance(value, bool) else None
 
 
-def flag(value: Any) -> int | None:
+def to_flag(value: Any) -> int | None:
     """0 or 1 from a number, a truth value or its name; None for what is neither."""
     if isinstance(value, str):
         return FLAGS.get(value.strip().lower())
     return int(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
-def text(value: Any) -> str | None:
+def to_text(value: Any) -> str | None:
     """A name, also one that is a number; None for what is none."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
@@ -139,7 +139,7 @@ def _entries(key: str, entries: list, repairs: Repairs) -> None:
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise DatasetError(f"entry {place} of '{key}' is {entry!r}: make it an object")
-        id = whole(entry.get("id"))
+        id = to_int(entry.get("id"))
         if id is None:
             raise DatasetError(
                 f"entry {place} of '{key}' has id {entry.get('id')!r}: make it an integer"
@@ -149,7 +149,7 @@ def _entries(key: str, entries: list, repairs: Repairs) -> None:
                 f"entry {place} of '{key}' has id {id} as an earlier one: give each its own"
             )
         seen.add(id)
-        name = text(entry.get(label))
+        name = to_text(entry.get(label))
         if name is None:
             raise DatasetError(
                 f"entry {place} of '{key}' has {label} {entry.get(label)!r}: make it a string"
@@ -162,7 +162,7 @@ def _images(images: list[dict], repairs: Repairs) -> None:
     """Sizes, where they are there; `place_images` looks for the others."""
     for image in images:
         for side in SIDES:
-            value = whole(image.get(side))
+            value = to_int(image.get(side))
             if value is not None and value > 0:
                 repairs.put(image, side, value)
 
@@ -171,14 +171,14 @@ def _annotation(entry: Any, place: int, names: dict[int, str], repairs: Repairs)
     if not isinstance(entry, dict):
         raise DatasetError(f"entry {place} of 'annotations' is {entry!r}: make it an object")
     called = f"annotation {entry['id']}" if "id" in entry else f"entry {place} of 'annotations'"
-    image = whole(entry.get("image_id"))
+    image = to_int(entry.get("image_id"))
     if image not in names:
         raise DatasetError(
             f"{called} has image_id {entry.get('image_id')!r}, not in 'images': fix it"
         )
     where = f"{called} of image '{names[image]}'"
     repairs.put(entry, "image_id", image)
-    category = whole(entry.get("category_id"))
+    category = to_int(entry.get("category_id"))
     if category is None:
         raise DatasetError(
             f"{where} has category_id {entry.get('category_id')!r}, not in 'categories': correct "
@@ -187,7 +187,7 @@ def _annotation(entry: Any, place: int, names: dict[int, str], repairs: Repairs)
     repairs.put(entry, "category_id", category)
     for key, meaning in (("iscrowd", "1 for a crowd, else 0"), ("ignore", "0")):
         given = entry.get(key)
-        value = 0 if given is None else flag(given)
+        value = 0 if given is None else to_flag(given)
         if value is None:
             raise DatasetError(f"{where} has {key} {given!r}: give {meaning}")
         if key == "iscrowd" or given is not None:
@@ -197,7 +197,7 @@ def _annotation(entry: Any, place: int, names: dict[int, str], repairs: Repairs)
     _box(entry, where, repairs)
     _area(entry, where, repairs)
     attributes = entry.get("attributes")
-    if isinstance(attributes, dict) and number(attributes.get("rotation")):
+    if isinstance(attributes, dict) and to_number(attributes.get("rotation")):
         repairs.note("rotated boxes, of which the box before its rotation is used", where)
 
 
@@ -207,7 +207,7 @@ def _box(entry: dict, where: str, repairs: Repairs) -> None:
         repairs.note("boxes that are missing, now those of their masks", where)
         repairs.put(entry, "bbox", box.tolist())
         return
-    values = [number(x) for x in given] if isinstance(given, list) else []
+    values = [to_number(x) for x in given] if isinstance(given, list) else []
     if len(values) != 4 or None in values:
         raise DatasetError(
             f"{where} has bbox {given!r}: give [x, y, width, height], finite, in pixels"
@@ -218,7 +218,7 @@ def _box(entry: dict, where: str, repairs: Repairs) -> None:
 
 def _area(entry: dict, where: str, repairs: Repairs) -> None:
     """COCO's evaluation counts an object as small or large by its area, and none without one."""
-    given = number(entry.get("area"))
+    given = to_number(entry.get("area"))
     if given is not None and given > 0:
         repairs.put(entry, "area", given)
         return
@@ -255,7 +255,7 @@ def _of_mask(entry: dict, compute: Callable) -> Any:
 def _number_annotations(annotations: list[dict], repairs: Repairs) -> None:
     """Nothing refers to the ids of annotations but COCO's evaluation, which needs them all to
     differ and never finds 0."""
-    ids = [whole(x.get("id")) for x in annotations]
+    ids = [to_int(x.get("id")) for x in annotations]
     good = None not in ids and 0 not in ids and len(set(ids)) == len(ids)
     for id, annotation in zip(ids if good else range(1, len(ids) + 1), annotations, strict=True):
         repairs.put(annotation, "id", id)
@@ -331,14 +331,14 @@ def _files_below(root: str) -> Iterator[str]:
             yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def loose(name: str) -> str:
+def fold_name(name: str) -> str:
     """What is the same in names that differ in Unicode normal form, case or kind of slash."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
 
 def _keys(name: str) -> tuple[str, ...]:
     """What a file may be found by, from all of its path to its name without suffix."""
-    path = PurePosixPath(loose(name))
+    path = PurePosixPath(fold_name(name))
     return f"/{path}", f"/{path.with_suffix('')}", path.name, path.stem
 
 

@@ -71,7 +71,9 @@ def from_voc(root: Path, *, zero_based: bool | None = False) -> Conversion:
         images.setdefault(path.stem, []).append(path)
     splits = read_splits(root / "ImageSets" / "Main", files) or {"all": list(files)}
     labelled = {
-        split: (label(files[stem], images.get(stem, []), classes, zero_based) for stem in stems)
+        split: (
+            label_image(files[stem], images.get(stem, []), classes, zero_based) for stem in stems
+        )
         for split, stems in splits.items()
     }
     conversion = to_coco(labelled, root, classes)
@@ -176,7 +178,9 @@ def _number(text: str | None) -> float:
         return math.nan
 
 
-def label(file: VocFile, images: list[Path], classes: list[str], zero_based: bool) -> LabelledImage:
+def label_image(
+    file: VocFile, images: list[Path], classes: list[str], zero_based: bool
+) -> LabelledImage:
     """
     Args:
         file: the annotations

@@ -11,7 +11,7 @@ from ..names import path_hint, plural
 from .coco_json import DatasetError
 from .convert import Conversion, LabelledBox, LabelledImage, find_images, read_text, to_coco
 from .mapper import image_size
-from .normalise import whole
+from .normalise import to_int
 
 SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 LIKE_A_SPLIT = re.compile(r"(train(ing)?|val(id|idation)?|test(ing)?)(set)?[-_]?\d*", re.IGNORECASE)
@@ -48,7 +48,7 @@ def from_yolo(root: Path) -> Conversion:
     folder = read_folder(root)
     notes = dict.fromkeys(("images without a label file, without boxes", "outlines, boxed"), 0)
     splits = {
-        split: (label(path, folder.classes, notes) for path in paths)
+        split: (label_image(path, folder.classes, notes) for path in paths)
         for split, paths in folder.images.items()
     }
     conversion = to_coco(splits, folder.root, folder.classes)
@@ -136,14 +136,16 @@ def read_yaml(path: Path) -> YoloFolder:
         if names.keys() != set(range(len(names))):
             raise DatasetError(f"'{path}': its 'names' have to be numbered from 0, one by one")
         names = [names[number] for number in range(len(names))]
-    if whole(config.get("nc", len(names))) != len(names):
+    if to_int(config.get("nc", len(names))) != len(names):
         raise DatasetError(
             f"'{path}' has nc {config['nc']} but {plural(len(names), 'name')}: correct either"
         )
     base = path.parent / str(config.get("path") or "")
     bases = [base, path.parent] if base.is_dir() else [path.parent]
     entries = {split: read_entries(config, keys, path) for split, keys in SPLITS.items()}
-    lacks_test = bool(entries["test"]) and not any(places(x, bases) for x in entries["test"])
+    lacks_test = bool(entries["test"]) and not any(
+        existing_paths(x, bases) for x in entries["test"]
+    )
     if lacks_test:
         entries["test"] = []
     images = {
@@ -174,7 +176,7 @@ def read_entries(config: dict, keys: tuple[str, ...], path: Path) -> list[str]:
 
 def read_entry(entry: str, bases: list[Path], path: Path) -> list[Path]:
     """The images of a split: those of a folder, or those that a text file lists."""
-    place = next(iter(places(entry, bases)), None)
+    place = next(iter(existing_paths(entry, bases)), None)
     if place is None:
         named = bases[0] / entry
         raise DatasetError(f"'{path}': there is no '{named}'{path_hint(named)}")
@@ -189,7 +191,7 @@ def read_entry(entry: str, bases: list[Path], path: Path) -> list[Path]:
     return images
 
 
-def places(entry: str, bases: list[Path]) -> list[Path]:
+def existing_paths(entry: str, bases: list[Path]) -> list[Path]:
     """Where an entry of the YAML file is: exports of some tools name the folder beside that of the
     file, and mean one in it."""
     named = (base / name for base in bases for name in (entry, entry.removeprefix("../")))
@@ -204,7 +206,7 @@ def label_file(image: Path) -> Path:
     return Path(*parts)
 
 
-def label(image: Path, classes: list[str], notes: dict[str, int]) -> LabelledImage:
+def label_image(image: Path, classes: list[str], notes: dict[str, int]) -> LabelledImage:
     width, height = image_size(image)
     path = label_file(image)
     boxes: list[LabelledBox] = []

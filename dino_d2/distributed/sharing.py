@@ -77,14 +77,14 @@ def shard(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
     mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.get_world_size(),))
-    for part in parts(model):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    for unit in shard_units(model):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     # What is left is needed from the first to the last.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return model
 
 
-def parts(model: nn.Module) -> Iterator[nn.Module]:
+def shard_units(model: nn.Module) -> Iterator[nn.Module]:
     """What is put together by itself: stages of the backbone, layers of other stages."""
     for name, stage in model.named_children():
         if name == "backbone":
@@ -173,7 +173,7 @@ def scatter(state: Any, like: Any) -> Any:
     return state
 
 
-def local(x: Tensor) -> Tensor:
+def local_shard(x: Tensor) -> Tensor:
     """This worker's part of a sharded tensor, sharing its memory; another tensor as it is."""
     return x.to_local() if isinstance(x, DTensor) else x
 

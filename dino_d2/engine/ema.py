@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..distributed.sharing import local, scatter, unwrap
+from ..distributed.sharing import local_shard, scatter, unwrap
 
 
 class EMA:
@@ -38,8 +38,8 @@ class EMA:
         state = self.model.state_dict()
         averaged = [key for key, x in state.items() if x.is_floating_point()]
         torch._foreach_lerp_(  # one kernel for hundreds of tensors
-            [local(self.weights[key]) for key in averaged],
-            [local(state[key]) for key in averaged],
+            [local_shard(self.weights[key]) for key in averaged],
+            [local_shard(state[key]) for key in averaged],
             1 - keep,
         )
         for key in state.keys() - averaged:

@@ -10,7 +10,7 @@ import numpy as np
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
-from ..evaluation.analysis import IOU_50, IOU_75, Analysis, analyse, evaluate
+from ..evaluation.analysis import IOU_50, IOU_75, Analysis, analyse, evaluate_boxes
 from ..progress import alive
 from ..visualize import draw_error_plots
 
@@ -34,7 +34,7 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
         if iou_type == "bbox" and self._output_dir:
             dataset = self._coco_api.dataset
             with alive("the error analysis"):
-                write_analysis(analyse(coco_eval or evaluate(dataset, [])), self._output_dir)
+                write_analysis(analyse(coco_eval or evaluate_boxes(dataset, [])), self._output_dir)
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
 
 

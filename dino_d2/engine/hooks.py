@@ -56,18 +56,18 @@ class BestCheckpointer(HookBase):
 
     def before_train(self) -> None:
         if is_due(self.trainer, self.period):
-            self.check(self.trainer.start_iter - 1)
+            self.save_if_best(self.trainer.start_iter - 1)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if self.period and done % self.period == 0 and done != self.trainer.max_iter:
-            self.check(self.trainer.iter)
+            self.save_if_best(self.trainer.iter)
 
     def after_train(self) -> None:
         if is_complete(self.trainer):
-            self.check(self.trainer.max_iter - 1)
+            self.save_if_best(self.trainer.max_iter - 1)
 
-    def check(self, iteration: int) -> None:
+    def save_if_best(self, iteration: int) -> None:
         """Looks at the evaluation after an iteration, which the main worker alone knows."""
         metrics = self.trainer.storage.latest()
         if comm.is_main_process() and self.metric not in metrics:

@@ -52,14 +52,14 @@ class WandbWriter(EventWriter):
             if iteration > self.last:
                 new[iteration][name] = value
         for iteration in sorted(new):
-            self.call("log", new[iteration], step=iteration)
+            self.call_run("log", new[iteration], step=iteration)
         self.last = max(new, default=self.last)
 
     def close(self) -> None:
         """A training that an error ends is one that failed, there as well."""
-        self.call("finish", exit_code=int(sys.exc_info()[0] is not None))
+        self.call_run("finish", exit_code=int(sys.exc_info()[0] is not None))
 
-    def call(self, name: str, *args: Any, **kwargs: Any) -> None:
+    def call_run(self, name: str, *args: Any, **kwargs: Any) -> None:
         """Calls a method of the run. Where W&B's own process has died there is no run any more,
         but there is a training."""
         if self.run is None:

@@ -14,7 +14,7 @@ from detectron2.evaluation.coco_evaluation import COCOeval_opt
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .matching import ImageMatches, confusions, false_positives, kinds, match
+from .matching import ImageMatches, confusions, detection_kinds, false_positives, match_image
 
 THRESHOLD = 0.5  # least score of a detection, as in demo.py
 SIZES = ("all", "small", "medium", "large")  # COCO's, in the order of its evaluation
@@ -58,7 +58,7 @@ class SizeScores(NamedTuple):
 
 
 class ErrorCounts(NamedTuple):
-    """Detections of a class above the threshold by kind, see `matching.kinds`, and how
+    """Detections of a class above the threshold by kind, see `matching.detection_kinds`, and how
     many of its boxes no detection of the class finds."""
 
     category_id: int
@@ -85,7 +85,7 @@ class Analysis(NamedTuple):
     images: list[ImageMatches]  # all detections
 
 
-def evaluate(dataset: dict[str, list], results: list[dict]) -> COCOeval:
+def evaluate_boxes(dataset: dict[str, list], results: list[dict]) -> COCOeval:
     """COCO's evaluation of boxes, by Detectron2's fast code where that is compiled, and without
     what it prints.
 
@@ -119,7 +119,7 @@ def analyse(evaluation: COCOeval, threshold: float = THRESHOLD) -> Analysis:
     truth, detections = evaluation.cocoGt, evaluation.cocoDt
     limit = evaluation.params.maxDets[-1]
     images = [
-        match(record, truth.imgToAnns.get(id, []), detections.imgToAnns.get(id, []), limit)
+        match_image(record, truth.imgToAnns.get(id, []), detections.imgToAnns.get(id, []), limit)
         for id, record in sorted(truth.imgs.items())
     ]
     shown = [image.above(threshold) for image in images]
@@ -214,7 +214,7 @@ def _mean(values: np.ndarray) -> float:
 def error_counts(images: list[ImageMatches], categories: list[dict]) -> list[ErrorCounts]:
     counts: dict[int, Counter[str]] = {category["id"]: Counter() for category in categories}
     for image in images:
-        for detection, kind in zip(image.detections, kinds(image), strict=True):
+        for detection, kind in zip(image.detections, detection_kinds(image), strict=True):
             counts[detection["category_id"]][kind] += 1
         for annotation, missed in zip(image.truth, image.missed, strict=True):
             counts[annotation["category_id"]]["missed"] += int(missed)

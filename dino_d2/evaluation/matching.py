@@ -66,7 +66,7 @@ class ImageMatches(NamedTuple):
         )
 
 
-def match(
+def match_image(
     image: dict, truth: list[dict], detections: list[dict], max_detections: int
 ) -> ImageMatches:
     """As COCO's evaluation does at IoU 0.5, over all sizes: the surest detection first, each takes
@@ -78,7 +78,7 @@ def match(
         detections: all results of the image, with bbox and score, in any order
         max_detections: of a class, the surest ones; the evaluation leaves out the others, too
     """
-    detections = surest(detections, max_detections)
+    detections = highest_scoring(detections, max_detections)
     crowd = np.array([bool(x.get("iscrowd")) for x in truth], dtype=bool)
     iou = np.zeros((len(detections), len(truth)))
     if iou.size:
@@ -86,11 +86,11 @@ def match(
         iou = mask.iou(*boxes, crowd.astype(int).tolist())
     unmatched = np.full(len(detections), -1)
     matching = ImageMatches(image, truth, detections, iou, crowd, unmatched)
-    matches = assign(np.where(matching.same_class, iou, 0), crowd)
+    matches = assign_boxes(np.where(matching.same_class, iou, 0), crowd)
     return matching._replace(matches=matches)
 
 
-def surest(detections: list[dict], count: int) -> list[dict]:
+def highest_scoring(detections: list[dict], count: int) -> list[dict]:
     """By falling score, at most `count` of a class."""
     seen: Counter[int] = Counter()
     kept = []
@@ -101,7 +101,7 @@ def surest(detections: list[dict], count: int) -> list[dict]:
     return kept
 
 
-def assign(iou: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+def assign_boxes(iou: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     """(D,) index of the box that each detection takes, or -1.
 
     Args:
@@ -123,13 +123,13 @@ def assign(iou: np.ndarray, crowd: np.ndarray) -> np.ndarray:
 def confusions(matching: ImageMatches) -> np.ndarray:
     """(D,) the box of another class, found by no other detection, that a detection is on, or -1.
 
-    Only what is left over by `match` takes part, so what is right stays right.
+    Only what is left over by `match_image` takes part, so what is right stays right.
     """
     left = np.outer(matching.matches < 0, matching.missed)
-    return assign(np.where(left, matching.iou, 0), np.zeros_like(matching.crowd))
+    return assign_boxes(np.where(left, matching.iou, 0), np.zeros_like(matching.crowd))
 
 
-def kinds(matching: ImageMatches) -> list[str]:
+def detection_kinds(matching: ImageMatches) -> list[str]:
     """What each detection is: one of `KINDS`, or "ignored" on a crowd region.
 
     The errors are those of TIDE (arXiv 2008.08115, sec. 2.2): on an object of another class
@@ -153,5 +153,5 @@ def kinds(matching: ImageMatches) -> list[str]:
 
 def false_positives(matching: ImageMatches) -> list[dict]:
     """The detections that are some kind of error."""
-    pairs = zip(matching.detections, kinds(matching), strict=True)
+    pairs = zip(matching.detections, detection_kinds(matching), strict=True)
     return [detection for detection, kind in pairs if kind in ERRORS]

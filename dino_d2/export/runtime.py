@@ -126,11 +126,11 @@ def read_pt2(path: Path) -> tuple[nn.Module, About]:
     """
     try:  # before PyTorch, which logs its own traces of what is wrong
         with ZipFile(path) as archive:
-            whole = archive.testzip() is None
+            intact = archive.testzip() is None
             texts = [archive.read(x) for x in archive.namelist() if x.endswith(f"/extra/{ABOUT}")]
     except BadZipFile:
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise ExportError(f"'{path}' is damaged, or no .pt2 file: export it again")
     about = read_about(path, json.loads(texts[0]) if texts else {})
     return torch.export.load(path).module(), about

@@ -78,8 +78,8 @@ def from_timm(state: State, names: Iterable[str]) -> State:
         names: of the backbone's tensors in the detector
     """
 
-    def plain(name: str) -> str:
+    def bare_name(name: str) -> str:
         return re.sub(r"^backbone\.net\.(model\.)?", "", name).replace("_", ".")
 
-    places = {plain(name): name for name in names}
-    return {places.get(plain(key), key): x for key, x in state.items()}
+    places = {bare_name(name): name for name in names}
+    return {places.get(bare_name(key), key): x for key, x in state.items()}

@@ -59,7 +59,7 @@ def forward(
         ValueError: value is of another dtype, an image of it has 2**31 elements or more, or a
             level is empty
     """
-    check(value, shapes)
+    check_supported(value, shapes)
     batch, _, heads, channels = value.shape
     out = value.new_empty(batch, points.shape[1], heads * channels)
     if out.numel():
@@ -90,7 +90,7 @@ def backward(
     Raises:
         ValueError: as `forward`
     """
-    check(value, shapes)
+    check_supported(value, shapes)
     grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
     grad_points, grad_weights = (
         torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (points, weights)
@@ -104,7 +104,7 @@ def backward(
     return grad_value.to(value.dtype), grad_points, grad_weights
 
 
-def check(value: Tensor, shapes: list[int]) -> None:
+def check_supported(value: Tensor, shapes: list[int]) -> None:
     """Refuse what the kernels cannot do."""
     if value.dtype not in DTYPES:
         raise ValueError(f"value is {value.dtype}; convert it to one of {DTYPES}")

@@ -29,7 +29,7 @@ def shrink(image: Image.Image) -> Image.Image:
     return picture
 
 
-def show(axes: Axes, image: Image.Image, dim: float = 0.0) -> None:
+def show_image(axes: Axes, image: Image.Image, dim: float = 0.0) -> None:
     """The image, `dim` (0 to 1) of the way to white, in coordinates of its own pixels.
 
     One so narrow that it would be a line is stretched.
@@ -54,7 +54,7 @@ def to_pixels(places: Tensor, image: Image.Image) -> Tensor:
     return places * torch.tensor(image.size).tile(places.shape[-1] // 2)
 
 
-def outline(
+def draw_box(
     axes: Axes,
     box: Tensor,
     colour: ColorType,
@@ -71,7 +71,7 @@ def outline(
     axes.add_patch(frame)
 
 
-def zoom(axes: Axes, image: Image.Image, corners: Tensor) -> None:
+def zoom_to(axes: Axes, image: Image.Image, corners: Tensor) -> None:
     """Shows a square around boxes (n, 4) with corners in pixels; never much more than the image."""
     size, margin = torch.tensor(image.size), 0.15 * max(image.size)
     low = corners[:, :2].amin(0).clamp(min=-margin)
@@ -88,7 +88,7 @@ def zoom(axes: Axes, image: Image.Image, corners: Tensor) -> None:
     axes.set(xlim=(left, right), ylim=(bottom, top))
 
 
-def tag(axes: Axes, place: Sequence[float], text: str, colour: str = "black") -> None:
+def draw_tag(axes: Axes, place: Sequence[float], text: str, colour: str = "black") -> None:
     """Text on a ground of its own."""
     style = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
     x, y = place

@@ -18,7 +18,16 @@ from ..boxes import cxcywh_to_xyxy, iou
 from ..names import plural
 from ..structures import Predictions
 from ..trace import Trace
-from .canvas import COLOURS, MARKERS, outline, shape_of, show, title_of, to_pixels, zoom
+from .canvas import (
+    COLOURS,
+    MARKERS,
+    draw_box,
+    shape_of,
+    show_image,
+    title_of,
+    to_pixels,
+    zoom_to,
+)
 from .style import BLUE, VERMILION
 
 PROPOSALS = 50  # boxes that are drawn
@@ -47,7 +56,7 @@ def draw_proposals(
     for axes in legends:
         axes.set_axis_off()
     left, right = pictures
-    show(left, image, dim=0.5)
+    show_image(left, image, dim=0.5)
     centers = to_pixels(selection.centers[0], image)
     for level, (height, width) in enumerate(trace.shapes):
         there = centers[selection.levels[0] == level]
@@ -62,13 +71,13 @@ def draw_proposals(
     left.set_title(f"places of {plural(len(centers), 'selected token')}")
     legends[0].legend(*left.get_legend_handles_labels(), loc="upper center", fontsize=8)
 
-    show(right, image, dim=0.3)
+    show_image(right, image, dim=0.3)
     boxes = to_pixels(selection.boxes[0], image)
     best = selection.scores[0].topk(min(PROPOSALS, len(boxes))).indices.tolist()
     for query in best:
-        outline(right, boxes[query], "#555555", width=0.8, alpha=0.6)
+        draw_box(right, boxes[query], "#555555", width=0.8, alpha=0.6)
     for i, query in enumerate(queries):
-        outline(right, boxes[query], COLOURS[i % len(COLOURS)], width=2.5)
+        draw_box(right, boxes[query], COLOURS[i % len(COLOURS)], width=2.5)
     names = [title_of(query, trace.output.result.layers[-1], classes) for query in queries]
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2.5) for i in range(len(names))]
     handles.append(Line2D([], [], color="#555555", lw=0.8))
@@ -90,12 +99,12 @@ def draw_refinement(
     for (picture, chart), query in zip(grid, queries, strict=True):
         start = trace.layers[0].reference[0, query]
         boxes = [layer.boxes[0, query] for layer in trace.output.result.layers]
-        steps = [start, *boxes] if len(start) == 4 else boxes
-        places = to_pixels(torch.stack(steps), image)
-        show(picture, image, dim=0.25)
-        zoom(picture, image, cxcywh_to_xyxy(places))
+        places = [start, *boxes] if len(start) == 4 else boxes
+        places = to_pixels(torch.stack(places), image)
+        show_image(picture, image, dim=0.25)
+        zoom_to(picture, image, cxcywh_to_xyxy(places))
         for box, colour in zip(places, colours[-len(places) :], strict=True):
-            outline(picture, box, colour, width=2)
+            draw_box(picture, box, colour, width=2)
         if len(start) == 2:
             picture.plot(*to_pixels(start, image), "X", color=colours[0], mec="white", ms=10)
         picture.set_title(title_of(query, trace.output.result.layers[-1], classes))

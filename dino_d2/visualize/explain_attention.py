@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, iou
 from ..trace import Trace
-from .canvas import COLOURS, MARKERS, outline, show, title_of, to_pixels, zoom
+from .canvas import COLOURS, MARKERS, draw_box, show_image, title_of, to_pixels, zoom_to
 from .style import BLUE, ORANGE
 
 ATTENDED = 10  # queries that are drawn
@@ -40,9 +40,9 @@ def draw_sampling(
         heavy = points[weights > 0.02]
         shown = torch.cat([cxcywh_to_xyxy(box)[None], heavy.tile(2)])
         for level, axes in enumerate(row):
-            show(axes, image, dim=0.45)
-            zoom(axes, image, shown)
-            outline(axes, box, "black", width=1.2)
+            show_image(axes, image, dim=0.45)
+            zoom_to(axes, image, shown)
+            draw_box(axes, box, "black", width=1.2)
             _draw_points(axes, points[:, level], weights[:, level])
             share = 100 * float(weights[:, level].sum() / weights.sum())
             axes.set_xlabel(f"{share:.0f} % of the weight", fontsize=9)
@@ -110,14 +110,13 @@ def _draw_attended(axes: Axes, image: Image.Image, trace: Trace, query: int) -> 
     weights = 100 * trace.layers[-1].self_attention[0, query]
     weights[query] = 0  # not another
     boxes = to_pixels(_places(trace, -1), image)
-    show(axes, image, dim=0.45)
-    share, colours = Normalize(0, float(weights.max())), colormaps["plasma_r"]
+    show_image(axes, image, dim=0.45)
+    scale = ScalarMappable(Normalize(0, float(weights.max())), colormaps["plasma_r"])
     for other in weights.topk(min(ATTENDED, len(weights) - 1)).indices.flip(0).tolist():
-        colour = colours(share(float(weights[other])))
-        outline(axes, boxes[other], colour, width=1.5)
+        colour = scale.to_rgba(float(weights[other]))
+        draw_box(axes, boxes[other], colour, width=1.5)
         axes.plot(*boxes[[query, other], :2].T, color=colour, linewidth=1.5)
-    outline(axes, boxes[query], "black", width=2.5)
-    scale = ScalarMappable(share, colours)
+    draw_box(axes, boxes[query], "black", width=2.5)
     axes.figure.colorbar(scale, ax=axes, shrink=0.8, label="attention, % of all")
 
 

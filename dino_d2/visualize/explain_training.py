@@ -17,7 +17,7 @@ from ..modeling.matcher import instability
 from ..names import plural
 from ..structures import Predictions, Target
 from ..trace import Denoised, StageMatching
-from .canvas import outline, shape_of, show, tag, to_pixels
+from .canvas import draw_box, draw_tag, shape_of, show_image, to_pixels
 from .style import BLUE, VERMILION, escape_name
 
 GROUPS = 3  # of denoising queries, that are drawn
@@ -53,17 +53,17 @@ def _draw_groups(grid: np.ndarray, image: Image.Image, denoised: Denoised) -> No
     truth = to_pixels(denoised.truth.boxes[largest], image)
     for group, (given, answer) in enumerate(grid.T):
         for axes in (given, answer):
-            show(axes, image, dim=0.45)
+            show_image(axes, image, dim=0.45)
             for box in truth:
-                outline(axes, box, "black", width=1)
+                draw_box(axes, box, "black", width=1)
         for copy, (colour, style, _) in zip(denoised.noised[group], COPIES, strict=False):
             for box in to_pixels(copy[largest], image):
-                outline(given, box, colour, style=style)
+                draw_box(given, box, colour, style=style)
         copies = zip(denoised.boxes[group], denoised.scores[group], COPIES, strict=False)
         for boxes, scores, (colour, style, _) in copies:
             for box, score in zip(to_pixels(boxes[largest], image), scores[largest], strict=True):
                 alpha = 0.15 + 0.85 * float(score)
-                outline(answer, box, colour, style=style, alpha=alpha)
+                draw_box(answer, box, colour, style=style, alpha=alpha)
         which = f", {NOISED} largest boxes" if len(largest) < len(denoised.truth.boxes) else ""
         given.set_title(f"group {group + 1} of {total}{which}: what goes in")
         answer.set_title("what comes out")
@@ -114,15 +114,15 @@ def draw_matching(
     height = max(5.4 * shape_of(image), 0.3 * len(largest)) + 1.3
     figure = Figure(figsize=(13, height), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
-    show(left, image, dim=0.35)
+    show_image(left, image, dim=0.35)
     truth = to_pixels(target.boxes, image)
     found = to_pixels(predictions.boxes[0], image)
     for number, i in enumerate(largest, 1):
         query = int(matching.queries[-1, i])
-        outline(left, truth[i], "black", width=1.5)
+        draw_box(left, truth[i], "black", width=1.5)
         if query >= 0:
-            outline(left, found[query], BLUE, style="--")
-        tag(left, cxcywh_to_xyxy(truth[i])[:2].tolist(), str(number))
+            draw_box(left, found[query], BLUE, style="--")
+        draw_tag(left, cxcywh_to_xyxy(truth[i])[:2].tolist(), str(number))
     handles = [
         Line2D([], [], color="black", lw=1.5, label="ground truth"),
         Line2D([], [], color=BLUE, ls="--", lw=2, label="its query in the last layer"),

@@ -2,9 +2,9 @@
 
 from PIL import Image
 
-from ..evaluation.matching import ERRORS, ImageMatches, kinds
+from ..evaluation.matching import ERRORS, ImageMatches, detection_kinds
 from .marks import MARGIN, Mark, draw_marks, resize_long_side
-from .style import GREY, SKY, VERMILION, YELLOW, short
+from .style import GREY, SKY, VERMILION, YELLOW, short_name
 
 CROWD = (GREY, (5, 1))
 STYLES = {"correct": (SKY, ()), "wrong": (VERMILION, (6, 3)), "missed": (YELLOW, (2, 2))}
@@ -50,7 +50,7 @@ def _truth_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark]:
     for annotation, missed, crowd in zip(
         matching.truth, matching.missed, matching.crowd, strict=True
     ):
-        name = short(names[annotation["category_id"]])
+        name = short_name(names[annotation["category_id"]])
         style = CROWD if crowd else STYLES["missed" if missed else "correct"]
         marks.append((not missed, Mark(_corners(annotation), name, *style)))
     return [mark for _, mark in sorted(marks, key=lambda pair: pair[0])]
@@ -59,11 +59,11 @@ def _truth_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark]:
 def _detection_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark]:
     """The false positives first, the surest of them on top."""
     marks = []
-    for index, kind in enumerate(kinds(matching)):
+    for index, kind in enumerate(detection_kinds(matching)):
         detection = matching.detections[index]
         iou = matching.iou[index, matching.matches[index]] if kind == "correct" else None
         style = CROWD if kind == "ignored" else STYLES["wrong" if kind in ERRORS else "correct"]
-        name, score = short(names[detection["category_id"]]), f"{detection['score']:.2f}"
+        name, score = short_name(names[detection["category_id"]]), f"{detection['score']:.2f}"
         text = f"{name} {score} {kind if iou is None else f'IoU {iou:.2f}'}"
         marks.append((kind not in ERRORS, Mark(_corners(detection), text, *style)))
     return [mark for _, mark in sorted(marks, key=lambda pair: pair[0])]

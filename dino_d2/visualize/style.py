@@ -14,7 +14,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def short(name: str, length: int = 24) -> str:
+def short_name(name: str, length: int = 24) -> str:
     """On one line, cut off where it is longer than so many characters."""
     name = one_line(name)
     return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
@@ -22,4 +22,4 @@ def short(name: str, length: int = 24) -> str:
 
 def escape_name(name: str, length: int = 24) -> str:
     """Short, and for Matplotlib, which takes what is between dollars for a formula."""
-    return short(name, length).replace("$", r"\$")
+    return short_name(name, length).replace("$", r"\$")

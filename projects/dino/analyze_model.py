@@ -79,7 +79,7 @@ from torch import nn
 from dino_d2.config.styles import evaluation_augmentations, get, keys_for
 from dino_d2.costs import Flops, count_flops, kept_activations, stages_of
 from dino_d2.data import DatasetError
-from dino_d2.data.normalise import read
+from dino_d2.data.normalise import read_annotations
 from dino_d2.modeling.dino import DINO
 from dino_d2.names import plural
 from dino_d2.weights import model_zoo
@@ -103,7 +103,7 @@ def evaluation_sizes(setting: Setting, annotations: Path, number: int) -> list[S
     """
     resize = AugmentationList(evaluation_augmentations(load_config(setting)))
     sizes = []
-    for image in read(annotations)["images"][:number]:
+    for image in read_annotations(annotations)["images"][:number]:
         size = image.get("height"), image.get("width")
         if not all(isinstance(side, int) and side > 0 for side in size):
             raise DatasetError(

@@ -60,7 +60,7 @@ if __name__ == "__main__":  # --help and wrong options need not wait for the imp
 
 
 from dino_d2.data import from_voc, from_yolo
-from dino_d2.data.convert import Conversion, write
+from dino_d2.data.convert import Conversion, write_json
 from dino_d2.names import path_hint, plural
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     with one_sentence(parser.prog):
         conversion, paths = convert(args)
         for split, dataset in conversion.datasets.items():
-            write(dataset, paths[split])
+            write_json(dataset, paths[split])
     for split, dataset in conversion.datasets.items():
         images, boxes = plural(len(dataset["images"]), "image"), dataset["annotations"]
         empty = len(dataset["images"]) - len({x["image_id"] for x in boxes})

@@ -122,7 +122,7 @@ import dino_d2
 from dino_d2.atomic import replacing
 from dino_d2.data import annotations_of
 from dino_d2.data.coco_writer import category_ids, image_ids
-from dino_d2.data.normalise import read
+from dino_d2.data.normalise import read_annotations
 
 
 def prepare_outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
@@ -173,7 +173,7 @@ def make_annotator(
 def main() -> None:
     parser, args = parse()
     with one_sentence(parser.prog):
-        annotations = read(args.annotations) if args.annotations else None
+        annotations = read_annotations(args.annotations) if args.annotations else None
         if args.data:
             name = data_of(args)
             annotations, root = annotations_of(name), Path(MetadataCatalog.get(name).image_root)

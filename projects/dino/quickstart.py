@@ -32,9 +32,9 @@ import train_net
 from PIL import Image
 
 from dino_d2.data import generate, read_results
-from dino_d2.data.normalise import read
+from dino_d2.data.normalise import read_annotations
 from dino_d2.engine.folder import check_folder
-from dino_d2.evaluation.analysis import THRESHOLD, analyse, evaluate
+from dino_d2.evaluation.analysis import THRESHOLD, analyse, evaluate_boxes
 from dino_d2.visualize import LEGEND, contact_sheet, draw_curves, draw_image_errors
 
 SHOWN = 12  # images
@@ -43,10 +43,10 @@ SHOWN = 12  # images
 def draw_detections(data: Path, results: Path, output: Path) -> None:
     """A sheet of the first validation images: to the left what there is, to the right what was
     detected."""
-    dataset = read(str(data / "val.json"))
+    dataset = read_annotations(str(data / "val.json"))
     names = {x["id"]: x["name"] for x in dataset["categories"]}
     pictures = []
-    for matches in analyse(evaluate(dataset, read_results(results, dataset))).images[:SHOWN]:
+    for matches in analyse(evaluate_boxes(dataset, read_results(results, dataset))).images[:SHOWN]:
         image = Image.open(data / "images" / matches.image["file_name"])
         pair = draw_image_errors(image, matches.above(THRESHOLD), names, side=300)
         pictures.append((pair, matches.image["file_name"]))

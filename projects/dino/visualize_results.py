@@ -85,7 +85,7 @@ from dino_d2.data.coco import annotations_of
 from dino_d2.data.coco_json import dataset_name
 from dino_d2.data.mapper import check_pixels
 from dino_d2.engine.evaluator import write_analysis
-from dino_d2.evaluation.analysis import Analysis, analyse, evaluate, worst_first
+from dino_d2.evaluation.analysis import Analysis, analyse, evaluate_boxes, worst_first
 from dino_d2.evaluation.matching import false_positives
 from dino_d2.names import plural
 from dino_d2.progress import alive, progress
@@ -124,7 +124,7 @@ def load(args: argparse.Namespace) -> Analysis:
     dataset = annotations_of(name)
     results = read_results(args.results, dataset)
     with alive("the error analysis"):
-        return analyse(evaluate(dataset, results), args.confidence_threshold)
+        return analyse(evaluate_boxes(dataset, results), args.confidence_threshold)
 
 
 def draw_worst(analysis: Analysis, args: argparse.Namespace) -> list[Path]:
