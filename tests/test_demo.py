@@ -354,7 +354,7 @@ def test_an_image_that_is_not_annotated_is_one_sentence(folder, annotations, mon
     (folder / "b.jpg").rename(folder / "bb.jpg")
     words = ("--input", folder, "--json", folder / "out.json", "--annotations", annotations)
     message = complaint(monkeypatch, *options(*words))
-    assert f"'{folder / 'bb.jpg'}' is no image of" in message
+    assert f"'{folder / 'bb.jpg'}' is not in the annotations" in message
 
 
 def test_two_inputs_that_are_one_image_of_the_annotations_are_refused(annotations):
@@ -402,7 +402,7 @@ def test_the_folder_of_the_json_is_made_as_that_of_the_pictures(
 
 
 def test_a_class_that_is_not_annotated_is_one_sentence(annotations):
-    with pytest.raises(ValueError, match="class 'squares' is no category of .*nearest: square"):
+    with pytest.raises(ValueError, match="class 'squares' is not in the annotations .*nearest: square"):
         dataset = read_annotations(annotations)
         coco_writer.category_ids(["circle", "squares"], dataset)
 

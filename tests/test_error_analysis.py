@@ -517,7 +517,7 @@ GOOD = detection([1, 2, 3, 4])
         ([GOOD | {"score": None}], "score None"),
         ([GOOD | {"score": 5}], "score 5: give a number from 0 to 1"),
         ([GOOD | {"file_name": None}], "file_name None"),
-        ([GOOD | {"bbox": [1, 2, -3, 4]}], "width and height have to be 0 or more"),
+        ([GOOD | {"bbox": [1, 2, -3, 4]}], "make its width and height 0 or more"),
     ],
 )
 def test_results_that_do_not_fit_are_refused(content, words, tmp_path):

@@ -524,7 +524,7 @@ def test_a_model_of_one_channel_is_explained_on_the_image_in_colours(run, sketch
         (["--annotations", "nothing.json", "--images", "images"], "'nothing.json' does not exist"),
         (["--annotations", "al.json", "--images", "images"], "the nearest: 'all.json'"),
         (["--annotations", "all.json", "--images", "image"], "folder 'image' does not exist"),
-        (["--annotations", "all.txt", "--images", "images"], "'all.txt' is no .json file"),
+        (["--annotations", "all.txt", "--images", "images"], "'all.txt' is not a .json file"),
         ([*TRUTH, "--image", "ful.png"], "no image 'ful.png'; the nearest: full.png"),
         ([*TRUTH, "--query", "3", "20"], "no query 20 for this image: choose 0 to 19"),
         (["--input", "nothing.png"], "--input 'nothing.png' is no file"),

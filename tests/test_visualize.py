@@ -495,7 +495,7 @@ def test_results_that_do_not_belong_together_are_refused_in_one_sentence(
     assert "are a folder" in says("--results", tmp_path)
     assert "(it is a file)" in says("--output", tmp_path / "results.json")
     said = says("--annotations", shapes / "images")
-    assert "images' is no .json file" in said and "@" not in said
+    assert "images' is not a .json file" in said and "@" not in said
     assert says("--confidence-threshold", "50") == "2" and "'50'" in capsys.readouterr().err
     (tmp_path / "results.json").write_text('[{"image_id": 99}]')
     assert "detection 0" in says()

@@ -6,13 +6,12 @@ import numpy as np
 from detectron2.data import transforms as T
 
 MIN_SIZES = tuple(range(480, 801, 32))
-# Of the long side before a crop, in pixels: a strip of 1 x 10,000 would become one of gigabytes.
+# Long side in pixels before a crop: resizing a strip of 1 x 10,000 would take gigabytes.
 MAX_SIZE_BEFORE_CROP = 10_000
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's, except that no side vanishes: a strip of 1 x 10,000 that may have 1333 pixels
-    becomes one of 1 x 1333, not of 0 x 1333."""
+    """Detectron2's, but no side becomes 0: a strip of 1 x 10,000 is resized to 1 x 1333."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         resize = super().get_transform(image)
@@ -33,24 +32,24 @@ def detr_augmentation(
 ) -> list[T.Augmentation]:
     """Flip; with probability ``crop_prob`` resize and crop; resize. For ``Mapper``.
 
-    As in DETR, ``max_size`` does not limit the resize before the crop; what does, unlike there, is
-    `MAX_SIZE_BEFORE_CROP`, which only strips reach. An image smaller than the crop is cropped to
-    what it has (DETR's own crop fails there).
+    As in DETR, ``max_size`` does not limit the resize before the crop. Unlike in DETR,
+    `MAX_SIZE_BEFORE_CROP` does, which only strips reach, and an image smaller than the crop is
+    not an error.
 
     Args:
-        min_sizes: lengths of the short side to choose from, in pixels.
-        max_size: limit of the long side, in pixels.
-        crop_min_sizes: lengths of the short side before the crop to choose from, in pixels.
-        crop_size: smallest and largest side of the crop, in pixels, or what another `crop_type`
-            makes of the two numbers; None never crops.
-        crop_prob: probability of the crop.
-        flip: "horizontal", "vertical" or "none", as Detectron2's INPUT.RANDOM_FLIP.
-        sampling: "choice" of one of `min_sizes`, or any in the "range" of two, as Detectron2's
-            INPUT.MIN_SIZE_TRAIN_SAMPLING.
-        crop_type: as Detectron2's INPUT.CROP.TYPE, see its `RandomCrop`.
+        min_sizes: short sides to choose from, in pixels
+        max_size: limit of the long side, in pixels
+        crop_min_sizes: short sides to choose from before the crop, in pixels
+        crop_size: smallest and largest side of the crop, in pixels unless `crop_type` says
+            otherwise; None never crops
+        crop_prob: probability of the crop
+        flip: "horizontal", "vertical" or "none", as INPUT.RANDOM_FLIP
+        sampling: "choice" of one of `min_sizes`, or "range" between two, as
+            INPUT.MIN_SIZE_TRAIN_SAMPLING
+        crop_type: as INPUT.CROP.TYPE, see Detectron2's `RandomCrop`
 
     Raises:
-        ValueError: another kind of flip, sampling or crop, or sizes that do not go with it.
+        ValueError: an unknown kind of flip, sampling or crop, or sizes that do not go with it
     """
     _check_kinds(flip, sampling, crop_type)
     if sampling == "range" and len(min_sizes) != 2:
@@ -60,7 +59,7 @@ def detr_augmentation(
         )
     if crop_size and crop_type.startswith("relative") and max(crop_size) > 1:
         raise ValueError(f"the crop is {crop_type} and of {list(crop_size)}; give parts of 1")
-    # tuple(): a LazyConfig hands over OmegaConf's lists, which are slow to sample from.
+    # tuple(): a LazyConfig passes OmegaConf's lists, which are slow to sample from.
     crop = crop_size and T.RandomApply(
         T.AugmentationList(
             [

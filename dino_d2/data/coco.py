@@ -1,11 +1,9 @@
-"""Data of one's own in one line: ``ANNOTATIONS.json@IMAGE_FOLDER`` is the name of a dataset, and so
-is ``FOLDER@train``, see `folder`.
+"""Registers your own data by name: ``ANNOTATIONS.json@IMAGE_FOLDER`` or ``FOLDER@train``.
 
     dino_d2.data.register(["data/train.json@data/images"])
 
-and the name works wherever Detectron2 takes one. A dataset is put right and checked when it is
-registered, so that what is wrong with it is said before training, in one sentence, not after the
-first epoch; so are those that others have registered. Evaluation reads what was checked.
+The name then works wherever Detectron2 takes one. Datasets, also those that others registered, are
+repaired and checked before training. Evaluation reads the repaired annotations.
 """
 
 import functools
@@ -54,17 +52,16 @@ _REGISTERED: dict[str, Registered] = {}
 
 
 def register(names: Iterable[str]) -> None:
-    """Make Detectron2 know names of files and folders, and check what others have registered.
+    """Register datasets named by their files, and check those that others registered.
 
-    Names are of the form ``ANNOTATIONS.json@IMAGE_FOLDER``, or ``FOLDER@train``. Entries whose
-    meaning is clear are put right, see `normalise`, with a warning where something was decided. In
-    the records that Detectron2 gets, boxes are clipped to their image and boxes without area are
-    dropped, both with a warning; images without annotations and crowd annotations are kept. COCO's
-    evaluation reads the same, before boxes are clipped or dropped.
+    Entries whose meaning is clear are repaired, see `normalise`, with a warning. In Detectron2's
+    records, boxes are clipped to their image and boxes without area are dropped, with a warning.
+    Images without annotations and crowd annotations are kept. COCO's evaluation gets the boxes
+    before clipping.
 
     Args:
-        names: dataset names (a single string is one name); those of another form, and Detectron2's
-            own, are left alone
+        names: one name or several, ``ANNOTATIONS.json@IMAGE_FOLDER`` or ``FOLDER@train``; other
+            unknown names, and Detectron2's own datasets, are skipped
 
     Raises:
         DatasetError: a file is missing, or a dataset cannot be used
@@ -88,18 +85,18 @@ def annotations_of(name: str) -> dict[str, list]:
 
 
 def num_classes(names: Iterable[str]) -> int:
-    """The number of classes of datasets that have the same ones; see `class_names`."""
+    """The number of classes that the datasets share, see `class_names`."""
     return len(class_names(names))
 
 
 def class_names(names: Iterable[str]) -> list[str]:
-    """The classes of datasets that have the same ones.
+    """The classes that the datasets share.
 
     Args:
-        names: dataset names (a single string is one name), registered if they are not yet.
+        names: one name or several; registered if necessary
 
     Raises:
-        DatasetError: a name is unknown, a dataset is invalid, or classes are absent or differ.
+        DatasetError: a name is unknown, a dataset is invalid, or classes are missing or differ
     """
     names = _as_list(names)
     if not names:
@@ -118,20 +115,19 @@ def class_names(names: Iterable[str]) -> list[str]:
 
 
 def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) -> int:
-    """Find before training what would stop it, or its evaluation, later.
+    """Check datasets before training for anything that would stop it or its evaluation later.
 
     Args:
-        train: names of the datasets to train on, registered if they are not yet.
-        test: names of the datasets to evaluate on, registered if they are not yet.
-        num_classes: what the model is configured for, or None to accept what the data has.
+        train, test: dataset names, registered if necessary
+        num_classes: of the model's config; None accepts any number
 
     Returns:
-        the number of classes of the data.
+        the number of classes of the data
 
     Raises:
         DatasetError: a name is unknown, files are missing, a dataset is invalid, classes differ
-            between datasets or from ``num_classes``, or a test set cannot be evaluated.
-        ValueError: ``num_classes`` is no number of classes.
+            between datasets or from ``num_classes``, or a test set cannot be evaluated
+        ValueError: ``num_classes`` is not a positive integer
     """
     if num_classes is not None:
         require_whole(num_classes=num_classes)
@@ -149,19 +145,19 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) ->
 
 
 def _check_annotated(train: list[str], test: list[str]) -> None:
-    """Without training sets, unlabelled images may be detected in."""
+    """Refuse datasets without annotations, except test sets when nothing is trained."""
     for name in (*train, *test):
         if MetadataCatalog.get(name).get("is_annotated", True):
             continue
         if name in train:
             raise DatasetError(
-                f"'{name}' has no annotations, so nothing can be learned from it: name a file that "
-                "has some"
+                f"'{name}' has no annotations, so nothing can be learned from it: name a file with "
+                "annotations"
             )
         sentence = f"test set '{name}' has no annotations, so there is nothing to compare with"
         if train:
             raise DatasetError(f"{sentence}: leave it out, or name an annotated one")
-        sentence += ": its detections are written, and not evaluated"
+        sentence += ": its detections are written, but not evaluated"
         log_first_n(logging.WARNING, sentence, key="message")
 
 
@@ -170,7 +166,7 @@ def _as_list(names: Iterable[str]) -> list[str]:
 
 
 def _require_known(name: str) -> None:
-    """Register ``name`` if it is of the path form; raise DatasetError if it stays unknown."""
+    """Register a name of files; raise DatasetError if the name stays unknown."""
     register([name])
     if name in DatasetCatalog:
         return
@@ -217,15 +213,7 @@ def _register(name: str, json_file: str, image_root: str) -> None:
 def _register_content(
     name: str, dataset: dict[str, list], image_root: str, source: str, **options: bool
 ) -> None:
-    """Let Detectron2 know a dataset, once it is put right and checked.
-
-    Args:
-        name: new to Detectron2
-        dataset: as `parse` gives it
-        image_root: the folder of its images
-        source: its file, or what a sentence calls it
-        options: of `prepare`
-    """
+    """Repair, check and register a parsed dataset; `source` is its file or name in messages."""
     repairs = prepare(dataset, image_root, source, **options)
     json_file = source if can_be_read(source, repairs, dataset) else write_copy(dataset)
     categories = sorted(dataset["categories"], key=itemgetter("id"))
@@ -256,7 +244,7 @@ def registered() -> list[Registered]:
 
 
 def _check_registered(name: str) -> None:
-    """Of what others registered, a file that evaluation could not read is replaced by a copy."""
+    """Check a dataset that others registered; evaluation reads a repaired copy if necessary."""
     metadata = MetadataCatalog.get(name)
     if (
         is_built_in(name)
@@ -282,7 +270,7 @@ def _check_registered(name: str) -> None:
 
 
 def can_be_read(json_file: str, repairs: Repairs, dataset: dict[str, list]) -> bool:
-    """Whether an evaluator may read the file itself: it is what was checked, in plain UTF-8."""
+    """Whether evaluators may read the file itself: nothing was repaired, and it is UTF-8."""
     if repairs.changed or not dataset["annotations"] or not os.path.isfile(json_file):
         return False
     with open(json_file, "rb") as file:
@@ -292,12 +280,12 @@ def can_be_read(json_file: str, repairs: Repairs, dataset: dict[str, list]) -> b
 def prepare(
     dataset: dict[str, list], image_root: str, source: str, *, keep_roots: bool = False
 ) -> Repairs:
-    """Put a dataset right and check it, in place; what was put right is said in warnings.
+    """Repair a dataset in place, log the repairs as warnings, and check it.
 
     Args:
-        dataset: as `parse` gives it
+        dataset: as `parse` returns it
         image_root: the folder of its images
-        source: what a sentence calls it
+        source: its name in messages
         keep_roots: see `normalise`
 
     Raises:
@@ -316,9 +304,9 @@ def prepare(
 
 
 def write_copy(dataset: dict[str, list]) -> str:
-    """A file of what was put right, for evaluators, which read files; gone when Python ends.
+    """Write a repaired dataset to a temporary file for evaluators; removed when Python exits.
 
-    Without annotations it has no list of them: Detectron2 then detects and does not evaluate.
+    Without annotations, the list is left out: Detectron2 then detects without evaluating.
     """
     if not dataset["annotations"]:
         dataset = {key: value for key, value in dataset.items() if key != "annotations"}
@@ -330,16 +318,13 @@ def write_copy(dataset: dict[str, list]) -> str:
 @functools.cache
 def _copies() -> str:
     folder = tempfile.mkdtemp(prefix="dino_d2_")
-    # Of workers, too, which do not run `atexit`; a loader's, which are forks, leave it.
+    # Unlike `atexit`, this also runs in distributed workers, and not in forked loader processes.
     Finalize(None, shutil.rmtree, (folder, True), exitpriority=0)
     return folder
 
 
 def _suggest(what: str, path: str) -> None:
-    """
-    Raises:
-        DatasetError: the path does not exist, but one like it does
-    """
+    """Raise a DatasetError if a path does not exist but a similar one does."""
     if near := path_hint(path):
         raise DatasetError(f"{what} '{path}' does not exist{near}")
 
@@ -347,7 +332,7 @@ def _suggest(what: str, path: str) -> None:
 def _records(name: str, dataset: dict[str, list], image_root: str) -> list[dict]:
     """Detectron2's records of a checked dataset, with boxes clipped to their image or dropped.
 
-    Detectron2's own reader would drop boxes whose segmentation it dislikes; none is needed here.
+    Detectron2's own reader would also drop boxes with an invalid segmentation.
     """
     category_ids = sorted(category["id"] for category in dataset["categories"])
     classes = {category_id: index for index, category_id in enumerate(category_ids)}
@@ -374,20 +359,13 @@ def _records(name: str, dataset: dict[str, list], image_root: str) -> list[dict]
                     "iscrowd": annotation["iscrowd"],
                 }
             )
-        records.append(
-            {
-                "file_name": os.path.join(image_root, image["file_name"]),
-                "height": image["height"],
-                "width": image["width"],
-                "image_id": image["id"],
-                "annotations": kept,
-            }
-        )
-    _report(name, "clipped boxes that leave their image", clipped)
-    _report(name, "dropped boxes without area", dropped)
+        path = os.path.join(image_root, image["file_name"])
+        size = {"height": image["height"], "width": image["width"]}
+        records.append({"file_name": path, **size, "image_id": image["id"], "annotations": kept})
+    for what, boxes in (
+        ("clipped boxes that leave their image", clipped),
+        ("dropped boxes without area", dropped),
+    ):
+        if boxes:
+            logger.warning(f"'{name}': {what}: {len(boxes)}, the first is {boxes[0]}")
     return records
-
-
-def _report(name: str, what: str, boxes: list[str]) -> None:
-    if boxes:
-        logger.warning(f"'{name}': {what}: {len(boxes)}, the first is {boxes[0]}")

@@ -1,4 +1,4 @@
-"""Files of COCO annotations as they are written."""
+"""Reads files of COCO annotations, without repairing them."""
 
 import json
 import os
@@ -14,16 +14,15 @@ class DatasetError(ValueError):
     """A dataset cannot be used; the message says what is wrong, where, and what to do."""
 
     def __init__(self, message: str):
-        # From a worker of a data loader, PyTorch raises this again with its traceback as text.
+        # PyTorch re-raises errors of loader workers with the traceback as text: only keep its end.
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].rstrip())
 
 
 def dataset_name(json_file: str | os.PathLike, image_root: str | os.PathLike) -> str:
-    """The name of a dataset of a file of COCO annotations, see `coco.register`.
+    """The dataset name of a file and its image folder, see `coco.register`.
 
     Raises:
-        DatasetError: the file is not called .json, as such a name has to say, or file and folder
-            are swapped
+        DatasetError: the file name does not end in .json, or file and folder are swapped
     """
     if os.path.isdir(json_file) and os.path.isfile(image_root):
         raise DatasetError(
@@ -31,24 +30,22 @@ def dataset_name(json_file: str | os.PathLike, image_root: str | os.PathLike) ->
             f"folder, and '{image_root}', given as the folder of the images, is a file"
         )
     if not os.fspath(json_file).endswith(".json"):
-        raise DatasetError(f"'{json_file}' is no .json file: give COCO annotations")
+        raise DatasetError(f"'{json_file}' is not a .json file: give COCO annotations")
     return f"{json_file}@{image_root}"
 
 
 def parse(json_file: str) -> dict[str, list]:
-    """The content of a file of COCO annotations as it is written.
-
-    Without "annotations", as files of test images are, it gets an empty list of them.
+    """Read a file of COCO annotations; files of test images get an empty list of annotations.
 
     Raises:
-        DatasetError: the file is missing, is not JSON, or holds something else
+        DatasetError: the file is missing, is not JSON, or contains something else
     """
     if os.path.isdir(json_file):
         raise DatasetError(f"'{json_file}' is a folder: give a file of COCO annotations in it")
     if not os.path.isfile(json_file):
         raise DatasetError(
             f"annotation file '{json_file}' does not exist{path_hint(json_file)}: correct its "
-            f"path, seen from '{os.getcwd()}'"
+            f"path, relative to '{os.getcwd()}'"
         )
     dataset = read_json(json_file)
     found = ", ".join(dataset) if isinstance(dataset, dict) else f"a {type(dataset).__name__}"
@@ -64,13 +61,10 @@ def parse(json_file: str) -> dict[str, list]:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """
-    Raises:
-        DatasetError: the file is not JSON
-    """
+    """Read JSON in any Unicode encoding; raise a DatasetError if the file is not JSON."""
     try:
-        return json.loads(Path(path).read_bytes())  # of any encoding of Unicode, marked or not
+        return json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise DatasetError(
-            f"'{path}' is not JSON ({error}): it may be cut off, write or fetch it again"
+            f"'{path}' is not JSON ({error}): it may be incomplete, write or download it again"
         ) from error

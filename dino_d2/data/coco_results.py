@@ -1,4 +1,4 @@
-"""Files of detections in COCO's results format, read so that what is wrong is said at once."""
+"""Reads and checks files of detections in COCO's results format."""
 
 import os
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ KEYS = ("image_id", "category_id", "bbox", "score")
 
 
 def read_results(path: str | os.PathLike, dataset: dict[str, list]) -> list[dict]:
-    """Detections of images of a dataset.
+    """Read the detections in images of a dataset.
 
     Args:
         path: a list of {"image_id", "category_id", "bbox": [x, y, width, height], "score"}, as
-            Detectron2's evaluator and `demo.py --json` write it; other keys are left alone
-        dataset: the content of a file of COCO annotations
+            Detectron2's evaluator and `demo.py --json` write it; other keys are ignored
+        dataset: parsed COCO annotations
 
     Raises:
-        DatasetError: the file is missing, is something else, or does not belong to the dataset
+        DatasetError: the file is missing, invalid, or does not belong to the dataset
     """
     if os.path.isdir(path):
         raise DatasetError(f"results '{path}' are a folder: give the JSON file in it")
@@ -50,7 +50,7 @@ def _faults(results: list, dataset: dict[str, list]) -> Iterator[str]:
                 f"{where} is of image_id {image!r}, which the annotations do not have: give "
                 "annotations and results of the same images"
             )
-        # demo.py counts images itself where it is given no annotations.
+        # Without annotations, demo.py numbers the images itself.
         name = result.get("file_name", file_names[image])
         if not isinstance(name, str):
             yield f"{where} has file_name {name!r}: make it a string, or leave it out"
@@ -67,6 +67,6 @@ def _faults(results: list, dataset: dict[str, list]) -> Iterator[str]:
         if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite, bbox))):
             yield f"{where} has bbox {bbox!r}: give [x, y, width, height], finite, in pixels"
         if min(bbox[2:]) < 0:
-            yield f"{where} has bbox {bbox}: its width and height have to be 0 or more"
+            yield f"{where} has bbox {bbox}: make its width and height 0 or more"
         if not (is_finite(score) and 0 <= score <= 1):
             yield f"{where} has score {score!r}: give a number from 0 to 1"

@@ -1,5 +1,4 @@
-"""Detections as COCO's results format has them, with the ids of annotations where there are some;
-`coco_results` reads them."""
+"""Writes detections in COCO's results format, which `coco_results` reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from .normalise import fold_name
 
 
 def image_ids(paths: Sequence[Path], annotations: dict[str, list] | None) -> list[int]:
-    """Those of the annotations, by the longest end of the path that they name; or numbers from 1.
+    """Image ids of the annotations, by the longest matching end of the path; or numbers from 1.
 
     Raises:
-        ValueError: an image is not among those of the annotations, or two are the same there
+        ValueError: an image is not in the annotations, or two paths match the same image
     """
     if not annotations:
         return list(range(1, len(paths) + 1))
@@ -27,11 +26,11 @@ def image_ids(paths: Sequence[Path], annotations: dict[str, list] | None) -> lis
     for path in paths:
         ends = [Path(*path.parts[i:]).as_posix() for i in range(len(path.parts))]
         name = next((end for end in ends if end in known), None)
-        if name is None:  # the only one that differs in case or Unicode normal form alone
+        if name is None:  # a unique one that differs only in case or Unicode normal form
             names = next((alike[fold_name(end)] for end in ends if fold_name(end) in alike), ())
             name = names[0] if len(names) == 1 else None
         if name is None:
-            raise ValueError(f"'{path}' is no image of the annotations; {hint(path.name, known)}")
+            raise ValueError(f"'{path}' is not in the annotations; {hint(path.name, known)}")
         other = found.setdefault(known[name], path)
         if other is not path:
             raise ValueError(
@@ -41,10 +40,10 @@ def image_ids(paths: Sequence[Path], annotations: dict[str, list] | None) -> lis
 
 
 def category_ids(classes: Sequence[str], annotations: dict[str, list] | None) -> list[int]:
-    """Those of the annotations, by name; or COCO's for its classes, or numbers from 1.
+    """Category ids of the annotations, by name; or COCO's for its classes, or numbers from 1.
 
     Raises:
-        ValueError: a class is not among those of the annotations
+        ValueError: a class is not in the annotations
     """
     if not annotations:
         is_coco = list(classes) == list(COCO_80)
@@ -53,8 +52,7 @@ def category_ids(classes: Sequence[str], annotations: dict[str, list] | None) ->
     for name in classes:
         if name not in known:
             raise ValueError(
-                f"the model's class '{name}' is no category of the annotations; "
-                + hint(name, known)
+                f"the model's class '{name}' is not in the annotations; {hint(name, known)}"
             )
     return [known[name] for name in classes]
 
@@ -62,10 +60,10 @@ def category_ids(classes: Sequence[str], annotations: dict[str, list] | None) ->
 def to_results(
     names: dict, instances: Instances, classes: Sequence[str], categories: Sequence[int]
 ) -> list[dict]:
-    """The detections of an image, as `read_results` takes them.
+    """The detections in an image, in the format of `read_results`.
 
     Args:
-        names: what tells the image: image_id, and others that go along
+        names: image_id, and other keys to copy into every detection
         instances: with pred_boxes in pixels, scores and pred_classes
         classes, categories: name and id of each class
     """

@@ -1,7 +1,7 @@
-"""What VOC's and YOLO's folders have in common on their way to COCO annotations.
+"""Converts labelled images, as read from VOC and YOLO folders, to COCO annotations.
 
-Nothing is left out without being counted, and a fault is said with its file and place. What comes
-out is what `data.check` accepts as a test set.
+Whatever is left out is counted, and errors name file and place. `data.check` accepts the result
+as a test set.
 """
 
 import json
@@ -19,13 +19,12 @@ from .mapper import SUFFIXES
 
 
 class LabelledBox(NamedTuple):
-    """A box: left, top, right and bottom in pixels, the number of its class, and its file and
-    place there. A crowd region is neither to be found nor missed."""
+    """A box of a labelled image."""
 
-    corners: tuple[float, float, float, float]
+    corners: tuple[float, float, float, float]  # left, top, right and bottom in pixels
     label: int
-    crowd: bool
-    where: str
+    crowd: bool  # a region that evaluation ignores
+    where: str  # file and place, for messages
 
 
 class LabelledImage(NamedTuple):
@@ -36,21 +35,21 @@ class LabelledImage(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """COCO annotations by the name of the split, and what there is to say about them: how often
-    something had to be decided. Paths of images are relative to the folder that was converted."""
+    """The result of a conversion; image paths are relative to the converted folder."""
 
-    datasets: dict[str, dict]
-    notes: Counter[str]
+    datasets: dict[str, dict]  # COCO annotations by split
+    notes: Counter[str]  # how often something was decided or left out
 
 
 def to_coco(
     splits: Mapping[str, Iterable[LabelledImage]], root: Path, classes: Sequence[str]
 ) -> Conversion:
-    """
+    """Convert labelled images to COCO annotations.
+
     Args:
-        splits: images by the name of their split
-        root: folder that paths become relative to
-        classes: their names; ids of categories count from 1 in this order
+        splits: images by split
+        root: folder that image paths become relative to
+        classes: names in the order of the category ids, which start at 1
 
     Raises:
         DatasetError: a box has no area inside its image, training would refuse the result, or no
@@ -86,7 +85,7 @@ def to_coco(
 
 def _annotation(box: LabelledBox, image: LabelledImage, notes: Counter[str]) -> dict:
     limits = (image.width, image.height) * 2
-    # Thousandths of a pixel: what shares of a side are written with.
+    # Rounded to thousandths of a pixel, the precision of YOLO's relative coordinates.
     inside = [round(min(max(x, 0), limit), 3) for x, limit in zip(box.corners, limits, strict=True)]
     left, top, right, bottom = inside
     if right <= left or bottom <= top:
@@ -106,15 +105,12 @@ def _annotation(box: LabelledBox, image: LabelledImage, notes: Counter[str]) -> 
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All images of a folder and its folders, by name."""
+    """All images below a folder, sorted by path."""
     return sorted(x for x in folder.rglob("*") if x.suffix.lower() in SUFFIXES and x.is_file())
 
 
 def read_text(path: Path) -> str:
-    """
-    Raises:
-        DatasetError: the file cannot be read, or is not text
-    """
+    """Read UTF-8; raise a DatasetError if the file cannot be read, or is not text."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -122,6 +118,6 @@ def read_text(path: Path) -> str:
 
 
 def write_json(dataset: dict, path: Path) -> None:
-    """Either the whole file is there or, if writing fails, what was there before."""
+    """Write a dataset atomically: if writing fails, an existing file stays as it is."""
     with replacing(str(path)) as file:
         file.write(json.dumps(dataset).encode())

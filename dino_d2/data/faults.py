@@ -1,13 +1,13 @@
-"""What can be wrong with a file of COCO annotations, one sentence each."""
+"""Finds what is wrong with COCO annotations and cannot be repaired."""
 
 import os
 from collections.abc import Iterator
 
-MANY = 10  # boxes of a file, whatever is wrong with most of them
+MANY = 10  # boxes from which on a majority outside of the images is an error of its own
 
 
 def faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:
-    """What is wrong, in the order in which one part relies on another: the first is of use.
+    """Sentences on what is wrong. Later ones may follow from the first, so report only that.
 
     Args:
         dataset: as `normalise` and `place_images` leave it
@@ -44,9 +44,9 @@ def _image_faults(images: list[dict], image_root: str) -> Iterator[str]:
 
 
 def missing_images(images: list[dict], image_root: str) -> list[dict]:
-    """Those of the images whose file is not below the folder."""
+    """The images whose file does not exist."""
     paths = [os.path.join(image_root, image["file_name"]) for image in images]
-    # One listing a folder: to ask for 118,000 files one by one takes minutes on a network disk.
+    # List each folder once: checking 118,000 files one by one takes minutes on a network disk.
     folders = {os.path.dirname(path) for path in paths}
     present = {f: set(os.listdir(f)) if os.path.isdir(f) else set() for f in folders}
     pairs = zip(images, paths, strict=True)
@@ -65,13 +65,13 @@ def _category_faults(dataset: dict[str, list]) -> Iterator[str]:
 
 
 def _box_faults(dataset: dict[str, list]) -> Iterator[str]:
-    """Boxes that are no [x, y, width, height] in pixels: told by all of them together."""
+    """Boxes in another format than [x, y, width, height] in pixels, judged by all of them."""
     annotations = dataset["annotations"]
     if not annotations:
         return
     boxes = [annotation["bbox"] for annotation in annotations]
     wanted = "give [x, y, width, height] in pixels"
-    # Whole numbers are a pixel of an image of few.
+    # Integers may be pixels of a tiny image.
     if all(0 <= x <= 1 for box in boxes for x in box) and any(x % 1 for box in boxes for x in box):
         yield f"no box is larger than a pixel, as if they were shares of the image: {wanted}"
     sizes = {image["id"]: (image["width"], image["height"]) for image in dataset["images"]}
@@ -91,7 +91,7 @@ def _box_faults(dataset: dict[str, list]) -> Iterator[str]:
 
 
 def _leaves(bbox: list[float], width: int, height: int) -> bool:
-    """By more than a pixel: many tools round."""
+    """Whether a box leaves its image by more than a pixel; many tools round."""
     x, y, w, h = bbox
     return x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
 
@@ -103,7 +103,7 @@ def _are_corners(bbox: list[float], width: int, height: int) -> bool:
 
 
 def place_of(annotation: dict, file_names: dict[int, str]) -> str:
-    """How a sentence calls an annotation."""
+    """How messages call an annotation."""
     return f"annotation {annotation['id']} of image '{file_names[annotation['image_id']]}'"
 
 
@@ -112,7 +112,11 @@ def is_finite(value: object) -> bool:
 
 
 def clip(bbox: list[float], width: int, height: int) -> list[float]:
-    """The part of an (x, y, width, height) box inside the image; sides <= 0 where there is none."""
+    """The part of an (x, y, width, height) box inside the image; sides <= 0 if it is outside.
+
+    >>> clip([-2, 3, 10, 5], width=6, height=6)
+    [0, 3, 6, 3]
+    """
     x, y, w, h = bbox
     if x >= 0 and y >= 0 and x + w <= width and y + h <= height:
         return bbox  # exactly as annotated: (x + w) - x is not always w

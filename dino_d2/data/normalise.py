@@ -1,15 +1,15 @@
-"""COCO annotations as tools really write them, put right in memory where their meaning is clear.
+"""Repairs COCO annotations in memory where their meaning is clear.
 
-What evaluation reads is what comes out here, too: one reading for training, evaluation, prediction.
+Training, evaluation and prediction all use the repaired annotations.
 """
 
 import logging
 import math
 import os
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from itertools import islice, product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,11 +25,11 @@ FLAGS = {"0": 0, "false": 0, "no": 0, "1": 1, "true": 1, "yes": 1}
 NO_PARENT = (None, "", "none")  # how exporters write that a category has no supercategory
 SIDES = "width", "height"
 MAX_SIDE = 100_000  # of a mask, in pixels
-MAX_FILES = 100_000  # that are looked at besides, if the folder that was named is a whole disk
+MAX_FILES = 100_000  # searched for missing images, in case the folder is a whole disk
 
 
 class Repairs:
-    """What was put right in a dataset: whether anything was, and what is to be said of it."""
+    """Records what was repaired in a dataset, for one warning per kind of repair."""
 
     def __init__(self) -> None:
         self.changed = False
@@ -37,7 +37,7 @@ class Repairs:
         self.first: dict[str, str] = {}
 
     def put(self, entry: dict, key: str, value: Any) -> None:
-        """Set a value, and know whether it is another one."""
+        """Set a value, and remember if that changed the dataset."""
         old = entry.get(key)
         if type(old) is not type(value) or old != value:
             entry[key] = value
@@ -48,13 +48,13 @@ class Repairs:
         self.first.setdefault(what, where)
 
     def warn(self, source: str) -> None:
-        """One warning for each kind of thing, with its count and the first place."""
+        """Log one warning for each kind of repair, with its count and the first place."""
         for what, count in self.counts.items():
             logger.warning(f"'{source}': {what}: {count}, the first is {self.first[what]}")
 
 
 def read_annotations(json_file: str | os.PathLike) -> dict[str, list]:
-    """The content of a file of COCO annotations, put right; what was is said in warnings.
+    """Read and repair a file of COCO annotations; repairs are logged as warnings.
 
     Raises:
         DatasetError: the file is missing, is something else, or an entry cannot be understood
@@ -69,24 +69,26 @@ def read_annotations(json_file: str | os.PathLike) -> dict[str, list]:
 
 
 def normalise(dataset: dict[str, list], repairs: Repairs, *, keep_roots: bool = False) -> None:
-    """Give every entry the type and the range that COCO's format says, in place.
+    """Give every entry the type and range of COCO's format, in place.
 
-    Numbers and flags are read from their spellings, `iscrowd` is 0 where it is missing, `area` is
-    computed where it is missing or none (of the mask where there is one), a missing box is that of
-    the mask, annotations are numbered anew where their ids are not unique or 0, which COCO's
-    evaluation never finds, and a root category of Roboflow is left out.
+    Numbers and flags may be strings. A missing `iscrowd` becomes 0; a missing or invalid `area` is
+    computed from the mask or the box, a missing box from the mask. Annotations are renumbered if
+    an id is repeated or 0 (COCO's evaluation ignores matches with id 0). Roboflow's root category
+    is removed.
 
     Args:
         dataset: with the lists "images", "annotations" and "categories"
-        repairs: takes down what was done
-        keep_roots: leave every category in
+        repairs: records what was done
+        keep_roots: do not remove root categories
 
     Raises:
-        DatasetError: an entry cannot be understood: the sentence has no file yet
+        DatasetError: an entry cannot be understood; the message does not name the file
     """
     for key in ("images", "categories"):
         _entries(key, dataset[key], repairs)
-    _images(dataset["images"], repairs)
+    for image, side in product(dataset["images"], SIDES):
+        if length := to_side(image.get(side)):  # `place_images` reads the others from the file
+            repairs.put(image, side, length)
     names = {image["id"]: image["file_name"] for image in dataset["images"]}
     for number, annotation in enumerate(dataset["annotations"]):
         _annotation(annotation, number, names, repairs)
@@ -96,7 +98,11 @@ def normalise(dataset: dict[str, list], repairs: Repairs, *, keep_roots: bool = 
 
 
 def to_int(value: Any) -> int | None:
-    """An integer, also written as 7.0 or "7"; None for what is none."""
+    """Convert 7, 7.0 or "7" to an integer; None for anything else.
+
+    >>> to_int("7"), to_int(7.0), to_int("7.5")
+    (7, 7, None)
+    """
     if isinstance(value, int):
         return None if isinstance(value, bool) else value
     if isinstance(value, str):
@@ -109,7 +115,7 @@ def to_int(value: Any) -> int | None:
 
 
 def to_number(value: Any) -> float | None:
-    """A finite number, also written as "7.5"; None for what is none."""
+    """Convert 7.5 or "7.5" to a finite number; None for anything else."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -119,52 +125,58 @@ def to_number(value: Any) -> float | None:
 
 
 def to_flag(value: Any) -> int | None:
-    """0 or 1 from a number, a truth value or its name; None for what is neither."""
+    """Convert a number, a boolean or its name to 0 or 1, and None to 0; None for anything else."""
+    if value is None:
+        return 0
     if isinstance(value, str):
         return FLAGS.get(value.strip().lower())
     return int(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
 def to_text(value: Any) -> str | None:
-    """A name, also one that is a number; None for what is none."""
+    """Convert a string or a number to a string; None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return value if isinstance(value, str) else None
 
 
+def to_side(value: Any) -> int | None:
+    """Convert a length in pixels to a positive integer; None for anything else."""
+    length = to_int(value)
+    return length if length and length > 0 else None
+
+
+def to_box(value: Any) -> list[float] | None:
+    """Convert a list to four finite numbers; None for anything else."""
+    numbers = [to_number(x) for x in value] if isinstance(value, list) else []
+    return numbers if len(numbers) == 4 and None not in numbers else None
+
+
+def required(entry: dict, key: str, convert: Callable[[Any], Any], where: str, remedy: str) -> Any:
+    """The converted value of a key.
+
+    Raises:
+        DatasetError: the value cannot be converted; the message says where, and the remedy
+    """
+    value = convert(entry.get(key))
+    if value is None:
+        raise DatasetError(f"{where} has {key} {entry.get(key)!r}: {remedy}")
+    return value
+
+
 def _entries(key: str, entries: list, repairs: Repairs) -> None:
-    """Ids, each once; and names, which are the rest of what an entry needs."""
-    seen: set[int] = set()
-    label = {"images": "file_name", "categories": "name"}[key]
+    """Every entry needs a unique id and a name."""
+    label, seen = {"images": "file_name", "categories": "name"}[key], set()
     for place, entry in enumerate(entries):
+        where = f"entry {place} of '{key}'"
         if not isinstance(entry, dict):
-            raise DatasetError(f"entry {place} of '{key}' is {entry!r}: make it an object")
-        id = to_int(entry.get("id"))
-        if id is None:
-            raise DatasetError(
-                f"entry {place} of '{key}' has id {entry.get('id')!r}: make it an integer"
-            )
+            raise DatasetError(f"{where} is {entry!r}: make it an object")
+        id = required(entry, "id", to_int, where, "make it an integer")
         if id in seen:
-            raise DatasetError(
-                f"entry {place} of '{key}' has id {id} as an earlier one: give each its own"
-            )
+            raise DatasetError(f"{where} has id {id} as an earlier one: give each its own")
         seen.add(id)
-        name = to_text(entry.get(label))
-        if name is None:
-            raise DatasetError(
-                f"entry {place} of '{key}' has {label} {entry.get(label)!r}: make it a string"
-            )
         repairs.put(entry, "id", id)
-        repairs.put(entry, label, name)
-
-
-def _images(images: list[dict], repairs: Repairs) -> None:
-    """Sizes, where they are there; `place_images` looks for the others."""
-    for image in images:
-        for side in SIDES:
-            value = to_int(image.get(side))
-            if value is not None and value > 0:
-                repairs.put(image, side, value)
+        repairs.put(entry, label, required(entry, label, to_text, where, "make it a string"))
 
 
 def _annotation(entry: Any, place: int, names: dict[int, str], repairs: Repairs) -> None:
@@ -178,20 +190,12 @@ def _annotation(entry: Any, place: int, names: dict[int, str], repairs: Repairs)
         )
     where = f"{called} of image '{names[image]}'"
     repairs.put(entry, "image_id", image)
-    category = to_int(entry.get("category_id"))
-    if category is None:
-        raise DatasetError(
-            f"{where} has category_id {entry.get('category_id')!r}, not in 'categories': correct "
-            "either"
-        )
+    category = required(entry, "category_id", to_int, where, "make it an integer")
     repairs.put(entry, "category_id", category)
-    for key, meaning in (("iscrowd", "1 for a crowd, else 0"), ("ignore", "0")):
-        given = entry.get(key)
-        value = 0 if given is None else to_flag(given)
-        if value is None:
-            raise DatasetError(f"{where} has {key} {given!r}: give {meaning}")
-        if key == "iscrowd" or given is not None:
-            repairs.put(entry, key, value)
+    crowd = required(entry, "iscrowd", to_flag, where, "give 1 for a crowd, else 0")
+    repairs.put(entry, "iscrowd", crowd)
+    if entry.get("ignore") is not None:
+        repairs.put(entry, "ignore", required(entry, "ignore", to_flag, where, "give 0"))
     if entry.get("ignore"):
         raise DatasetError(f"{where} is marked 'ignore', which Detectron2 refuses: delete it")
     _box(entry, where, repairs)
@@ -202,29 +206,23 @@ def _annotation(entry: Any, place: int, names: dict[int, str], repairs: Repairs)
 
 
 def _box(entry: dict, where: str, repairs: Repairs) -> None:
-    given = entry.get("bbox")
-    if given is None and (box := _of_mask(entry, mask.toBbox)) is not None:
+    if entry.get("bbox") is None and (box := _of_mask(entry, mask.toBbox)) is not None:
         repairs.note("boxes that are missing, now those of their masks", where)
         repairs.put(entry, "bbox", box.tolist())
         return
-    values = [to_number(x) for x in given] if isinstance(given, list) else []
-    if len(values) != 4 or None in values:
-        raise DatasetError(
-            f"{where} has bbox {given!r}: give [x, y, width, height], finite, in pixels"
-        )
-    if any(isinstance(x, str) for x in entry["bbox"]):
-        repairs.put(entry, "bbox", values)
+    wanted = "give [x, y, width, height], finite, in pixels"
+    repairs.put(entry, "bbox", required(entry, "bbox", to_box, where, wanted))
 
 
 def _area(entry: dict, where: str, repairs: Repairs) -> None:
-    """COCO's evaluation counts an object as small or large by its area, and none without one."""
+    """COCO's evaluation needs the area to tell small objects from large ones."""
     given = to_number(entry.get("area"))
     if given is not None and given > 0:
         repairs.put(entry, "area", given)
         return
     width, height = (max(x, 0) for x in entry["bbox"][2:])
     area = _of_mask(entry, mask.area)
-    # Of what has no extent, any area will do: training drops it, and so does evaluation.
+    # Boxes without extent may get any area: training and evaluation drop them.
     repairs.put(entry, "area", float(area) if area else float(width * height))
     if entry["area"] > 0:
         what = "of their masks" if area else "of their boxes"
@@ -232,8 +230,7 @@ def _area(entry: dict, where: str, repairs: Repairs) -> None:
 
 
 def _of_mask(entry: dict, compute: Callable) -> Any:
-    """What pycocotools computes of the mask of an annotation; None where there is none that it can
-    read."""
+    """What pycocotools computes from an annotation's mask; None if it has no valid mask."""
     shape = entry.get("segmentation")
     if not shape:
         return None
@@ -242,7 +239,7 @@ def _of_mask(entry: dict, compute: Callable) -> Any:
             size = shape["size"]
             rle = mask.frPyObjects(shape, *size) if isinstance(shape["counts"], list) else shape
         else:
-            # Only to hold the outline: the image may be of any size.
+            # The smallest canvas that holds the outline; the image's size is not known here.
             sides = [math.ceil(max(max(part[start::2]) for part in shape)) + 1 for start in (1, 0)]
             if max(sides) > MAX_SIDE:
                 return None
@@ -253,8 +250,7 @@ def _of_mask(entry: dict, compute: Callable) -> Any:
 
 
 def _number_annotations(annotations: list[dict], repairs: Repairs) -> None:
-    """Nothing refers to the ids of annotations but COCO's evaluation, which needs them all to
-    differ and never finds 0."""
+    """Renumber annotations unless ids are unique and not 0, as COCO's evaluation needs them."""
     ids = [to_int(x.get("id")) for x in annotations]
     good = None not in ids and 0 not in ids and len(set(ids)) == len(ids)
     for id, annotation in zip(ids if good else range(1, len(ids) + 1), annotations, strict=True):
@@ -262,10 +258,10 @@ def _number_annotations(annotations: list[dict], repairs: Repairs) -> None:
 
 
 def leave_out_roots(datasets: Sequence[dict[str, list]], repairs: Repairs) -> None:
-    """Take out, in place, what only groups the other categories.
+    """Remove categories that only group others, in place.
 
-    Roboflow's first category is the name of the project and parent of the classes; of all splits
-    none has annotations of it.
+    Roboflow's first category is the project's name and the parent of all classes. It has no
+    annotations in any split.
     """
     used = {x["category_id"] for dataset in datasets for x in dataset["annotations"]}
     for dataset in datasets:
@@ -287,24 +283,22 @@ def leave_out_roots(datasets: Sequence[dict[str, list]], repairs: Repairs) -> No
 
 
 def place_images(images: list[dict], image_root: str, repairs: Repairs) -> None:
-    """Find the files of images, and read the sizes that are not given, in place.
+    """Find image files under similar names, and read missing sizes from them, in place.
 
-    A file that is not there is looked for under a name of another Unicode normal form, case, kind
-    of slash or suffix, and in the other folders below `image_root`; one is taken if it is the only
-    one that fits, and no other image's. What stays missing is left to `faults`.
+    A missing file is searched for below `image_root`, ignoring Unicode normal form, case, kind of
+    slash and suffix. A match counts only if it is unique and no other image's. `faults` reports
+    what stays missing.
 
     Args:
         images: as `normalise` leaves them
         image_root: their folder
-        repairs: takes down what was done
+        repairs: records what was done
 
     Raises:
-        DatasetError: a size is not given, and the file cannot be read
+        DatasetError: a size is missing, and the file cannot be read
     """
     if missing := missing_images(images, image_root):
-        taken = {x["file_name"] for x in images}
-        files = islice(_files_below(image_root), MAX_FILES + 2 * len(images))
-        known = _by_keys(x for x in files if x not in taken and Path(x).suffix.lower() in SUFFIXES)
+        known = _files_by_key(image_root, {x["file_name"] for x in images})
         found = [
             next((known[key][0] for key in _keys(name) if len(known.get(key, ())) == 1), None)
             for name in (image["file_name"] for image in missing)
@@ -316,7 +310,7 @@ def place_images(images: list[dict], image_root: str, repairs: Repairs) -> None:
                 repairs.note("images found under another name", f"'{file}' for '{name}'")
                 repairs.put(image, "file_name", file)
     for image in images:
-        if not all(isinstance(image.get(side), int) and image[side] > 0 for side in SIDES):
+        if not all(to_side(image.get(side)) for side in SIDES):
             path = Path(image_root, image["file_name"])
             if path.is_file():
                 for side, value in zip(SIDES, image_size(path), strict=True):
@@ -324,27 +318,24 @@ def place_images(images: list[dict], image_root: str, repairs: Repairs) -> None:
                 repairs.note("sizes that are missing, read from the image", f"'{path}'")
 
 
-def _files_below(root: str) -> Iterator[str]:
-    """Their paths, seen from the folder."""
-    for folder, _, names in os.walk(root):
-        for name in names:
-            yield os.path.relpath(os.path.join(folder, name), root)
+def _files_by_key(root: str, taken: set[str]) -> dict[str, list[str]]:
+    """Image files below a folder, relative to it, by what they may be found by."""
+    known = defaultdict(list)
+    paths = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    for path in islice(paths, MAX_FILES + 2 * len(taken)):
+        file = os.path.relpath(path, root)
+        if file not in taken and Path(file).suffix.lower() in SUFFIXES:
+            for key in set(_keys(file)):
+                known[key].append(file)
+    return known
 
 
 def fold_name(name: str) -> str:
-    """What is the same in names that differ in Unicode normal form, case or kind of slash."""
+    """Make names equal that differ only in Unicode normal form, case or kind of slash."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
 
 def _keys(name: str) -> tuple[str, ...]:
-    """What a file may be found by, from all of its path to its name without suffix."""
+    """What a file may be found by, from its whole path to its name without suffix."""
     path = PurePosixPath(fold_name(name))
     return f"/{path}", f"/{path.with_suffix('')}", path.name, path.stem
-
-
-def _by_keys(names: Iterable[str]) -> dict[str, list[str]]:
-    known: dict[str, list[str]] = {}
-    for name in names:
-        for key in set(_keys(name)):
-            known.setdefault(key, []).append(name)
-    return known
