@@ -228,7 +228,7 @@ def test_a_missing_annotation_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["", '{"images": ['])
 def test_a_file_that_is_not_json_is_refused(tmp_path, text):
-    assert_refused(write(tmp_path, text), "data.json' is not JSON", "cut off")
+    assert_refused(write(tmp_path, text), "data.json' is not JSON", "may be incomplete")
 
 
 def test_a_file_of_detection_results_is_refused(tmp_path):

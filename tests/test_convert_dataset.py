@@ -177,7 +177,7 @@ EXTERNAL = (
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "is not XML that can be read: no element found: line 1"),
+        ("", "is not valid XML: no element found: line 1"),
         ("<annotation>\n<object>", "line 2"),
         ('<?xml version="1.0" encoding="nonsense"?><annotation/>', "nonsense|encoding"),
         (BOMB, "document type"),
@@ -190,7 +190,7 @@ EXTERNAL = (
         (voc_xml(voc_object(xmin=0)), r"begins at \(0, 1\).*--zero-based"),
         (voc_xml(voc_object(xmax=0)), r"no area inside its image of 64 x 48"),
         (voc_xml(voc_object(), width=48, height=64), r"48 x 64, but .* has 64 x 48"),
-        (voc_xml(voc_object(), width="wide"), "its width is 'wide'"),
+        (voc_xml(voc_object(), width="wide"), "has width 'wide'"),
         (
             voc_xml(voc_object(extra="<difficult>perhaps</difficult>")),
             "object 1 has <difficult>perhaps</difficult>: give 0 or 1",
@@ -244,7 +244,7 @@ def test_voc_without_images_or_files_is_refused(voc, tmp_path):
     with pytest.raises(DatasetError, match=r"a\.xml' has no image"):
         from_voc(root)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="has no XML files"):
+    with pytest.raises(DatasetError, match="have no XML files"):
         from_voc(tmp_path / "empty")
 
 
@@ -354,11 +354,11 @@ def test_a_wrong_line_is_named(yolo, text, words):
         ("names: [cat", "is not YAML"),
         ("train: images", "has no 'names'"),
         ("- 5", "has no 'names'"),
-        ("names: {1: cat, 2: dog}\ntrain: images", "numbered from 0"),
+        ("names: {1: cat, 2: dog}\ntrain: images", "number its 'names' from 0"),
         ("names: [cat]\nkpt_shape: [17, 3]\ntrain: images", "keypoints"),
         ("names: [cat]\ntrain: image", "there is no '.*image'; the nearest: .*images"),
         ("names: [cat]\ntrain: list.txt", r"list\.txt', line 2: there is no image"),
-        ("names: [cat]", "has no images where its splits are"),
+        ("names: [cat]", "has no images in its splits"),
         ("names: [cat]\nnc: 3\ntrain: images", "has nc 3 but 1 name:"),
         ("names: [cat, cat]\ntrain: images", "categories 1 and 2 are both 'cat'"),
         ("names: [cat, ' ']\ntrain: images", "category 2 has an empty name"),
@@ -414,7 +414,7 @@ def test_a_folder_that_is_nearly_a_split_is_refused(yolo, folder):
     root = yolo("0 0.5 0.5 1 1")
     picture(root / "images" / "train" / "b.jpg")
     picture(root / "images" / folder / "c.jpg")
-    with pytest.raises(DatasetError, match=f"{folder}' has a name like a split.*train, val, valid"):
+    with pytest.raises(DatasetError, match=f"{folder}' looks like a split.*train, val, valid"):
         from_yolo(root)
 
 

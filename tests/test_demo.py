@@ -402,7 +402,9 @@ def test_the_folder_of_the_json_is_made_as_that_of_the_pictures(
 
 
 def test_a_class_that_is_not_annotated_is_one_sentence(annotations):
-    with pytest.raises(ValueError, match="class 'squares' is not in the annotations .*nearest: square"):
+    with pytest.raises(
+        ValueError, match="class 'squares' is not in the annotations .*nearest: square"
+    ):
         dataset = read_annotations(annotations)
         coco_writer.category_ids(["circle", "squares"], dataset)
 

@@ -234,7 +234,7 @@ def test_voc_that_counts_from_0_is_taken_as_such_and_said(tmp_path, caplog):
     path = tmp_path / "a_0.xml"
     path.write_text(path.read_text().replace("<xmin>4<", "<xmin>0<"))
     register([f"{tmp_path}@train"])
-    assert "boxes that begin below 1, so all are taken as counted from 0: 1" in caplog.text
+    assert "boxes that begin below 1, so all are read as counted from 0: 1" in caplog.text
     boxes = [x["bbox"] for x in find_folder(str(tmp_path)).splits["train"].dataset["annotations"]]
     assert boxes in ([[0, 3, 24, 10]], [[4, 3, 20, 10]])
 
@@ -281,19 +281,19 @@ def test_a_folder_of_something_else_says_what_was_seen(tmp_path):
     (tmp_path / "notes.txt").touch()
     (tmp_path / "more.json").write_text("[]")
     message = refused(tmp_path)
-    assert "in it are more.json, notes.txt, pictures/, but no COCO JSON" in message
-    assert "name files by --train-json and --train-images" in message
+    assert "it has more.json, notes.txt, pictures/, but no COCO JSON" in message
+    assert "give files by --train-json and --train-images" in message
 
 
 def test_files_of_labelme_are_recognised(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"shapes": [], "imagePath": "a.jpg"}))
-    assert "labelme2coco makes COCO" in refused(tmp_path)
+    assert "convert it with labelme2coco" in refused(tmp_path)
 
 
 def test_two_kinds_in_one_folder_are_named(tmp_path):
     ultralytics(tmp_path)
     coco(tmp_path / "train.json", tmp_path / "images" / "train", numbered("train", 3))
-    assert "could be COCO or YOLO: name the data.yaml of YOLO, or files of" in refused(tmp_path)
+    assert "could be COCO or YOLO: give YOLO's data.yaml, or COCO" in refused(tmp_path)
     assert find_folder(str(tmp_path / "data.yaml")).kind == "YOLO"
 
 
@@ -311,12 +311,12 @@ def test_a_missing_folder_is_said_with_the_nearest(tmp_path):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "a.json").touch()
-    assert "is a file: give the folder that it is in" in refused(tmp_path / "a.json")
+    assert "is a file: give its folder" in refused(tmp_path / "a.json")
 
 
 def test_a_yaml_file_without_names_is_said(tmp_path):
     (tmp_path / "data.yaml").write_text("train: images\n")
-    assert "in it are no names of classes" in refused(tmp_path / "data.yaml")
+    assert "it has no class names" in refused(tmp_path / "data.yaml")
 
 
 def test_an_entry_that_has_no_meaning_is_said_with_its_split(tmp_path):

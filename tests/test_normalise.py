@@ -109,7 +109,7 @@ def test_an_area_that_is_none_is_that_of_the_box_and_is_said_once(written, make,
     _, annotation = the_box(make({"area": written}))
     assert annotation["area"] == 200
     (sentence,) = said(caplog)
-    assert "areas that are missing or no number above 0, now those of their boxes: 1" in sentence
+    assert "missing or invalid areas, computed from the boxes: 1" in sentence
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,7 @@ def test_a_mask_that_cannot_be_read_is_none(segmentation, make):
 def test_a_missing_box_is_that_of_its_mask(make, caplog):
     shape = [[4, 3, 24, 3, 24, 13, 4, 13]]
     record, _ = the_box(make({"bbox": REMOVED, "segmentation": shape}))
-    assert (
-        record["bbox"] == BOX
-        and "boxes that are missing, now those of their masks" in said(caplog)[0]
-    )
+    assert record["bbox"] == BOX and "missing boxes, computed from their masks" in said(caplog)[0]
 
 
 @pytest.mark.parametrize("key", ["image_id", "category_id"])
@@ -191,7 +188,7 @@ def test_annotations_are_numbered_anew_where_their_ids_do_not_tell_them_apart(id
 def test_rotated_boxes_are_counted(make, caplog):
     the_box(make({"attributes": {"rotation": 30.0, "occluded": False}}))
     (sentence,) = said(caplog)
-    assert "rotated boxes, of which the box before its rotation is used: 1, the first" in sentence
+    assert "rotated boxes, used without their rotation: 1, the first" in sentence
 
 
 def test_what_is_as_it_should_be_is_evaluated_from_the_file_itself(make, tmp_path):

@@ -131,8 +131,8 @@ def test_a_format_of_detectron2_with_fractions_is_seen(make_predictor, image):
     [
         ("L", "images have 1 channel, but the model has means and deviations of 3"),
         ("CMYK", "images have 4 channels, but the model has means and deviations of 3"),
-        ("rgb", "image format is 'rgb', which is none of 8 bits a channel: .*the nearest: RGB"),
-        ("F", "image format is 'F', which is none of 8 bits a channel"),
+        ("rgb", "image format is 'rgb', not one of 8 bits per channel: .*the nearest: RGB"),
+        ("F", "image format is 'F', not one of 8 bits per channel"),
     ],
 )
 def test_a_format_that_the_model_cannot_take_is_one_sentence(make_dino, image_format, sentence):

@@ -455,7 +455,7 @@ def test_two_workers_train_as_one_does(launcher, options, squares, alone, tmp_pa
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(alone) > 6 and losses(tmp_path) == pytest.approx(alone, rel=1e-3)
     # Of the data, the console has a warning once, and the log of every worker has it.
-    about = "areas that are missing"
+    about = "missing or invalid areas"
     logs = [(tmp_path / name).read_text() for name in ("log.txt", "log.txt.rank1")]
     assert [said.count(about) for said in (result.stderr, result.stdout, *logs)] == [1, 0, 1, 1]
 

@@ -641,7 +641,7 @@ WRONG = {
         (["SOLVER.OPTIMIZER", "ADAM"], "it can be ADAMW or SGD; the nearest: ADAMW"),
         (["SOLVER.WEIGHT_DECAY", "-1"], "weight_decay is -1.0"),
         (["SOLVER.WARMUP_METHOD", "slow"], "WARMUP_METHOD is 'slow'; there are: linear, constant"),
-        (["INPUT.FORMAT", "XYZ"], "the image format is 'XYZ', which is none of 8 bits a channel"),
+        (["INPUT.FORMAT", "XYZ"], "the image format is 'XYZ', not one of 8 bits per channel"),
         (["INPUT.RANDOM_FLIP", "both"], "'both'"),
         (["TEST.BEST_METRIC", "bbox/mAP"], "the nearest: bbox/AP"),
         (["TEST.BEST_METRIC", "ema/bbox/AP"], "EMA adds 'ema/' by itself"),

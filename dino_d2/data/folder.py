@@ -1,6 +1,6 @@
-"""A folder as tools export it: which data set it is, and what its splits are.
+"""Recognises a folder of data as tools export it, and finds its splits.
 
-Known are COCO's files beside their images (of Roboflow, CVAT, Label Studio, FiftyOne and COCO
+Supported are COCO's files next to their images (of Roboflow, CVAT, Label Studio, FiftyOne and COCO
 itself), YOLO (Ultralytics) and VOC. Nothing is written into the folder.
 """
 
@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -25,28 +24,28 @@ from .yolo import from_yolo
 
 logger = logging.getLogger(__name__)
 
-# How folders and files are named that hold a split.
+# How folders and files of a split are named.
 SPLITS = {
     "train": re.compile(r"(^|[^a-z])train(ing|val)?(set)?[0-9]*([^a-z]|$)"),
     "val": re.compile(r"(^|[^a-z])(val(id|idation)?|dev)(set)?[0-9]*([^a-z]|$)"),
     "test": re.compile(r"(^|[^a-z])test(ing)?(set)?[0-9]*([^a-z]|$)"),
 }
-ALL = "all"  # the split of a folder that has none
-HELD_OUT = 0.1  # share of the images that becomes the val split where there is none
-SEED = 0  # of which these are
-DEPTH = 2  # folders down to which annotations are looked for
-SAMPLE = 100  # images of a file by which their folder is told
+ALL = "all"  # the split of a folder without splits
+HELD_OUT = 0.1  # share of the training images that becomes the val split if there is none
+SEED = 0  # of the random choice of held-out images
+DEPTH = 2  # levels of folders that are searched for annotations
+SAMPLE = 100  # images of a file that are looked up to find their folder
 
 
 class Split(NamedTuple):
-    """COCO annotations, put right, and the folder of their images."""
+    """Repaired COCO annotations and the folder of their images."""
 
     dataset: dict[str, list]
     image_root: str
 
 
 class Found(NamedTuple):
-    """What a folder is."""
+    """The data set in a folder."""
 
     folder: str
     kind: str  # "COCO", "YOLO", "VOC"
@@ -54,7 +53,7 @@ class Found(NamedTuple):
     held_out: bool  # whether val was taken from train
 
     def __str__(self) -> str:
-        """One line: kind, and images, boxes and classes of the splits."""
+        """One line with the kind, and the images, boxes and classes of the splits."""
         held = {"val": f" (held out: {HELD_OUT:.0%} of the images, seed {SEED})" * self.held_out}
         parts = [
             f"{name} {plural(len(split.dataset['images']), 'image')} with "
@@ -70,49 +69,53 @@ class Found(NamedTuple):
 
 
 class Name(NamedTuple):
-    """Of a dataset: "FOLDER@train"."""
+    """The parts of a dataset name such as "FOLDER@train"."""
 
     folder: str
     split: str
 
 
 def split_name(name: str) -> Name | None:
-    """The parts of a name of the form FOLDER@SPLIT; None for another."""
+    """Split a name of the form FOLDER@SPLIT; None for any other name.
+
+    >>> split_name("data/shapes@train")
+    Name(folder='data/shapes', split='train')
+    """
     folder, _, split = name.rpartition("@")
     return Name(os.path.expanduser(folder), split) if folder and split in SPLITS else None
 
 
 @cache
 def find_folder(folder: str) -> Found:
-    """What a folder holds; the same each time.
+    """Recognise the data set in a folder; the result is cached.
 
-    Where there is training data and no val split, a share of it is held out.
+    Without a val split, a share of the training data is held out.
 
     Args:
-        folder: or, of YOLO, its YAML file
+        folder: the folder, or YOLO's YAML file
 
     Raises:
-        DatasetError: it is no data set, or could be several; says what was seen
+        DatasetError: it is not a data set, or could be several; says what is there
     """
     path = Path(folder)
     if not path.exists():
         raise DatasetError(f"there is no folder '{folder}'{path_hint(folder)}")
     if path.is_file() and path.suffix not in (".yaml", ".yml"):
         raise DatasetError(
-            f"'{folder}' is a file: give the folder that it is in, or COCO annotations by "
-            "--train-json and --train-images"
+            f"'{folder}' is a file: give its folder, or COCO annotations by --train-json and "
+            "--train-images"
         )
     readers = {"COCO": find_coco, "YOLO": find_yolo, "VOC": find_voc}
     found = {kind: splits for kind, reader in readers.items() if (splits := reader(path))}
     if len(found) > 1:
         raise DatasetError(
-            f"'{folder}' could be {' or '.join(found)}: name the data.yaml of YOLO, or files of "
-            "COCO by --train-json and --train-images"
+            f"'{folder}' could be {' or '.join(found)}: give YOLO's data.yaml, or COCO's files by "
+            "--train-json and --train-images"
         )
     if not found:
         raise DatasetError(
-            f"'{folder}' is no data set that is known: in it are {describe_content(path)}, but no "
-            "COCO JSON with its images, data.yaml of YOLO, or XML files of VOC; name files by "
+            f"'{folder}' is not a known kind of data set: it has {describe_content(path)}, but no "
+            "COCO JSON with its images, data.yaml of YOLO, or XML files of VOC; give files by "
             "--train-json and --train-images, or convert them"
         )
     ((kind, splits),) = found.items()
@@ -125,7 +128,7 @@ def find_folder(folder: str) -> Found:
 
 
 def _put_right(splits: dict[str, Split], folder: str) -> None:
-    """All at once: whether a category only groups others is a question to every split."""
+    """Repair all splits together: a root category must be unused in every split."""
     repairs = Repairs()
     for name, split in splits.items():
         try:
@@ -138,9 +141,10 @@ def _put_right(splits: dict[str, Split], folder: str) -> None:
 
 
 def hold_out(split: Split) -> tuple[Split, Split]:
-    """What is left of a split, and the share that is held out of it.
+    """Split off a share of the images; returns the rest, and that share.
 
-    Images with and without boxes are drawn alike; at least one has boxes, if two have.
+    It has the same share of the images with and without boxes, and at least one image with boxes
+    if there are two.
     """
     images, annotations = split.dataset["images"], split.dataset["annotations"]
     boxed = {x["image_id"] for x in annotations}
@@ -161,13 +165,13 @@ def hold_out(split: Split) -> tuple[Split, Split]:
 
 
 def describe_content(path: Path) -> str:
-    """What is in a folder, in a few words."""
+    """Some of the file names in a folder, for a message."""
     if path.is_file():
-        return "no names of classes"
+        return "no class names"
     names = sorted(x.name + "/" * x.is_dir() for x in path.iterdir())
     listed = ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
     labelme = any(map(is_labelme, islice(path.rglob("*.json"), 3)))
-    return (listed or "no files") + " (with JSON of labelme: labelme2coco makes COCO)" * labelme
+    return (listed or "no files") + " (JSON of labelme: convert it with labelme2coco)" * labelme
 
 
 def is_labelme(path: Path) -> bool:
@@ -179,7 +183,11 @@ def is_labelme(path: Path) -> bool:
 
 
 def split_of(path: Path, root: Path) -> str:
-    """The split that a file is named after, or its folders, the nearest first."""
+    """The split named in a file's name or in its folders, the nearest first.
+
+    >>> split_of(Path("data/valid/_annotations.coco.json"), root=Path("data"))
+    'val'
+    """
     for name in (path.stem, *reversed(path.relative_to(root).parent.parts)):
         matches = {split: pattern.search(name.lower()) for split, pattern in SPLITS.items()}
         starts = {split: match.start() for split, match in matches.items() if match}
@@ -192,14 +200,12 @@ def split_of(path: Path, root: Path) -> str:
 
 
 def find_coco(root: Path) -> dict[str, Split]:
-    """
-    Raises:
-        DatasetError: two files could be the same split
-    """
+    """The splits of a folder with COCO files; a DatasetError if two could be the same split."""
     if root.is_file():
         return {}
-    contents = {x: y for x in json_files(root) if (y := content_of(x))}
-    # COCO's own folder has captions, keypoints and more of the same images.
+    paths = [x for depth in range(DEPTH + 1) for x in sorted(root.glob("*/" * depth + "*.json"))]
+    contents = {x: y for x in paths if (y := content_of(x))}
+    # COCO's own folder also has captions and keypoints of the same images.
     files = [x for x in contents if x.name.startswith("instances_")] or list(contents)
     parts = [x for x in files if "trainval" not in x.stem.lower()]
     if any(split_of(x, root) == "train" for x in parts):
@@ -211,8 +217,8 @@ def find_coco(root: Path) -> dict[str, Split]:
         if other != path or (ALL in splits and len(splits) > 1):
             names = " and ".join(f"'{x.relative_to(root)}'" for x in files[:4])
             raise DatasetError(
-                f"'{root}' has {names}, and their names do not say which split each is: name them "
-                "by --train-json and --val-json, with the folders of their images"
+                f"'{root}' has {names}, and their names do not say which split each is: give them "
+                "by --train-json and --val-json, with their image folders"
             )
     return {
         split: Split(contents[path], image_root(contents[path]["images"], path, root))
@@ -220,13 +226,8 @@ def find_coco(root: Path) -> dict[str, Split]:
     }
 
 
-def json_files(root: Path) -> Iterator[Path]:
-    for depth in range(DEPTH + 1):
-        yield from sorted(root.glob("*/" * depth + "*.json"))
-
-
 def content_of(path: Path) -> dict[str, list] | None:
-    """The content of a file of COCO annotations; None of any other."""
+    """The content of a file of COCO annotations; None for any other file."""
     try:
         return parse(str(path))
     except DatasetError:
@@ -234,8 +235,7 @@ def content_of(path: Path) -> dict[str, list] | None:
 
 
 def image_root(images: list, json_file: Path, root: Path) -> str:
-    """The folder that has most of the images of a file; of several the one that is named as its
-    split, and then the nearest."""
+    """The folder with most of a file's images; ties go to the split's name, then the nearest."""
     near, split = json_file.parent, split_of(json_file, root)
     names = [x["file_name"] for x in images if isinstance(x, dict) and to_text(x.get("file_name"))]
     names = [str(name).replace("\\", "/") for name in names[:SAMPLE]]
@@ -254,7 +254,7 @@ def image_root(images: list, json_file: Path, root: Path) -> str:
 
 
 def find_yolo(root: Path) -> dict[str, Split]:
-    """Those of a folder with a YAML file of names, or with classes.txt."""
+    """The splits of a folder with a YAML file of names, or with classes.txt."""
     files = [root] if root.is_file() else [*root.glob("*.yaml"), *root.glob("*.yml")]
     named = any("names" in x.read_text("utf-8", "replace") for x in files)
     if not named and not (root / "classes.txt").is_file():
@@ -264,7 +264,7 @@ def find_yolo(root: Path) -> dict[str, Split]:
 
 
 def find_voc(root: Path) -> dict[str, Split]:
-    """Those of a folder of VOC, or of one such folder a split, as Roboflow writes them."""
+    """The splits of a VOC folder, or of one VOC folder per split, as Roboflow exports them."""
     if root.is_file():
         return {}
     if has_xml(root):
@@ -283,7 +283,7 @@ def has_xml(root: Path) -> bool:
 def merge_conversions(
     conversions: dict[str, Conversion], roots: dict[str, Path]
 ) -> dict[str, Split]:
-    """The splits of what was converted: "" has splits of its own, others are one each."""
+    """All converted splits; a conversion under a name other than "" is one split."""
     splits: dict[str, Split] = {}
     for outer, conversion in conversions.items():
         for what, count in conversion.notes.items():

@@ -1,4 +1,4 @@
-"""From a record of a dataset to an input of the model; which images are refused, and how."""
+"""Turns a dataset record into an input of the model, and refuses unusable images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,21 +16,20 @@ from ..names import hint
 from .augmentation import ResizeShortestEdge
 from .coco_json import DatasetError
 
-# Of photographs, scans and drawings. Pillow opens more (.pcd, .h5, .mpg), which may be anything.
+# Photographs, scans and drawings. Pillow also opens .pcd, .h5 or .mpg, which may be anything.
 SUFFIXES = frozenset(
     (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-OF_DETECTRON2 = "BGR", "YUV-BT.601"  # formats that PIL does not know
+OF_DETECTRON2 = "BGR", "YUV-BT.601"  # formats of Detectron2 that are not modes of PIL
 
 
 class Mapper(DatasetMapper):
-    """Detectron2's mapper, with one sentence about an image that cannot be used.
+    """Detectron2's mapper, with a clear error for an image that cannot be used.
 
-    Takes the arguments of Detectron2's, or its config. Built from a config for evaluation, it
-    resizes with `ResizeShortestEdge`. An image that is read is that of Detectron2's mapper, bit by
-    bit; boxes of whole numbers are not rounded when they are resized, as there. An error that no
-    image caused is the one that was raised.
+    Takes the same arguments, or a config. From a config for evaluation, it resizes with our
+    `ResizeShortestEdge`. Pixels equal Detectron2's. Unlike Detectron2, integer boxes are not
+    rounded on resize. Errors that the image did not cause are passed on.
     """
 
     @classmethod
@@ -42,12 +41,13 @@ class Mapper(DatasetMapper):
         return arguments
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """
+        """Read and augment the image of a record.
+
         Args:
             dataset_dict: a record in Detectron2's format; it is not changed
 
         Returns:
-            "image" (C, H, W) of uint8 and, in training, "instances", beside what the record has
+            the record with "image" (C, H, W) of uint8 and, in training, "instances"
 
         Raises:
             DatasetError: the image cannot be read, has more than 8 bits per channel or another
@@ -57,7 +57,7 @@ class Mapper(DatasetMapper):
         try:
             return super().__call__(dataset_dict)
         except Exception:
-            # Reads the image alone: if that works, the error is of an augmentation or a subclass.
+            # If the image itself can be read, an augmentation or a subclass caused the error.
             check_pixels(dataset_dict)
             raise
 
@@ -65,8 +65,8 @@ class Mapper(DatasetMapper):
         self, dataset_dict: dict, transforms: T.TransformList, image_shape: tuple[int, int]
     ) -> None:
         for annotation in dataset_dict["annotations"]:
-            # Detectron2 would round what becomes of whole numbers down to whole numbers, drop NaN
-            # and stretch an infinite box to the border, each without a word.
+            # Detectron2 would silently round resized integers down, drop NaN, and clip infinite
+            # boxes to the image.
             annotation["bbox"] = [float(value) for value in annotation["bbox"]]
             if not np.isfinite(annotation["bbox"]).all():
                 raise DatasetError(
@@ -77,10 +77,10 @@ class Mapper(DatasetMapper):
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:
-    """The image (H, W, C) of uint8, turned as its EXIF orientation says.
+    """Read an image (H, W, C) of uint8, rotated by its EXIF orientation.
 
     Args:
-        path: file, or URL that Detectron2 knows
+        path: a file, or a URL that Detectron2 can read
         image_format: "RGB", "BGR" or a mode of PIL
 
     Raises:
@@ -92,20 +92,17 @@ def read_image(path: str, image_format: str) -> np.ndarray:
 
 
 def channels_of(image_format: str) -> int:
-    """How many channels images of a format have.
-
-    Args:
-        image_format: "RGB", "BGR", "L" (grey values) or another that Detectron2 reads images in
+    """The number of channels of an image format: "RGB", "BGR", "L" or another mode of PIL.
 
     Raises:
-        ValueError: neither it nor PIL knows the format, or it has not 8 bits a channel
+        ValueError: the format is unknown, or does not have 8 bits per channel
     """
     if image_format in OF_DETECTRON2:
         return 3
     of_pil = [mode for mode in Image.MODES if ImageMode.getmode(mode).basetype == "L"]
     if image_format not in of_pil:
         raise ValueError(
-            f"the image format is {image_format!r}, which is none of 8 bits a channel: change "
+            f"the image format is {image_format!r}, not one of 8 bits per channel: change "
             f"INPUT.FORMAT (image_format of the mapper); "
             + hint(str(image_format), (*OF_DETECTRON2, *of_pil))
         )
@@ -113,34 +110,32 @@ def channels_of(image_format: str) -> int:
 
 
 def to_picture(image: np.ndarray | Tensor, image_format: str) -> Image.Image:
-    """An image (H, W, C) in the format that a model gets it in, to be looked at in RGB."""
+    """Convert an image (H, W, C) from a model's input format to RGB."""
     pixels = detection_utils.convert_image_to_rgb(image, image_format)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def check_header(path: str) -> None:
-    """Refuse what PIL would open and then misread; takes a hundredth of the time of decoding."""
+    """Refuse images that PIL would misread, in a hundredth of the time of decoding."""
     with _read(path), PathManager.open(path, "rb") as file, Image.open(file) as image:
         mode = image.mode
     check_mode(mode, f"image '{path}'")
 
 
 def check_mode(mode: str, what: str) -> None:
-    """
-    Raises:
-        DatasetError: PIL's `mode` is one of more than 8 bits per channel. PIL would cut off what
-            exceeds 255 (nearly all, so the image is white), and which range matters in the image
-            only its owner knows
+    """Raise a DatasetError for PIL's modes with more than 8 bits per channel.
+
+    PIL would clip them to 255, so most images would be white; only their owner knows the range.
     """
     if mode.startswith(("I", "F")):
         raise DatasetError(
             f"{what} has more than 8 bits per pixel (mode {mode}): save it with 8 bits, "
-            "of the range that matters"
+            "scaled from the range that matters"
         )
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height, turned as the EXIF orientation says; pixels are not decoded.
+    """Width and height after EXIF rotation, without decoding pixels.
 
     Raises:
         DatasetError: the file cannot be read, or has more than 8 bits per channel
@@ -150,7 +145,7 @@ def image_size(path: Path) -> tuple[int, int]:
         width, height = image.size
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation)
-        except Exception:  # damaged EXIF fails in any way, and Detectron2 then turns nothing
+        except Exception:  # damaged EXIF data may raise anything; Detectron2 ignores it, too
             orientation = None
     return (height, width) if orientation in SIDEWAYS else (width, height)
 
@@ -162,19 +157,19 @@ def check_pixels(record: dict) -> None:
     said = record.get("width", width), record.get("height", height)
     if said != (width, height):
         raise DatasetError(
-            f"image '{path}' is {width} x {height} pixels, turned as its EXIF orientation says, "
-            f"but its annotations say {said[0]} x {said[1]}: correct them and its boxes"
+            f"image '{path}' is {width} x {height} pixels after EXIF rotation, but its annotations "
+            f"say {said[0]} x {said[1]}: correct them and the boxes"
         )
 
 
 @contextmanager
 def _read(path: str) -> Iterator[None]:
-    """Around what does nothing but read an image."""
+    """Turns errors of code that only reads an image into a DatasetError."""
     try:
         yield
     except MemoryError:  # not the fault of the image
         raise
-    except Exception as error:  # a damaged image can fail in any way
+    except Exception as error:  # a damaged image may raise anything
         raise DatasetError(
             f"image '{path}' cannot be read ({_reason(error)}): replace the file, or remove the "
             "image from the dataset"
@@ -182,7 +177,7 @@ def _read(path: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # says how Python calls the opened file
+    if isinstance(error, UnidentifiedImageError):  # its text has the repr of a file object
         return "it is empty or of no known format"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0]

@@ -202,12 +202,12 @@ def _annotation(entry: Any, place: int, names: dict[int, str], repairs: Repairs)
     _area(entry, where, repairs)
     attributes = entry.get("attributes")
     if isinstance(attributes, dict) and to_number(attributes.get("rotation")):
-        repairs.note("rotated boxes, of which the box before its rotation is used", where)
+        repairs.note("rotated boxes, used without their rotation", where)
 
 
 def _box(entry: dict, where: str, repairs: Repairs) -> None:
     if entry.get("bbox") is None and (box := _of_mask(entry, mask.toBbox)) is not None:
-        repairs.note("boxes that are missing, now those of their masks", where)
+        repairs.note("missing boxes, computed from their masks", where)
         repairs.put(entry, "bbox", box.tolist())
         return
     wanted = "give [x, y, width, height], finite, in pixels"
@@ -225,8 +225,8 @@ def _area(entry: dict, where: str, repairs: Repairs) -> None:
     # Boxes without extent may get any area: training and evaluation drop them.
     repairs.put(entry, "area", float(area) if area else float(width * height))
     if entry["area"] > 0:
-        what = "of their masks" if area else "of their boxes"
-        repairs.note(f"areas that are missing or no number above 0, now those {what}", where)
+        what = "masks" if area else "boxes"
+        repairs.note(f"missing or invalid areas, computed from the {what}", where)
 
 
 def _of_mask(entry: dict, compute: Callable) -> Any:
@@ -315,7 +315,7 @@ def place_images(images: list[dict], image_root: str, repairs: Repairs) -> None:
             if path.is_file():
                 for side, value in zip(SIDES, image_size(path), strict=True):
                     repairs.put(image, side, value)
-                repairs.note("sizes that are missing, read from the image", f"'{path}'")
+                repairs.note("missing image sizes, read from the image", f"'{path}'")
 
 
 def _files_by_key(root: str, taken: set[str]) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """The quickstart's dataset: four kinds of shapes on textured backgrounds, in COCO format.
 
-It is small enough to be generated in seconds and to be learned in minutes, and it has what real
-data has: objects of many sizes that overlap, images of many sizes, and images without any object.
+It is generated in seconds and learned in minutes. As in real data, objects overlap and have many
+sizes, images have many sizes, and some are empty.
 """
 
 import json
@@ -22,7 +22,7 @@ MIN_VISIBLE = 0.7  # fraction of a shape that later ones leave uncovered
 MIN_CONTRAST = 120  # distance in RGB between a shape and what is under it
 SENSOR_NOISE = 4  # standard deviation of every pixel, in grey levels
 SUPERSAMPLING = 4
-VERSION = "4"  # a change of the pictures has to change it: an existing dataset is then made anew
+VERSION = "4"  # change it with the pictures, so that existing datasets are generated again
 
 
 def _repeat(turns: int, *corners: complex) -> np.ndarray:
@@ -42,17 +42,11 @@ OUTLINES = {
 def generate(root: Path, num_train: int = 480, num_val: int = 96, seed: int = 0) -> None:
     """Write ``train.json``, ``val.json`` and ``images/*.jpg`` under ``root``.
 
-    Image number i of a split depends on ``seed`` and i alone. A complete dataset made with the
-    same arguments is left as it is; an interrupted one is made anew.
-
-    Args:
-        root: folder to write to, created if missing.
-        num_train: number of training images.
-        num_val: number of validation images.
-        seed: non-negative; another one gives other images.
+    Image number i of a split depends only on ``seed`` (>= 0) and i. A complete dataset made with
+    the same arguments is kept; an incomplete one is generated again.
 
     Raises:
-        FileExistsError: there are annotations of something else, which would be lost.
+        FileExistsError: there are annotations of something else, which would be lost
     """
     root = Path(root)
     info: dict[str, Any] = {
@@ -64,7 +58,7 @@ def generate(root: Path, num_train: int = 480, num_val: int = 96, seed: int = 0)
     if all(_is_complete(root, split, info) for split in splits):
         return
     (root / "images").mkdir(parents=True, exist_ok=True)
-    # From here on until the end images and annotations may disagree, so there are no annotations.
+    # While images are being replaced, there are no annotations that could disagree with them.
     for split in splits:
         _remove_generated(root / f"{split}.json", info["description"])
     datasets = {
@@ -81,7 +75,7 @@ def _remove_generated(path: Path, description: str) -> None:
         return
     info = json.loads(path.read_text()).get("info", {})
     if info.get("description") != description:
-        raise FileExistsError(f"'{path}' was not generated here: choose another folder")
+        raise FileExistsError(f"'{path}' is not a generated dataset: choose another folder")
     path.unlink()
 
 
@@ -106,7 +100,7 @@ def _write_images(folder: Path, split: str, split_number: int, count: int, seed:
         height, width, _ = pixels.shape
         images.append({"id": index, "file_name": file_name, "height": height, "width": width})
         for category, visible in shapes:
-            # Ids count from 1: COCO's evaluation takes a match with annotation 0 for no match.
+            # Ids start at 1: COCO's evaluation ignores matches with annotation 0.
             ids = {"id": len(annotations) + 1, "image_id": index, "category_id": category + 1}
             annotations.append(
                 {**ids, "bbox": _tight_box(visible), "area": int(visible.sum()), "iscrowd": 0}
@@ -123,10 +117,9 @@ def _tight_box(mask: np.ndarray) -> list[int]:
 
 
 def _draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """One picture as (H, W, 3) uint8, and of every shape its class and (H, W) visible mask.
+    """One picture (H, W, 3) of uint8, and each shape's class and visible mask (H, W).
 
-    A shape that would cover too much of an earlier one is left out. The first shape never is, so
-    only the images meant to be empty are.
+    A shape that would cover too much of an earlier one is skipped, but never the first.
     """
     height, width = rng.integers(*IMAGE_SIDE, size=2, endpoint=True)
     pixels = _draw_background(rng, height, width)

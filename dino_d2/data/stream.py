@@ -1,4 +1,4 @@
-"""Training samples in an order that can be taken up anywhere."""
+"""Training samples in an order that can be resumed anywhere."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -15,33 +15,33 @@ logger = logging.getLogger(__name__)
 
 
 def seed_for(*what: int) -> int:
-    """A seed for what the numbers (>= 0) name, such as a training's own seed and an iteration.
+    """A seed derived from numbers >= 0, such as a training's seed and an iteration.
 
-    Seeds of numbers that differ are unrelated, and always the same for the same numbers.
+    Equal numbers give equal seeds; different ones give unrelated seeds.
     """
-    # with their count, as trailing zeros make no difference
+    # With their count, as SeedSequence ignores trailing zeros.
     return int(np.random.SeedSequence((len(what), *what)).generate_state(1)[0])
 
 
 class TrainingStream:
-    """Batches of Detectron2's training loader, each a function of a seed and its place alone.
+    """Batches of Detectron2's training loader that depend only on a seed and their place.
 
-    Detectron2's sampler says the order. Before an image is loaded and augmented, the generators of
-    random numbers are seeded with its place in the training. So a training that is resumed gets the
-    images, and sees them augmented, as if it had never stopped; and neither the number of loading
-    processes nor that of workers changes what a step is made of.
+    The order is that of Detectron2's sampler. Before an image is loaded and augmented, the random
+    number generators are seeded with its place in the training. So a resumed training sees the same
+    images and augmentations as one that never stopped, and the number of loader processes or
+    workers does not change a step.
 
-    Loaders with aspect ratio grouping begin anew where they are taken up: which images wait for
-    another of their kind is not known. So do loaders that are not Detectron2's.
+    Loaders with aspect ratio grouping restart on a resume, as their partly filled groups are
+    unknown. So do loaders that are not Detectron2's.
 
     Args:
-        build: makes the loader, with detectron2's `build_detection_train_loader`
-        seed: of the order and the augmentation, the same on every worker
+        build: makes the loader with detectron2's `build_detection_train_loader`
+        seed: of order and augmentation, the same on every worker
     """
 
     def __init__(self, build: Callable[[], Any], seed: int):
         self.build, self.seed = build, seed
-        self.start = 0  # batches that have been seen
+        self.start = 0  # batches to skip
 
     def __iter__(self) -> Iterator[list[dict]]:
         seed_all_rng(seed_for(self.seed))  # Detectron2's samplers draw their seed from these
@@ -55,22 +55,21 @@ class TrainingStream:
             seed_all_rng(seed_for(self.seed, 0, self.start))  # not the same images once more
             loader = self.build()
             logger.warning(
-                "the training data are not taken up where they were left: only loaders of "
-                "Detectron2 without aspect ratio grouping can be"
+                "the order of the training data restarts: only Detectron2's loaders without aspect "
+                "ratio grouping can be resumed"
             )
         return iter(loader)
 
 
 class Places(Sampler):
-    """What a sampler of Detectron2 yields from an element on, with its place in the training.
+    """The indices of a Detectron2 sampler, combined with their place in the training.
+
+    Yields place * size + index, as Detectron2 accepts only one number.
 
     Args:
-        sampler: of this worker's share of the indices
-        start: elements to leave out
+        sampler: yields this worker's share of the indices
+        start: indices to skip
         size: of the data set
-
-    Yields:
-        place * size + index: Detectron2 takes nothing but a number
     """
 
     def __init__(self, sampler: Sampler, start: int, size: int):
@@ -83,7 +82,7 @@ class Places(Sampler):
 
 
 class SeededDataset(Dataset):
-    """A data set whose samples are loaded with random numbers that belong to their place."""
+    """A data set that seeds random numbers with a sample's place before loading it."""
 
     def __init__(self, dataset: Sequence[Any], seed: int):
         self.dataset, self.seed = dataset, seed

@@ -1,9 +1,8 @@
-"""Annotations of PASCAL VOC: a folder of XML files, one an image."""
+"""Reads PASCAL VOC: a folder of XML files, one per image."""
 
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -25,40 +24,38 @@ class VocObject(NamedTuple):
 
 class VocFile(NamedTuple):
     path: Path
-    image: str  # name of the image
-    size: tuple[int, int]  # width and height as written; 0 where they are not
+    image: str  # file name of the image
+    size: tuple[int, int]  # width and height as written; 0 if missing
     objects: list[VocObject]
 
 
 def from_voc(root: Path, *, zero_based: bool | None = False) -> Conversion:
-    """COCO annotations of a folder with `Annotations/*.xml` and `JPEGImages`.
+    """Convert a folder with `Annotations/*.xml` and `JPEGImages` to COCO annotations.
 
-    Without such folders, XML files are looked for in the folder itself (or in `annotations`) and
-    images in all of it. Splits are those of train, val, trainval and test that
-    `ImageSets/Main/*.txt` has; without any, all images are the one split "all". Classes are those
-    of all XML files, by name.
+    Without such folders, XML files are read from the folder itself (or from `annotations`) and
+    images from anywhere below it. Splits are the lists train, val, trainval and test in
+    `ImageSets/Main/*.txt`; without any, all images are one split "all". Classes are sorted by name.
 
-    VOC counts pixels from 1 and a box includes its last one, so a box begins at xmin - 1 and ends
-    at xmax. Objects marked `difficult` become crowd regions: as in VOC's own evaluation, neither
-    finding nor missing them counts, but COCO's takes a detection as one of them by the share of its
-    own area inside, where VOC's takes IoU. In training, they are left out. Parts of objects, poses
-    and other attributes are not taken over.
+    VOC counts pixels from 1 and a box includes its last pixel, so a box is from xmin - 1 to xmax.
+    Objects marked `difficult` become crowd regions: training skips them, and evaluation ignores
+    them as VOC's does (but COCO's compares with the share of a detection inside, not with the IoU).
+    Parts of objects, poses and other attributes are dropped.
 
     Args:
         root: the folder
-        zero_based: coordinates are those of edges counted from 0, as some tools write them; None:
-            they are if any is below 1, which is noted
+        zero_based: coordinates are edges counted from 0, as some tools write them; None: decided
+            by whether any is below 1, which is noted
 
     Raises:
-        DatasetError: a file is missing or wrong; the sentence says which, where and how
+        DatasetError: a file is missing or invalid; the message says which, where and how
     """
     xml_folder = _first_folder(root / "Annotations", root / "annotations", root)
     image_folder = _first_folder(root / "JPEGImages", root)
     paths = sorted(xml_folder.glob("*.xml"))
     if not paths:
         raise DatasetError(
-            f"'{root}' has no XML files, nor has its folder 'Annotations': give the folder of a "
-            "VOC data set"
+            f"'{root}' and its folder 'Annotations' have no XML files: give the folder of a VOC "
+            "data set"
         )
     files = {path.stem: read_xml(path) for path in paths}
     below = 0
@@ -80,14 +77,12 @@ def from_voc(root: Path, *, zero_based: bool | None = False) -> Conversion:
     used = set().union(*splits.values())
     difficult = (x.difficult for stem in used for x in files[stem].objects)
     conversion.notes.update(
-        Counter(
-            {
-                "objects marked difficult, now crowd regions": sum(difficult),
-                "boxes that begin below 1, so all are taken as counted from 0": below,
-                "XML files in no split, left out": len(files.keys() - used),
-                "images without an XML file, left out": len(images.keys() - files.keys()),
-            }
-        )
+        {
+            "objects marked difficult, now crowd regions": sum(difficult),
+            "boxes that begin below 1, so all are read as counted from 0": below,
+            "XML files in no split, left out": len(files.keys() - used),
+            "images without an XML file, left out": len(images.keys() - files.keys()),
+        }
     )
     return conversion
 
@@ -101,9 +96,9 @@ def read_splits(folder: Path, files: dict[str, VocFile]) -> dict[str, list[str]]
     for path in (folder / f"{split}.txt" for split in SPLITS):
         if not path.is_file():
             continue
-        stems: dict[str, None] = {}  # each once, in their order
+        stems = {}  # a set that keeps the order
         for number, line in enumerate(read_text(path).splitlines(), start=1):
-            # Behind the name may be what VOC says of a class: there (1), not there (-1), hard (0).
+            # In lists of one class, a flag follows the name: 1 present, -1 absent, 0 difficult.
             names = line.strip(), re.sub(r"\s+(-1|0|1)$", "", line.strip())
             if names[0]:
                 stem = next((x for x in names if x in files), None)
@@ -118,26 +113,23 @@ def read_splits(folder: Path, files: dict[str, VocFile]) -> dict[str, list[str]]
 
 
 class _NoDoctype(ET.TreeBuilder):
-    """Entities, which can blow up to any size, come from a document type; VOC has none."""
+    """Refuses document types: VOC has none, and their entities can expand to any size."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> NoReturn:
         raise DatasetError("it declares a document type, which no VOC file needs: delete <!DOCTYPE")
 
 
 def read_xml(path: Path) -> VocFile:
-    """
-    Raises:
-        DatasetError: it is not XML, or not an annotation of VOC
-    """
+    """Read an XML file; raise a DatasetError if it is not an annotation of VOC."""
     try:
         root = ET.parse(path, ET.XMLParser(target=_NoDoctype())).getroot()
     except DatasetError as error:
         raise DatasetError(f"'{path}': {error}") from error
     except (ET.ParseError, OSError, LookupError, ValueError) as error:  # the last two: encodings
-        raise DatasetError(f"'{path}' is not XML that can be read: {error}") from error
+        raise DatasetError(f"'{path}' is not valid XML: {error}") from error
     if root.tag != "annotation":
-        raise DatasetError(f"'{path}': its root is <{root.tag}>, not <annotation>, as VOC's is")
-    size = _size(root, "width", path), _size(root, "height", path)
+        raise DatasetError(f"'{path}' is not VOC: its root is <{root.tag}>, not <annotation>")
+    size = tuple(_size(root, side, path) for side in ("width", "height"))
     objects = list(_objects(root, path))
     return VocFile(path, root.findtext("filename", "").strip(), size, objects)
 
@@ -145,7 +137,7 @@ def read_xml(path: Path) -> VocFile:
 def _size(root: ET.Element, side: str, path: Path) -> int:
     text = (root.findtext(f"size/{side}") or "0").strip()
     if not text.isdecimal():
-        raise DatasetError(f"'{path}': its {side} is {text!r}: give a number of pixels")
+        raise DatasetError(f"'{path}' has {side} {text!r}: give a number of pixels")
     return int(text)
 
 
@@ -171,7 +163,7 @@ def _difficult(element: ET.Element, where: str) -> bool:
 
 
 def _number(text: str | None) -> float:
-    """NaN for what is no number."""
+    """Convert to a float; NaN if that is impossible."""
     try:
         return float(text or "nan")
     except ValueError:
@@ -181,18 +173,12 @@ def _number(text: str | None) -> float:
 def label_image(
     file: VocFile, images: list[Path], classes: list[str], zero_based: bool
 ) -> LabelledImage:
-    """
-    Args:
-        file: the annotations
-        images: those of the same name, apart from their suffixes
-        classes: all there are
-        zero_based: see `from_voc`
-    """
+    """Combine annotations with their image, one of `images` with the same name but for suffixes."""
     if not images:
         raise DatasetError(
             f"'{file.path}' has no image of the same name: add it, or delete the file"
         )
-    # Tools often write another name than that of the image.
+    # Many tools write a wrong <filename>.
     path = next((x for x in images if x.name == file.image), images[0])
     if len(images) > 1 and path.name != file.image:
         names = " and ".join(f"'{x}'" for x in images)
@@ -201,8 +187,7 @@ def label_image(
     if all(file.size) and file.size != size:
         raise DatasetError(
             f"'{file.path}': its size is {file.size[0]} x {file.size[1]}, but '{path}' has "
-            f"{size[0]} x {size[1]} pixels, turned as its EXIF orientation says: correct it and "
-            "its boxes"
+            f"{size[0]} x {size[1]} pixels after EXIF rotation: correct it and the boxes"
         )
     shift = 0 if zero_based else 1
     boxes = []
@@ -210,7 +195,7 @@ def label_image(
         if min(left, top) < shift and not zero_based:
             raise DatasetError(
                 f"{where} ('{name}') begins at ({left:g}, {top:g}), but VOC counts pixels from 1: "
-                "if this data set counts from 0, say so by zero_based (--zero-based)"
+                "if this data set counts from 0, use zero_based (--zero-based)"
             )
         corners = (left - shift, top - shift, right, bottom)
         boxes.append(LabelledBox(corners, classes.index(name), difficult, where))

@@ -1,4 +1,4 @@
-"""Annotations of YOLO: a folder of text files, one an image, as Ultralytics lays them out."""
+"""Reads YOLO: a folder of text files, one per image, in the layout of Ultralytics."""
 
 import os
 import re
@@ -16,34 +16,33 @@ from .normalise import to_int
 SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 LIKE_A_SPLIT = re.compile(r"(train(ing)?|val(id|idation)?|test(ing)?)(set)?[-_]?\d*", re.IGNORECASE)
 NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt")
-TOLERANCE = 0.01  # of coordinates beyond the image, as at Ultralytics
+TOLERANCE = 0.01  # by which coordinates may leave the image, as in Ultralytics
 
 
 class YoloFolder(NamedTuple):
     root: Path
-    base: Path  # where its images are, in some folder or other
+    base: Path  # folder with the images somewhere below it
     classes: list[str]
     images: dict[str, list[Path]]  # by split
-    lacks_test: bool = False  # although it is named: Roboflow names it always
+    lacks_test: bool = False  # the YAML file names a test split that is missing, as Roboflow's may
 
 
 def from_yolo(root: Path) -> Conversion:
-    """COCO annotations of a folder with `images` and `labels`.
+    """Convert a folder with `images` and `labels` to COCO annotations.
 
-    `data.yaml` (or the only other YAML file) has the splits and the names of the classes. Without
-    it, the names are in `classes.txt`, one a line, and the splits are `images/train`,
-    `train/images` and the like, or, if there are none, the one split "all". A split without any box
-    is left out.
+    `data.yaml` (or the only other YAML file) has the splits and class names. Without it, names are
+    in `classes.txt`, one per line, and splits are folders such as `images/train` or
+    `train/images`, or one split "all" if there are none. Splits without boxes are left out.
 
-    A line of a label file is `class cx cy w h`, relative to width and height of the image, or
-    `class x1 y1 x2 y2 x3 y3 ...`, an outline, whose box is taken. An image without a label file is
-    one without boxes.
+    A line of a label file is `class cx cy w h`, relative to the image, or an outline
+    `class x1 y1 x2 y2 x3 y3 ...`, which is replaced by its box. An image without a label file has
+    no boxes.
 
     Args:
         root: the folder, or its YAML file
 
     Raises:
-        DatasetError: a file is missing or wrong; the sentence says which, where and how
+        DatasetError: a file is missing or invalid; the message says which, where and how
     """
     folder = read_folder(root)
     notes = dict.fromkeys(("images without a label file, without boxes", "outlines, boxed"), 0)
@@ -56,13 +55,13 @@ def from_yolo(root: Path) -> Conversion:
     used = {os.path.abspath(path) for paths in folder.images.values() for path in paths}
     there = set(map(os.path.abspath, find_images(folder.base)))
     notes["images in no split, left out"] = len(there - used)
-    notes["test splits that are named and not there"] = int(folder.lacks_test)
+    notes["test splits that are named but missing"] = int(folder.lacks_test)
     conversion.notes.update(notes)
     return conversion
 
 
 def left_over(folder: YoloFolder) -> set[Path]:
-    """Label files of the folders that were read, but of no image."""
+    """Label files without an image, in the folders that were read."""
     read = {label_file(path) for paths in folder.images.values() for path in paths}
     folders = {path.parent for path in read}
     there = {path for folder in folders for path in folder.glob("*.txt")}
@@ -83,9 +82,9 @@ def read_folder(root: Path) -> YoloFolder:
     files = [root / name for name in NAME_FILES if (root / name).is_file()]
     if not files:
         raise DatasetError(
-            f"'{root}' has neither data.yaml nor classes.txt: one has to name the classes"
+            f"'{root}' has neither data.yaml nor classes.txt: add one that names the classes"
         )
-    # A blank line among them stays: without it, the classes below would get other numbers.
+    # Keep blank lines in between: they count in the numbers of the classes.
     classes = [line.strip() for line in read_text(files[0]).rstrip().splitlines()]
     images = root / "images" if (root / "images").is_dir() else root
     return _checked(
@@ -94,10 +93,10 @@ def read_folder(root: Path) -> YoloFolder:
 
 
 def find_splits(root: Path) -> dict[str, list[Path]]:
-    """The images of the folders that are named as splits.
+    """The images in folders named after splits.
 
     Raises:
-        DatasetError: two folders are one split, or the name of one is nearly that of a split
+        DatasetError: two folders are the same split, or a name looks like a split but is none
     """
     splits = {name: split for split, names in SPLITS.items() for name in names}
     named = [(path.name, path) for path in sorted(root.glob("images/*"))]
@@ -109,8 +108,8 @@ def find_splits(root: Path) -> dict[str, list[Path]]:
             continue
         if name not in splits:
             raise DatasetError(
-                f"'{folder}' has a name like a split, but those are {', '.join(splits)}: rename "
-                "it, or say in data.yaml which split it is"
+                f"'{folder}' looks like a split, but those are named {', '.join(splits)}: rename "
+                "it, or list it in data.yaml"
             )
         split = splits[name]
         if split in found:
@@ -129,12 +128,12 @@ def read_yaml(path: Path) -> YoloFolder:
         raise DatasetError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
     names = config.get("names") if isinstance(config, dict) else None
     if not isinstance(names, list | dict) or not names:
-        raise DatasetError(f"'{path}' has no 'names': list those of the classes")
+        raise DatasetError(f"'{path}' has no 'names': list the class names")
     if "kpt_shape" in config:
-        raise DatasetError(f"'{path}' has 'kpt_shape', so keypoints, which are not boxes")
+        raise DatasetError(f"'{path}' has 'kpt_shape': keypoints are not supported, only boxes")
     if isinstance(names, dict):
         if names.keys() != set(range(len(names))):
-            raise DatasetError(f"'{path}': its 'names' have to be numbered from 0, one by one")
+            raise DatasetError(f"'{path}': number its 'names' from 0, without gaps")
         names = [names[number] for number in range(len(names))]
     if to_int(config.get("nc", len(names))) != len(names):
         raise DatasetError(
@@ -160,14 +159,14 @@ def read_yaml(path: Path) -> YoloFolder:
 def _checked(folder: YoloFolder) -> YoloFolder:
     if not any(folder.images.values()):
         raise DatasetError(
-            f"'{folder.root}' has no images where its splits are: give a folder of images and "
-            "labels, or correct the paths in its YAML file"
+            f"'{folder.root}' has no images in its splits: give a folder of images and labels, or "
+            "correct the paths in its YAML file"
         )
     return folder
 
 
 def read_entries(config: dict, keys: tuple[str, ...], path: Path) -> list[str]:
-    """What a YAML file names as one split."""
+    """The paths that a YAML file lists for one split."""
     given = [config[key] for key in keys if config.get(key)]
     if len(given) > 1:
         raise DatasetError(f"'{path}' has both {' and '.join(keys)}: put them into one list")
@@ -175,7 +174,7 @@ def read_entries(config: dict, keys: tuple[str, ...], path: Path) -> list[str]:
 
 
 def read_entry(entry: str, bases: list[Path], path: Path) -> list[Path]:
-    """The images of a split: those of a folder, or those that a text file lists."""
+    """The images in a folder of a split, or listed in its text file."""
     place = next(iter(existing_paths(entry, bases)), None)
     if place is None:
         named = bases[0] / entry
@@ -192,14 +191,17 @@ def read_entry(entry: str, bases: list[Path], path: Path) -> list[Path]:
 
 
 def existing_paths(entry: str, bases: list[Path]) -> list[Path]:
-    """Where an entry of the YAML file is: exports of some tools name the folder beside that of the
-    file, and mean one in it."""
+    """Where an entry of the YAML file may be; some tools write `../` for the file's own folder."""
     named = (base / name for base in bases for name in (entry, entry.removeprefix("../")))
     return [x for x in named if x.exists()]
 
 
 def label_file(image: Path) -> Path:
-    """The last folder called images becomes labels; without one, the file is beside the image."""
+    """The label file of an image: the last folder named `images` becomes `labels`.
+
+    >>> print(label_file(Path("data/images/train/1.jpg")))
+    data/labels/train/1.txt
+    """
     parts = list(image.with_suffix(".txt").parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
@@ -229,7 +231,7 @@ def read_row(words: list[str], num_classes: int, where: str) -> tuple[int, list[
     try:
         index, *values = map(float, words)
     except ValueError as error:
-        raise DatasetError(f"{where}: {error}: give numbers alone") from error
+        raise DatasetError(f"{where}: {error}: give only numbers") from error
     if index not in range(num_classes):
         raise DatasetError(
             f"{where}: its class is {words[0]}, but there are names for "
@@ -242,7 +244,7 @@ def read_row(words: list[str], num_classes: int, where: str) -> tuple[int, list[
         )
     if not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in values):
         raise DatasetError(
-            f"{where}: {' '.join(words[1:])}: coordinates are shares of width and height, so from "
+            f"{where}: {' '.join(words[1:])}: give coordinates relative to width and height, from "
             "0 to 1"
         )
     return int(index), values
