@@ -1,4 +1,4 @@
-"""Box algebra. Everything is elementwise over the leading dimensions."""
+"""Box arithmetic, elementwise over the leading dimensions."""
 
 import torch
 from torch import Tensor
@@ -6,28 +6,35 @@ from torch.nn import functional as F
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(..., 4) centre and size to the two corners."""
+    """Convert boxes (..., 4) from centre and size to two corners.
+
+    >>> cxcywh_to_xyxy(torch.tensor([0.5, 0.5, 0.5, 1.0]))
+    tensor([0.2500, 0.0000, 0.7500, 1.0000])
+    """
     center, size = boxes.split(2, -1)
     return torch.cat([center - size / 2, center + size / 2], -1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """(..., 4) two corners to centre and size."""
+    """Convert boxes (..., 4) from two corners to centre and size."""
     low, high = boxes.split(2, -1)
     return torch.cat([(low + high) / 2, high - low], -1)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
-    """Logit of `x` in [0, 1], finite: both `x` and `1 - x` are taken to be at least `eps`."""
+    """Finite logit of `x` in [0, 1]: both `x` and `1 - x` are clamped to at least `eps`."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 def refine(reference: Tensor, delta: Tensor) -> Tensor:
-    """Move boxes (..., 4) in [0, 1] by `delta` (..., 4), both seen through a sigmoid.
+    """Move boxes (..., 4) in [0, 1] by `delta` (..., 4) in the space of logits.
 
-    A reference point (..., 2) is moved likewise and gets the size that `delta` says. Deformable
-    DETR, appendix A.3 and "iterative bounding box refinement" in A.4.
+    A reference point (..., 2) is moved likewise and gets its size from `delta`. Deformable DETR,
+    appendix A.3 and "iterative bounding box refinement" in A.4.
+
+    >>> refine(torch.tensor([0.5, 0.5, 0.2, 0.2]), torch.zeros(4))
+    tensor([0.5000, 0.5000, 0.2000, 0.2000])
     """
     known, unknown = inverse_sigmoid(reference), delta.shape[-1] - reference.shape[-1]
     if unknown:
@@ -36,16 +43,21 @@ def refine(reference: Tensor, delta: Tensor) -> Tensor:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU in [0, 1] of corner boxes (..., 4); the leading dimensions broadcast. 0 without area."""
+    """IoU in [0, 1] of corner boxes (..., 4), broadcast over leading dimensions; 0 without area.
+
+    >>> boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 3.0, 2.0]])
+    >>> iou(boxes[:, None], boxes)
+    tensor([[1.0000, 0.3333],
+            [0.3333, 1.0000]])
+    """
     overlap, union = overlap_and_union(a, b)
     return (overlap / union.clamp(min=torch.finfo(union.dtype).tiny)).clamp(max=1)
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalized IoU in [-1, 1] of corner boxes (..., 4); the leading dimensions broadcast.
+    """Generalized IoU in [-1, 1] of corner boxes (..., 4), broadcast over leading dimensions.
 
-    `generalized_iou(a[:, None], b)` is the matrix of all pairs. Rezatofighi et al., 2019.
-    Boxes without area give 0 / 0 = 0 and not NaN, so that one of them cannot end a training.
+    Rezatofighi et al., 2019. Boxes without area give 0, not NaN, which would end a training.
     """
     (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
     overlap, union = overlap_and_union(a, b)
@@ -55,7 +67,7 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def overlap_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Areas (...) of what corner boxes (..., 4) have in common, and of both together."""
+    """Areas (...) of intersection and union of corner boxes (..., 4)."""
     (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
     overlap = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
     return overlap, (a_high - a_low).prod(-1) + (b_high - b_low).prod(-1) - overlap

@@ -1,4 +1,4 @@
-"""What a DINO costs before it runs: floating-point operations and kept activations, by stage."""
+"""Costs of a DINO by stage, without training it: operations and memory of activations."""
 
 import copy
 from collections import Counter
@@ -20,17 +20,17 @@ STAGES = "backbone", "neck", "encoder", "query_selection", "denoising", "decoder
 
 
 class Flops(NamedTuple):
-    """Multiply-adds, as `fvcore` counts them, of the detection in one image."""
+    """Multiply-adds of detection in one image, as `fvcore` counts them."""
 
     stages: Counter[str]
     operators: Counter[str]
-    uncounted: Counter[str]  # calls of operators that have no count: arithmetic by element
+    uncounted: Counter[str]  # calls of operators without a count: elementwise arithmetic
 
 
 class Detection(nn.Module):
-    """`DINO.detect` as the forward pass of a module: without what turns boxes into instances.
+    """`DINO.detect` as a module, without postprocessing.
 
-    Every prediction is returned, of all layers: a trace leaves out what nothing depends on.
+    Returns the predictions of all layers, as tracing removes unused computations.
     """
 
     def __init__(self, model: DINO):
@@ -48,22 +48,19 @@ def no_padding(images: Tensor) -> Tensor:
 
 
 def count_flops(model: DINO, height: int, width: int) -> Flops:
-    """
-    The model is run once. Counted are what `fvcore` knows, matrix products, convolutions and
-    norms, and besides them both kinds of attention; fvcore leaves out arithmetic by element.
+    """Count operations by running the model once.
+
+    Counts what `fvcore` supports (matrix products, convolutions and norms) and both kinds of
+    attention, but no elementwise arithmetic.
 
     Args:
         model: in evaluation mode
-        height, width: of the image, in pixels, as the model gets it
+        height, width: of the model's input, in pixels
     """
     image = torch.zeros(1, len(model.pixel_mean), height, width, device=model.device)
     analysis = FlopCountAnalysis(Detection(model), image)
-    analysis.set_op_handle(
-        "dino_d2::ms_deform_attn",
-        ms_deform_attn_flops,
-        "aten::scaled_dot_product_attention",
-        attention_flops,
-    )
+    analysis.set_op_handle("dino_d2::ms_deform_attn", ms_deform_attn_flops)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     with torch.no_grad():
@@ -76,29 +73,28 @@ def count_flops(model: DINO, height: int, width: int) -> Flops:
 
 
 def ms_deform_attn_flops(inputs: list[Any], outputs: list[Any]) -> int:
-    """Of every sample (B, Q, H, L, P), D channels each: four multiply-adds for the bilinear
-    interpolation between pixels, and one with the sample's weight."""
+    """Per channel of a sample (B, Q, H, L, P): 4 for bilinear interpolation, 1 for its weight."""
     channels, samples = get_shape(inputs[0])[-1], prod(get_shape(inputs[3]))
     return 5 * channels * samples
 
 
 def attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
-    """Of queries (B, H, Q, D), keys (B, H, K, D) and values: two matrix products."""
+    """Two matrix products of queries (B, H, Q, D), keys (B, H, K, D) and values."""
     query, key, value = (get_shape(x) for x in inputs[:3])
     return prod(query[:-1]) * key[-2] * (key[-1] + value[-1])
 
 
 def kept_activations(model: DINO, height: int, width: int, boxes: int) -> Counter[str]:
-    """Bytes by stage that the forward pass of a training step keeps for its backward pass.
+    """Bytes by stage that a training step keeps from the forward for the backward pass.
 
-    A copy of the model does it, in float32. Parameters are not counted, nor is the criterion, whose
-    share is small; what two stages keep is the first one's, and what none does is the "rest". Where
-    activations are computed again (`checkpoint` of DINO), inputs are kept in their place.
+    Measured on a copy of the model in float32, without parameters and without the criterion, whose
+    share is small. What two stages share counts for the first; what belongs to none is "rest". With
+    activation checkpointing, inputs count in place of activations.
 
     Args:
-        model: stays as it is
-        height, width: of the one image, in pixels
-        boxes: in it
+        model: is not changed
+        height, width: of one image, in pixels
+        boxes: number of ground-truth boxes in it
     """
     model = copy.deepcopy(model).train()
     pixels = torch.rand(1, len(model.pixel_mean), height, width, device=model.device)
@@ -112,7 +108,7 @@ def kept_activations(model: DINO, height: int, width: int, boxes: int) -> Counte
 
 @contextmanager
 def watched(model: DINO, report: Callable[[str, int], None]) -> Iterator[None]:
-    """Meanwhile `report` is told the stage and the bytes of everything new that autograd keeps."""
+    """Call `report` with the stage and the bytes of every new storage that autograd keeps."""
     stage = "rest"
     storages = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
     known = {storage._cdata: storage for storage in storages}
@@ -123,10 +119,10 @@ def watched(model: DINO, report: Callable[[str, int], None]) -> Iterator[None]:
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage._cdata not in known:  # whose number is not given away while it is held
+        if storage._cdata not in known:  # an address is not reused while its storage is held
             known[storage._cdata] = storage
             report(stage, storage.nbytes())
-        return x.detach()  # with its history, what is kept would keep itself
+        return x.detach()  # its graph would be a reference cycle
 
     def keep_inputs(module: nn.Module, inputs: tuple) -> None:
         for x in tree_leaves(inputs):
@@ -147,7 +143,7 @@ def watched(model: DINO, report: Callable[[str, int], None]) -> Iterator[None]:
 
 
 def recomputed(model: DINO) -> list[nn.Module]:
-    """The modules whose activations are not kept but computed again in the backward pass."""
+    """The modules under activation checkpointing."""
     backbone = [model.backbone] if model.recompute_backbone else []
     encoder = list(model.encoder.layers) if model.encoder.recompute else []
     decoder = list(model.decoder.layers) if model.decoder.recompute else []

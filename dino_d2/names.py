@@ -1,4 +1,4 @@
-"""What people name - keys, files, devices - and what comes nearest to a name that is unknown."""
+"""Suggestions for unknown names of keys, files and devices, and words for messages."""
 
 import os
 from collections.abc import Iterable
@@ -9,15 +9,19 @@ from pathlib import Path
 
 import torch
 
-MAX_COMPARED = 1000  # exactly, which takes 20 microseconds a name
+MAX_COMPARED = 1000  # names that are compared exactly, at 20 microseconds each
 MAX_LISTED = 40
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """At most three of the known names, the most similar first; upper and lower case are one."""
+    """At most three similar names, the most similar first; case is ignored.
+
+    >>> nearest("learning_rat", ["learning_rate", "batch_size"])
+    ['learning_rate']
+    """
     known = list(known)
-    name, candidates = name.lower(), list({x.lower() for x in known})
-    if len(candidates) > MAX_COMPARED:  # as the files of COCO are: those with most pairs in common
+    name, candidates = name.lower(), {x.lower() for x in known}
+    if len(candidates) > MAX_COMPARED:  # such as COCO's files: preselect by common pairs of letters
         pairs = set(pairwise(name))
         candidates = nlargest(
             MAX_COMPARED, candidates, lambda x: len(pairs.intersection(pairwise(x)))
@@ -27,7 +31,13 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence on an unknown name: the nearest or, if none is near, what there is."""
+    """The end of a message about an unknown name: similar names or, without any, all names.
+
+    >>> hint("catt", ["cat", "dog"])
+    'the nearest: cat'
+    >>> hint("horse", ["cat", "dog"])
+    'there are: cat, dog'
+    """
     known = list(known)
     if near := nearest(name, known):
         return f"the nearest: {', '.join(near)}"
@@ -37,7 +47,7 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_path(path: str) -> str:
-    """The file or folder whose path is most similar, each part by itself; "" if none is."""
+    """The existing path most similar to one that does not exist, part by part; "" if none is."""
     found = Path()
     for part in Path(path).expanduser().parts:
         if not (found / part).exists():
@@ -51,11 +61,10 @@ def nearest_path(path: str) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """A number of things: 1 box, 2 boxes, 1,000 boxes.
+    """A number with its noun, whose last word is put into the plural.
 
-    Args:
-        number: of them
-        noun: what one of them is called, of which the last word is counted
+    >>> plural(1, "box"), plural(1000, "small box"), plural(2, "category")
+    ('1 box', '1,000 small boxes', '2 categories')
     """
     if number == 1:
         return f"1 {noun}"
@@ -66,23 +75,16 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}s"
 
 
-def path_hint(path: str | os.PathLike[str]) -> str:
-    """The end of a sentence on a path that does not exist: where a link points, or the nearest, or
-    "" if there is none."""
+def path_hint(path: str | os.PathLike) -> str:
+    """The end of a message about a missing path: a broken link's target, a similar path, or ""."""
     if os.path.islink(path) and not os.path.exists(path):
-        return f"; it is a link to '{os.readlink(path)}', which is not there"
+        return f"; it is a link to '{os.readlink(path)}', which does not exist"
     near = "" if os.path.exists(path) else nearest_path(os.fspath(path))
     return f"; the nearest: '{near}'" if near else ""
 
 
 def check_device(name: str) -> None:
-    """
-    Args:
-        name: as PyTorch has it: "cpu", "cuda:1"
-
-    Raises:
-        ValueError: PyTorch does not know it, or finds no such device here
-    """
+    """Raise a ValueError if PyTorch does not know or have a device such as "cpu" or "cuda:1"."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

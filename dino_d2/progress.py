@@ -1,4 +1,4 @@
-"""How far something is that takes long: a bar in a terminal, a line now and then in a log."""
+"""Progress of long tasks: a bar in a terminal, an occasional line in a log."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -24,14 +24,14 @@ def progress(
     total: int | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> Iterator[T]:
-    """The items, one by one; meanwhile it is said, on stderr, how many there were.
+    """Iterate over items and report progress on stderr.
 
     Args:
-        items: to go through
-        unit: what one of them is
-        what: is done with them, "" if that is clear
-        total: how many there are; None: asked, where the items know
-        clock: seconds, from any time on
+        items: anything iterable
+        unit: noun for one item
+        what: the task, such as "drawing images"; "" if that is clear
+        total: number of items; None: their `len`, if they have one
+        clock: returns seconds
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
@@ -50,18 +50,12 @@ def progress(
 
 @contextmanager
 def alive(what: str, seconds: float = SECONDS) -> Iterator[None]:
-    """Around one step that takes long and does not tell how far it is: meanwhile it is said, on
-    stderr, that it goes on.
-
-    Args:
-        what: goes on, as "the error analysis"
-        seconds: between two lines
-    """
+    """Report on stderr, now and then, that a long step such as "the export" is running."""
     start, done = monotonic(), Event()
 
     def say() -> None:
         while not done.wait(seconds):
-            message = f"{what} goes on: {monotonic() - start:.0f} s so far"
+            message = f"{what} is running: {monotonic() - start:.0f} s so far"
             print(message, file=sys.stderr, flush=True)
 
     speaker = Thread(target=say, daemon=True)

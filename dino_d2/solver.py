@@ -11,21 +11,21 @@ from .ranges import require_not_negative
 
 
 class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that first clips the gradient norm over all parameters together.
+    """AdamW that first clips the norm of the whole gradient.
 
-    Detectron2's own `CLIP_TYPE: norm` clips each parameter by itself, which is not the same.
+    Detectron2's `CLIP_TYPE: norm` clips the gradient of each parameter by itself instead.
 
     Args:
-        params: as of any optimizer
-        max_norm: the norm gradients are clipped to; 0 leaves them as they are
+        params: parameters or groups, as for any optimizer
+        max_norm: largest norm of the gradient; 0 disables clipping
         options: of AdamW
     """
 
     def __init__(self, params: Iterable, *, max_norm: float = 0.1, **options):
         require_not_negative(max_norm=max_norm)
         super().__init__(params, fused=True, **options)
-        self.defaults["max_norm"] = max_norm  # where copies and pickles find it
-        # A gradient scaler then unscales before this optimizer clips, and not inside its kernel.
+        self.defaults["max_norm"] = max_norm  # survives copying and pickling
+        # So that a GradScaler unscales before clipping, not inside the fused kernel.
         self._step_supports_amp_scaling = False
 
     def step(self, closure: Callable | None = None) -> Any:
@@ -51,25 +51,23 @@ def parameter_groups(
     backbone_multiplier: float = 0.1,
     offsets_multiplier: float = 1.0,
 ) -> list[dict]:
-    """The parameters that are not frozen, in groups of the same learning rate and weight decay.
+    """Trainable parameters in groups of equal learning rate and weight decay.
 
     Args:
-        model: whose backbone is called `backbone`
-        lr: of what has no multiplier
-        weight_decay: of all but normalisation layers
-        norm_weight_decay: of the parameters of normalisation layers; None: the same, as in official
-            DINO; detrex has 0
-        bias_weight_decay: of all biases, those of normalisation layers too; None: as the weights
-            beside them
-        bias_multiplier: of the learning rate of biases, beside the multipliers below
-        backbone_multiplier: of the backbone
-        offsets_multiplier: of the linear layers that say where to look, `sampling_offsets` and
-            `reference_points`; Deformable DETR has 0.1, DINO 1
+        model: with its backbone in `backbone`
+        lr: base learning rate
+        weight_decay: of all parameters but those below
+        norm_weight_decay: of normalisation layers; None: `weight_decay`, as in official DINO;
+            detrex has 0
+        bias_weight_decay: of all biases; None: as the weights of their layer
+        bias_multiplier: of the learning rate of biases, on top of the multipliers below
+        backbone_multiplier: of the learning rate of the backbone
+        offsets_multiplier: of the learning rate of `sampling_offsets` and `reference_points`;
+            Deformable DETR has 0.1, DINO 1
 
     Raises:
         ValueError: a number is negative, or not finite
     """
-
     require_not_negative(
         lr=lr,
         weight_decay=weight_decay,

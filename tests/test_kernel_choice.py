@@ -43,7 +43,7 @@ def test_without_a_compiler_a_note_takes_the_place_of_the_library(
         (tmp_path / name).write_text("of an older version")
     build.build(tmp_path)
     assert [x.name for x in tmp_path.iterdir()] == [build.REASON]
-    assert re.search(reason, compiled.load(tmp_path))
+    assert re.search(reason, compiled.load_library(tmp_path))
 
 
 def test_an_isolated_build_finds_the_pytorch_that_it_cannot_import(tmp_path, monkeypatch):
@@ -64,12 +64,12 @@ def test_windows_is_told_what_the_kernels_need(monkeypatch, tmp_path):
 
 def test_a_library_of_other_sources_is_not_loaded(tmp_path):
     (tmp_path / "ms_deform_attn_cpu.01234567.so").write_text("of an older version")
-    assert compiled.load(tmp_path) == "they have not been compiled"
+    assert compiled.load_library(tmp_path) == "they have not been compiled"
 
 
 def test_a_damaged_library_is_named(tmp_path):
     (tmp_path / build.LIBRARY).write_text("no library")
-    assert f"{tmp_path / build.LIBRARY} cannot be loaded" in compiled.load(tmp_path)
+    assert f"{tmp_path / build.LIBRARY} cannot be loaded" in compiled.load_library(tmp_path)
 
 
 # ---- choosing

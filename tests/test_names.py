@@ -108,5 +108,5 @@ def test_things_are_counted(number, noun, expected):
 def test_a_link_to_nothing_is_not_nearest_to_itself(tmp_path):
     (tmp_path / "data").symlink_to(tmp_path / "gone")
     end = names.path_hint(tmp_path / "data")
-    assert end == f"; it is a link to '{tmp_path / 'gone'}', which is not there"
+    assert end == f"; it is a link to '{tmp_path / 'gone'}', which does not exist"
     assert names.nearest_path(str(tmp_path / "date")) == ""

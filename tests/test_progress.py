@@ -73,6 +73,6 @@ def test_what_cannot_tell_how_far_it_is_goes_on_and_says_so_until_it_ends(monkey
     with pytest.raises(ValueError, match="x"), alive("the export", seconds=0.01):
         assert lines.written.wait(600)
         raise ValueError("x")
-    assert lines[0] == "the export goes on: 0 s so far"
+    assert lines[0] == "the export is running: 0 s so far"
     lines.written.clear()
     assert not lines.written.wait(0.1)

@@ -11,7 +11,7 @@ from ..structures import FeaturePyramid
 
 
 class DeformableAttention(nn.Module):
-    """Every query attends to `num_points` points of every level, at places that it chooses.
+    """Every query attends to `num_points` points on every level, at locations that it predicts.
 
     Args:
         embed_dim: C, a multiple of `num_heads`
@@ -21,12 +21,7 @@ class DeformableAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        embed_dim: int = 256,
-        num_heads: int = 8,
-        num_levels: int = 4,
-        num_points: int = 4,
+        self, *, embed_dim: int = 256, num_heads: int = 8, num_levels: int = 4, num_points: int = 4
     ):
         super().__init__()
         require_whole(embed_dim=embed_dim, num_heads=num_heads, num_points=num_points)
@@ -44,7 +39,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """At first head h looks into direction h, its p-th point p pixels away."""
+        """Start with head h looking in direction h, and its p-th point p pixels away."""
         for linear in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -60,14 +55,12 @@ class DeformableAttention(nn.Module):
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
 
     def forward(self, query: Tensor, reference: Tensor, memory: FeaturePyramid) -> Tensor:
-        """
+        """Attend to tokens of the encoder; returns (B, Q, C).
+
         Args:
             query: (B, Q, C)
             reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes, relative to each padded level
-            memory: where to look
-
-        Returns:
-            (B, Q, C)
+            memory: the tokens
         """
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
         value = self.value_proj(memory.tokens).masked_fill_(memory.padding[..., None], 0)

@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def encode(x: Tensor, channels: int, temperature: float) -> Tensor:
-    """(...) in [0, 1] to (..., channels): sines and cosines of falling frequency, interleaved."""
+    """Encode numbers (...) in [0, 1] as (..., channels): sines and cosines, interleaved.
+
+    >>> encode(torch.tensor([0, 1 / 12]), channels=2, temperature=20)
+    tensor([[0.0000, 1.0000],
+            [0.5000, 0.8660]])
+    """
     i = torch.arange(channels // 2, device=x.device)
     phase = 2 * math.pi * x[..., None] / temperature ** (2 * i / channels)
     return torch.stack([phase.sin(), phase.cos()], -1).flatten(-2)
@@ -16,11 +21,11 @@ def encode(x: Tensor, channels: int, temperature: float) -> Tensor:
 def encode_pixels(
     padding: Tensor, channels: int, temperature: float = 20.0, offset: float = 0.0
 ) -> Tensor:
-    """Padding mask (B, H, W) to (B, H, W, channels), y first.
+    """Encode the pixels of padding masks (B, H, W) as (B, H, W, channels), y first.
 
-    Positions are relative to the part that is not padding, pixel i of n being at
-    (i + 1 + offset) / n. What temperature and offset are belongs to the weights: official DINO has
-    20 and 0, Deformable DETR and some of detrex's checkpoints 10000 and -0.5.
+    Pixel i of n that are not padding is at (i + 1 + offset) / n. Temperature and offset must be
+    those of the weights: 20 and 0 in official DINO, 10000 and -0.5 in Deformable DETR and some of
+    detrex's checkpoints.
     """
     inside = (~padding).float()
     y, x = inside.cumsum(1), inside.cumsum(2)
@@ -29,6 +34,6 @@ def encode_pixels(
 
 
 def encode_boxes(boxes: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
-    """Boxes (..., 4) to (..., 4 * channels), in the order y, x, w, h (DAB-DETR, section 4.2)."""
+    """Encode boxes (..., 4) as (..., 4 * channels), in order y, x, w, h (DAB-DETR, sec. 4.2)."""
     x, y, w, h = boxes.unbind(-1)
     return torch.cat([encode(v, channels, temperature) for v in (y, x, w, h)], -1)

@@ -1,4 +1,4 @@
-"""`python -m dino_d2.ops` says which kernels are live, `--build` compiles those of the CPU."""
+"""`python -m dino_d2.ops` lists the kernels in use, `--build` compiles those for CPUs."""
 
 import argparse
 import sys
@@ -7,12 +7,14 @@ from . import backends
 from .build import FOLDER, LIBRARY, build
 
 parser = argparse.ArgumentParser(prog="python -m dino_d2.ops", description=__doc__)
-parser.add_argument("--build", action="store_true", help="compile them, with $CXX or c++")
+parser.add_argument(
+    "--build", action="store_true", help="compile them, with $CXX or c++"
+)
 
 if parser.parse_args().build:
     if reason := build():
         sys.exit(f"The CPU kernels were not compiled, because {reason}.")
-    print(f"Compiled {FOLDER / LIBRARY}; it is used from the next start of Python on.")
+    print(f"Compiled {FOLDER / LIBRARY}; Python uses it from its next start on.")
 else:
     for device, kernels, why in backends():
         print(f"{device}: {kernels}" + (f" (nothing faster, because {why})" if why else ""))

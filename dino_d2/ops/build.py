@@ -1,7 +1,7 @@
-"""Compile the CPU kernels. Installing dino_d2 does it, and finishes all the same where it is not
-possible: everything works without, slower. `python -m dino_d2.ops --build` makes up for it.
+"""Compiles the CPU kernels, when dino_d2 is installed or by `python -m dino_d2.ops --build`.
 
-setup.py runs this file by itself, so it imports nothing but the standard library.
+They are optional: an installation without a compiler works too, but slower. setup.py runs this
+file on its own, so it imports only the standard library.
 """
 
 import hashlib
@@ -17,14 +17,15 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-# After a change of the sources a library compiled before is not found any more.
+# Part of the file name, so that a library of older sources is not loaded.
 VERSION = hashlib.sha256(b"".join(x.read_bytes() for x in sorted(FOLDER.glob("csrc/*"))))
 LIBRARY = f"ms_deform_attn_cpu.{VERSION.hexdigest()[:8]}.so"
-REASON = "ms_deform_attn_cpu.txt"  # written in place of the library: why there is none
+REASON = "ms_deform_attn_cpu.txt"  # says why there is no library
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-# Per instruction set: floats in a vector, options. Chosen among at run time, not here.
-INSTRUCTION_SETS: dict[str, tuple[int, list[str]]] = {"baseline": (4, [])}
+# Per instruction set: floats per vector, compiler options. All are compiled, and one is chosen at
+# run time.
+INSTRUCTION_SETS = {"baseline": (4, [])}
 if X86:
     INSTRUCTION_SETS["avx2"] = 8, ["-mavx2", "-mfma"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
@@ -33,17 +34,16 @@ if X86:
 OPTIONS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"),
     *("-fno-math-errno", "-fno-trapping-math"),
-    # PyTorch's stable ABI as of 2.10, the first with everything that is used
+    # PyTorch's stable ABI as of 2.10, the first with everything that we use
     "-DTORCH_TARGET_VERSION=0x020A000000000000",
     *(["-DX86"] if X86 else []),
 ]
 
 
 def build(folder: Path = FOLDER) -> str:
-    """Put the compiled library into `folder`, or a text that says why there is none.
+    """Compile the library into `folder`; returns why that failed, or "".
 
-    Returns:
-        that text, empty if the library was built
+    The reason is also written into the folder, for `compiled.load_library`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("ms_deform_attn_cpu.*.so"), folder / REASON]:
@@ -58,7 +58,7 @@ def build(folder: Path = FOLDER) -> str:
 
 
 def compile_library(scratch: Path) -> str:
-    """Compile in `scratch`; returns why it failed, or an empty text."""
+    """Compile in a temporary folder; returns why that failed, or ""."""
     if sys.platform == "win32":
         return "the kernels are written for GCC and Clang"
     torch = find_torch()
@@ -77,7 +77,7 @@ def compile_library(scratch: Path) -> str:
     include = f"-I{torch / 'include'}"
     commands.append([*compile_, include, str(csrc / "operators.cpp"), "-o", "operators.o"])
     objects = [command[-1] for command in commands]
-    # PyTorch's own library has been loaded before this one, so its place is not written down.
+    # No rpath: PyTorch's own library is always loaded first.
     link = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     commands.append([*compiler, "-shared", *objects, *link, "-o", LIBRARY])
     for command in commands:
@@ -89,8 +89,7 @@ def compile_library(scratch: Path) -> str:
 
 
 def find_torch() -> Path | None:
-    """The folder of the installed PyTorch. An isolated build, pip's default, cannot import it, but
-    may see where it is."""
+    """The folder of the installed PyTorch, which pip's isolated builds cannot import."""
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin:
         return Path(spec.origin).parent

@@ -1,4 +1,4 @@
-"""The CPU kernels in C++ (csrc/), where they were compiled."""
+"""The CPU kernels in C++ (csrc/), if they were compiled."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from .build import FOLDER, LIBRARY, REASON
 
 DTYPES = (torch.float32, torch.bfloat16)  # of value; everything else is float32
-# Which instruction set; PyTorch's own ATEN_CPU_CAPABILITY lowers it.
+# The instruction set; PyTorch's ATEN_CPU_CAPABILITY can lower it.
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 
 
-def load(folder: Path = FOLDER) -> str:
-    """Load the library; returns why that is not possible, or an empty text."""
+def load_library(folder: Path = FOLDER) -> str:
+    """Load the library; returns why that is not possible, or ""."""
     library, reason = folder / LIBRARY, folder / REASON
     if not library.exists():
         return reason.read_text() if reason.exists() else "they have not been compiled"
@@ -27,7 +27,7 @@ def load(folder: Path = FOLDER) -> str:
 def forward(
     value: Tensor, shapes: list[int], points: Tensor, weights: Tensor, reference: Tensor | None
 ) -> Tensor:
-    """As `reference.forward`, for a value of one of `DTYPES` and float32 otherwise."""
+    """As `reference.forward`, for a value in one of `DTYPES` and the others in float32."""
     inputs = contiguous(value, shapes, points, weights, reference)
     return torch.ops.dino_d2_cpu.forward(*inputs, CAPABILITY)
 
@@ -40,12 +40,11 @@ def backward(
     weights: Tensor,
     reference: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.backward`, for a value of one of `DTYPES` and float32 otherwise. Deterministic
-    for a given number of threads."""
+    """As `reference.backward`, for the same dtypes; deterministic for a given number of threads."""
     inputs = contiguous(grad, value, shapes, points, weights, reference)
     return torch.ops.dino_d2_cpu.backward(*inputs, CAPABILITY)
 
 
 def contiguous(*inputs: Tensor | list[int] | None) -> list[Tensor | list[int] | None]:
-    """The arguments as the library takes them."""
+    """The arguments with contiguous tensors, which the library needs."""
     return [x.contiguous() if isinstance(x, Tensor) else x for x in inputs]

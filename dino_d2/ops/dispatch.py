@@ -1,4 +1,4 @@
-"""Which kernels serve which tensors, and why a faster one does not."""
+"""Chooses the kernels for tensors, and says why there are no faster ones."""
 
 import warnings
 from functools import cache
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import compiled, embedding_bag, reference
 
-WHY_NOT_COMPILED = compiled.load()
+WHY_NOT_COMPILED = compiled.load_library()
 WHY_NOT_TRITON = (
     "there is no CUDA device"
     if not torch.cuda.is_available()
@@ -23,17 +23,17 @@ WHY_NOT_TRITON = (
 
 
 class Backend(NamedTuple):
-    """What runs on a device."""
+    """The kernels in use on a kind of device."""
 
     device: str
     kernels: str
-    why_not_faster: str  # empty where nothing faster exists
+    why_not_faster: str  # "" if these are the fastest
 
 
 def backends() -> list[Backend]:
-    """The kernels that are live, one line per device; `python -m dino_d2.ops` prints them.
+    """The kernels in use on CPUs and GPUs, as `python -m dino_d2.ops` prints them.
 
-    float64, which only tests need, is always served by plain PyTorch, and so are other devices.
+    Other devices, and float64, which only tests need, always use plain PyTorch.
     """
     cpu = f"C++ ({compiled.CAPABILITY})" if not WHY_NOT_COMPILED else "embedding_bag, grid_sample"
     cuda = "Triton" if not WHY_NOT_TRITON else "grid_sample"
@@ -41,13 +41,13 @@ def backends() -> list[Backend]:
 
 
 def kernels_for(value: Tensor, points: Tensor) -> ModuleType:
-    """The module whose `forward` and `backward` serve these tensors."""
+    """The module whose `forward` and `backward` to use for these tensors."""
     device = value.device.type
     if points.dtype != torch.float32:
         return reference
     if device == "cuda":
         if not WHY_NOT_TRITON:
-            return import_module(".triton_kernels", __package__)  # importing Triton takes a while
+            return import_module(".triton_kernels", __package__)  # Triton is slow to import
         warn_once("CUDA", WHY_NOT_TRITON, "install triton")
     if device == "cpu":
         if not WHY_NOT_COMPILED and value.dtype in compiled.DTYPES:

@@ -1,5 +1,6 @@
-"""CPU kernels without anything compiled: multi-scale deformable attention as a lookup of weighted
-rows, for which PyTorch has a fast kernel. Only the forward pass; the backward is the reference's.
+"""CPU kernels without a compiler: deformable attention as PyTorch's fast `embedding_bag`.
+
+Only the forward pass is faster; the backward pass is the reference's.
 """
 
 import torch
@@ -10,7 +11,7 @@ from .reference import backward, resolve
 
 __all__ = ["backward", "forward"]
 
-QUERIES_AT_ONCE = 2048  # what is computed of them then stays in the cache
+QUERIES_AT_ONCE = 2048  # so that intermediate results fit in the cache
 
 
 def forward(
@@ -35,7 +36,7 @@ def forward(
 
 
 def with_borders(value: Tensor, shapes: list[int]) -> Tensor:
-    """A border of zeros around every level, so that no point needs a mask: (B, S', H, D)."""
+    """Pad every level by a border of zeros, so that no point needs a mask: (B, S', H, D)."""
     pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
     images = value.split([h * w for h, w in pairs], 1)
     padded = [
@@ -46,8 +47,12 @@ def with_borders(value: Tensor, shapes: list[int]) -> Tensor:
 
 
 def corners(shapes: list[int], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the four corners around all points of a query and head, the rows in the table of an image
-    and the shares: (Q * H, L * P * 4) each, for (1, Q, H, L, P, 2) and (1, Q, H, L, P)."""
+    """Table rows and weights of the four pixels around each point, (Q * H, L * P * 4) each.
+
+    Args:
+        locations: (1, Q, H, L, P, 2)
+        weights: (1, Q, H, L, P)
+    """
     heads = locations.shape[2]
     height, width = torch.tensor(shapes).view(-1, 2, 1).unbind(1)  # (L, 1)
     areas = (height + 2) * (width + 2)
@@ -62,14 +67,15 @@ def corners(shapes: list[int], locations: Tensor, weights: Tensor) -> tuple[Tens
     upper = weights - lower
     lower_right, upper_right = lower * right, upper * right
     shares = [upper - upper_right, upper_right, lower - lower_right, lower_right]
-    return rows.view(rows.shape[1] * heads, -1), torch.stack(shares, -1).view(
-        rows.shape[1] * heads, -1
-    )
+    shape = rows.shape[1] * heads, -1
+    return rows.view(shape), torch.stack(shares, -1).view(shape)
 
 
 def between_pixels(location: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-    """The pixel before a location, counted with the border, and how far behind it the location is,
-    in [0, 1]. NaN keeps its place there, next to a valid pixel."""
+    """The pixel before a location, counted with the border, and the distance to it in [0, 1].
+
+    A NaN location gives a valid pixel and a NaN distance.
+    """
     pixel = (location * side + 0.5).clamp_(min=0).minimum(side + 1)
     before = pixel.nan_to_num(0).int().minimum(side.int())
     return before, pixel - before

@@ -1,11 +1,10 @@
 """`dino_d2::ms_deform_attn`, multi-scale deformable attention as a PyTorch operator.
 
-The operator is declared here, with its shapes, gradient and behaviour under autocast; what
-computes it is chosen in `dispatch.py`.
+Declares its shapes, gradient and behaviour under autocast; `dispatch.py` chooses the kernels.
 
 It has two forms. Without a reference, points are locations and weights are weights. With one,
-points are offsets from the reference and weights are logits: softmax and arithmetic happen inside
-the kernels, which saves several passes over memory.
+points are offsets from the reference and weights are logits: kernels that include the softmax and
+the arithmetic save several passes over memory.
 """
 
 from collections.abc import Sequence
@@ -47,7 +46,7 @@ def ms_deform_attn_from_offsets(
     offsets: Tensor,
     logits: Tensor,
 ) -> Tensor:
-    """The same from what a network predicts (Deformable DETR, section 4.1 and appendix A.4).
+    """The same from predicted offsets and logits (Deformable DETR, sec. 4.1 and appendix A.4).
 
     Args:
         value, shapes: as of `ms_deform_attn`
@@ -98,7 +97,7 @@ def _checked(
 
 
 def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
-    """In float32 at least: bfloat16 coordinates would be off by a third of a pixel."""
+    """Convert to at least float32: bfloat16 coordinates are off by up to a third of a pixel."""
     return [x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
@@ -147,7 +146,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_reference = None
     if ctx.needs_input_grad[4]:
         grad_reference = grad_locations.sum((2, 4))
-        if reference.shape[-1] == 4:  # the unit is a share of the size
+        if reference.shape[-1] == 4:  # the unit depends on the size
             share = 0.5 / points.shape[-2]
             grad_size = (grad_locations * points).sum((2, 4)) * share
             grad_reference = torch.cat([grad_reference, grad_size], -1)
@@ -158,8 +157,8 @@ def _refuse_to_differentiate(ctx: Any, *grads: Tensor) -> NoReturn:
     raise NotImplementedError("ms_deform_attn can be differentiated only once")
 
 
-def _autocast(value: Tensor, shapes: list[int], *others: Tensor | None) -> Tensor:
-    """Of the tensors only value gets narrower: places and weights stay exact."""
+def _autocast(value, shapes, points, weights, reference):
+    """Convert only value to the autocast dtype; locations and weights stay exact."""
     device = value.device.type
     if value.dtype != torch.float64:
         value = value.to(torch.get_autocast_dtype(device))

@@ -1,7 +1,7 @@
-"""The definition of multi-scale deformable attention in plain PyTorch, for every device and dtype.
+"""Multi-scale deformable attention in plain PyTorch, for every device and dtype.
 
-Other kernels are tested against this one, and have the same two functions. The backward pass is
-written out because autograd does not run inside a custom operator.
+Other kernels have the same two functions and are tested against these. The backward pass is
+explicit because autograd does not run inside a custom operator.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# grid_sample's arguments for what Deformable DETR samples with
+# grid_sample's arguments for the sampling of Deformable DETR
 BILINEAR, ZERO_PADDING, ALIGN_CORNERS = 0, 0, False
 
 
@@ -22,7 +22,8 @@ def forward(
     weights: Tensor,
     reference: Tensor | None = None,
 ) -> Tensor:
-    """
+    """Sum over levels and points of weight times value at location (Deformable DETR, eq. 3).
+
     Args:
         value: (B, S, H, D), the levels one after the other
         shapes: H_0, W_0, H_1, W_1, ...; L pairs
@@ -37,7 +38,7 @@ def forward(
     batch, _, heads, channels = value.shape
     queries = points.shape[1]
     locations, weights = resolve(shapes, points, weights, reference)
-    parts = (
+    out = sum(  # nothing in place: exported graphs contain this function
         (sample(image, grid) * weight[:, None]).sum(-1)
         for image, grid, weight in levels(value, shapes, locations, weights)
     )
@@ -54,13 +55,14 @@ def backward(
     weights: Tensor,
     reference: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """
+    """Gradients of `forward`.
+
     Args:
         grad: (B, Q, H * D), gradient of the output; the others as in `forward`
 
     Returns:
-        the gradients of value, of the *locations*, with a reference as well, and of weights, with
-        a reference of their logits; contiguous, in the dtype of value and in that of points
+        gradients of value, of the *locations* (even with a reference), and of the weights (with a
+        reference, of their logits); contiguous, in the dtype of value and that of points
     """
     batch, _, heads, channels = value.shape
     locations, weights = resolve(shapes, points, weights, reference)
@@ -69,13 +71,8 @@ def backward(
     for image, grid, weight in levels(value, shapes, locations, weights):
         grad_weight = (sample(image, grid) * grad).sum(1)
         grad_image, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
-            grad * weight[:, None],
-            image,
-            grid,
-            BILINEAR,
-            ZERO_PADDING,
-            ALIGN_CORNERS,
-            [True, True],
+            *(grad * weight[:, None], image, grid),
+            *(BILINEAR, ZERO_PADDING, ALIGN_CORNERS, [True, True]),
         )
         grads.append((grad_image.flatten(2), 2 * grad_grid, grad_weight))
     images, grids, level_weights = zip(*grads, strict=True)
@@ -84,20 +81,17 @@ def backward(
         torch.stack(x, 2).unflatten(0, (batch, heads)).transpose(1, 2)
         for x in (grids, level_weights)
     )
-    if reference is not None:  # of a softmax
+    if reference is not None:  # gradient of the softmax
         mean = (grad_weights * weights).sum((-2, -1), keepdim=True)
         grad_weights = weights * (grad_weights - mean)
-    return (
-        grad_value.to(value.dtype).contiguous(),
-        grad_locations.contiguous(),
-        grad_weights.contiguous(),
-    )
+    results = grad_value.to(value.dtype), grad_locations, grad_weights
+    return tuple(x.contiguous() for x in results)
 
 
 def resolve(
     shapes: list[int], points: Tensor, weights: Tensor, reference: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The locations and weights that offsets from a reference and logits stand for."""
+    """Locations and weights from offsets and logits, or unchanged without a reference."""
     if reference is None:
         return points, weights
     unit = offset_unit(shapes, reference, points.shape[-2])[:, :, None, :, None]
@@ -106,11 +100,13 @@ def resolve(
 
 
 def offset_unit(shapes: list[int], reference: Tensor, num_points: int) -> Tensor:
-    """How far an offset of one reaches, (B, Q, L, 2): a pixel from a point; from a box half its
-    size, shared by the points (Deformable DETR, appendix A.4)."""
+    """The length of an offset of 1, (B, Q, L, 2): a pixel or, with boxes, half the size / points.
+
+    Deformable DETR, appendix A.4.
+    """
     if reference.shape[-1] == 4:
         return reference[..., 2:] * (0.5 / num_points)
-    # built on the device: a copy from the host would wait for it
+    # Built on the device, as a copy from the host would synchronise.
     sides = torch.cat([reference.new_full((1,), 1 / side) for side in shapes])
     return sides.view(-1, 2).flip(-1).expand_as(reference)
 
@@ -118,8 +114,10 @@ def offset_unit(shapes: list[int], reference: Tensor, num_points: int) -> Tensor
 def levels(
     value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Per level, with batch and heads merged: image (B * H, D, H_l, W_l), grid (B * H, Q, P, 2)
-    in [-1, 1], weights (B * H, Q, P)."""
+    """Inputs of grid_sample per level, with batch and heads merged.
+
+    Yields image (B * H, D, H_l, W_l), grid (B * H, Q, P, 2) in [-1, 1], weights (B * H, Q, P).
+    """
     pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
     images = value.to(locations.dtype).permute(0, 2, 3, 1).flatten(0, 1)
     images = images.split([h * w for h, w in pairs], -1)
@@ -130,5 +128,5 @@ def levels(
 
 
 def sample(image: Tensor, grid: Tensor) -> Tensor:
-    """(B * H, D, Q, P)"""
+    """Sample an image at a grid: (B * H, D, Q, P)."""
     return F.grid_sample(image, grid, align_corners=ALIGN_CORNERS)

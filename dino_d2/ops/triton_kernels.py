@@ -1,17 +1,17 @@
 """Multi-scale deformable attention for NVIDIA GPUs, in Triton.
 
-A program computes one head of a block of queries. A thread owns eight channels of a query: rows
-of `value` are read in vectors, and what a sampling point needs is worked out once per thread.
-Coordinates, weights and sums are float32 whatever the dtype of `value`.
-Where the queries are the tokens themselves, a block is a square of a level instead of a run of
-queries: neighbours sample the same rows, which then are in the L1 cache.
+A program computes one head of a block of queries. A thread owns eight channels of a query: it
+reads rows of `value` in vectors and computes each sampling point once. Coordinates, weights and
+sums are float32 whatever the dtype of `value`.
+If the queries are the tokens themselves, a block is a square of a level instead of a run of
+queries: neighbours sample the same rows, which are then in the L1 cache.
 
 Shapes in the kernels: BLOCK queries; the channels of a head are CHUNKS x LANES x VECTOR. Lanes
-are the neighbouring threads that share a query. What belongs to a query or to one of its points
-is (BLOCK, LANES), the same in all lanes: it then is where it is needed, and nothing has to move
-through shared memory (but with a number of channels that is no multiple of four).
+are the neighbouring threads that share a query. Values of a query or of one of its points are
+(BLOCK, LANES), equal in all lanes, so that nothing moves through shared memory (unless the number
+of channels is not a multiple of four).
 
-Figures in comments are those of code compiled for an H100 (sm_90), not of time measured.
+Numbers in comments are from code compiled for an H100 (sm_90), not from timings.
 """
 
 from collections.abc import Sequence
@@ -37,27 +37,13 @@ def forward(
     weights: Tensor,
     reference: Tensor | None = None,
 ) -> Tensor:
-    """Sum over levels and points of weight times value at location (Deformable DETR, eq. 3).
+    """As `reference.forward`, for a value in one of `DTYPES` and the others in float32.
 
-    A location that is NaN makes its query NaN. A value that is not finite may do so to all
-    queries that sample within two pixels of it.
-
-    Args:
-        value: (B, S, H, D) float32, float16 or bfloat16, the levels one after the other
-        shapes: H_0, W_0, H_1, W_1, ...; L pairs of at least 1, whose areas add up to S
-        points: (B, Q, H, L, P, 2) float32. Without reference, locations (x, y) in [0, 1] on each
-            level; zero is sampled outside. With reference, offsets from it
-        weights: (B, Q, H, L, P) float32. Without reference, attention weights. With reference,
-            logits: the weights are their softmax over all L * P points
-        reference: (B, Q, L, 2) points (x, y) in [0, 1], an offset being in pixels of the level;
-            or (B, Q, L, 4) boxes (cx, cy, w, h), an offset being in units of (w, h) / 2P; float32
-
-    Returns:
-        (B, Q, H * D) in the dtype of value, contiguous
+    A NaN location makes its query NaN. A value that is not finite may also make queries NaN that
+    sample within two pixels of it.
 
     Raises:
-        ValueError: value is of another dtype, an image of it has 2**31 elements or more, or a
-            level is empty
+        ValueError: value has another dtype, 2**31 elements per image or more, or an empty level
     """
     check_supported(value, shapes)
     batch, _, heads, channels = value.shape
@@ -76,16 +62,9 @@ def backward(
     weights: Tensor,
     reference: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward`. That of value is added up by float32 atomics in any order, so its
-    last bits differ from run to run.
+    """As `reference.backward`, for the same dtypes.
 
-    Args:
-        grad: (B, Q, H * D), gradient of the output; the others as in `forward`
-
-    Returns:
-        the gradients of value, (B, S, H, D) in its dtype; of the locations, (B, Q, H, L, P, 2)
-        float32, also where they were given as offsets from a reference; and of weights,
-        (B, Q, H, L, P) float32. All contiguous
+    Float32 atomics add up the gradient of value in any order, so its last bits vary between runs.
 
     Raises:
         ValueError: as `forward`
@@ -98,14 +77,14 @@ def backward(
     if grad.numel():
         inputs = (value, shapes, points, weights, reference)
         grads = (aligned(grad), grad_value, grad_points, grad_weights)
-        # Four channels at once, as the gradient of value is float32. The compiler would take up
-        # to 99 registers; with 80 three programs of 256 threads fit on a multiprocessor, not two.
+        # Four channels at once, as the gradient of value is float32. The compiler would use up to
+        # 99 registers; with 80, three programs of 256 threads fit on a multiprocessor, not two.
         launch(backward_kernel, *inputs, *grads, vector=4, maxnreg=80)
     return grad_value.to(value.dtype), grad_points, grad_weights
 
 
 def check_supported(value: Tensor, shapes: list[int]) -> None:
-    """Refuse what the kernels cannot do."""
+    """Raise a ValueError for inputs that the kernels do not support."""
     if value.dtype not in DTYPES:
         raise ValueError(f"value is {value.dtype}; convert it to one of {DTYPES}")
     if value[:1].numel() >= MAX_ELEMENTS:
@@ -151,8 +130,10 @@ def aligned(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def level_table(device: torch.device, *shapes: int) -> Tensor:
-    """(L, 4) int32: height, width, first token, first square. Kept, as copying it would make the
-    CPU wait, and is impossible while a CUDA graph is captured."""
+    """(L, 4) int32: height, width, first token, first square of each level.
+
+    Cached, as the copy would synchronise, and is impossible while a CUDA graph is captured.
+    """
     heights, widths = shapes[::2], shapes[1::2]
     areas = [h * w for h, w in zip(heights, widths, strict=True)]
     starts = (accumulate(x, initial=0) for x in (areas, squares_of_levels(shapes)))
@@ -161,7 +142,7 @@ def level_table(device: torch.device, *shapes: int) -> Tensor:
 
 
 def squares_of_levels(shapes: Sequence[int]) -> list[int]:
-    """How many squares of queries cover each level."""
+    """The number of squares of queries that cover each level."""
     side = SQUARE.value
     sides = zip(shapes[::2], shapes[1::2], strict=True)
     return [triton.cdiv(h, side) * triton.cdiv(w, side) for h, w in sides]
@@ -170,11 +151,11 @@ def squares_of_levels(shapes: Sequence[int]) -> list[int]:
 def plan(
     value: Tensor, shapes: list[int], points: Tensor, reference: Tensor | None, vector: int
 ) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
-    """The grid of programs, and what the kernel is compiled for."""
+    """The grid of programs, and the constants of the kernel."""
     batch, tokens, heads, channels = value.shape
     _, queries, _, levels, num_points, _ = points.shape
     regions = queries == tokens
-    # A decoder has few queries for the many multiprocessors: small blocks.
+    # Small blocks for decoders, whose few queries would not occupy all multiprocessors.
     block = SQUARE.value**2 if regions else 32
     blocks = sum(squares_of_levels(shapes)) if regions else triton.cdiv(queries, block)
     padded = triton.next_power_of_2(channels)
@@ -206,8 +187,10 @@ def queries_of_program(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """(BLOCK, LANES): indices of queries in the batch, and which of them exist. The indices of
-    those that do not exist are of others: whatever is done for these is not stored."""
+    """(BLOCK, LANES): indices of queries in the batch, and which of them exist.
+
+    Queries that do not exist repeat the last one, and their results are not stored.
+    """
     block = tl.program_id(0)
     if REGIONS:
         query, exists = queries_of_square(levels, block, LEVELS)
@@ -271,9 +254,9 @@ def softmax_terms(logits, COUNT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.co
 def subtract_mean(
     products, logits, peak, total, mean, exists, COUNT: tl.constexpr, LANES: tl.constexpr
 ):
-    """The gradient of softmax: weight times what the gradient of a weight is above their mean.
+    """The gradient of softmax: weight * (gradient - mean of gradients).
 
-    In `products` are weights times gradients, written by any thread of the program.
+    `products` holds weight * gradient, written by any thread of the program.
     """
     tl.debug_barrier()
     lane = tl.arange(0, LANES)[None, :]
@@ -286,10 +269,10 @@ def subtract_mean(
 
 @triton.jit
 def open_level(levels, level, reference, POINTS: tl.constexpr, REFERENCE: tl.constexpr):
-    """Height, width, and the tokens from a pixel to the next of its row and of its column, which
-    are none where there is no next one; and the rest of what `sample` has to know of a level.
+    """Height, width, token steps to the next pixel right and down, and the frame for `sample`.
 
-    In pixels a point is origin + unit * point, along x and y.
+    A step is 0 on levels of a single column or row. Along x and y, a point is at
+    origin + unit * point, in pixels.
     """
     rows, columns = tl.load(levels + 4 * level), tl.load(levels + 4 * level + 1)
     right, down = tl.minimum(columns - 1, 1), tl.minimum(rows - 1, 1) * columns
@@ -309,8 +292,8 @@ def open_level(levels, level, reference, POINTS: tl.constexpr, REFERENCE: tl.con
 
 @triton.jit
 def sample(pair, height, width, frame):
-    """The token of the upper left corner around a point, and the signed distances in pixels of
-    the point from the columns and the rows of the corners: token, x0, x1, y0, y1."""
+    """The token of the upper left pixel around a point, and the point's signed distances in pixels
+    from the columns and rows of the four pixels: token, x0, x1, y0, y1."""
     first_token, columns, x_origin, y_origin, x_unit, y_unit = frame
     both = tl.load(pair)  # two floats by one access
     x = both.to(tl.int32).to(tl.float32, bitcast=True)
@@ -329,11 +312,10 @@ def pack_pair(first, second):
 
 @triton.jit
 def neighbours(pixel, size):
-    """Of the two pixels that are interpolated along an axis: the index of the first, and the
-    signed distances to both.
+    """The first of two pixels to interpolate between along an axis, and signed distances to both.
 
-    They are inside the image wherever the point is, NaN included. Where an axis has one pixel
-    only, that stands in for the second one, infinitely far away.
+    Both are inside the image for any point, also NaN. If an axis has only one pixel, the second
+    distance is infinite.
     """
     first = tl.maximum(tl.minimum(tl.floor(pixel), size - 2.0), 0.0)
     distance = pixel - first
@@ -342,13 +324,13 @@ def neighbours(pixel, size):
 
 @triton.jit
 def hat(distance):
-    """Share of a pixel in the interpolation: 1 - |distance|, from one pixel on 0."""
+    """The weight of a pixel in the interpolation: 1 - |distance|, but at least 0."""
     return tl.maximum(1.0 - tl.abs(distance), 0.0, propagate_nan=KEEP_NAN)
 
 
 @triton.jit
 def hat_slope(distance):
-    """Its derivative; at the three kinks that from the right."""
+    """The derivative of `hat`; at its three kinks the one from the right."""
     rising = tl.where(distance >= -1.0, 1.0, 0.0)
     falling = tl.where(distance < 1.0, -1.0, 0.0)
     return tl.where(distance < 0.0, rising, falling)
@@ -356,19 +338,19 @@ def hat_slope(distance):
 
 @triton.jit
 def dot(x, y):
-    """(BLOCK, LANES): sums over the channels of a lane. The lanes remain to be added up."""
+    """(BLOCK, LANES): sums over the channels of each lane, see `sum_lanes`."""
     return tl.sum(tl.sum(x * y, 3), 0)
 
 
 @triton.jit
 def sum_lanes(x):
-    """(BLOCK, LANES), every lane with the sum."""
+    """(BLOCK, LANES): the sum over all lanes, in every lane."""
     return tl.broadcast_to(tl.sum(x, 1, keep_dims=True), x.shape)
 
 
 @triton.jit
 def point_gradients(dot00, dot01, dot10, dot11, x0, x1, y0, y1):
-    """Of the interpolation, from those of its corners: along x, along y, and its value."""
+    """Derivatives along x and y, and value, of the interpolation between four corners."""
     upper_dot = hat(x0) * dot00 + hat(x1) * dot01
     lower_dot = hat(x0) * dot10 + hat(x1) * dot11
     left_dot = hat(y0) * dot00 + hat(y1) * dot10
@@ -388,7 +370,7 @@ def load_rows(rows, is_channel):
 @triton.jit
 def add_rows(rows, share, grad, exists, is_channel):
     """Add the gradient of a corner to that of value."""
-    # A corner outside the image has no share; adding its zeros would crowd the border pixels.
+    # Skip corners outside of the image: adding zeros would cause contention on border pixels.
     mask = per_channel(exists & (share != 0.0)) & is_channel
     tl.atomic_add(rows, per_channel(share) * grad, mask=mask, sem="relaxed")
 
