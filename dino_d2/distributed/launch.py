@@ -1,4 +1,4 @@
-"""How the workers of a training are started."""
+"""Starts the workers of a training."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from torch import distributed
 
 from ..names import plural
 
-# What torchrun sets, and scripts for SLURM.
+# Set by torchrun, and by scripts for SLURM.
 WORKER_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT"),
@@ -22,15 +22,14 @@ WORKER_VARIABLES = (
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run `main(args)` in every worker of a training.
 
-    A process that torchrun or a SLURM script has started as one of the workers (the environment has
-    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT) joins the others;
-    the options below do not count then. Otherwise Detectron2 starts them. They talk through NCCL
-    where there are GPUs, through gloo otherwise.
+    A process that torchrun or a SLURM script started (with `WORKER_VARIABLES` in the environment)
+    joins the others and ignores the options below. Otherwise Detectron2 starts the workers. They
+    communicate through NCCL on GPUs, through gloo otherwise.
 
     Args:
-        main: a function of a module, as it is sent to other processes
-        args: with Detectron2's num_gpus (workers on this machine, also where it has no GPU),
-            num_machines, machine_rank and dist_url
+        main: a module-level function, which other processes can import
+        args: with Detectron2's num_gpus (workers on this machine, also without GPUs), num_machines,
+            machine_rank and dist_url
 
     Raises:
         ValueError: this machine has fewer GPUs than workers, or the environment is incomplete
@@ -52,10 +51,9 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
 
 
 def work(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """`main(args)` in a worker that has joined the others, or alone; then leave them.
+    """Run `main(args)`, then close the process group, if there is one.
 
-    A worker that ends with its process group still open may abort: the group's threads run on
-    while the process takes itself down. Detectron2's launcher leaves it open.
+    Detectron2's launcher leaves it open, and its threads can then abort the exiting process.
     """
     main(args)
     if distributed.is_initialized():
@@ -63,41 +61,33 @@ def work(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
 
 
 def world_size(args: argparse.Namespace) -> int:
-    """How many workers `launch` runs, on all machines, known before it does.
-
-    Raises:
-        ValueError: the environment is that of a worker, but incomplete
-    """
+    """The number of workers on all machines that `launch` will run."""
     if is_worker():
         return int(os.environ["WORLD_SIZE"])
     return args.num_gpus * args.num_machines
 
 
 def is_worker() -> bool:
-    """Whether this process was started as one of several.
+    """Whether this process was started as one of several workers.
 
     Raises:
-        ValueError: RANK is set and another variable is not: alone, every worker would train a model
-            of its own
+        ValueError: only some variables are set; each worker would train a model of its own
     """
     if "RANK" not in os.environ:
         return False
     missing = [name for name in WORKER_VARIABLES if name not in os.environ]
     if missing:
         raise ValueError(
-            f"the environment has RANK, as one of several workers has, but not {missing[0]}: start "
-            f"workers with torchrun, set all of {', '.join(WORKER_VARIABLES)}, or unset RANK"
+            f"the environment has RANK, as that of a worker, but not {missing[0]}: start workers "
+            f"with torchrun, set all of {', '.join(WORKER_VARIABLES)}, or unset RANK"
         )
     return True
 
 
 def check_gpus(workers: int) -> None:
-    """
-    Raises:
-        ValueError: there are GPUs, but not one for each of the workers of this machine
-    """
+    """Raise a ValueError if this machine has GPUs, but fewer than workers."""
     gpus = torch.cuda.device_count()
-    own = gpus == 1 and is_worker()  # each may see another one, as SLURM can have it
+    own = gpus == 1 and is_worker()  # under SLURM, each worker may see only its own GPU
     if gpus and workers > gpus and not own:
         raise ValueError(
             f"{workers} workers were asked for on this machine, which has {plural(gpus, 'GPU')}: "
@@ -106,7 +96,7 @@ def check_gpus(workers: int) -> None:
 
 
 def join() -> None:
-    """Become the worker that the environment describes."""
+    """Join the process group that the environment describes."""
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "nccl"

@@ -1,11 +1,11 @@
-"""How many workers share a model.
+"""Shares a model among workers.
 
     replicated (DDP)   every worker has the whole model; gradients are averaged over workers
-    sharded (FSDP2)    every worker has a part of each parameter, of its gradient and of the
-                       optimizer's state; parts are put together where they are needed
+    sharded (FSDP2)    every worker has a shard of each parameter, of its gradient and of the
+                       optimizer's state; parameters are gathered when they are needed
 
-`gather` and `scatter` go between parts and whole tensors, so a checkpoint does not depend on how it
-was trained. With one worker everything here leaves the model as it is.
+`gather` and `scatter` convert between shards and whole tensors, so checkpoints do not depend on how
+a model was trained. With one worker, nothing here changes the model.
 """
 
 import warnings
@@ -25,15 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def distribute(model: nn.Module, *, fsdp: bool = False, **ddp: Any) -> nn.Module:
-    """Share a model among the workers of the process group; alone it stays as it is.
+    """Share a model among the workers of the process group, if there are several.
 
-    Sharding replaces the parameters: an optimizer has to be made afterwards.
+    Create the optimizer afterwards: sharding replaces the parameters.
 
     Args:
         model: the same on every worker, on the worker's device
         fsdp: shard it instead of replicating it
-        ddp: options of DistributedDataParallel, and `fp16_compression`: whether gradients travel as
-            float16
+        ddp: options of DistributedDataParallel, and `fp16_compression` of gradients
 
     Returns:
         the model itself, sharded in place, or a DistributedDataParallel of it
@@ -64,28 +63,27 @@ def replicate(
     device = next(model.parameters()).device
     device_ids = None if device.type == "cpu" else [device]
     replica = DistributedDataParallel(model, device_ids=device_ids, **options)
-    replica.broadcast_buffers = broadcast_buffers  # newer constructors warn of it
+    replica.broadcast_buffers = broadcast_buffers  # not an argument, as PyTorch deprecates that
     if fp16_compression:
         replica.register_comm_hook(None, fp16_compress_hook)
     return replica
 
 
 def shard(model: nn.Module) -> nn.Module:
-    # Layers that pass something on as it came make FSDP warn of views; nothing here changes those.
+    # FSDP warns of layers that return views of their input; nothing here writes to those.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    # FSDP2 takes parameters of no other layout, but convolutions are channels last.
+    # FSDP2 needs contiguous parameters, but convolutions are channels last.
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
     mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.get_world_size(),))
     for unit in shard_units(model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    # What is left is needed from the first to the last.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    return model
+    # The remaining parameters are needed throughout the forward and backward pass.
+    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
 def shard_units(model: nn.Module) -> Iterator[nn.Module]:
-    """What is put together by itself: stages of the backbone, layers of other stages."""
+    """Modules to gather one at a time: stages of the backbone, layers of other stages."""
     for name, stage in model.named_children():
         if name == "backbone":
             for child in stage.children():
@@ -102,8 +100,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def suspend_sync(model: nn.Module) -> Iterator[None]:
-    """Forward and backward passes in here add up gradients without averaging them over workers: for
-    all but the last of the passes that make a step."""
+    """Gradient accumulation: add up gradients without averaging them over workers.
+
+    For all but the last backward pass of a step.
+    """
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
@@ -119,8 +119,10 @@ def suspend_sync(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Every worker has all of a sharded model, so that each can run as many forward passes as it
-    has images. Entering is collective; training in here is not possible."""
+    """Gather a sharded model, so that workers can evaluate different numbers of images.
+
+    Collective; training is not possible inside.
+    """
     sharded = [x for x in model.modules() if isinstance(x, FSDPModule)]
     inner = [x for x in sharded if x is not model]
     for module in inner:
@@ -137,9 +139,9 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Every worker gets the buffers of the first, which are those that a checkpoint has.
+    """Copy the buffers of the first worker, which a checkpoint contains, to all others; collective.
 
-    Each has running statistics of its own images, and would evaluate with these. Collective.
+    Otherwise every worker would evaluate with running statistics of its own images.
     """
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
@@ -147,7 +149,7 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def gather(state: Any) -> Any:
-    """A state (nested dicts and lists) with whole tensors on the CPU where it has sharded ones.
+    """Replace sharded tensors of a state (nested dicts and lists) by whole ones on the CPU.
 
     Collective: every worker has to call it, with the same state.
     """
@@ -161,8 +163,10 @@ def gather(state: Any) -> Any:
 
 
 def scatter(state: Any, like: Any) -> Any:
-    """The reverse of `gather`: sharded as the tensors of `like` are, whose nesting is the same;
-    what `like` does not have stays as it is. Not collective: every worker has the whole state."""
+    """The inverse of `gather`: shard a state as `like`, which has the same nesting, is sharded.
+
+    Tensors that `like` does not have stay as they are. Not collective.
+    """
     if isinstance(like, DTensor):
         mesh, placements = like.device_mesh, like.placements
         return distribute_tensor(state.to(like.device), mesh, placements, src_data_rank=None)
@@ -174,22 +178,22 @@ def scatter(state: Any, like: Any) -> Any:
 
 
 def local_shard(x: Tensor) -> Tensor:
-    """This worker's part of a sharded tensor, sharing its memory; another tensor as it is."""
+    """This worker's shard of a tensor, sharing its memory; an unsharded tensor itself."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load what `gather` made of the state of an optimizer of the same parameters, sharded or not.
+    """Load a gathered state into an optimizer of the same parameters, sharded or not.
 
     Raises:
-        ValueError: the parameters or their groups are others
+        ValueError: the parameters or their groups differ
     """
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     indices = chain.from_iterable(group["params"] for group in state["param_groups"])
-    # Moments have the shape of their parameter, the number of steps has not.
+    # Moments have the shape of their parameter; the step counter does not.
     like = {
         index: {name: parameter for name, x in values.items() if x.shape == parameter.shape}
-        # Not strict: the optimizer compares their numbers.
+        # Not strict: the optimizer checks the number of parameters.
         for index, parameter in zip(indices, parameters, strict=False)
         if (values := state["state"].get(index))
     }
@@ -197,7 +201,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def mean_over_workers(x: Tensor) -> Tensor:
-    """The mean of what the workers have; collective."""
+    """The mean of a tensor over the workers; collective."""
     if comm.get_world_size() == 1:
         return x
     x = x.clone()

@@ -1,4 +1,4 @@
-"""What is around a model while it learns, from either style of config."""
+"""Training and evaluation, from either style of config."""
 
 from .default_trainer import DefaultTrainer
 from .ema import EMA

@@ -1,4 +1,4 @@
-"""For scripts that train with Detectron2's `DefaultTrainer`, such as its own tools/train_net.py."""
+"""A trainer for scripts around Detectron2's `DefaultTrainer`, such as its tools/train_net.py."""
 
 import weakref
 from typing import Any
@@ -20,9 +20,9 @@ from .run import make_checkpointer
 class DefaultTrainer(engine.DefaultTrainer):
     """Detectron2's, with the optimizer, the augmentation and the evaluator of a DINO.
 
-    Detectron2's own has SGD alone, and clips the gradient of each parameter by itself. Steps, hooks
-    and the order of images are Detectron2's; what `train` does beyond that (accumulation, averaged
-    weights, sharding, W&B, trainings that go on bit for bit) needs `train`.
+    Detectron2's own only has SGD, and clips the gradient of each parameter by itself. Steps, hooks
+    and the order of images are Detectron2's. Gradient accumulation, averaged weights, sharding, W&B
+    and exact resuming need `train`.
 
     Args:
         cfg: a YAML config with the keys of `add_dino_config`
@@ -50,7 +50,7 @@ class DefaultTrainer(engine.DefaultTrainer):
             self._trainer.precision = precision_of(cfg.SOLVER.AMP.DTYPE)
 
     def build_hooks(self) -> list[HookBase | None]:
-        # They are the first to need a checkpointer. Ours reads all layouts and saves class names.
+        # Hooks need the checkpointer first. Ours reads all formats and saves class names.
         cfg, proxy = self.cfg, weakref.proxy(self)
         self.checkpointer = make_checkpointer(
             self.model, cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN, trainer=proxy

@@ -10,15 +10,14 @@ from ..distributed.sharing import local_shard, scatter, unwrap
 
 
 class EMA:
-    """An average of a model's weights, which detects better than the weights of any one step.
+    """Averaged weights, which detect better than the weights of any single step.
 
-    The decay grows with the number of updates n as (1 + n) / (10 + n), so that the weights that
-    a training began with are soon forgotten. Buffers of floats, such as running statistics, are
-    averaged too; others are copied.
+    The decay of update n is at most (1 + n) / (10 + n), so that the initial weights are soon
+    forgotten. Floating-point buffers, such as running statistics, are averaged, others copied.
 
     Args:
         model: on its device, wrapped or not
-        decay: the share that the average keeps in an update, in [0, 1)
+        decay: weight of the old average in an update, in [0, 1)
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -27,7 +26,7 @@ class EMA:
         self.reset()
 
     def reset(self) -> None:
-        """Begins anew, with the weights that the model has now."""
+        """Restart from the model's current weights."""
         self.updates = 0
         self.weights = {key: x.detach().clone() for key, x in self.model.state_dict().items()}
 
@@ -47,7 +46,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Meanwhile the model has the averaged weights."""
+        """Use the averaged weights in the model."""
         self._swap()
         try:
             yield
@@ -73,9 +72,6 @@ class EMA:
 
 
 def check_decay(decay: float) -> None:
-    """
-    Raises:
-        ValueError: it is not in [0, 1)
-    """
+    """Raise a ValueError unless a decay is in [0, 1)."""
     if not 0 <= decay < 1:
         raise ValueError(f"the decay of the averaged weights is {decay}; it has to be in [0, 1)")

@@ -1,4 +1,4 @@
-"""The error analysis as files: tables as CSV and pictures, beside the results of an evaluation."""
+"""Writes the error analysis of an evaluation as tables (CSV) and pictures."""
 
 import csv
 import os
@@ -18,10 +18,10 @@ BACKGROUND = "(background)"
 
 
 class ErrorAnalysisEvaluator(COCOEvaluator):
-    """Detectron2's evaluator; leaves the error analysis of the boxes in its output folder, too.
+    """Detectron2's evaluator, which also writes the error analysis of boxes to its output folder.
 
-    What a registered function gives is converted anew each time, unless it is told otherwise: what
-    an earlier run left in the folder may be of other data.
+    By default it converts registered records again each time, as cached ones of an earlier run may
+    be of other data.
     """
 
     def __init__(self, *args: Any, allow_cached_coco: bool = False, **options: Any):
@@ -30,7 +30,7 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
     ) -> dict[str, float]:
-        # The one place where Detectron2 has an evaluation in hand; None stands for no detections.
+        # The only method that gets Detectron2's COCOeval; None if there are no detections.
         if iou_type == "bbox" and self._output_dir:
             dataset = self._coco_api.dataset
             with alive("the error analysis"):
@@ -39,18 +39,10 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
 
 
 def write_analysis(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:
-    """Five tables (CSV) and five pictures (PNG) of the same names.
+    """Write five tables (CSV) and pictures (PNG) to a folder; returns the paths of the pictures.
 
-    per_class, ap_by_size, precision_recall (at IoU 0.5 and 0.75, a row a class and recall, with the
-    score at which it is reached), confusion_matrix and errors. A cell is empty where there is no
-    value.
-
-    Args:
-        analysis: as `analyse` returns it
-        folder: that exists; files of these names are overwritten
-
-    Returns:
-        the pictures
+    per_class, ap_by_size, precision_recall (at IoU 0.5 and 0.75, a row per class and recall with
+    the score that reaches it), confusion_matrix and errors. Cells without a value are empty.
     """
     for name, rows in _tables(analysis).items():
         path = Path(folder, f"{name}.csv")
@@ -60,15 +52,13 @@ def write_analysis(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:
 
 
 def _tables(analysis: Analysis) -> dict[str, Iterable]:
-    """Rows by the name of the table, its head first."""
+    """Rows by the name of the table, starting with its header."""
     names = [*(x.name for x in analysis.classes), BACKGROUND]
     confusion = zip(names, analysis.confusion.tolist(), strict=True)
-    tables: dict[str, Sequence[NamedTuple]] = {
-        "per_class": analysis.classes,
-        "ap_by_size": analysis.sizes,
-        "errors": analysis.errors,
-    }
-    return {name: [rows[0]._fields, *rows] for name, rows in tables.items()} | {
+    return {
+        "per_class": [analysis.classes[0]._fields, *analysis.classes],
+        "ap_by_size": [analysis.sizes[0]._fields, *analysis.sizes],
+        "errors": [analysis.errors[0]._fields, *analysis.errors],
         "precision_recall": _curves(analysis),
         "confusion_matrix": [["true class", *names], *([name, *row] for name, row in confusion)],
     }
@@ -84,5 +74,5 @@ def _curves(analysis: Analysis) -> Iterator[tuple]:
 
 
 def _cells(row: Iterable) -> list:
-    """Floats of six digits, nothing for NaN."""
+    """Format floats with six digits, and NaN as an empty cell."""
     return [("" if np.isnan(x) else f"{x:.6g}") if isinstance(x, float) else x for x in row]

@@ -1,4 +1,4 @@
-"""A training has its output folder to itself, and nothing of an earlier one is lost or mixed."""
+"""Keeps results of different trainings from being lost or mixed in an output folder."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -7,14 +7,14 @@ from pathlib import Path
 from detectron2.utils import comm
 
 CHECKPOINTS = "model_[0-9][0-9][0-9][0-9][0-9][0-9][0-9].pth", "model_final.pth", "model_best.pth"
-# What a training is remembered by. A run that ended before it had any of it blocks nothing.
+# Files that must not be lost. A run that ended before it wrote any of them blocks nothing.
 RESULTS = (*CHECKPOINTS, "last_checkpoint", "metrics.json", "events.out.tfevents.*")
-# What it writes besides. Runs of Weights & Biases have folders of their own in `wandb`.
+# Other files of a training. Runs of Weights & Biases have folders of their own in `wandb`.
 OTHERS = (
     *("log.txt", "log.txt.rank[0-9]*", "config.yaml", "wandb_id"),
     "non_finite/[0-9]*_worker_[0-9]*.pth",
 )
-# In "inference", and in the folders in it that several data sets and averaged weights have.
+# In "inference", and in its folders for several data sets and averaged weights.
 EVALUATION = (
     *("coco_instances_results.json", "instances_predictions.pth", "box_proposals.pkl"),
     *(
@@ -29,14 +29,14 @@ def check_folder(folder: str, *, resume: bool = False, overwrite: bool = False) 
     """Refuse a folder in which results of an earlier training would be lost or mixed.
 
     Args:
-        folder: for the output of a training, there or not
-        resume: whether the training goes on with what is there; with logs alone, of one that ended
-            before its first checkpoint, it begins anew and adds to them, as Detectron2 has it
-        overwrite: whether it takes its place
+        folder: for the output of a training; need not exist
+        resume: continue the earlier training; without any checkpoint, start over and append to its
+            logs, as Detectron2 does
+        overwrite: replace the earlier training
 
     Raises:
-        ValueError: an earlier training's results are there, and are to be neither; or there are
-            checkpoints, and it is not known from which one to go on
+        ValueError: there are results of an earlier training and neither option is given, or there
+            are checkpoints without a `last_checkpoint` to resume from
     """
     if overwrite or (resume and Path(folder, "last_checkpoint").is_file()):
         return
@@ -45,27 +45,26 @@ def check_folder(folder: str, *, resume: bool = False, overwrite: bool = False) 
     if found and resume:
         raise ValueError(
             f"'{folder}' has '{found.name}', but no file 'last_checkpoint' with the name of the "
-            "checkpoint to go on from (--resume): write it, or name another output folder"
+            "checkpoint to resume from (--resume): write it, or choose another output folder"
         )
     if found:
         raise ValueError(
-            f"'{folder}' has an earlier training ('{found.name}'): go on with it (--resume), name "
-            "another output folder, or replace what it wrote (--overwrite)"
+            f"'{folder}' has an earlier training ('{found.name}'): resume it (--resume), choose "
+            "another output folder, or replace its files (--overwrite)"
         )
 
 
 def claim_folder(folder: str, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Makes a folder that of the training which begins, before anything is written there.
+    """Check and create an output folder; with `overwrite`, remove an earlier training.
 
-    To overwrite removes what trainings and their evaluations write, and nothing else. Collective:
-    every worker has to call it; the main one looks and removes.
+    Collective: every worker has to call it, and the main one does the work.
 
     Args:
         folder, resume, overwrite: as of `check_folder`
 
     Raises:
-        ValueError: as `check_folder` does, on every worker
-        OSError: it cannot be made, or something in it not be removed
+        ValueError: as `check_folder`, on every worker
+        OSError: the folder cannot be created, or a file cannot be removed
     """
     error = None
     if comm.is_main_process():
@@ -81,7 +80,7 @@ def claim_folder(folder: str, *, resume: bool = False, overwrite: bool = False) 
 
 
 def remove_training(folder: str) -> None:
-    """Removes what trainings and their evaluations have written into a folder, and nothing else."""
+    """Remove the files of trainings and their evaluations from a folder, and nothing else."""
     inference = Path(folder, "inference")
     places = [inference, *(x for x in inference.rglob("*") if x.is_dir())]
     for file in chain(_files(folder, RESULTS + OTHERS), *(_files(x, EVALUATION) for x in places)):

@@ -1,4 +1,4 @@
-"""What happens around steps, beside Detectron2's own hooks."""
+"""Hooks for evaluation and the best checkpoint."""
 
 import logging
 import math
@@ -13,8 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 class EvalHook(hooks.EvalHook):
-    """Detectron2's, which evaluates after a checkpoint is saved. A training that goes on from there
-    may have been stopped before or meanwhile, so it begins with this evaluation."""
+    """Detectron2's, but a resumed training first makes up for the evaluation of its checkpoint.
+
+    It may have been stopped after saving and before the end of the evaluation.
+    """
 
     def before_train(self) -> None:
         if is_due(self.trainer, self._period):
@@ -26,7 +28,7 @@ class EvalHook(hooks.EvalHook):
 
 
 def is_due(trainer: TrainerBase, period: int) -> bool:
-    """Whether what a training goes on from was to be evaluated: by its period, or as its end."""
+    """Whether the checkpoint that a training resumes from was due for evaluation."""
     start = trainer.start_iter
     if not 0 < start < trainer.max_iter:
         return False
@@ -34,20 +36,20 @@ def is_due(trainer: TrainerBase, period: int) -> bool:
 
 
 def is_complete(trainer: TrainerBase) -> bool:
-    """Whether a training that is over has come to its end, and was not stopped by an error."""
+    """Whether a training reached its last iteration, and was not stopped by an error."""
     return trainer.iter >= trainer.max_iter
 
 
 class BestCheckpointer(HookBase):
     """Keeps the checkpoint with the best evaluation as `model_best.pth`.
 
-    As Detectron2's hook of this name, but it remembers what was best when a training is resumed,
-    and every worker has it, so that sharded models can be saved. Comes after :class:`EvalHook`.
+    Like Detectron2's, but survives a resume, and runs on every worker because saving shards is
+    collective. Register it after :class:`EvalHook`.
 
     Args:
-        period: iterations between evaluations; 0: there is one, at the end
+        period: iterations between evaluations; 0: only at the end
         checkpointer: saves the model
-        metric: to be as high as possible, such as "bbox/AP"
+        metric: higher is better, such as "bbox/AP"
     """
 
     def __init__(self, period: int, checkpointer: DetectionCheckpointer, metric: str):
@@ -68,10 +70,10 @@ class BestCheckpointer(HookBase):
             self.save_if_best(self.trainer.max_iter - 1)
 
     def save_if_best(self, iteration: int) -> None:
-        """Looks at the evaluation after an iteration, which the main worker alone knows."""
+        """Save the model if the evaluation after an iteration, on the main worker, is the best."""
         metrics = self.trainer.storage.latest()
         if comm.is_main_process() and self.metric not in metrics:
-            logger.warning(f"no checkpoint is kept as the best: evaluation has no {self.metric}")
+            logger.warning(f"no best checkpoint is saved: evaluation has no {self.metric}")
         value, when = comm.all_gather(metrics.get(self.metric, (-math.inf, -1)))[0]
         if when != self.trainer.iter or not value > self.best:  # also if it is NaN
             return

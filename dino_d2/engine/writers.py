@@ -1,4 +1,4 @@
-"""Where the numbers of a training go, beside Detectron2's log, `metrics.json` and TensorBoard."""
+"""Sends the metrics of a training to Weights & Biases."""
 
 import importlib.util
 import logging
@@ -17,19 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 class WandbWriter(EventWriter):
-    """Sends scalars to Weights & Biases, smoothed as those in `metrics.json`.
+    """Sends scalars to Weights & Biases, smoothed like those in `metrics.json`.
 
-    W&B's own environment variables say the rest: WANDB_MODE (offline), WANDB_NAME, WANDB_ENTITY.
-    What it does over a network it does in a process of its own, which tries again and again, and
-    keeps all in the folder `wandb` of the output folder: a training never waits for it. (Its end
-    does, unless WANDB_FINISH_TIMEOUT has seconds.)
+    W&B's environment variables, such as WANDB_MODE (offline), WANDB_NAME and WANDB_ENTITY, apply.
+    It uploads and retries in a process of its own, from the folder `wandb` of the output folder, so
+    a training never waits for the network (except at its end, for WANDB_FINISH_TIMEOUT seconds).
 
     Args:
         project: of W&B
-        output_dir: of the training, remembers the run
+        output_dir: of the training; stores the id of the run
         config: of the training, see `plain_config`
-        resume: go on with the run that the output folder remembers, if there is one
-        window_size: iterations that a median is taken over
+        resume: continue the run of the output folder, if there is one
+        window_size: iterations to take the median over
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class WandbWriter(EventWriter):
         window_size: int = 20,
     ):
         self.window_size = window_size
-        self.last = -1  # iteration that was sent
+        self.last = -1  # last iteration that was sent
         self.run = start_run(project, output_dir, config, resume)
 
     def write(self) -> None:
@@ -56,12 +55,11 @@ class WandbWriter(EventWriter):
         self.last = max(new, default=self.last)
 
     def close(self) -> None:
-        """A training that an error ends is one that failed, there as well."""
+        """Finish the run, as failed if an error ended the training."""
         self.call_run("finish", exit_code=int(sys.exc_info()[0] is not None))
 
     def call_run(self, name: str, *args: Any, **kwargs: Any) -> None:
-        """Calls a method of the run. Where W&B's own process has died there is no run any more,
-        but there is a training."""
+        """Call a method of the run; if W&B's process has died, the training continues without."""
         if self.run is None:
             return
         try:
@@ -69,13 +67,13 @@ class WandbWriter(EventWriter):
         except OSError as error:
             self.run = None
             logger.warning(
-                f"Weights & Biases has stopped ({error}): the training goes on without it, and "
+                f"Weights & Biases has stopped ({error}): the training continues without it, and "
                 "metrics.json has all numbers"
             )
 
 
 def start_run(project: str, output_dir: str, config: dict[str, Any], resume: bool) -> Any:
-    """W&B's run of a training; an offline one where there is no access."""
+    """Start W&B's run of a training, offline if it cannot be reached."""
     import wandb  # optional
 
     memory = Path(output_dir, "wandb_id")
@@ -95,16 +93,13 @@ def start_run(project: str, output_dir: str, config: dict[str, Any], resume: boo
         reason = " ".join(str(error).split())
         logger.warning(
             f"Weights & Biases cannot be reached ({reason}): the run is written to "
-            f"'{output_dir}/wandb', from where `wandb sync` sends it"
+            f"'{output_dir}/wandb', upload it later with `wandb sync`"
         )
         return wandb.init(**options, mode="offline")
 
 
 def require_wandb() -> None:
-    """
-    Raises:
-        ValueError: it is not installed
-    """
+    """Raise a ValueError if wandb is not installed."""
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(
             "a project of Weights & Biases is named, but wandb is not installed: "
@@ -113,7 +108,11 @@ def require_wandb() -> None:
 
 
 def plain_config(config: Any) -> Any:
-    """A config of either style as dicts, lists, numbers and strings; classes by their names."""
+    """Convert a config of either style to dicts, lists, numbers and strings.
+
+    >>> plain_config({"optimizer": {"_target_": EventWriter, "betas": (0.9, 0.999)}})
+    {'optimizer': {'_target_': 'EventWriter', 'betas': [0.9, 0.999]}}
+    """
     if isinstance(config, DictConfig):
         config = OmegaConf.to_container(config, resolve=False)
     if isinstance(config, Mapping):

@@ -1,2 +1,1 @@
-"""Where a detector goes wrong: matching.py has what belongs together, analysis.py the
-numbers; engine/evaluator.py makes files of them."""
+"""Error analysis: `matching` of boxes, `analysis` in numbers; `engine.evaluator` writes files."""

@@ -1,7 +1,7 @@
-"""Where a detector goes wrong, in numbers.
+"""Error analysis of a detector, in numbers.
 
-AP, AR and the curves are those of COCO's evaluation; what is confused with what, and the kinds of
-errors, are those of the detections above a score threshold.
+AP, AR and curves come from COCO's evaluation; confusions and kinds of errors count detections
+above a score threshold.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from pycocotools.cocoeval import COCOeval
 
 from .matching import ImageMatches, confusions, detection_kinds, false_positives, match_image
 
-THRESHOLD = 0.5  # least score of a detection, as in demo.py
+THRESHOLD = 0.5  # lowest score of a detection, as in demo.py
 SIZES = ("all", "small", "medium", "large")  # COCO's, in the order of its evaluation
-IOU_50, IOU_75 = 0, 5  # places of the IoU thresholds 0.50, 0.55 ... 0.95
+IOU_50, IOU_75 = 0, 5  # indices into the IoU thresholds 0.50, 0.55 ... 0.95
 
 
 class ClassScores(NamedTuple):
-    """A class: AP and AR in percent; NaN where it has no box (of a size).
+    """AP and AR of a class in percent; NaN if it has no box (of a size).
 
-    `best_threshold` is the score from which on its detections have the greatest F1, and
-    `precision`, `recall` and `F1` (in percent) are those at IoU 0.5 there.
+    `best_threshold` is the score threshold with the highest F1 at IoU 0.5, and `precision`,
+    `recall` and `F1` (in percent) are those at this threshold.
     """
 
     category_id: int
@@ -45,7 +45,7 @@ class ClassScores(NamedTuple):
 
 
 class SizeScores(NamedTuple):
-    """The mean over the classes of boxes of a size, in percent; areas in square pixels."""
+    """Means over the classes for boxes of a size, in percent; areas in square pixels."""
 
     size: str
     min_area: float
@@ -58,8 +58,7 @@ class SizeScores(NamedTuple):
 
 
 class ErrorCounts(NamedTuple):
-    """Detections of a class above the threshold by kind, see `matching.detection_kinds`, and how
-    many of its boxes no detection of the class finds."""
+    """Detections of a class by `matching.detection_kinds`, and the number of its missed boxes."""
 
     category_id: int
     name: str
@@ -73,12 +72,12 @@ class ErrorCounts(NamedTuple):
 
 
 class Analysis(NamedTuple):
-    """K classes in the order of their ids, R = 101 recalls from 0 to 1, I = 10 IoUs."""
+    """An analysis of K classes, sorted by id, at R = 101 recalls from 0 to 1 and I = 10 IoUs."""
 
     classes: list[ClassScores]
     sizes: list[SizeScores]
     precision: np.ndarray  # (I, R, K) in [0, 1], NaN for classes without boxes
-    scores: np.ndarray  # (I, R, K) score at which a recall is reached, 0 where it is not
+    scores: np.ndarray  # (I, R, K) score that reaches a recall, 0 if none does
     errors: list[ErrorCounts]
     confusion: np.ndarray  # (K + 1, K + 1) counts: true class by detected one, background last
     threshold: float
@@ -86,17 +85,16 @@ class Analysis(NamedTuple):
 
 
 def evaluate_boxes(dataset: dict[str, list], results: list[dict]) -> COCOeval:
-    """COCO's evaluation of boxes, by Detectron2's fast code where that is compiled, and without
-    what it prints.
+    """Run COCO's evaluation of boxes without printing, by Detectron2's fast code if available.
 
     Args:
-        dataset: content of a file of COCO annotations that `data.check` accepts as a test set
-        results: as `data.read_results` returns them; there may be none
+        dataset: COCO annotations that `data.check` accepts as a test set
+        results: as `data.read_results` returns them; may be empty
     """
     truth, detections = COCO(), COCO()
     truth.dataset = dataset | {"annotations": [dict(x) for x in dataset["annotations"]]}
     results = [
-        # COCO takes id 0 for no detection
+        # COCO ignores id 0
         dict(x, id=number, area=x["bbox"][2] * x["bbox"][3], iscrowd=0)
         for number, x in enumerate(results, start=1)
     ]
@@ -111,10 +109,11 @@ def evaluate_boxes(dataset: dict[str, list], results: list[dict]) -> COCOeval:
 
 
 def analyse(evaluation: COCOeval, threshold: float = THRESHOLD) -> Analysis:
-    """
+    """Compute all tables of the error analysis.
+
     Args:
-        evaluation: of boxes, accumulated; Detectron2's fast one, too
-        threshold: least score of detections in the confusion matrix and the kinds of errors
+        evaluation: of boxes, accumulated, COCO's or Detectron2's
+        threshold: lowest score of detections in the confusion matrix and the kinds of errors
     """
     truth, detections = evaluation.cocoGt, evaluation.cocoDt
     limit = evaluation.params.maxDets[-1]
@@ -144,17 +143,21 @@ def class_scores(
         100 * np.where(evaluation.eval[key] < 0, np.nan, evaluation.eval[key])[..., -1]
         for key in ("precision", "recall")
     )
-    # A class has boxes of a size or has none, at every IoU and recall: plain means do.
-    ap, ar = precision.mean(axis=(0, 1)), recall.mean(axis=0)[:, 0]
-    ap50, ap75 = precision[[IOU_50, IOU_75]].mean(axis=1)
+    # A class without boxes of a size is NaN at every IoU and recall, so plain means are right.
+    ap, ap50, ap75 = precision.mean(axis=(0, 1)), *precision[[IOU_50, IOU_75]].mean(axis=1)
+    ar = recall.mean(axis=0)[:, 0]
     outcomes = defaultdict(list)
     for image in images:
-        for detection, found, ignored in zip(
-            image.detections, image.matches >= 0, image.ignored, strict=True
-        ):
+        found = zip(image.detections, image.matches >= 0, image.ignored, strict=True)
+        for detection, is_found, ignored in found:
             if not ignored:
-                outcomes[detection["category_id"]].append((detection["score"], found))
-    boxes = Counter(x["category_id"] for image in images for x in _objects(image))
+                outcomes[detection["category_id"]].append((detection["score"], is_found))
+    boxes = Counter(
+        annotation["category_id"]
+        for image in images
+        for annotation, crowd in zip(image.truth, image.crowd, strict=True)
+        if not crowd
+    )
     return [
         ClassScores(
             *(category["id"], category["name"], boxes[category["id"]]),
@@ -165,19 +168,16 @@ def class_scores(
     ]
 
 
-def _objects(image: ImageMatches) -> list[dict]:
-    """Annotations that are to be found."""
-    return [x for x, crowd in zip(image.truth, image.crowd, strict=True) if not crowd]
-
-
 def best_threshold(
     outcomes: list[tuple[float, bool]], boxes: int
 ) -> tuple[float, float, float, float]:
-    """The score with the greatest F1 and, in percent, precision, recall and F1 from there on.
+    """The score threshold with the highest F1, and its precision, recall and F1 in percent.
+
+    NaN if no box is annotated or found.
 
     Args:
         outcomes: score of each detection of a class, and whether it finds a box
-        boxes: how many there are to be found; NaN is returned if none are, or none is found
+        boxes: number of annotated boxes
     """
     if not boxes or not any(found for _, found in outcomes):
         return (np.nan,) * 4
@@ -206,9 +206,9 @@ def size_scores(evaluation: COCOeval) -> list[SizeScores]:
 
 
 def _mean(values: np.ndarray) -> float:
-    """In percent, of what is there: COCO writes -1 where there are no boxes."""
-    there = values[values > -1]
-    return 100 * there.mean() if there.size else np.nan
+    """The mean in percent, without COCO's -1 for classes without boxes."""
+    valid = values[values > -1]
+    return 100 * valid.mean() if valid.size else np.nan
 
 
 def error_counts(images: list[ImageMatches], categories: list[dict]) -> list[ErrorCounts]:
@@ -225,11 +225,11 @@ def error_counts(images: list[ImageMatches], categories: list[dict]) -> list[Err
 
 
 def confusion_matrix(images: list[ImageMatches], category_ids: list[int]) -> np.ndarray:
-    """(K + 1, K + 1) counts, true class by detected class; the last of either is the background.
+    """(K + 1, K + 1) counts, true class by detected class; the last row and column are background.
 
-    Detections find boxes of their class first, as in COCO's evaluation; what is left over is
-    matched whatever its class is, at IoU 0.5 as well. So a row has all boxes of a class, a column
-    all its detections but those on crowd regions.
+    Detections first match boxes of their class, as in COCO's evaluation; the rest are matched at
+    IoU 0.5 regardless of class. So a row has all boxes of a class, and a column all its detections
+    except those on crowd regions.
     """
     places = {id: index for index, id in enumerate(category_ids)}
     background = len(places)
@@ -246,10 +246,9 @@ def confusion_matrix(images: list[ImageMatches], category_ids: list[int]) -> np.
 
 
 def worst_first(analysis: Analysis) -> list[tuple[float, ImageMatches]]:
-    """Images by falling badness, with their detections above the threshold.
+    """Images with their detections above the threshold, in descending order of badness.
 
-    The badness is the number of missed boxes and the sum of the scores of false positives: the
-    surer a mistake, the worse.
+    The badness is the number of missed boxes plus the scores of false positives.
     """
     rated = []
     for image in (x.above(analysis.threshold) for x in analysis.images):

@@ -1,7 +1,4 @@
-"""Which detection belongs to which annotated box, and what is wrong with the others.
-
-D detections and T annotated boxes of one image.
-"""
+"""Matches the D detections and T annotated boxes of an image, and classifies errors."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -9,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from pycocotools import mask
 
-MIN_IOU = 0.5  # of a detection and the object that it finds
-NEAR = 0.1  # IoU below which a detection has nothing to do with an object, as in TIDE
+MIN_IOU = 0.5  # between a detection and the object that it finds
+NEAR = 0.1  # IoU below which a detection is unrelated to an object, as in TIDE
 
 # What a detection can be; all but the first are false positives.
 ERRORS = ("classification", "localisation", "both", "duplicate", "background")
@@ -18,28 +15,18 @@ KINDS = ("correct", *ERRORS)
 
 
 class ImageMatches(NamedTuple):
-    """The boxes of one image, and how they belong together.
+    """The boxes of one image and their matches."""
 
-    Attributes:
-        image: its record in the file of annotations
-        truth: T annotations, crowd regions among them
-        detections: D results of COCO's format, the surest first
-        iou: (D, T); with a crowd region, the share of the detection that is inside of it
-        crowd: (T,) bool
-        matches: (D,) the box of the same class that a detection finds, or -1; a crowd region, of
-            which neither finding nor missing counts, can be found many times
-    """
-
-    image: dict
-    truth: list[dict]
-    detections: list[dict]
-    iou: np.ndarray
-    crowd: np.ndarray
-    matches: np.ndarray
+    image: dict  # its record in the annotations
+    truth: list[dict]  # T annotations, including crowd regions
+    detections: list[dict]  # D results in COCO's format, in descending order of score
+    iou: np.ndarray  # (D, T); for a crowd region, the share of the detection inside
+    crowd: np.ndarray  # (T,) bool: evaluation ignores crowd regions and detections on them
+    matches: np.ndarray  # (D,) index of the box that a detection finds, or -1
 
     @property
     def same_class(self) -> np.ndarray:
-        """(D, T) bool"""
+        """(D, T) bool: whether detection and annotation have the same class."""
         detected, annotated = (
             np.array([x["category_id"] for x in boxes], dtype=int)
             for boxes in (self.detections, self.truth)
@@ -48,7 +35,7 @@ class ImageMatches(NamedTuple):
 
     @property
     def ignored(self) -> np.ndarray:
-        """(D,) bool: on a crowd region, so neither right nor wrong."""
+        """(D,) bool: matched to a crowd region, so neither right nor wrong."""
         return np.append(self.crowd, False)[self.matches]
 
     @property
@@ -59,7 +46,7 @@ class ImageMatches(NamedTuple):
         return missed
 
     def above(self, threshold: float) -> "ImageMatches":
-        """Of the detections of at least a score; others would not have changed their matches."""
+        """Keep the detections of at least a score; the others do not affect their matches."""
         count = sum(x["score"] >= threshold for x in self.detections)
         return self._replace(
             detections=self.detections[:count], iou=self.iou[:count], matches=self.matches[:count]
@@ -69,14 +56,15 @@ class ImageMatches(NamedTuple):
 def match_image(
     image: dict, truth: list[dict], detections: list[dict], max_detections: int
 ) -> ImageMatches:
-    """As COCO's evaluation does at IoU 0.5, over all sizes: the surest detection first, each takes
-    the free box of its class that it overlaps most.
+    """Match boxes of the same class as COCO's evaluation does at IoU 0.5.
+
+    In descending order of score, each detection takes the free box that it overlaps most.
 
     Args:
-        image: record in the file of annotations
-        truth: all annotations of the image, with bbox (x, y, width, height) in pixels
-        detections: all results of the image, with bbox and score, in any order
-        max_detections: of a class, the surest ones; the evaluation leaves out the others, too
+        image: its record in the annotations
+        truth: annotations of the image, with bbox (x, y, width, height) in pixels
+        detections: results in the image, with bbox and score, in any order
+        max_detections: per class, those of the highest scores; evaluation drops the others, too
     """
     detections = highest_scoring(detections, max_detections)
     crowd = np.array([bool(x.get("iscrowd")) for x in truth], dtype=bool)
@@ -91,9 +79,8 @@ def match_image(
 
 
 def highest_scoring(detections: list[dict], count: int) -> list[dict]:
-    """By falling score, at most `count` of a class."""
-    seen: Counter[int] = Counter()
-    kept = []
+    """At most `count` detections per class, in descending order of score."""
+    seen, kept = Counter(), []
     for detection in sorted(detections, key=lambda x: -x["score"]):
         seen[detection["category_id"]] += 1
         if seen[detection["category_id"]] <= count:
@@ -105,15 +92,15 @@ def assign_boxes(iou: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     """(D,) index of the box that each detection takes, or -1.
 
     Args:
-        iou: (D, T), 0 where two must not be matched
-        crowd: (T,) bool, boxes that are never used up and come after all others
+        iou: (D, T), 0 for pairs that must not be matched
+        crowd: (T,) bool, boxes that many detections can take if no other is free
     """
     matches = np.full(len(iou), -1)
     free = ~crowd
     for index in np.flatnonzero((iou >= MIN_IOU).any(axis=1)):
         for candidates in (free, crowd):
             overlaps = np.where(candidates, iou[index], 0)
-            best = len(overlaps) - 1 - overlaps[::-1].argmax()  # the last of equal ones, as COCO
+            best = len(overlaps) - 1 - overlaps[::-1].argmax()  # the last of equals, as in COCO
             if overlaps[best] >= MIN_IOU:
                 matches[index], free[best] = best, False
                 break
@@ -121,21 +108,21 @@ def assign_boxes(iou: np.ndarray, crowd: np.ndarray) -> np.ndarray:
 
 
 def confusions(matching: ImageMatches) -> np.ndarray:
-    """(D,) the box of another class, found by no other detection, that a detection is on, or -1.
+    """(D,) index of the box of another class that an unmatched detection overlaps, or -1.
 
-    Only what is left over by `match_image` takes part, so what is right stays right.
+    Only detections and boxes that `match_image` left unmatched take part.
     """
     left = np.outer(matching.matches < 0, matching.missed)
     return assign_boxes(np.where(left, matching.iou, 0), np.zeros_like(matching.crowd))
 
 
 def detection_kinds(matching: ImageMatches) -> list[str]:
-    """What each detection is: one of `KINDS`, or "ignored" on a crowd region.
+    """The kind of each detection: one of `KINDS`, or "ignored" on a crowd region.
 
     The errors are those of TIDE (arXiv 2008.08115, sec. 2.2): on an object of another class
-    (classification), beside one of its class (localisation) or of another (both), on one of its
-    class that a surer one finds (duplicate), or near none (background). Where several are true,
-    here the greater overlap decides, and at equal ones the class.
+    (classification), next to one of its class (localisation) or of another (both), on one that a
+    detection of a higher score finds (duplicate), or near none (background). If several apply, the
+    object of the larger IoU counts, and of equal ones that of the same class.
     """
     iou = np.where(matching.crowd, 0, matching.iou)
     same = np.where(matching.same_class, iou, 0).max(axis=1, initial=0)
@@ -152,6 +139,6 @@ def detection_kinds(matching: ImageMatches) -> list[str]:
 
 
 def false_positives(matching: ImageMatches) -> list[dict]:
-    """The detections that are some kind of error."""
+    """The detections that are errors of any kind."""
     pairs = zip(matching.detections, detection_kinds(matching), strict=True)
     return [detection for detection, kind in pairs if kind in ERRORS]

@@ -7,9 +7,7 @@ from . import backends
 from .build import FOLDER, LIBRARY, build
 
 parser = argparse.ArgumentParser(prog="python -m dino_d2.ops", description=__doc__)
-parser.add_argument(
-    "--build", action="store_true", help="compile them, with $CXX or c++"
-)
+parser.add_argument("--build", action="store_true", help="compile them, with $CXX or c++")
 
 if parser.parse_args().build:
     if reason := build():
