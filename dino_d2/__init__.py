@@ -11,14 +11,14 @@ from types import ModuleType
 from .moved import MOVED, MovedModules
 
 with warnings.catch_warnings():
-    # Detectron2 and fvcore call what PyTorch deprecates as they are imported.
+    # Detectron2 and fvcore use deprecated functions of PyTorch on import.
     warnings.simplefilter("ignore", FutureWarning)
     from .config import add_dino_config
     from .modeling.dino import DINO
     from .predictor import Predictor, load
     from .weights.checkpointer import Checkpointer
 
-# Of images that are neither resized nor flipped, which Detectron2 only reads; and of its Swin.
+# Detectron2 warns so of images that are neither resized nor flipped, and of its Swin.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable", module="detectron2")
 warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release")
 
@@ -28,7 +28,7 @@ __all__ = ["DINO", "Checkpointer", "Predictor", "add_dino_config", "load"]
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Modules by the names that they had before, such as `dino_d2.model_zoo`."""
+    """Modules by their former names, such as `dino_d2.model_zoo`."""
     if name in MOVED:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

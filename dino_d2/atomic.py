@@ -1,4 +1,4 @@
-"""Files that are complete or not there at all."""
+"""Atomic writing of files."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file to write that gets its name when it is complete; until then, whatever had it stays."""
+    """Open a file to write that replaces an existing one only when it is complete."""
     temporary = f"{path}.incomplete"
     try:
         with open(temporary, "wb") as file:

@@ -1,4 +1,4 @@
-"""Where modules were before, so that scripts and saved configs which name the old places work."""
+"""Import paths of earlier versions, for scripts and saved configs that use them."""
 
 import importlib
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ PACKAGE = __package__
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Makes a module of an old name out of what is now elsewhere."""
+    """Makes a module of an old name from the modules that replaced it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -222,7 +222,7 @@ def test_a_size_that_the_backbone_would_pad_names_the_nearest(model, monkeypatch
 
 
 def test_a_file_is_onnx_or_pt2(tmp_path):
-    with pytest.raises(ExportError, match=r"'.*model.pth' should end in .onnx or in .pt2"):
+    with pytest.raises(ExportError, match=r"'.*model.pth' has to end in .onnx or .pt2"):
         save(None, tmp_path / "model.pth", None)
 
 
@@ -242,7 +242,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK"])
 def test_what_is_no_pt2_is_said_in_one_sentence(tmp_path, content, caplog):
     (tmp_path / "model.pt2").write_bytes(content)
-    with pytest.raises(ExportError, match=r"model.pt2' is damaged, or no .pt2 file: export it"):
+    with pytest.raises(ExportError, match=r"model.pt2' is damaged or not a .pt2 file: export it"):
         Exported(tmp_path / "model.pt2")
     assert not caplog.records
 
@@ -527,7 +527,7 @@ def test_a_fixed_number_of_images_is_filled_up(picture):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--output", "model.pth"], "'model.pth' should end in .onnx or in .pt2"),
+        (["--output", "model.pth"], "'model.pth' has to end in .onnx or .pt2"),
         (["--images", "pictur.png"], "the nearest: 'picture.png'"),
         (["--images", "empty"], "--images 'empty'"),
         (["--output", "empty.pt2"], "--output 'empty.pt2' is a folder: name a file"),

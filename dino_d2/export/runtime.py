@@ -1,6 +1,6 @@
-"""Runs exported files, and says how far detections are apart.
+"""Runs exported files, and compares detections.
 
-`projects/dino/serve_onnx.py` runs one without this package.
+`projects/dino/serve_onnx.py` runs ONNX files without this package.
 """
 
 import json
@@ -24,32 +24,32 @@ from ..modeling.postprocess import Detections
 from ..names import plural
 
 INPUTS = ("images", "image_sizes")
-ABOUT = "dino_d2"  # under this name a .pt2 file says what it is
-BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # pixels, and points of a score
+ABOUT = "dino_d2"  # name of the metadata in a .pt2 file
+BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # in pixels, and absolute
 
 
 class ExportError(ValueError):
-    """What cannot be exported, or a file that cannot be used, in one sentence."""
+    """A model cannot be exported, or an exported file cannot be used."""
 
 
 class About(NamedTuple):
-    """What whoever runs a file has to know."""
+    """The metadata of an exported file."""
 
     classes: list[str]  # names of the labels
-    size: tuple[int, int]  # height and width of the images
-    image_format: str  # "RGB", "BGR", "L": the channels of the images
+    size: tuple[int, int]  # height and width of images
+    image_format: str  # channels of images: "RGB", "BGR", "L"
     batch_size: int | None  # None: any
 
 
 def fit(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """Resize an image to fill `size` without changing its ratio, as evaluation resizes, and pad.
+    """Resize an image to fit into `size` as in evaluation, keeping its ratio, and pad it.
 
     Args:
         image: (h, w, C) uint8
         size: H and W
 
     Returns:
-        (C, H, W) uint8 with the image in the upper left corner, and its height and width there
+        (C, H, W) uint8 with the image in the upper left corner, and the resized height and width
     """
     height, width = image.shape[:2]
     scale = min(size[0] / height, size[1] / width)
@@ -62,14 +62,11 @@ def fit(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int
 
 
 class Exported:
-    """A file that was exported, ready to run: on a CPU if it is ONNX, else where it was exported.
-
-    Args:
-        path: of the file
+    """An exported file, ready to run: ONNX on a CPU, .pt2 on the device of its export.
 
     Raises:
-        FileNotFoundError: it is not there
-        ExportError: it is damaged, was written by something else, or a package is missing
+        FileNotFoundError: the file does not exist
+        ExportError: it is damaged, was not written by dino_d2, or a package is missing
     """
 
     def __init__(self, path: Path):
@@ -80,15 +77,10 @@ class Exported:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, image_sizes: Tensor) -> Detections:
-        """
-        Args:
-            images, image_sizes: as of `Exportable`, see `fit`
-
-        Returns:
-            on the device of the images
+        """Detect in images, as of `Exportable` and `fit`; the results are on their device.
 
         Raises:
-            ExportError: images or sizes of another shape, number or type
+            ExportError: images or sizes have another shape, number or type
         """
         count, size = self.about.batch_size or max(len(images), 1), self.about.size
         expected = (count, channels_of(self.about.image_format), *size)
@@ -111,7 +103,7 @@ class Exported:
         return Detections(*(x.to(images.device) for x in self.run(images, image_sizes)))
 
     def run(self, *inputs: Tensor) -> Iterable[Tensor]:
-        """Boxes, scores and labels, where the graph is."""
+        """Boxes, scores and labels, on the device of the graph."""
         if isinstance(self.graph, nn.Module):
             device = next(self.graph.parameters()).device
             return self.graph(*(x.to(device) for x in inputs))
@@ -120,33 +112,27 @@ class Exported:
 
 
 def read_pt2(path: Path) -> tuple[nn.Module, About]:
-    """
-    Raises:
-        ExportError: see `Exported`
-    """
-    try:  # before PyTorch, which logs its own traces of what is wrong
+    """Load a .pt2 file; raise an ExportError if it is damaged or not ours."""
+    try:  # before PyTorch, which would log tracebacks
         with ZipFile(path) as archive:
             intact = archive.testzip() is None
             texts = [archive.read(x) for x in archive.namelist() if x.endswith(f"/extra/{ABOUT}")]
     except BadZipFile:
         intact = False
     if not intact:
-        raise ExportError(f"'{path}' is damaged, or no .pt2 file: export it again")
+        raise ExportError(f"'{path}' is damaged or not a .pt2 file: export it again")
     about = read_about(path, json.loads(texts[0]) if texts else {})
     return torch.export.load(path).module(), about
 
 
 def read_onnx(path: Path) -> tuple[Any, About]:
-    """
-    Raises:
-        ExportError: see `Exported`
-    """
+    """Load an ONNX file; raise an ExportError if it is damaged or not ours."""
     session_of = needs("onnxruntime").InferenceSession
     try:
         session = session_of(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's have no class in common
+    except Exception as error:  # onnxruntime's exceptions have no common base class
         reason = str(error).splitlines()[0]
-        raise ExportError(f"'{path}' is damaged, or no ONNX file: {reason}") from error
+        raise ExportError(f"'{path}' is damaged or not an ONNX file: {reason}") from error
     notes = session.get_modelmeta().custom_metadata_map
     return session, read_about(
         path, {key: json.loads(notes[key]) for key in About._fields if key in notes}
@@ -154,19 +140,16 @@ def read_onnx(path: Path) -> tuple[Any, About]:
 
 
 def read_about(path: Path, notes: dict[str, Any]) -> About:
-    """
-    Raises:
-        ExportError: these are not the notes of this package
-    """
+    """Parse the metadata of a file; raise an ExportError if they are not ours."""
     if notes.keys() != set(About._fields):
         raise ExportError(f"'{path}' was not written by dino_d2: export it again")
     return About(**notes | {"size": tuple(notes["size"])})
 
 
 class Differences(NamedTuple):
-    """Between n pairs of detections; infinite where one has no partner of its class."""
+    """Differences of n pairs of detections; infinite if one has no partner of its class."""
 
-    boxes: Tensor  # (n,), the largest of four coordinates, in pixels
+    boxes: Tensor  # (n,), the largest difference of four coordinates, in pixels
     scores: Tensor  # (n,)
 
     @property
@@ -176,9 +159,9 @@ class Differences(NamedTuple):
 
 
 def compare(expected: Detections, actual: Detections, threshold: float) -> Differences:
-    """How far apart the detections are that score at least `threshold` in either.
+    """Differences of detections whose score is at least `threshold` in either result.
 
-    They are paired by class, box and score, one to one: rounding exchanges ranks.
+    Detections are paired one to one by class, box and score, as rounding may change their order.
     """
     pairs = []
     for (box, score, label), (other_box, other_score, other_label) in zip(
@@ -187,7 +170,7 @@ def compare(expected: Detections, actual: Detections, threshold: float) -> Diffe
         distance = (box[:, None] - other_box).abs().amax(-1)
         apart = torch.stack([distance, (score[:, None] - other_score).abs()], -1)
         apart[label[:, None] != other_label] = torch.inf
-        count = max(len(score), len(other_score))  # of both, filled up with what is no partner
+        count = max(len(score), len(other_score))  # pad the shorter one with no partners
         below, right = count - len(score), count - len(other_score)
         apart = F.pad(apart, (0, 0, 0, right, 0, below), value=torch.inf)
         tops = torch.maximum(F.pad(score, (0, below))[:, None], F.pad(other_score, (0, right)))
@@ -198,21 +181,14 @@ def compare(expected: Detections, actual: Detections, threshold: float) -> Diffe
 
 
 def kind_of(path: Path) -> str:
-    """
-    Raises:
-        ExportError: the file would be neither ONNX nor PyTorch's
-    """
+    """The suffix of a file; raise an ExportError if it is neither .onnx nor .pt2."""
     if path.suffix not in (".onnx", ".pt2"):
-        raise ExportError(f"'{path}' should end in .onnx or in .pt2, which says what is in it")
+        raise ExportError(f"'{path}' has to end in .onnx or .pt2, for the format of that name")
     return path.suffix
 
 
 def needs(name: str) -> ModuleType:
-    """An optional package.
-
-    Raises:
-        ExportError: it is not installed
-    """
+    """Import an optional package; raise an ExportError if it is not installed."""
     if find_spec(name) is None:
         raise ExportError(f"ONNX needs the package {name}: pip install onnx onnxscript onnxruntime")
     return import_module(name)

@@ -1,1 +1,1 @@
-"""The names that tensors have in DINO and in other implementations; nothing here knows a model."""
+"""Names of tensors in DINO and in other implementations, independent of the models."""

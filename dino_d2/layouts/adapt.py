@@ -1,4 +1,4 @@
-"""Weights for another number of heads, for other classes and for other windows."""
+"""Adapts weights to another number of heads, other classes and other window sizes."""
 
 import re
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ def count_classes(state: State) -> int | None:
 
 
 def count_heads(state: State) -> int:
-    """How many class heads the decoder has."""
+    """The number of class heads of the decoder."""
     return len({match[2] for key in state if (match := HEAD.match(key)) and match[1] == "class"})
 
 
 def repeat_heads(state: State, number: int) -> State:
-    """A state dict of one shared head with that head for each of `number` layers."""
+    """Copy the shared heads of a state dict to each of `number` layers."""
     heads = [match for key in state if (match := HEAD.match(key))]
     return state | {
         f"decoder.{m[1]}_heads.{i}.{m[3]}": state[m[0]] for m in heads for i in range(number)
@@ -37,21 +37,21 @@ def repeat_heads(state: State, number: int) -> State:
 def select_classes(
     state: State, source: ClassNames | None, target: ClassNames, initial: State
 ) -> tuple[State, list[str]]:
-    """Weights for other classes: a class of the same name keeps its row, others start anew.
+    """Adapt weights to other classes: classes of the same name keep their rows.
 
-    The label embedding may have rows for more classes than the heads, or for fewer, whose class
-    keeps its place in the heads; it is of training alone.
+    The label embedding, which only training needs, may have rows for more or fewer classes than
+    the heads.
 
     Args:
         state: our state dict, of K classes
-        source: what its K classes are, None where a row stands for nothing; None: not known, and
-            equally many classes are taken to be the same ones
+        source: names of its K classes, None for unused rows; if None, an equal number of classes
+            is assumed to be the same classes
         target: the classes of the model
-        initial: state dict of the model, from which new rows come
+        initial: state dict of the model, for rows of new classes
 
     Returns:
-        a new state dict, and the classes of the model that are new to it; if all are, it lacks
-        the tensors that depend on classes
+        a new state dict, and the classes of the model that are new to it; if all are new, the
+        state dict lacks the tensors that depend on classes
     """
     keys = [key for key in state if _CLASS_DEPENDENT.match(key) and key in initial]
     keys = [key for key in keys if state[key].shape[1:] == initial[key].shape[1:]]
@@ -68,14 +68,13 @@ def select_classes(
     selected = {key: initial[key].detach().clone() for key in keys}
     for key, x in selected.items():
         for to, row in known.items():
-            if key != LABELS or row < len(state[key]) - 1:  # the last is that of empty slots
+            if key != LABELS or row < len(state[key]) - 1:  # the last row is for empty slots
                 x[to] = state[key][row]
     return state | selected, new
 
 
 def _same_names(source: ClassNames, target: ClassNames) -> dict[int, int]:
-    """Which row of the source is that of a target; upper and lower case count only where names
-    would be the same without."""
+    """The source row of each target class; case only matters if names are ambiguous without it."""
     exact = {name: row for row, name in enumerate(source) if name}
     folded = [name.casefold() for name in exact]
     alike = {n.casefold(): row for n, row in exact.items() if folded.count(n.casefold()) == 1}
@@ -90,13 +89,12 @@ def _same_names(source: ClassNames, target: ClassNames) -> dict[int, int]:
 
 
 def resize_windows(state: State, initial: State) -> tuple[State, dict[str, tuple[int, int]]]:
-    """The position biases of a Swin transformer for the windows of a model with the same names:
-    interpolated (bicubic) between the offsets of the windows that they were trained with, as its
-    authors do for fine-tuning.
+    """Interpolate the position biases of a Swin transformer to other window sizes (bicubic).
+
+    As its authors do for fine-tuning. Tables of windows that are not square are not changed.
 
     Returns:
-        the state, and by the names of the tables (offsets, heads) that were interpolated the sides
-        of the windows before and now; a table of windows that are not square stays as it is
+        the state, and the old and new window size of each interpolated table
     """
     resized, windows = {}, {}
     for key, x in state.items():

@@ -1,11 +1,11 @@
-"""Weights of a backbone alone, under their authors' names, as pure functions to the names of ours.
+"""Renames the weights of backbones from their authors' names to ours, by pure functions.
 
     torchvision  an ImageNet ResNet of torchvision
     convnext     an ImageNet ConvNeXt of its authors, for a backbone of `timm`
     timm         an ImageNet model of `timm`, for a backbone of `timm`
-    model_zoo    a detector of Detectron2's model zoo, of which the backbone is taken
+    model_zoo    the backbone of a detector of Detectron2's model zoo
 
-Swin transformers and ViTs (MAE) of their authors have the names of ours already.
+Our Swin transformers and ViTs (MAE) have their authors' names.
 """
 
 import re
@@ -15,7 +15,7 @@ from .renaming import State, move, rename
 
 
 def resnet_names(prefix: str) -> str:
-    """torchvision's, which official DINO and mmdetection use, as a table for `rename`."""
+    """torchvision's names, also in official DINO and mmdetection, as a table for `rename`."""
     stages = "".join(
         f"""
     backbone.res{i + 1}.#.conv#.norm             {prefix}.layer{i}.#.bn#
@@ -29,7 +29,7 @@ def resnet_names(prefix: str) -> str:
     backbone.stem.conv1                   {prefix}.conv1{stages}"""
 
 
-# detrex has the names of its authors, and norms of the features.
+# detrex uses the authors' names, and adds norms of the features.
 _CONVNEXT = """
     backbone.net.stem_#                       backbone.downsample_layers.0.#
     backbone.net.stages_#.downsample.#        backbone.downsample_layers.#.#
@@ -45,7 +45,7 @@ _CONVNEXT = """
 
 
 def from_model_zoo(state: State) -> State:
-    """The backbone of a detector, without the feature pyramid that it was part of."""
+    """The backbone of a detector, without its feature pyramid."""
     prefix = "backbone.bottom_up."
     return move({k: x for k, x in state.items() if k.startswith(prefix)}, prefix, "backbone.")
 
@@ -63,18 +63,17 @@ def from_convnext(state: State) -> State:
 
 
 def convnext_of_timm(state: State) -> State:
-    """A detector with a ConvNeXt of its authors, whose backbone becomes one of `timm`; others
-    stay as they are."""
+    """Rename the ConvNeXt of a detector to `timm`'s names; other detectors are not changed."""
     return rename(state, _CONVNEXT) if "backbone.downsample_layers.0.0.weight" in state else state
 
 
 def from_timm(state: State, names: Iterable[str]) -> State:
-    """A model of `timm` with a classifier, for a :class:`TimmBackbone`.
+    """Rename the weights of a `timm` classifier for a :class:`TimmBackbone`.
 
-    Where features are taken from, `timm` has `stages_0` for the `stages.0` of the whole model.
+    As a feature extractor, `timm` names the classifier's `stages.0` `stages_0`.
 
     Args:
-        state: of the whole model; what the backbone does not have keeps its name
+        state: of the classifier; tensors that the backbone does not have keep their names
         names: of the backbone's tensors in the detector
     """
 

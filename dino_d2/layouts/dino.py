@@ -1,12 +1,11 @@
-"""Weights of other implementations, as pure functions from their state dicts to ours and back.
+"""Converts state dicts of other implementations to ours and back, by pure functions.
 
     official     IDEA-Research/DINO
     detrex       IDEA-Research/detrex, projects/dino
     mmdet        open-mmlab/mmdetection 3, configs/dino
 
-They compute the same function under different names, with some tensors twice or left out. Weights
-of a backbone alone are in `backbones.py`; reading files and loading models is the business of
-`weights/`.
+They compute the same function under different names, with some tensors repeated or left out.
+`backbones.py` converts weights of backbones; `weights/` reads files and loads models.
 """
 
 import re
@@ -97,13 +96,12 @@ _MMDET = f"""{resnet_names("backbone")}
 
 
 def detect_format(state: State) -> str | None:
-    """One of the names above or in `backbones.py`, "dino_d2" for our own, None for anything
-    else.
+    """One of the names above or in `backbones.py`, "dino_d2", or None if the format is unknown.
 
     Raises:
-        CheckpointError: it is another model of the same families, such as Deformable DETR
+        CheckpointError: it is another model of the same code, such as Deformable DETR
     """
-    # Which level a token is of, and what only DINO has: learned content without a position.
+    # The level embedding, and what only DINO has: learned content without a position.
     signs = {
         "dino_d2": ("encoder.level_embed.weight", ""),
         "official": ("transformer.level_embed", "transformer.tgt_embed.weight"),
@@ -121,10 +119,10 @@ def detect_format(state: State) -> str | None:
 
 
 def from_official(state: State) -> State:
-    """Official DINO with a ResNet or a Swin transformer.
+    """Convert official DINO with a ResNet or a Swin transformer.
 
-    The last row of its label embedding, where it has more than classes, is never looked up; here it
-    stands for empty slots and becomes zero.
+    The last row of its label embedding is unused if there are more rows than classes; ours is for
+    empty slots, and zero.
     """
     state = _without_aliases(state)
     extra = [key for key, x in state.items() if _is_downsample(key, x)]
@@ -136,16 +134,16 @@ def from_official(state: State) -> State:
 
 
 def from_detrex(state: State) -> State:
-    """detrex. Its label embedding has no row for empty slots: one of zeros is added."""
+    """Convert detrex; adds a row of zeros for empty slots to the label embedding."""
     state = convnext_of_timm(rename(_without_aliases(state), _DETREX))
     return _with_empty_slot(_share_heads(_with_encoder_heads(state)))
 
 
 def from_mmdet(state: State) -> State:
-    """mmdetection 3 with a ResNet. Its neck has no bias: here it has one of zeros.
+    """Convert mmdetection 3 with a ResNet; adds zero biases to the neck.
 
     Raises:
-        CheckpointError: the backbone is a Swin transformer, whose tensors are in another order
+        CheckpointError: the backbone is a Swin transformer, whose tensors have another order
     """
     if any(key.startswith("backbone.stages.") for key in state):
         raise CheckpointError("mmdetection's Swin transformers cannot be converted; use detrex's")
@@ -159,7 +157,7 @@ def from_mmdet(state: State) -> State:
 
 
 def to_official(state: State) -> State:
-    """Our state dict as official DINO's, with the heads of all layers and all its aliases."""
+    """Convert our state dict to official DINO's, with heads for all layers and its aliases."""
     state = rename(state, _OFFICIAL, back=True)
     levels = {_level(key) for key in state if re.match(r"input_proj\.\d", key)}
     for key in [key for key in state if key.startswith("input_proj.extra.")]:
@@ -179,7 +177,7 @@ def to_official(state: State) -> State:
 
 
 def _without_aliases(state: State) -> State:
-    """The files of official DINO and detrex have the heads of the decoder twice."""
+    """Remove the second copy of the decoder's heads in official DINO and detrex."""
     return {key: x for key, x in state.items() if not re.match(r"(class|bbox)_embed\.", key)}
 
 
@@ -192,15 +190,17 @@ def _is_downsample(key: str, x: Tensor) -> bool:
 
 
 def _with_encoder_heads(state: State) -> State:
-    """The head after those of the decoder's layers belongs to the encoder."""
+    """Rename the last heads, which belong to the encoder."""
     number = len({key.split(".")[2] for key in state if key.startswith("decoder.layers.")})
     state = move(state, f"decoder.class_heads.{number}.", "query_selection.class_head.")
     return move(state, f"decoder.box_heads.{number}.", "query_selection.box_head.")
 
 
 def _with_empty_slot(state: State, unused: int = 0) -> State:
-    """The label embedding with a row of zeros for slots without a box, which replaces `unused`
-    rows beyond those of classes; what is published for inference alone may have none."""
+    """Add a row of zeros for empty slots to the label embedding, if there is one.
+
+    It replaces up to `unused` rows beyond those of the classes.
+    """
     if LABELS not in state:
         return state
     rows, classes = state[LABELS], len(state.get(CLASS_BIAS, ()))
@@ -209,7 +209,7 @@ def _with_empty_slot(state: State, unused: int = 0) -> State:
 
 
 def _share_heads(state: State) -> State:
-    """One head instead of equal ones for every decoder layer."""
+    """Replace equal heads of all decoder layers by one shared head."""
     copies = defaultdict(list)
     for key in state:
         if match := HEAD.match(key):

@@ -1,4 +1,4 @@
-"""State dicts under other names."""
+"""Renames the tensors of state dicts."""
 
 import re
 
@@ -8,11 +8,14 @@ State = dict[str, Tensor]
 
 
 def rename(state: State, table: str, *, back: bool = False) -> State:
-    """From their names to ours, or `back`.
+    """Rename tensors from their names to ours, or `back`.
 
-    Args:
-        table: ours, theirs. `#` is a number, the first line whose name a key begins with counts,
-            and what no line knows keeps its name
+    The first line of `table` (our name, their name) that matches the beginning of a key applies;
+    `#` is a number. Other keys keep their names.
+
+    >>> table = "encoder.layers.#.norm1   transformer.layers.#.norms.0"
+    >>> list(rename({"transformer.layers.5.norms.0.bias": None, "fc.bias": None}, table))
+    ['encoder.layers.5.norm1.bias', 'fc.bias']
     """
     rules = []
     for line in table.strip().splitlines():
@@ -30,7 +33,7 @@ def rename(state: State, table: str, *, back: bool = False) -> State:
 
 
 def move(state: State, prefix: str, new: str) -> State:
-    """Another prefix for the keys that have the given one; the others stay as they are."""
+    """Replace a prefix in the keys that have it."""
     return {
         new + key.removeprefix(prefix) if key.startswith(prefix) else key: x
         for key, x in state.items()
@@ -38,4 +41,4 @@ def move(state: State, prefix: str, new: str) -> State:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be had, cannot be read or does not fit; said in one sentence."""
+    """A checkpoint cannot be found or read, or does not fit the model."""

@@ -1,4 +1,4 @@
-"""Pictures of what the model does."""
+"""Pictures of data, detections, errors and the inside of the model."""
 
 from .error_plots import draw_error_plots
 from .explain import draw_proposals, draw_refinement, surest_queries

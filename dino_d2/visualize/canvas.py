@@ -1,4 +1,4 @@
-"""What the explaining pictures share: an image to draw on, boxes, colours and names."""
+"""Shared drawing functions of the explaining pictures."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -15,24 +15,24 @@ from ..boxes import cxcywh_to_xyxy
 from ..structures import Predictions
 from .style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, VERMILION, YELLOW, escape_name
 
-# The strong ones first, as images are dimmed towards white.
+# Strong colours first, as images are dimmed towards white.
 COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, YELLOW, BLACK)
 MARKERS = "o^sDv"
-MIN_SHAPE = 0.04  # short side in relation to the long one
+MIN_SHAPE = 0.04  # short side relative to the long one
 LONG_SIDE = 1600  # of an image in a picture, in pixels
 
 
 def shrink(image: Image.Image) -> Image.Image:
-    """A copy in colours, with no more pixels than a picture of it can show."""
+    """A copy in RGB, with a long side of at most `LONG_SIDE`."""
     picture = image.convert("RGB")
     picture.thumbnail((LONG_SIDE, LONG_SIDE))
     return picture
 
 
 def show_image(axes: Axes, image: Image.Image, dim: float = 0.0) -> None:
-    """The image, `dim` (0 to 1) of the way to white, in coordinates of its own pixels.
+    """Show an image in pixel coordinates, blended with white by `dim` (0 to 1).
 
-    One so narrow that it would be a line is stretched.
+    Very narrow images are stretched.
     """
     width, height = image.size
     picture = shrink(image)
@@ -45,12 +45,12 @@ def show_image(axes: Axes, image: Image.Image, dim: float = 0.0) -> None:
 
 
 def shape_of(image: Image.Image) -> float:
-    """Height in relation to width, of strips as far as fits into a figure."""
+    """Height relative to width, limited to what fits into a figure."""
     return min(max(image.height / image.width, 0.4), 1.6)
 
 
 def to_pixels(places: Tensor, image: Image.Image) -> Tensor:
-    """Points (..., 2) or boxes (..., 4) relative to the image, in its pixels."""
+    """Convert relative points (..., 2) or boxes (..., 4) to pixels of the image."""
     return places * torch.tensor(image.size).tile(places.shape[-1] // 2)
 
 
@@ -63,7 +63,7 @@ def draw_box(
     style: str = "-",
     alpha: float = 1.0,
 ) -> None:
-    """A box (cx, cy, w, h) in pixels, with a seam that keeps it visible on any ground."""
+    """Draw a box (cx, cy, w, h) in pixels, with a white seam that makes it visible anywhere."""
     x, y, x_end, y_end = cxcywh_to_xyxy(box).tolist()
     seam = [withStroke(linewidth=width + 1.5, foreground="white", alpha=0.7 * alpha)]
     frame = Rectangle((x, y), x_end - x, y_end - y, fill=False, ec=colour, lw=width, ls=style)
@@ -72,13 +72,13 @@ def draw_box(
 
 
 def zoom_to(axes: Axes, image: Image.Image, corners: Tensor) -> None:
-    """Shows a square around boxes (n, 4) with corners in pixels; never much more than the image."""
+    """Zoom to a square around corner boxes (n, 4) in pixels, not much larger than the image."""
     size, margin = torch.tensor(image.size), 0.15 * max(image.size)
     low = corners[:, :2].amin(0).clamp(min=-margin)
     high = torch.minimum(corners[:, 2:].amax(0), size + margin)
     side = 1.5 * float((high - low).max())
     side = min(max(side, 0.2 * max(image.size)), max(image.size) + 2 * margin)
-    # What can be seen of the image beside them is better than the ground beside the image.
+    # Move the square so that it shows as much of the image as possible.
     first, last = low.clamp(max=0), torch.maximum(high, size)
     start = (low + high - side) / 2
     start = torch.where(
@@ -89,13 +89,13 @@ def zoom_to(axes: Axes, image: Image.Image, corners: Tensor) -> None:
 
 
 def draw_tag(axes: Axes, place: Sequence[float], text: str, colour: str = "black") -> None:
-    """Text on a ground of its own."""
+    """Write text on a white background."""
     style = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
     x, y = place
     axes.text(x, y, text, color=colour, fontsize=10, bbox=style, va="bottom", clip_on=True)
 
 
 def title_of(query: int, predictions: Predictions, classes: Sequence[str]) -> str:
-    """What a query of the first image has found."""
+    """A title with a query's class and score in the first image."""
     score, label = predictions.logits[0, query].sigmoid().max(0)
     return f"query {query}: {escape_name(classes[int(label)], 30)}, {score:.2f}"

@@ -14,13 +14,13 @@ from ..names import plural
 from .style import BLUE, DPI, GREY, ORANGE, PALETTE, SKY, VERMILION, YELLOW, escape_name
 
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-MAX_BARS, MAX_CLASSES, MAX_CURVES = 40, 25, 6  # that can be told apart in a picture
+MAX_BARS, MAX_CLASSES, MAX_CURVES = 40, 25, 6  # that are distinguishable in a picture
 EXPLAINED = {
     "correct": f"right class, IoU ≥ {MIN_IOU}",
     "classification": f"on another class, IoU ≥ {MIN_IOU}",
     "localisation": f"beside its class, IoU {NEAR} to {MIN_IOU}",
     "both": f"beside another class, IoU {NEAR} to {MIN_IOU}",
-    "duplicate": "a surer one has found the object",
+    "duplicate": "a higher score has found the object",
     "background": f"nothing there, IoU < {NEAR}",
     "missed": "annotated, not found",
 }
@@ -29,10 +29,7 @@ EXPLAINED = {
 def draw_error_plots(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:
     """Write per_class, ap_by_size, precision_recall, confusion_matrix and errors as PNG.
 
-    Of many classes some are shown, and the title says which.
-
-    Returns:
-        the files
+    With many classes, only some are shown, as the title says. Returns the paths.
     """
     figures = {
         "per_class": _per_class(analysis),
@@ -127,7 +124,7 @@ def _precision_recall(analysis: Analysis) -> Figure:
     named.sort(key=lambda k: -analysis.classes[k].AP50)
     for k, colour, line in zip(named, PALETTE, LINES, strict=False):
         scores = analysis.classes[k]
-        # The name at the end, as Matplotlib hides what begins with an underscore.
+        # The name comes last, as Matplotlib hides labels that begin with an underscore.
         label = f"AP50 {scores.AP50:.1f}: {escape_name(scores.name)}"
         curve = analysis.precision[IOU_50, :, k]
         left.plot(recall, curve, color=colour, linestyle=line, lw=2, label=label)
@@ -171,7 +168,7 @@ def _confusion_matrix(analysis: Analysis) -> Figure:
 
 
 def _confused(analysis: Analysis) -> tuple[list[str], np.ndarray, str]:
-    """Names of classes, counts and title: of all classes, or of those most often confused."""
+    """Names, counts and title of all classes, or of those most often confused."""
     counts, total = analysis.confusion, len(analysis.classes)
     names = [escape_name(x.name) for x in analysis.classes]
     if total <= MAX_CLASSES:
@@ -179,7 +176,7 @@ def _confused(analysis: Analysis) -> tuple[list[str], np.ndarray, str]:
     between = counts[:-1, :-1] * ~np.eye(total, dtype=bool)
     weight = between.sum(axis=0) + between.sum(axis=1)
     shown = np.sort(np.argsort(-weight, kind="stable")[:MAX_CLASSES])
-    # One row and one column for all other classes, so that sums stay what they are.
+    # One row and one column for all other classes, so that sums are preserved.
     groups = np.zeros((MAX_CLASSES + 2, total + 1), dtype=int)
     groups[MAX_CLASSES, :total] = 1
     groups[MAX_CLASSES, shown] = 0
@@ -195,8 +192,8 @@ def _errors(analysis: Analysis) -> Figure:
     boxes = sum(x.boxes for x in analysis.classes)
     found = sum(number for kind, number in totals.items() if kind != "missed")
     title = (
-        f"What became of {plural(found, 'detection')} of score ≥ {analysis.threshold:g} "
-        f"and of {plural(boxes, 'annotated box')}"
+        f"Kinds of {plural(found, 'detection')} of score ≥ {analysis.threshold:g} and of "
+        f"{plural(boxes, 'annotated box')}"
     )
     figure, axes = _axes(9, 4.2, title, xlabel="number")
     colours = [SKY, *(len(totals) - 2) * [VERMILION], YELLOW]

@@ -1,7 +1,7 @@
-"""How a detection came about: pictures of a recorded forward pass (`dino_d2.trace`) of an image.
+"""Pictures of how a detection came about, from a trace (`dino_d2.trace`) of an image.
 
-All take the image, its trace, the numbers of the queries to explain, and the names of the classes;
-they return a figure, to be saved in any format that Matplotlib knows.
+All functions take the image, its trace, the indices of queries to explain and the class names, and
+return a Matplotlib figure.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,14 @@ from ..boxes import cxcywh_to_xyxy, iou
 from ..names import plural
 from ..structures import Predictions
 from ..trace import Trace
-from .canvas import (
-    COLOURS,
-    MARKERS,
-    draw_box,
-    shape_of,
-    show_image,
-    title_of,
-    to_pixels,
-    zoom_to,
-)
+from .canvas import COLOURS, MARKERS, draw_box, shape_of, show_image, title_of, to_pixels, zoom_to
 from .style import BLUE, VERMILION
 
-PROPOSALS = 50  # boxes that are drawn
+PROPOSALS = 50  # boxes to draw
 
 
 def surest_queries(predictions: Predictions, count: int = 3) -> list[int]:
-    """The queries of the first image with the highest scores, at most `count`, surest first."""
+    """At most `count` queries of the first image, in descending order of score."""
     scores = predictions.logits[0].amax(-1)
     return scores.topk(min(count, len(scores))).indices.tolist()
 
@@ -42,11 +33,7 @@ def surest_queries(predictions: Predictions, count: int = 3) -> list[int]:
 def draw_proposals(
     image: Image.Image, trace: Trace, queries: Sequence[int], classes: Sequence[str]
 ) -> Figure:
-    """The tokens that query selection took, by level, and the boxes proposed there.
-
-    Args:
-        trace: has a selection
-    """
+    """Draw the tokens that query selection took, by level, and the boxes proposed there."""
     selection = trace.selection
     assert selection is not None
     rows = max(len(trace.shapes), len(queries) + 1)  # of a legend
@@ -91,8 +78,7 @@ def draw_proposals(
 def draw_refinement(
     image: Image.Image, trace: Trace, queries: Sequence[int], classes: Sequence[str]
 ) -> Figure:
-    """The boxes of each query from where it started through all decoder layers, and beside them
-    how its score and its agreement with the final box grow."""
+    """Draw each query's boxes through the decoder layers, and curves of their IoU and score."""
     figure = Figure(figsize=(10, 3.1 * len(queries) + 1), layout="constrained")
     grid = figure.subplots(len(queries), 2, squeeze=False, width_ratios=[1, 1.5])
     colours = stage_colours(len(trace.layers) + 1)
@@ -117,7 +103,7 @@ def draw_refinement(
 
 
 def stage_colours(count: int) -> list[tuple[float, float, float, float]]:
-    """From dark to bright, evenly to every kind of eye."""
+    """Colours from dark to bright, which are also distinguishable for the colour-blind."""
     return [colormaps["plasma"](0.9 * i / max(count - 1, 1)) for i in range(count)]
 
 

@@ -1,7 +1,4 @@
-"""Where a detection looked: the attention of the decoder in a recorded forward pass of an image.
-
-Arguments and results are as in `explain`.
-"""
+"""Pictures of the decoder's attention; arguments and results are as in `explain`."""
 
 from collections.abc import Sequence
 
@@ -20,15 +17,17 @@ from ..trace import Trace
 from .canvas import COLOURS, MARKERS, draw_box, show_image, title_of, to_pixels, zoom_to
 from .style import BLUE, ORANGE
 
-ATTENDED = 10  # queries that are drawn
-SAME_PLACE = 0.5  # least IoU
+ATTENDED = 10  # queries to draw
+SAME_PLACE = 0.5  # lowest IoU of queries at the same place
 
 
 def draw_sampling(
     image: Image.Image, trace: Trace, queries: Sequence[int], classes: Sequence[str]
 ) -> Figure:
-    """Where the last decoder layer looked for each query: the sampling points of its deformable
-    attention, a column per level, a colour per head, an area per weight."""
+    """Draw the sampling points of the last decoder layer's deformable attention.
+
+    One column per level; colours are heads, and areas are weights.
+    """
     layer, levels = trace.layers[-1], len(trace.shapes)
     figure = Figure(figsize=(2.7 * levels + 0.3, 2.9 * len(queries) + 1.3), layout="constrained")
     grid = figure.subplots(len(queries), levels, squeeze=False)
@@ -36,7 +35,7 @@ def draw_sampling(
         points = to_pixels(layer.locations[0, query], image)  # (H, L, P, 2)
         weights = layer.weights[0, query]
         box = to_pixels(trace.output.result.layers[-1].boxes[0, query], image)
-        # What weighs next to nothing may be anywhere.
+        # Do not zoom out for points with hardly any weight.
         heavy = points[weights > 0.02]
         shown = torch.cat([cxcywh_to_xyxy(box)[None], heavy.tile(2)])
         for level, axes in enumerate(row):
@@ -54,9 +53,9 @@ def draw_sampling(
         Line2D([], [], **_style(0), color="grey", ms=_area(x) ** 0.5, label=f"weight {x:.0%}")
         for x in (0.05, 0.2, 0.5)
     ]
-    # The layout keeps no room for padding, which would move the legend into the row's captions.
-    columns = int(1.7 * levels)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, borderaxespad=0)
+    # The layout does not reserve space for padding, which would overlap with the captions.
+    place = {"loc": "outside lower center", "borderaxespad": 0}
+    figure.legend(handles=handles, ncols=int(1.7 * levels), **place)
     figure.suptitle("Sampling points of deformable attention, last decoder layer", weight="bold")
     return figure
 
@@ -86,8 +85,10 @@ def _draw_points(axes: Axes, points: Tensor, weights: Tensor) -> None:
 def draw_self_attention(
     image: Image.Image, trace: Trace, queries: Sequence[int], classes: Sequence[str]
 ) -> Figure:
-    """Which other queries each query attends to in the last decoder layer, and how its attention
-    is shared out, layer by layer, between itself, queries at the same place, and all others."""
+    """Draw which queries each query attends to most in the last decoder layer, and bars per layer.
+
+    Bars divide its attention among itself, queries at the same place, and all others.
+    """
     figure = Figure(figsize=(10, 3.4 * len(queries) + 1), layout="constrained")
     grid = figure.subplots(len(queries), 2, squeeze=False, width_ratios=[1.15, 1])
     for (picture, chart), query in zip(grid, queries, strict=True):
@@ -101,14 +102,14 @@ def draw_self_attention(
 
 
 def _places(trace: Trace, layer: int) -> Tensor:
-    """Where the queries (Q, 4) of a layer are: where it starts from or, of points, gets to."""
+    """The boxes (Q, 4) of a layer's queries: its reference boxes or, with points, its results."""
     reference = trace.layers[layer].reference[0]
     return reference if reference.shape[-1] == 4 else trace.output.result.layers[layer].boxes[0]
 
 
 def _draw_attended(axes: Axes, image: Image.Image, trace: Trace, query: int) -> None:
     weights = 100 * trace.layers[-1].self_attention[0, query]
-    weights[query] = 0  # not another
+    weights[query] = 0  # leave out the query itself
     boxes = to_pixels(_places(trace, -1), image)
     show_image(axes, image, dim=0.45)
     scale = ScalarMappable(Normalize(0, float(weights.max())), colormaps["plasma_r"])
@@ -134,8 +135,10 @@ def _draw_shares(axes: Axes, trace: Trace, query: int) -> None:
 
 
 def _shares(trace: Trace, layer: int, query: int) -> tuple[float, float, float, float]:
-    """The attention of a query to itself, to others at its place, and to the rest, which sum to 1;
-    and what the first two would be if it attended to all alike."""
+    """A query's attention to itself, to others at its place, and to the rest, which sum to 1.
+
+    The last number is the sum of the first two for uniform attention.
+    """
     weights = trace.layers[layer].self_attention[0, query]
     corners = cxcywh_to_xyxy(_places(trace, layer))
     near = iou(corners, corners[query]) >= SAME_PLACE

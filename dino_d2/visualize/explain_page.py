@@ -1,4 +1,4 @@
-"""A page of HTML with the explaining pictures, each with what is seen and how to read it."""
+"""An HTML page of the explaining pictures, with texts on how to read them."""
 
 from collections.abc import Mapping
 from html import escape
@@ -8,10 +8,10 @@ from .page import data_uri, html_figure, html_page
 
 
 class Text(NamedTuple):
-    """What is said about a picture."""
+    """Texts about a picture."""
 
     title: str
-    alt: str  # for those who do not see it
+    alt: str  # alternative text
     reading: str
     source: str
 
@@ -79,13 +79,12 @@ LINKS = """<footer><p>DINO <a href="https://arxiv.org/abs/2203.03605">2203.03605
 
 
 def explanation_page(heading: str, facts: list[str], pictures: Mapping[str, bytes | str]) -> str:
-    """An HTML file that needs no other, so that it can be sent as it is.
+    """A self-contained HTML page.
 
     Args:
         heading: of the page
-        facts: sentences below it
-        pictures: by the names of `TEXTS`, in the order of the page: a PNG or, where there is none,
-            a sentence that says why
+        facts: sentences below the heading
+        pictures: by the names of `TEXTS`: a PNG, or a sentence that says why there is none
     """
     sections = "".join(_section(TEXTS[name], picture) for name, picture in pictures.items())
     said = " ".join(map(escape, facts))

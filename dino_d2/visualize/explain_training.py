@@ -1,4 +1,4 @@
-"""What DINO learns from an image: pictures of its denoising and its matching (`dino_d2.trace`)."""
+"""Pictures of DINO's denoising and matching in training (`dino_d2.trace`)."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,6 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image
-from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, iou
 from ..modeling.matcher import instability
@@ -20,15 +19,14 @@ from ..trace import Denoised, StageMatching
 from .canvas import draw_box, draw_tag, shape_of, show_image, to_pixels
 from .style import BLUE, VERMILION, escape_name
 
-GROUPS = 3  # of denoising queries, that are drawn
-NOISED = 8  # boxes of them
-BOXES = 20  # that are listed with their queries
+GROUPS = 3  # of denoising queries to draw
+NOISED = 8  # boxes to draw per group
+BOXES = 20  # to list with their queries
 COPIES = ((BLUE, "-", "positive"), (VERMILION, "--", "negative"))
 
 
 def draw_denoising(image: Image.Image, denoised: Denoised) -> Figure:
-    """Noised boxes of the first groups and what the last decoder layer made of them; below, how
-    well boxes were restored and how positives and negatives were told apart, in all groups."""
+    """Draw noised boxes and their denoised results for some groups, and charts for all groups."""
     groups, copies = denoised.scores.shape[:2]
     shown = min(GROUPS, groups)
     rows, columns = (2, shown) if shown > 1 else (1, 2)
@@ -101,11 +99,12 @@ def draw_matching(
     predictions: Predictions,
     classes: Sequence[str],
 ) -> Figure:
-    """Boxes of the ground truth with the boxes of their queries, and a table of which query stands
-    for each box in each stage, with the share of boxes that changed theirs.
+    """Draw ground-truth boxes with their queries, and a table of queries by box and stage.
+
+    The table also has the share of boxes whose query changed.
 
     Args:
-        target: with one box at least
+        target: with at least one box
         matching: of the same boxes
         predictions: of the last layer
         classes: names of all classes
@@ -137,7 +136,7 @@ def draw_matching(
 
 
 def _largest(target: Target, count: int) -> list[int]:
-    """At most so many of the boxes, in their order."""
+    """Indices of at most `count` of the largest boxes, in ascending order."""
     areas = target.boxes[:, 2:].prod(-1)
     return areas.argsort(descending=True)[:count].sort().values.tolist()
 
@@ -147,7 +146,7 @@ def _draw_table(axes: Axes, matching: StageMatching, boxes: list[int], names: li
     kept, changed = "#dbe7f3", "#f5b183"
     moved = torch.cat([torch.zeros(1, len(boxes)), (queries[1:] != queries[:-1]).float()])
     axes.imshow(moved.T, ListedColormap([kept, changed]), vmin=0, vmax=1, aspect="auto")
-    for (stage, box), query in _entries(queries):
+    for (stage, box), query in np.ndenumerate(queries.numpy()):
         axes.text(stage, box, str(query) if query >= 0 else "none", ha="center", va="center")
     shares = [f"{share:.0%}" for share in instability(matching.queries).tolist()]
     ticks = [f"{name}\n{share}" for name, share in zip(matching.stages, ["", *shares], strict=True)]
@@ -159,7 +158,3 @@ def _draw_table(axes: Axes, matching: StageMatching, boxes: list[int], names: li
     axes.set_title(f"the query of each box{which}")
     handles = [Patch(color=kept, label="as before"), Patch(color=changed, label="another query")]
     axes.figure.legend(handles=handles, loc="outside lower right", ncols=2)
-
-
-def _entries(table: Tensor) -> list[tuple[tuple[int, int], int]]:
-    return [((i, j), x) for i, row in enumerate(table.tolist()) for j, x in enumerate(row)]

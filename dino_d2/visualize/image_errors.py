@@ -1,4 +1,4 @@
-"""An image with what is right and wrong in it."""
+"""Draws right, wrong and missed detections into an image."""
 
 from PIL import Image
 
@@ -21,17 +21,15 @@ LEGEND = [
 def draw_image_errors(
     image: Image.Image, matching: ImageMatches, names: dict[int, str], side: int = 760
 ) -> Image.Image:
-    """The annotated boxes of an image and, to the right, its detections.
+    """Draw the annotated boxes of an image and, to the right, its detections; see `LEGEND`.
+
+    Detections are labelled with class, score, and the IoU or the kind of error.
 
     Args:
-        image: of the size that the annotations are for
-        matching: with the detections that are to be drawn
+        image: in the size that annotations refer to
+        matching: with the detections to draw
         names: of the categories by their ids
         side: the long side of either half, in pixels
-
-    Returns:
-        RGB; `LEGEND` explains colours and lines. The label of a detection is its class and score
-        with, if it is right, the IoU, or else the kind of error
     """
     image, scale = resize_long_side(image, side)
     annotated, detected = (
@@ -45,11 +43,10 @@ def draw_image_errors(
 
 
 def _truth_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark]:
-    """The missed ones first, so on top."""
+    """Missed boxes come first, so that they are drawn on top."""
     marks = []
-    for annotation, missed, crowd in zip(
-        matching.truth, matching.missed, matching.crowd, strict=True
-    ):
+    rows = zip(matching.truth, matching.missed, matching.crowd, strict=True)
+    for annotation, missed, crowd in rows:
         name = short_name(names[annotation["category_id"]])
         style = CROWD if crowd else STYLES["missed" if missed else "correct"]
         marks.append((not missed, Mark(_corners(annotation), name, *style)))
@@ -57,7 +54,7 @@ def _truth_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark]:
 
 
 def _detection_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark]:
-    """The false positives first, the surest of them on top."""
+    """False positives come first, so that they are drawn on top, in descending order of score."""
     marks = []
     for index, kind in enumerate(detection_kinds(matching)):
         detection = matching.detections[index]

@@ -1,4 +1,4 @@
-"""Images with boxes drawn into them, and the curves of a training."""
+"""Images with detections, and the curves of a training."""
 
 import json
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from .style import DPI
 
 
 def draw_instances(image: Image.Image, instances: Instances, classes: Sequence[str]) -> Image.Image:
-    """A copy of the image with boxes, classes and scores.
+    """Draw boxes, classes and scores into a copy of an image.
 
     Args:
-        image: of any mode
-        instances: with pred_boxes in pixels, scores and pred_classes, the surest first
+        image: in any mode
+        instances: with pred_boxes in pixels, scores and pred_classes, in descending order of score
         classes: names of all classes
     """
     found = zip(instances.pred_boxes, instances.scores, instances.pred_classes, strict=True)
@@ -29,12 +29,7 @@ def draw_instances(image: Image.Image, instances: Instances, classes: Sequence[s
 
 
 def draw_curves(metrics: Path, output: Path) -> None:
-    """Loss and AP over the iterations of a training.
-
-    Args:
-        metrics: `metrics.json` of the training, one JSON object a line
-        output: PNG to write
-    """
+    """Plot loss and AP of a training, from its `metrics.json` to a PNG."""
     rows = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     figure = Figure(figsize=(11, 4), layout="constrained")
     loss, precision = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Boxes with labels, drawn into images, and sheets of such images."""
+"""Draws boxes with labels into images, and arranges images in sheets."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,30 +15,23 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from .style import PALETTE, one_line
 
-MARGIN = 12  # pixels between the pictures of a sheet
+FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+MARGIN = 12  # pixels between the pictures in a sheet
 
 
 class Mark(NamedTuple):
-    """A box to draw.
+    """A box to draw."""
 
-    Attributes:
-        box: left, top, right and bottom in pixels
-        text: its label, drawn on one line; "" for none
-        colour: of the line and of what is behind the text
-        dash: lengths of strokes and gaps, in widths of the line; () is a solid line
-    """
-
-    box: Sequence[float]
-    text: str
-    colour: str
-    dash: tuple[int, ...] = ()
+    box: Sequence[float]  # left, top, right and bottom in pixels
+    text: str  # label, drawn on one line; "" for none
+    colour: str  # of the line and of the label's background
+    dash: tuple[int, ...] = ()  # lengths of stroke and gap, in line widths; () is a solid line
 
 
 def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
-    """A copy of the image, as RGB, with boxes and their labels.
+    """Draw boxes with labels into an RGB copy of an image; the first mark is on top.
 
-    The first mark is on top. A label is drawn where it covers no other one; where there is no such
-    place beside its box, it is left out.
+    Labels do not overlap; one without a free place at its box is left out.
     """
     picture = image.convert("RGB")
     canvas = ImageDraw.Draw(picture)
@@ -60,40 +53,34 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
 
 @cache
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """The one that Matplotlib brings: it has more letters than PIL's own, but no Chinese, Japanese
-    or Korean ones."""
-    return ImageFont.truetype(_font_file(), size)
-
-
-def _font_file() -> Path:
-    return Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    """Matplotlib's font, which has more letters than PIL's, but no Chinese, Japanese or Korean."""
+    return ImageFont.truetype(FONT, size)
 
 
 @cache
 def _letters() -> frozenset[int]:
-    """Code points that the font has."""
-    return frozenset(FT2Font(str(_font_file())).get_charmap())
+    """The code points in the font."""
+    return frozenset(FT2Font(str(FONT)).get_charmap())
 
 
 def _warn_of_gaps(texts: Iterable[str]) -> None:
-    """Once in a run, as every picture has the same classes."""
+    """Warn once per run, as all pictures have the same classes."""
     for text in texts:
         if not _letters().issuperset(map(ord, text)):
             log_first_n(
                 logging.WARNING,
-                f"the font of the pictures lacks letters of '{text}', which are drawn as empty "
-                "boxes",
+                f"the font lacks letters of '{text}', which are drawn as empty boxes",
                 name=__name__,
             )
 
 
 def class_colour(label: int) -> str:
-    """Of a class by its number; with more classes than colours, these come again."""
+    """The colour of a class; colours repeat if there are more classes."""
     return PALETTE[label % len(PALETTE)]
 
 
 def ink_on(colour: str) -> str:
-    """The colour of legible text on another one."""
+    """Black or white, whichever is legible on a colour."""
     red, green, blue = ImageColor.getrgb(colour)[:3]
     return "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 128 else "white"
 
@@ -101,7 +88,7 @@ def ink_on(colour: str) -> str:
 def _outline(canvas: ImageDraw.ImageDraw, mark: Mark, width: int) -> None:
     left, top, right, bottom = mark.box
     corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-    # Dark below the colour, which so is seen on any background.
+    # A dark line below makes the colour visible on any background.
     canvas.line(corners, "black", width + 2 if not mark.dash else width, joint="curve")
     for start, end in pairwise(corners):
         for stroke in _strokes(np.array(start), np.array(end), [width * x for x in mark.dash]):
@@ -109,8 +96,8 @@ def _outline(canvas: ImageDraw.ImageDraw, mark: Mark, width: int) -> None:
 
 
 def _strokes(start: np.ndarray, end: np.ndarray, dash: list[int]) -> Iterator[list[tuple]]:
-    """The parts of a line that are drawn."""
-    length = np.abs(end - start).sum()  # it is upright or level
+    """The strokes of a dashed line."""
+    length = np.abs(end - start).sum()  # it is vertical or horizontal
     if not dash or not length:
         yield [tuple(start), tuple(end)]
         return
@@ -123,7 +110,7 @@ def _strokes(start: np.ndarray, end: np.ndarray, dash: list[int]) -> Iterator[li
 def _free_place(
     canvas: ImageDraw.ImageDraw, mark: Mark, font: ImageFont.FreeTypeFont, taken: list[tuple]
 ) -> tuple | None:
-    """Left, top, right and bottom of a label at its box, inside the image and on no other one."""
+    """A free place for a label at its box and inside the image: left, top, right and bottom."""
     left, top, right, bottom = mark.box
     width = canvas.textlength(mark.text, font) + 1
     height = sum(font.getmetrics())
@@ -142,7 +129,7 @@ def _overlap(a: tuple, b: tuple) -> bool:
 
 
 def resize_long_side(image: Image.Image, side: int) -> tuple[Image.Image, float]:
-    """The image with a long side of so many pixels, and what its boxes are to be multiplied by."""
+    """Resize the long side of an image to `side` pixels; returns the scale for boxes, too."""
     scale = side / max(image.size)
     size = [max(1, round(scale * x)) for x in image.size]
     return image.convert("RGB").resize(size), scale
@@ -154,13 +141,13 @@ def contact_sheet(
     title: str,
     legend: Sequence[Mark] = (),
 ) -> Image.Image:
-    """Pictures in rows, each below its caption.
+    """Arrange pictures in rows, each below its caption.
 
     Args:
-        pictures: with their captions, at least one
-        columns: pictures in a row
-        title: above all
-        legend: explained below the title by their texts; boxes do not count
+        pictures: at least one picture with its caption
+        columns: pictures per row
+        title: of the sheet
+        legend: marks to explain below the title by their texts
     """
     big, small = load_font(24), load_font(18)
     line, columns = sum(big.getmetrics()) + MARGIN, min(columns, len(pictures))
@@ -183,7 +170,7 @@ def contact_sheet(
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """On one line of at most so many pixels; "" where not even an ellipsis has room."""
+    """Cut text to one line of `width` pixels; "" if not even an ellipsis fits."""
     text = one_line(text)
     while text and font.getlength(text) > width:
         text = text[:-2].rstrip() + "…" if len(text) > 1 else ""

@@ -1,4 +1,4 @@
-"""What the pages of HTML share: they are read on any screen, in light and dark."""
+"""Shared parts of HTML pages, for any screen size, in light and dark mode."""
 
 import base64
 from html import escape
@@ -21,11 +21,7 @@ figcaption, footer, .soft { color: var(--soft); font-size: 0.9rem; }
 
 
 def html_page(heading: str, body: str) -> str:
-    """
-    Args:
-        heading: of the page, also its title
-        body: HTML below the heading
-    """
+    """A complete page with a heading, which is also its title, and a body of HTML."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -42,22 +38,21 @@ def html_page(heading: str, body: str) -> str:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """What stands in the place of a path in a page that needs no other file.
+    """Embed a file in a page, as a URI.
 
-    Args:
-        content: of the file
-        kind: its media type, such as "image/png"
+    >>> data_uri(b"hello", "text/plain")
+    'data:text/plain;base64,aGVsbG8='
     """
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def html_figure(source: str, alt: str, caption: str) -> str:
-    """A picture, to be scrolled where it is wider than the screen.
+    """A figure that scrolls if it is wider than the screen.
 
     Args:
-        source: path or data of the image
-        alt: for those who do not see it
-        caption: below it; "" for none
+        source: path or data URI of the image
+        alt: alternative text
+        caption: "" for none
     """
     below = f"\n<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return (

@@ -1,6 +1,6 @@
-"""What all pictures share: colours, resolution, and names as they can be drawn."""
+"""Colours and resolution of all pictures, and names that can be drawn."""
 
-# Those of Okabe and Ito, which the colour-blind tell apart.
+# Those of Okabe and Ito, which the colour-blind can distinguish.
 BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 SKY, PINK, YELLOW = "#56b4e9", "#cc79a7", "#f0e442"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, SKY, PINK, YELLOW)
@@ -10,16 +10,20 @@ DPI = 110  # of figures
 
 
 def one_line(text: str) -> str:
-    """Without the line breaks that names of classes and files can have."""
+    """Remove the line breaks that names of classes and files can have."""
     return " ".join(text.split())
 
 
 def short_name(name: str, length: int = 24) -> str:
-    """On one line, cut off where it is longer than so many characters."""
+    """Shorten a name to one line of at most `length` characters.
+
+    >>> short_name("a very long name", length=8)
+    'a very…'
+    """
     name = one_line(name)
     return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
 
 
 def escape_name(name: str, length: int = 24) -> str:
-    """Short, and for Matplotlib, which takes what is between dollars for a formula."""
+    """Shorten a name and escape dollars, which Matplotlib would read as formulas."""
     return short_name(name, length).replace("$", r"\$")

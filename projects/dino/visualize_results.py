@@ -97,7 +97,7 @@ from dino_d2.visualize import (
     html_figure,
     html_page,
 )
-from dino_d2.visualize.style import short
+from dino_d2.visualize.style import short_name
 
 PER_SHEET = 4
 CAPTIONS = {
@@ -175,7 +175,7 @@ def summary(analysis: Analysis, rows: int = 20) -> str:
 
 
 def _row(name: str, boxes: int, values: list[float]) -> str:
-    return f"{short(name):24} {boxes:7,} " + " ".join(f"{value:6.1f}" for value in values)
+    return f"{short_name(name):24} {boxes:7,} " + " ".join(f"{value:6.1f}" for value in values)
 
 
 def index_page(analysis: Analysis, pictures: list[Path], sheets: list[Path] | None) -> str:
