@@ -176,7 +176,7 @@ def test_an_unknown_config_is_one_sentence(words, tmp_path):
 def test_a_number_below_one_is_refused(words, capsys):
     with pytest.raises(SystemExit):
         benchmark_model.main(words)
-    assert "is no number from 1 on" in capsys.readouterr().err
+    assert "is not an integer of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -271,7 +271,7 @@ def test_a_mistake_is_one_sentence(tmp_path, words, part):
     ("words", "sentence"),
     [
         (["--size", "63", "800"], "63 pixels are too few: give at least 64"),
-        (["--size", "-1", "800"], "'-1' is no number from 1 on"),
+        (["--size", "-1", "800"], "'-1' is not an integer of at least 1"),
         (["--num-images", "3"], "--num-images is of --annotations, which are not given"),
         (["--images", "3"], "the nearest: --num-images"),
     ],

@@ -1,7 +1,9 @@
-"""What the pages for people say is so: names exist, tables are those of the code."""
+"""Pages and docstrings are true: names exist, tables match the code, examples run."""
 
 import ast
+import doctest
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,15 @@ PAGES = [ROOT / "README.md"] + [
     page
     for folder in ("configs", "dino_d2", "projects", "tests")
     for page in (ROOT / folder).rglob("*.md")
+]
+
+
+SOURCES = [*(ROOT / "dino_d2").rglob("*.py"), *(ROOT / "projects" / "dino").glob("*.py")]
+SECTIONS = ("Args:", "Attributes:", "Returns:", "Yields:", "Raises:")
+EXAMPLES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "dino_d2").rglob("*.py"))
+    if ">>> " in path.read_text()
 ]
 
 
@@ -63,6 +74,30 @@ def test_negatives_are_taught_that_they_are_nothing(make_targets):
     label = targets[0].labels[0]
     assert logits[0, label] < 0 and (logits[1] > 0).all()  # descending: up, and all down
     assert boxes[0].any() and not boxes[1].any()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_begin_with_a_summary(path):
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    docs = {node: ast.get_docstring(node, clean=False) for node in nodes}
+    starts = {node: doc.partition("\n")[0].strip() for node, doc in docs.items() if doc is not None}
+    wrong = [node for node, start in starts.items() if not start or start.startswith(SECTIONS)]
+    assert [getattr(node, "name", "the module") for node in wrong] == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_in_docstrings_are_true(name):
+    results = doctest.testmod(import_module(name))
+    assert results.attempted > 0 and results.failed == 0
+
+
+def test_public_functions_have_examples():
+    tests = [
+        test for name in EXAMPLES for test in doctest.DocTestFinder().find(import_module(name))
+    ]
+    shown = {test.name.rpartition(".")[2] for test in tests if test.examples}
+    assert len(shown) >= 10 and {"cxcywh_to_xyxy", "iou", "nearest", "plural", "rename"} <= shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

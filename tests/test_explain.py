@@ -527,14 +527,14 @@ def test_a_model_of_one_channel_is_explained_on_the_image_in_colours(run, sketch
         (["--annotations", "all.txt", "--images", "images"], "'all.txt' is not a .json file"),
         ([*TRUTH, "--image", "ful.png"], "no image 'ful.png'; the nearest: full.png"),
         ([*TRUTH, "--query", "3", "20"], "no query 20 for this image: choose 0 to 19"),
-        (["--input", "nothing.png"], "--input 'nothing.png' is no file"),
-        (["--input", "images/ful.png"], "is no file; the nearest: 'images/full.png'"),
+        (["--input", "nothing.png"], "--input 'nothing.png' is not a file"),
+        (["--input", "images/ful.png"], "is not a file; the nearest: 'images/full.png'"),
         (
             [*TRUTH, "--output", "all.json"],
-            "--output 'all.json' cannot be written into (it is a file)",
+            "--output 'all.json' is not writable (it is a file)",
         ),
         (["--input", "all.json"], "'all.json' cannot be read"),
-        (["--input", "images"], "--input 'images' is no file"),
+        (["--input", "images"], "--input 'images' is not a file"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

@@ -777,8 +777,8 @@ def test_the_server_says_what_is_wrong_in_one_sentence(start):
         wrong = {
             ("model.onnx", used): f"port {used} cannot be used, name another: [Errno",
             ("model.onnx", "99999"): "port 99999 cannot be used, name another",
-            ("damaged.onnx",): "'damaged.onnx' is no file that export.py wrote: cannot be read",
-            ("other.onnx",): "'other.onnx' is no file that export.py wrote: its notes are missing",
+            ("damaged.onnx",): "'damaged.onnx' was not written by export.py: cannot be read",
+            ("other.onnx",): "'other.onnx' was not written by export.py: its notes are missing",
             ("model.onnx", "x"): "argument port: invalid int value: 'x'",
             (): "the following arguments are required: file",
         }
@@ -822,7 +822,7 @@ def test_the_detector_needs_a_file_of_the_exporter(content, tmp_path):
     path = tmp_path / "model.onnx"
     if content:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="model.onnx' is no file that export.py wrote: .*ONNXRun"):
+    with pytest.raises(ValueError, match="model.onnx' was not written by export.py: .*ONNXRun"):
         OnnxDetector(str(path))
 
 

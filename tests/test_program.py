@@ -82,7 +82,7 @@ def test_what_is_no_score_is_refused_with_its_option(text, parser, capsys):
     parser.add_argument("--threshold", type=program.score)
     with pytest.raises(SystemExit):
         parser.parse_args([f"--threshold={text}"])
-    message = f"argument --threshold: '{text}' is no score: give a number between 0 and 1"
+    message = f"argument --threshold: '{text}' is not a score: give a number between 0 and 1"
     assert message in capsys.readouterr().err
 
 
@@ -123,7 +123,7 @@ def test_what_means_no_file_is_one_sentence(name, end, files):
     with pytest.raises(FileNotFoundError) as caught:
         find(files / name)
     message = str(caught.value)
-    assert message.startswith(f"--images '{files / name}' is no file")
+    assert message.startswith(f"--images '{files / name}' is not a file")
     assert message.endswith(end.format(files))
 
 
@@ -143,7 +143,7 @@ def test_what_can_be_no_folder_is_one_sentence(name, reason, tmp_path):
     with pytest.raises(ValueError) as caught:
         program.make_folder(path, "--output")
     assert str(caught.value) == (
-        f"--output '{path}' cannot be written into ({reason}): name another folder"
+        f"--output '{path}' is not writable ({reason}): choose another folder"
     )
 
 

@@ -99,7 +99,7 @@ def test_a_wrong_key_is_noticed_before_anything_is_drawn(monkeypatch, tmp_path):
 def test_a_training_that_is_none_of_the_demo_stays(monkeypatch, tmp_path):
     (tmp_path / "model_final.pth").write_text("x")
     message = run_demo(monkeypatch, "--output", tmp_path)
-    assert "none of this demo: name another --output" in message
+    assert "not of this demo: choose another --output" in message
     assert [x.name for x in tmp_path.iterdir()] == ["model_final.pth"]
 
 

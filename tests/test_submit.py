@@ -53,13 +53,13 @@ def test_times_are_written_as_slurm_writes_them(text, minutes):
 
 @pytest.mark.parametrize("text", ["24", "24:00", "a day", "-1:00:00", "1:0:0", ""])
 def test_other_times_are_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is no time such as 24:00:00"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a time such as 24:00:00"):
         submit.minutes(text)
 
 
 @pytest.mark.parametrize("text", ["qos", "=high", ""])
 def test_an_option_of_sbatch_without_a_value_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is no NAME=VALUE"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not NAME=VALUE"):
         submit.pair(text)
 
 

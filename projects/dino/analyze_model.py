@@ -14,7 +14,7 @@ from statistics import mean, median
 
 from program import interruptible, make_parser, one_sentence, positive
 
-MIN_SIDE = 64  # pixels: of the coarsest map of a backbone, a batch norm needs more than one
+MIN_SIDE = 64  # pixels: batch norm needs more than one in the coarsest map of a backbone
 NUM_IMAGES = 20
 EPILOG = """
 Examples:
@@ -33,7 +33,7 @@ GFLOPs averaged over the first images of a data set, resized as in evaluation:
 
 
 def side(text: str) -> int:
-    """For argparse: of an image."""
+    """The `type` of an option that is the side of an image."""
     if positive(text) < MIN_SIDE:
         raise argparse.ArgumentTypeError(f"{text} pixels are too few: give at least {MIN_SIDE}")
     return int(text)
@@ -64,7 +64,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, 
     return parser, args
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     parse()
 
 
@@ -84,19 +84,19 @@ from dino_d2.modeling.dino import DINO
 from dino_d2.names import plural
 from dino_d2.weights import model_zoo
 
-BOXES = 7  # in the image of a training step, as COCO has on average
+BOXES = 7  # in the image of a training step, the average of COCO
 
 Size = tuple[int, int]
 
 
 def parameters(module: nn.Module) -> tuple[int, int]:
-    """How many there are, and how many of them are trained."""
+    """The number of parameters, and of trained parameters."""
     found = list(module.parameters())
     return sum(p.numel() for p in found), sum(p.numel() for p in found if p.requires_grad)
 
 
 def evaluation_sizes(setting: Setting, annotations: Path, number: int) -> list[Size]:
-    """Of the first images of a data set, (height, width) as the config has them in evaluation.
+    """The evaluation sizes (height, width) of the first images of a data set.
 
     Raises:
         DatasetError: the file has no COCO annotations, or an image has no size
@@ -117,7 +117,7 @@ def evaluation_sizes(setting: Setting, annotations: Path, number: int) -> list[S
 
 
 def average_flops(model: DINO, sizes: Sequence[Size]) -> tuple[Flops, list[int]]:
-    """The mean count over sizes, and the sum of each; every different size is run once."""
+    """The mean count over sizes, and the sum of each; every distinct size is run once."""
     counts = {size: count_flops(model, *size) for size in dict.fromkeys(sizes)}
     chosen = [counts[size] for size in sizes]
     parts = zip(*chosen, strict=True)
@@ -133,9 +133,9 @@ def average(counters: Sequence[Counter]) -> Counter:
 
 
 def measure(setting: Setting, repeats: int) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Of inference, by stage: milliseconds, and the MiB that memory grows by meanwhile at most."""
+    """Milliseconds of inference by stage, and the peak growth of memory in MiB."""
     workload = Workload(setting)
-    workload.step(workload.batch)  # creates what stays
+    workload.step(workload.batch)  # allocates what persists
     laps = [workload.step(workload.batch) for _ in range(repeats)]
     times = {name: median(lap[name] for lap in laps) for name in laps[0]}
     times["total"] = median(sum(lap.values()) for lap in laps)
@@ -167,7 +167,7 @@ def table(
     times: dict[str, float],
     peaks: dict[str, float | None],
 ) -> str:
-    """Markdown, aligned so that it can be read as it is."""
+    """An aligned Markdown table."""
     total = sum(flops.stages.values())
 
     def row(name: str, module: nn.Module, count: float, kept_bytes: int) -> list[str]:
@@ -186,7 +186,7 @@ def table(
 
 
 def page(args: argparse.Namespace, body: str, flops: Flops, counts: Sequence[int]) -> str:
-    """The table, with what it is of and what is in its numbers."""
+    """The table with its setting, and notes on its numbers."""
     height, width = args.size
     what = f"`{args.config_file}` on {height} x {width} pixels, batch 1, float32"
     notes = [
@@ -214,7 +214,7 @@ def rank(counter: Counter[str]) -> list[tuple[str, float]]:
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
-    """With as many classes as the config says."""
+    """The setting for a config, with its number of classes."""
     setting = Setting(
         config_file=args.config_file,
         opts=tuple(args.opts),

@@ -37,13 +37,13 @@ How time and memory grow with the area of the image and with the number of boxes
 
 GROWTH_SIZE, DEFAULT_SIZE = 320, 640
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-# What a model can be made into before it is measured, for --variant
+# Transformations of the model before measuring, for --variant
 VARIANTS = {
     "inference": ["plain", "folded", "compiled"],
     "training": ["plain", "checkpointed", "compiled"],
 }
 
-# --growth: what is changed, and which values it takes; the sides of images in pixels
+# --growth: quantities and their values; sides of images in pixels
 GROWTH = {
     "area": (192, 288, 416, 576, 768),
     "queries": (100, 300, 900, 1500),
@@ -75,7 +75,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     argument_parser().parse_args()
 
 
@@ -113,7 +113,7 @@ from dino_d2.weights import model_zoo
 
 PUBLISHED = "published form"
 
-# Operators, by how their names begin; what none of these calls is the rest.
+# Operators by prefixes of their names; all others are the rest.
 KINDS = {
     "deformable attention": ("dino_d2::",),
     "convolutions": ("aten::convolution", "mkldnn::_convolution"),
@@ -122,16 +122,16 @@ KINDS = {
         "aten::_scaled_dot_product",
     ),
 }
-TRAINED = "boxes", "classes"  # measured in training, where they weigh most
-GROWN = {  # what it is on a plot, and the powers of it that time and memory may grow with
+TRAINED = "boxes", "classes"  # measured in training, where they cost most
+GROWN = {  # axis label, and expected powers of the growth of time and memory
     "area": ("area of the image, pixels", (1, 1)),
     "queries": ("queries", (1, 1)),
     "boxes": ("boxes in the image", (1, 1)),
     "classes": ("classes", (1, 1)),
     "threads": ("threads", (-1, 0)),
 }
-GROWTH_LAYERS = 2  # in the encoder and in the decoder: enough to see growth, and quick
-KEYS = {  # of YAML and of LazyConfig
+GROWTH_LAYERS = 2  # in the encoder and in the decoder: quick, but enough to see growth
+KEYS = {  # in YAML and in LazyConfig
     "queries": ("MODEL.DINO.NUM_QUERIES", "model.query_selection.num_queries"),
     "encoder layers": ("MODEL.DINO.ENCODER_LAYERS", "model.encoder.num_layers"),
     "decoder layers": ("MODEL.DINO.DECODER_LAYERS", "model.decoder.num_layers"),
@@ -139,7 +139,7 @@ KEYS = {  # of YAML and of LazyConfig
 
 
 def compiled(model: DINO) -> DINO:
-    """Stage by stage: what lies between them depends on the images."""
+    """Compile each stage by itself, as the code between them depends on the images."""
     for name in ("backbone", "neck", "encoder", "query_selection", "decoder"):
         setattr(model, name, torch.compile(getattr(model, name)))
     return model
@@ -159,7 +159,7 @@ PREPARE: dict[str, Callable[[DINO], DINO]] = {
 
 
 class Setting(NamedTuple):
-    """What is measured. Sizes are (height, width) in pixels, boxes are those of each image."""
+    """What to measure: sizes (height, width) in pixels, boxes per image."""
 
     config_file: str
     opts: tuple[str, ...]
@@ -175,7 +175,7 @@ class Setting(NamedTuple):
 
 
 class Workload:
-    """A model that takes steps, of inference or of training."""
+    """A model that runs steps of inference or training."""
 
     def __init__(self, setting: Setting):
         self.setting, device = setting, torch.device(setting.device)
@@ -219,7 +219,7 @@ def time_stage(name: str, stage: nn.Module, stopwatch: Stopwatch) -> None:
 
 
 def build(setting: Setting) -> DINO:
-    """The model of the setting's config, with random weights."""
+    """The setting's model, with random weights."""
     return model_zoo.build(load_config(setting), setting.classes, setting.device)
 
 
@@ -230,7 +230,7 @@ def load_config(setting: Setting) -> CfgNode | DictConfig:
 
 
 def make_batch(setting: Setting, channels: int) -> list[dict]:
-    """Random images with random boxes, as of Detectron2's data loader."""
+    """Random images and boxes, in the format of Detectron2's data loader."""
     height, width = setting.size
     batch = []
     for _ in range(setting.batch):
@@ -247,7 +247,7 @@ def make_batch(setting: Setting, channels: int) -> list[dict]:
 
 
 def operator_of(setting: Setting) -> AbstractContextManager:
-    """The operator that the setting's model runs on."""
+    """The operator that the setting's model uses."""
     if setting.variant != PUBLISHED:
         return nullcontext()
     name = "ms_deform_attn_from_offsets"
@@ -260,7 +260,7 @@ def autocast(setting: Setting) -> AbstractContextManager:
 
 
 def measure(settings: Sequence[Setting], repeats: int) -> list[dict]:
-    """A row for each side of one setting, of which the first is the published form."""
+    """A row for each side of a setting; the first is the published form."""
     workloads = {setting.variant: Workload(setting) for setting in settings}
     steps = {name: partial(x.step, x.batch) for name, x in workloads.items()}
     laps = interleave(steps, repeats)
@@ -285,21 +285,23 @@ def measure(settings: Sequence[Setting], repeats: int) -> list[dict]:
 
 
 def kinds_of(workload: Workload) -> dict[str, float]:
-    """Share of each kind of operator in the time of all: on a GPU that of their kernels."""
+    """The share of each kind of operator in the total time, on a GPU that of its kernels."""
     is_cuda = workload.stopwatch.is_cuda
     cpu, cuda = ProfilerActivity.CPU, ProfilerActivity.CUDA
     with profile(activities=[cpu, cuda] if is_cuda else [cpu]) as profiler:
         workload.step(workload.batch)
     spent = Counter()
     for event in profiler.events():
-        if event.device_type == DeviceType.CPU:  # kernels are those of the operators, again
+        if (
+            event.device_type == DeviceType.CPU
+        ):  # kernels would count twice, as their operators are in the list
             time = event.self_device_time_total if is_cuda else event.self_cpu_time_total
             spent[kind_of(event)] += time
     return {kind: spent[kind] / spent.total() for kind in (*KINDS, "rest")}
 
 
 def kind_of(event: FunctionEvent | None) -> str:
-    """That of the operator, or of the one that it is a part of."""
+    """The kind of an operator, or of the operator that it is part of."""
     while event is not None:
         for kind, names in KINDS.items():
             if event.name.startswith(names):
@@ -309,26 +311,28 @@ def kind_of(event: FunctionEvent | None) -> str:
 
 
 def alone(setting: Setting, repeats: int) -> dict:
-    """`time_and_memory`, on the CPU in a process where nothing has left memory to reuse."""
+    """`time_and_memory`, on the CPU in a new process without freed memory to reuse."""
     if torch.device(setting.device).type == "cpu":
         return in_new_process(time_and_memory, setting, repeats)
     return time_and_memory(setting, repeats)
 
 
 def time_and_memory(setting: Setting, repeats: int) -> dict:
-    """Median milliseconds of a step, and by how many MiB memory grows in it at most: that is on
-    top of the model and, in training, of the optimizer."""
+    """Median milliseconds of a step, and the peak growth of memory in it in MiB.
+
+    The memory is on top of the model and, in training, of the optimizer.
+    """
     torch.set_num_threads(setting.threads)
     workload = Workload(setting)
     small = setting._replace(size=(64, 64))
-    workload.step(make_batch(small, workload.channels))  # creates what stays
+    workload.step(make_batch(small, workload.channels))  # allocates what persists
     memory = PeakMemory(torch.device(setting.device))
     times = [sum(workload.step(workload.batch).values()) for _ in range(repeats)]
     return {"total_ms": median(times), "memory_mib": memory.read()}
 
 
 def page(rows: list[dict], args: argparse.Namespace) -> str:
-    """A table of the stages for each mode, and one of the kinds of operators."""
+    """A table of stages for each mode, and a table of kinds of operators."""
     parts = [
         f"`{args.config_file}` with random weights, {plural(args.boxes, 'box')} in an image. "
         f"Milliseconds, medians of {plural(args.repeats, 'round')}. *{PUBLISHED}* is the same "
@@ -372,7 +376,7 @@ def describe(row: dict) -> str:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """The tables, printed and in the output folder."""
+    """Print the tables, and write them to the output folder."""
     base = first_setting(args, DEFAULT_SIZE)
     rows = []
     sizes = args.size or [base.size]
@@ -385,7 +389,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def grow(args: argparse.Namespace) -> None:
-    """A plot for each quantity, and growth.json, in the output folder."""
+    """Write a plot for each quantity, and growth.json, to the output folder."""
     layers = {"encoder layers": GROWTH_LAYERS, "decoder layers": GROWTH_LAYERS}
     base = with_numbers(first_setting(args, GROWTH_SIZE), layers)
     facts = machine(torch.device(args.device))
@@ -416,7 +420,7 @@ def with_value(setting: Setting, quantity: str, value: int) -> Setting:
 
 
 def with_numbers(setting: Setting, numbers: dict[str, int]) -> Setting:
-    """With other numbers of queries or layers."""
+    """A setting with another number of queries or layers."""
     is_yaml = isinstance(load_config(setting), CfgNode)
     opts = list(setting.opts)
     for name, number in numbers.items():
@@ -426,7 +430,7 @@ def with_numbers(setting: Setting, numbers: dict[str, int]) -> Setting:
 
 
 def first_setting(args: argparse.Namespace, side: int) -> Setting:
-    """The first of those that the command line names; `side` is that of images by default."""
+    """The first setting of the command line; `side` is the default size of images."""
     return Setting(
         config_file=args.config_file,
         opts=tuple(args.opts),
@@ -446,7 +450,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler calls a lack of GPUs an error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler logs an error if there is no GPU
     with one_sentence(parser.prog):
         args.device = str(find_device(args.device))
         args.output.mkdir(parents=True, exist_ok=True)

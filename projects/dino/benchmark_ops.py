@@ -41,7 +41,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     argument_parser().parse_args()
 
 
@@ -67,7 +67,7 @@ from dino_d2.ops.reference import resolve
 HEADS, CHANNELS, POINTS = 8, 32, 4
 STRIDES = 8, 16, 32, 64
 HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Relative to the published form in float32, of the whole tensor in the Euclidean norm
+# Euclidean norm of the difference relative to that of the published form in float32
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -86,7 +86,9 @@ class Side(NamedTuple):
 
     name: str
     function: Callable[..., Tensor]
-    inputs: tuple[Tensor, Tensor, Tensor]  # value, and locations and weights, or what makes them
+    inputs: tuple[
+        Tensor, Tensor, Tensor
+    ]  # value, locations and weights, or value, reference, offsets and logits
     grad: Tensor
     context: Callable[[], AbstractContextManager] = nullcontext
 
@@ -103,8 +105,10 @@ class Side(NamedTuple):
 def make_problem(
     shapes: tuple[tuple[int, int], ...], batch: int, num_boxes: int, device: torch.device
 ) -> Problem:
-    """Of an encoder, where pixels look a few pixels around themselves, or, with a number of boxes,
-    of a decoder, where boxes look into and around themselves."""
+    """The inputs of an encoder, whose queries look a few pixels around themselves, or of a decoder.
+
+    With a number of boxes it is a decoder, whose boxes look into and around themselves.
+    """
     reference = torch.cat([centers(*shape) for shape in shapes])[None, :, None]
     if num_boxes:
         box = torch.rand(1, num_boxes, 1, 2), 0.05 + 0.4 * torch.rand(1, num_boxes, 1, 2)
@@ -121,14 +125,16 @@ def make_problem(
 
 
 def centers(height: int, width: int) -> Tensor:
-    """Of the pixels of a level, (x, y) in [0, 1]: (H_l * W_l, 2)."""
+    """The centres (x, y) in [0, 1] of the pixels of a level: (H_l * W_l, 2)."""
     y, x = (torch.arange(n) + 0.5 for n in (height, width))
     return torch.cartesian_prod(y / height, x / width).flip(-1)
 
 
 def make_sides(problem: Problem) -> tuple[list[Side], list[Side]]:
-    """Sides that are given locations and weights, and sides that make them of offsets and logits,
-    which is more work. The first of either is the published form."""
+    """Sides for locations and weights, and sides that also compute these from offsets and logits.
+
+    The first of either is the published form.
+    """
     value, shapes, reference, offsets, logits = problem
     places = resolve([side for shape in shapes for side in shape], offsets, logits, reference)
     grad = torch.randn(*offsets.shape[:2], HEADS * CHANNELS).to(value.device)
@@ -180,18 +186,18 @@ def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_compiler() -> AbstractContextManager:
-    """What is left of the CPU kernels where they could not be compiled."""
+    """The CPU kernels that need no compiler."""
     return mock.patch.object(dispatch, "kernels_for", lambda *_: embedding_bag)
 
 
 def other_packages(shapes: Sequence, device: torch.device) -> Iterator[tuple[str, Callable]]:
-    """Those that are installed, under their names, as functions of value, locations, weights."""
+    """Installed packages, by name, as functions of value, locations and weights."""
     sizes = torch.tensor(shapes, device=device)
     starts = sizes.prod(1).cumsum(0) - sizes.prod(1)
     if is_installed("torch_ms_deform_attn"):
         from torch_ms_deform_attn import ms_deform_attn as original
 
-        def in_float32(value, *places):  # as under autocast, halves are cast
+        def in_float32(value, *places):  # as under autocast, 16-bit tensors are cast
             return original(value.float(), sizes, starts, *places).to(value.dtype)
 
         yield f"torch-ms-deform-attn {version('torch-ms-deform-attn')}", in_float32
@@ -205,11 +211,10 @@ def other_packages(shapes: Sequence, device: torch.device) -> Iterator[tuple[str
 
 
 def check(sides: list[Side]) -> dict[str, float]:
-    """By how much the output and the gradients of each side differ from those of the first, which
-    is measured relative to these: the largest of the four.
+    """The largest difference of output and gradients of each side, relative to the first side.
 
     Raises:
-        ArithmeticError: it is more than rounding explains
+        ArithmeticError: a difference is larger than rounding explains
     """
     expected = sides[0].forward_backward()
     found = {}
@@ -225,7 +230,7 @@ def check(sides: list[Side]) -> dict[str, float]:
 
 
 def measure(problem: Problem, repeats: int) -> list[dict]:
-    """A row for each side: medians, and how many times faster than the published form it is."""
+    """A row for each side: medians, and the speed-up over the published form."""
     groups = make_sides(problem)
     difference = {name: found for group in groups for name, found in check(group).items()}
     sides = [*groups[0], *groups[1][1:]]
@@ -243,7 +248,7 @@ def measure(problem: Problem, repeats: int) -> list[dict]:
 
 
 def run(device: torch.device, args: argparse.Namespace) -> tuple[str, list[dict]]:
-    """A page about a device, and what is on it."""
+    """A page about a device."""
     shapes = tuple(tuple(-(-side // stride) for side in args.size) for stride in STRIDES)
     problems = {
         "encoder, batch 1": (1, 0),

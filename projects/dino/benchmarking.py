@@ -1,4 +1,4 @@
-"""What the two benchmarks share: the published form of the operator, clocks, tables, plots."""
+"""Shared parts of the benchmarks: the published form of the operator, clocks, tables, plots."""
 
 import ctypes
 import importlib.util
@@ -26,14 +26,16 @@ from dino_d2.ops.reference import resolve
 
 MIB = 2**20
 STATUS = Path("/proc/self/status")
-REPLAYS = 20  # of a CUDA graph between two events
+REPLAYS = 20  # replays of a CUDA graph between two events
 Shapes = Sequence[tuple[int, int]]
 
 
 def published_form(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Multi-scale deformable attention as Deformable DETR, DINO and what is derived from them
-    compute it where their CUDA kernel does not run: all samples by grid_sample, then one weighted
-    sum; differentiated by autograd. Arguments and result as of `dino_d2.ops.ms_deform_attn`."""
+    """Deformable attention as Deformable DETR and DINO compute it without their CUDA kernels.
+
+    All samples by grid_sample, then one weighted sum, differentiated by autograd. Arguments and
+    result as of `dino_d2.ops.ms_deform_attn`.
+    """
     batch, _, heads, channels = value.shape
     images = value.split([height * width for height, width in shapes], 1)
     samples = [
@@ -43,7 +45,7 @@ def published_form(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
             align_corners=False,
         )
         for image, grid, shape in zip(images, (2 * locations - 1).unbind(3), shapes, strict=True)
-    ]  # of each level (B * H, D, Q, P)
+    ]  # (B * H, D, Q, P) of each level
     weights = weights.transpose(1, 2).flatten(0, 1).flatten(-2)[:, None]
     out = (torch.stack(samples, -2).flatten(-2) * weights).sum(-1)
     return out.view(batch, heads * channels, -1).transpose(1, 2).contiguous()
@@ -52,20 +54,20 @@ def published_form(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
 def published_form_from_offsets(
     value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
-    """The same from what the network predicts, as `dino_d2.ops.ms_deform_attn_from_offsets`.
-    Under autocast in float32, as the published models do it."""
+    """The same from offsets and logits, as `dino_d2.ops.ms_deform_attn_from_offsets`.
+
+    In float32 under autocast, as in the published models.
+    """
     sides = [side for shape in shapes for side in shape]
     locations, weights = resolve(sides, offsets.float(), logits.float(), reference)
     return published_form(value.float(), shapes, locations, weights).to(value.dtype)
 
 
 def find_device(name: str) -> torch.device:
-    """
-    Args:
-        name: "": the GPU if there is one
+    """A device by name; "" is the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: it is not there, or nothing that can be measured
+        ValueError: it does not exist, or cannot be measured
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(name)
@@ -76,7 +78,7 @@ def find_device(name: str) -> torch.device:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What the figures were measured with."""
+    """A description of the hardware and versions of a measurement."""
     kernels = next(x.kernels for x in backends() if x.device == device.type)
     gpu = {"GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
@@ -91,7 +93,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """As the kernel of Linux calls it, elsewhere as Python does."""
+    """The name of the CPU by Linux, or else by Python."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -103,15 +105,19 @@ def is_installed(package: str) -> bool:
 
 
 def interleave(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list]:
-    """What each side returns, `repeats` times. The sides take turns, so that what else happens on
-    the machine hits all of them; a first round warms up and is not counted."""
+    """Call each side `repeats` times, in turns, and return its results.
+
+    So other load on the machine affects all sides alike. A first round warms up and is not counted.
+    """
     rounds = [{name: side() for name, side in sides.items()} for _ in range(repeats + 1)]
     return {name: [results[name] for results in rounds[1:]] for name in sides}
 
 
 def timer(call: Callable, device: torch.device) -> Callable[[], float]:
-    """A function that calls and returns the milliseconds that it took. On a GPU these are of the
-    kernels alone: they are replayed, without Python in between."""
+    """A function that calls `function` and returns the milliseconds that it took.
+
+    On a GPU it replays the kernels alone, without Python in between.
+    """
 
     def on_cpu() -> float:
         start = time.perf_counter()
@@ -137,7 +143,7 @@ def timer(call: Callable, device: torch.device) -> Callable[[], float]:
 def capture(call: Callable) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles and tunes what is to be captured
+    with torch.cuda.stream(stream):  # compiles and tunes before the capture
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
@@ -190,7 +196,7 @@ def cell(value: object) -> str:
 
 
 def save(output: Path, page: str, results: Mapping[str, object]) -> None:
-    """Print a page, and leave it as table.md in the folder `output`, with results.json."""
+    """Print a page, and write it as table.md to a folder, with results.json."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "table.md").write_text(page + "\n")
     (output / "results.json").write_text(json.dumps(results, indent=1))
@@ -202,10 +208,10 @@ def headline(facts: Mapping[str, str]) -> str:
 
 
 class PeakMemory:
-    """MiB that memory has grown by, at most, since this was made; on the CPU that of the process,
-    as Linux counts it, and None elsewhere.
+    """The peak growth of memory in MiB since this was created.
 
-    `resource.getrusage` would not do: its peak includes that of the process which started this.
+    On the CPU that of the process, on Linux only, else None. `resource.getrusage` would not do: its
+    peak includes that of the parent process.
     """
 
     def __init__(self, device: torch.device):
@@ -214,8 +220,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device) / MIB
         elif STATUS.exists():
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again
-            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory would be reused
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             self.before = resident("VmRSS")
 
     def read(self) -> float | None:
@@ -231,9 +237,11 @@ def resident(key: str) -> float:
 
 
 def in_new_process(function: Callable, *arguments: object) -> object:
-    """What a function returns in a process that has imported dino_d2 and done nothing else."""
+    """The result of a function in a new process that has only imported dino_d2."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dino_d2"])  # importing takes seconds: once for all of them
+    context.set_forkserver_preload(
+        ["dino_d2"]
+    )  # import once for all processes, as it takes seconds
     with context.Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -241,8 +249,10 @@ def in_new_process(function: Callable, *arguments: object) -> object:
 def draw_growth(
     points: Sequence[Mapping], label: str, expected: Sequence[int], title: str, path: Path
 ) -> None:
-    """Time and memory of points with "mode", "value", "total_ms" and "memory_mib", both axes
-    logarithmic. Dashed is growth from the first value on with the `expected` power of each."""
+    """Plot time and memory of points with "mode", "value", "total_ms" and "memory_mib".
+
+    Both axes are logarithmic. Dashed lines grow from the first value with the `expected` powers.
+    """
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title, fontsize=9)
     panels = ("total_ms", "time of a step, ms"), ("memory_mib", "memory of a step, MiB")
@@ -274,6 +284,6 @@ def draw_curve(axes: Axes, name: str, pairs: Sequence[tuple[float, float]], expo
 
 
 def power(pairs: Sequence[tuple[float, float]]) -> float:
-    """The p of y = c x^p through the last three of (x, y), where what is constant weighs least."""
+    """The p of y = c x^p through the last three points, where constant costs matter least."""
     x, y = zip(*pairs[-3:], strict=True)
     return linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope

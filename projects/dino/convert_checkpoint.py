@@ -35,7 +35,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     argument_parser().parse_args()
 
 
@@ -48,20 +48,19 @@ from dino_d2.weights.fitting import open_weights
 
 
 def convert(source: str, to: str, *, ema: bool = False) -> dict:
-    """The converted checkpoint; with `ema` it has the averaged weights of a training.
+    """The converted checkpoint; with `ema`, of the averaged weights of a training.
 
     Raises:
-        CheckpointError: the file cannot be read, is of a layout that is not known, or has no
-            averaged weights
+        CheckpointError: the file cannot be read, has an unknown format, or no averaged weights
     """
     opened = open_weights(source, averaged=ema)
     if opened.note:
         print(opened.note)
     number = count_classes(opened.state)
     if number is None:
-        raise CheckpointError(f"'{source}' is no DINO of a known layout")
+        raise CheckpointError(f"'{source}' is not a DINO in a known format")
     classes = opened.classes(number)
-    # Beside the official layout too: other settings than the official ones would be lost otherwise.
+    # Also for the official layout, or settings that differ from the official ones would be lost.
     description = opened.settings | {"classes": classes and list(classes)}
     state = to_official(opened.state) if to == "official" else opened.state
     return {"model": state, "dino_d2": description}

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Convert a data set in VOC's or YOLO's format to COCO's, which training and evaluation read.
 
-Writes one JSON file a split, checked as training checks it; images stay where they are. In VOC,
+Writes one JSON file per split, checked like training data; images are not moved. In VOC,
 coordinates count from 1 and include the last pixel, and objects marked difficult become crowd
-regions, which count neither as found nor as missed. In YOLO, outlines become their boxes, and an
-image without a label file is one without boxes. What had to be decided is counted and printed.
+regions, which evaluation ignores. In YOLO, outlines become their boxes, and an image without a
+label file has no boxes. Whatever had to be decided is counted and printed.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     return parser, args
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     parse()
 
 
@@ -65,10 +65,10 @@ from dino_d2.names import path_hint, plural
 
 
 def convert(args: argparse.Namespace) -> tuple[Conversion, dict[str, Path]]:
-    """What was converted, and the files to write by split.
+    """Convert a data set; returns it, and the paths to write by split.
 
     Raises:
-        ValueError: the data set cannot be converted, or a file is there already
+        ValueError: the data set cannot be converted, or a file already exists
     """
     if not args.dataset.exists():
         raise ValueError(f"'{args.dataset}' does not exist{path_hint(args.dataset)}")

@@ -109,7 +109,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     return parser, args
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     parse()
 
 
@@ -126,13 +126,14 @@ from dino_d2.data.normalise import read_annotations
 
 
 def prepare_outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
-    """
+    """Create the output folders.
+
     Args:
         inputs: files that are read, besides the annotations, the config and the weights
 
     Raises:
         IsADirectoryError: the JSON is a folder
-        ValueError: the JSON would replace what is read, or there cannot be such a folder
+        ValueError: the JSON would replace an input, or its folder cannot be created
     """
     if args.output:
         make_folder(args.output, "--output")
@@ -141,7 +142,7 @@ def prepare_outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
             raise IsADirectoryError(f"--json '{args.json}' is a folder")
         read = (*inputs, *filter(None, (args.annotations, args.config_file, args.weights)))
         if args.json.exists() and args.json.resolve() in {Path(x).resolve() for x in read}:
-            raise ValueError(f"--json '{args.json}' would replace what is read: name another file")
+            raise ValueError(f"--json '{args.json}' would replace an input: name another file")
         make_folder(args.json.parent, "the folder of --json")
 
 
@@ -151,9 +152,10 @@ def make_annotator(
     annotations: dict[str, list] | None,
     passed_over: int,
 ) -> Annotator:
-    """
+    """Load the model and open the outputs.
+
     Raises:
-        ValueError: the model or the window cannot be had, or the annotations are of other classes
+        ValueError: the model or the window is not available, or annotations have other classes
     """
     window = Window() if args.show else None
     dtype = getattr(torch, args.dtype)
@@ -192,7 +194,7 @@ def main() -> None:
     try:
         run(annotator, images, ids, videos)
     except KeyboardInterrupt:
-        if args.webcam is None:  # for a camera, it is the end
+        if args.webcam is None:  # ends a camera's video
             done = annotator.summary() + (f": see '{args.output}'" if args.output else "")
             lacks = f"; '{args.json}' is not written" if args.json else ""
             sys.exit(f"{parser.prog}: interrupted after {done}{lacks}")

@@ -1,4 +1,4 @@
-"""Images and videos in, annotated ones and results out: the work of `demo.py`."""
+"""Annotates images and videos and collects the results, for `demo.py`."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,32 +25,32 @@ from dino_d2.names import plural
 from dino_d2.progress import progress
 from dino_d2.visualize import draw_instances
 
-# Pixels of the long side that pictures of small images have at most: at the size of the image,
-# labels would hide what they name.
+# Small images are enlarged to at most this long side in pixels, so that labels do not hide objects.
 ENLARGED_SIDE = 640
 
 
 class Shot(NamedTuple):
     """An image, or a frame of a video."""
 
-    picture: np.ndarray  # (H, W, 3) of uint8, RGB
-    names: dict  # what its detections have in the JSON: image_id, file_name and perhaps frame
+    picture: np.ndarray  # (H, W, 3) of uint8 in RGB
+    names: dict  # keys of its detections in the JSON: image_id, file_name and, in videos, frame
 
 
 def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[Path], int]:
-    """The images, and the videos, that paths, folders and patterns mean, each once; and how many
-    in folders and patterns are none, as `demo.py` has annotated them.
+    """The images and videos of paths, folders and patterns, each once.
+
+    Pictures that `demo.py` has drawn are skipped in folders and patterns, and counted.
 
     Raises:
-        FileNotFoundError: one of them means none
-        ValueError: all of them were annotated
+        FileNotFoundError: a path, folder or pattern has no such file
+        ValueError: all files were drawn by `demo.py`
     """
     everything = find_files(inputs, IMAGE_SUFFIXES | VIDEO_SUFFIXES, "--input")
     named = {Path(name) for name in inputs}
     found = [path for path in everything if path in named or not is_annotated(path)]
     if everything and not found:
         raise ValueError(
-            f"--input means nothing but pictures that demo.py has drawn, such as '{everything[0]}':"
+            f"--input has only pictures that demo.py has drawn, such as '{everything[0]}':"
             " name a file to take it nevertheless"
         )
     is_video = [path.suffix.lower() in VIDEO_SUFFIXES for path in found]
@@ -62,7 +62,7 @@ def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[Path], int]:
 
 
 def is_annotated(path: Path) -> bool:
-    """Whether this is a picture or a video that `demo.py` has drawn into; no matter its name."""
+    """Whether `demo.py` has drawn this picture or video, by its content."""
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return demo_video.is_annotated(path)
     if path.suffix.lower() != ".png":
@@ -70,29 +70,29 @@ def is_annotated(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == SOFTWARE
-    except Exception:  # a damaged image can fail in any way, which is said where it is read
+    except Exception:  # a damaged image may raise anything; reading it will report that
         return False
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """As PNG, marked as `is_annotated`."""
+    """Save a PNG, marked for `is_annotated`."""
     notes = PngInfo()
     notes.add_text("Software", SOFTWARE)
     picture.save(path, pnginfo=notes)
 
 
 class Annotator:
-    """Detects, draws, and keeps count of what was done.
+    """Detects, draws, and counts.
 
     Args:
-        predictor: what detects
-        output: folder for the annotated; None: nothing is drawn into files
-        threshold: the least score of a detection
-        batch_size: images at once
+        predictor: the detector
+        output: folder for annotated files; None: none are written
+        threshold: lowest score of a detection
+        batch_size: images per batch
         categories: the id of each class in `results`; None: no results are kept
-        taken: files that are not to be replaced by annotated ones: the inputs above all
-        window: where pictures are shown
-        passed_over: how many files of its own it was not to take for inputs
+        taken: files that annotated ones must not replace, such as the inputs
+        window: shows the pictures
+        passed_over: number of inputs skipped because `demo.py` drew them
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Annotator:
         self.detections = self.images = self.frames = self.videos = self.left_out = 0
 
     def run_images(self, paths: list[Path], ids: list[int]) -> bool:
-        """Images that cannot be read are left out; whether the person at the window wants more."""
+        """Annotate images, skipping unreadable ones; returns whether to continue."""
         shots = self.detect(self.read(paths, ids))
         for shot, instances in progress(shots, "image", total=len(paths)):
             self.images += 1
@@ -125,14 +125,14 @@ class Annotator:
         return True
 
     def run_video(self, video: Video, first_id: int) -> bool:
-        """Whether the person at the window wants more.
+        """Annotate a video; returns whether to continue.
 
         Args:
             video: its frames
             first_id: of its first frame in the results
 
         Raises:
-            VideoError: the annotated one cannot be written
+            VideoError: the annotated video cannot be written
         """
         shots = (
             Shot(picture, {"image_id": first_id + i, "file_name": video.name, "frame": i})
@@ -157,7 +157,7 @@ class Annotator:
         return True
 
     def read(self, paths: list[Path], ids: list[int]) -> Iterator[Shot]:
-        """The images that can be read; what is wrong with the others is printed."""
+        """Read images; unreadable ones are reported and skipped."""
         for path, image_id in zip(paths, ids, strict=True):
             try:
                 picture = read_image(str(path), "RGB")
@@ -167,7 +167,7 @@ class Annotator:
             yield Shot(picture, {"image_id": image_id, "file_name": str(path)})
 
     def detect(self, shots: Iterator[Shot]) -> Iterator[tuple[Shot, Instances]]:
-        """In batches; counts the detections, and keeps the results that are wanted."""
+        """Detect in batches, count the detections, and keep the results."""
         while batch := list(islice(shots, self.batch_size)):
             found = self.predictor([shot.picture for shot in batch])
             for shot, instances in zip(batch, found, strict=True):
@@ -187,10 +187,10 @@ class Annotator:
         *,
         stay: bool = True,
     ) -> bool:
-        """Saves and shows the annotated picture; whether the person at the window wants more.
+        """Save and show the annotated picture; returns whether to continue.
 
         Args:
-            stay: whether it is an image, which may be enlarged and is shown until a key is pressed
+            stay: show an image, enlarged if small, until a key is pressed
         """
         if not save and not self.window:
             return True
@@ -203,8 +203,7 @@ class Annotator:
         return not self.window or self.window.show(picture, stay=stay)
 
     def free_path(self, name: str, suffix: str) -> Path:
-        """A file of the output folder, named as the input, that no other of this run is: neither
-        one that was written, nor one that is read; nor is it a folder."""
+        """A file named like the input that does not replace an input, an output or a folder."""
         stem = Path(name).stem
         names = (f"{stem}{f'_{i}' if i else ''}{suffix}" for i in count())
         paths = (self.output / name for name in names)
@@ -229,8 +228,7 @@ class Annotator:
 
 
 def enlarge(image: Image.Image, instances: Instances) -> tuple[Image.Image, Instances]:
-    """A small image and its boxes by a whole factor, to at most `ENLARGED_SIDE`; a larger one as
-    it is."""
+    """Enlarge a small image and its boxes by an integer, to at most `ENLARGED_SIDE`."""
     factor = max(1, ENLARGED_SIDE // max(image.size))
     width, height = (factor * side for side in image.size)
     larger = Instances((height, width), **instances.get_fields())
@@ -245,7 +243,7 @@ def warn(sentence: str) -> None:
 def run(
     annotator: Annotator, images: list[Path], ids: list[int], videos: list[Path | Video]
 ) -> None:
-    """All inputs, unless the window or the keyboard ends it."""
+    """Annotate all inputs, until the window or the keyboard stops it."""
     first_frame = len(images) + 1
     more = annotator.run_images(images, ids)
     for source in videos:

@@ -13,10 +13,10 @@ VIDEO_SUFFIXES = frozenset(
     (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 )
 CODEC = "mp4v"
-SOFTWARE = "dino_d2 demo.py"  # in what was annotated, so that it is not taken for an input
-# At the end of an MP4: a box of its format that is free to hold anything; its length comes first.
+SOFTWARE = "dino_d2 demo.py"  # marks annotated videos, so that they are not used as inputs
+# At the end of an MP4: a `free` box, which may contain anything; its length comes first.
 MARK = (8 + len(SOFTWARE)).to_bytes(4, "big") + b"free" + SOFTWARE.encode()
-USUAL_RATE = 25.0  # of a camera that does not tell
+USUAL_RATE = 25.0  # if a camera does not say
 
 
 class VideoError(ValueError):
@@ -24,11 +24,8 @@ class VideoError(ValueError):
 
 
 def opencv() -> ModuleType:
-    """
-    Raises:
-        ImportError: it is not installed
-    """
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said here
+    """Import OpenCV; raise an ImportError with a hint if it is not installed."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # we report errors ourselves
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     try:
         import cv2
@@ -38,15 +35,14 @@ def opencv() -> ModuleType:
 
 
 class Video:
-    """Iterates over the frames, (H, W, 3) of uint8 and RGB, of a file or a camera, once; its
-    context ends with the file or camera given back.
+    """The frames of a file or camera, (H, W, 3) of uint8 in RGB; iterate once, in a context.
 
     Args:
         source: a path, or the number of a camera
 
     Raises:
-        VideoError: there is no frame to be had
-        ImportError: there is no OpenCV
+        VideoError: there is no frame
+        ImportError: OpenCV is not installed
     """
 
     def __init__(self, source: Path | int):
@@ -83,19 +79,19 @@ class Video:
 
 
 def is_annotated(path: Path) -> bool:
-    """Whether this is a video that `VideoWriter` has written."""
+    """Whether `VideoWriter` has written this video."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - len(MARK)))
         return file.read() == MARK
 
 
 class VideoWriter:
-    """An MP4 to write, complete however its context ends, and marked as `is_annotated`.
+    """Writes an MP4, complete even after an error, and marked for `is_annotated`.
 
     Args:
         path: of the file
         rate: in frames per second
-        size: width and height in pixels; the format drops the last column or row of odd ones
+        size: width and height in pixels; of odd ones, the format drops the last column or row
 
     Raises:
         VideoError: it cannot be written
@@ -127,8 +123,8 @@ class Window:
     """Shows pictures until q or Escape is pressed, or the window is closed.
 
     Raises:
-        VideoError: there is no display, or an OpenCV without windows
-        ImportError: there is no OpenCV
+        VideoError: there is no display, or OpenCV has no windows
+        ImportError: OpenCV is not installed
     """
 
     TITLE = "DINO (q ends)"
@@ -136,7 +132,7 @@ class Window:
     def __init__(self):
         self.cv2 = opencv()
         hint = "use --output FOLDER instead of --show"
-        # OpenCV would end the process without a word.
+        # OpenCV would abort the process without a message.
         if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
             raise VideoError(f"there is no display for a window: {hint}")
         try:
@@ -147,13 +143,11 @@ class Window:
             ) from error
 
     def show(self, picture: Image.Image, *, stay: bool) -> bool:
-        """
+        """Show an RGB picture; returns whether to continue.
+
         Args:
             picture: RGB
-            stay: whether it stays until a key is pressed
-
-        Returns:
-            whether more is to be shown
+            stay: wait for a key
         """
         self.cv2.imshow(self.TITLE, np.ascontiguousarray(np.asarray(picture)[:, :, ::-1]))
         while True:

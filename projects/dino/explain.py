@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Explain with pictures how DINO comes to its detections in an image, and what it learns from one.
 
-Writes explain.html, a page that holds everything and can be sent as it is, and each picture as a
-PNG: the encoder's proposals, boxes through the layers of the decoder, sampling points, attention
-between queries; for an image with ground truth also denoising and matching.
+Writes explain.html, a self-contained page, and each picture as a PNG: the encoder's proposals,
+boxes through the layers of the decoder, sampling points, attention between queries; for an image
+with ground truth also denoising and matching.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     return parser, args
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     parse()
 
 
@@ -117,7 +117,7 @@ from dino_d2.visualize.style import DPI
 
 
 class Subject(NamedTuple):
-    """What is explained."""
+    """The image to explain."""
 
     path: str
     picture: Image.Image
@@ -125,11 +125,10 @@ class Subject(NamedTuple):
 
 
 def find_record(dataset: str, name: str | None) -> tuple[dict, list[str]]:
-    """A record in Detectron2's format of a dataset, by default the first with boxes, and the
-    classes of the dataset.
+    """A record of a dataset, by default the first with boxes, and the classes.
 
     Raises:
-        ValueError: the dataset has something wrong, or no such image
+        ValueError: the dataset is invalid, or has no such image
     """
     classes = class_names([dataset])
     images = MetadataCatalog.get(dataset).image_root
@@ -142,17 +141,17 @@ def find_record(dataset: str, name: str | None) -> tuple[dict, list[str]]:
 
 
 def objects(record: dict) -> list[dict]:
-    """Annotations without those of crowds, as in training."""
+    """Annotations except crowd regions, as in training."""
     return [x for x in record["annotations"] if not x["iscrowd"]]
 
 
 def to_target(record: dict, classes: list[str], known: list[str]) -> Target:
-    """The ground truth of a record, without crowds, as in training.
+    """The ground truth of a record without crowd regions, as in training.
 
     Args:
         record: in Detectron2's format
-        classes: names that its categories are numbers of
-        known: names that those of the model are numbers of
+        classes: of the dataset
+        known: classes of the model
 
     Raises:
         ValueError: the model does not know a class
@@ -173,14 +172,15 @@ def to_target(record: dict, classes: list[str], known: list[str]) -> Target:
 
 
 def read_subject(args: argparse.Namespace, known: list[str]) -> Subject:
-    """
+    """Read the image and its ground truth.
+
     Raises:
         ValueError: the image or its ground truth cannot be read
     """
     path, target = args.input, None
     if args.input:
         if not os.path.isfile(path):
-            raise ValueError(f"--input '{path}' is no file{path_hint(path)}")
+            raise ValueError(f"--input '{path}' is not a file{path_hint(path)}")
     else:
         name = data_of(args) if args.data else dataset_name(args.annotations, args.images)
         record, classes = find_record(name, args.image)
@@ -190,7 +190,7 @@ def read_subject(args: argparse.Namespace, known: list[str]) -> Subject:
 
 
 def run(predictor: dino_d2.Predictor, subject: Subject, seed: int) -> tuple[Trace, str]:
-    """A recorded forward pass, and a sentence about its input."""
+    """A trace, and a sentence about its input."""
     model, target, size = predictor.model, subject.target, subject.picture.size
     inputs = predictor.prepare(subject.picture)
     targets = target and [Target(*(x.to(model.device) for x in target))]
@@ -204,10 +204,7 @@ def run(predictor: dino_d2.Predictor, subject: Subject, seed: int) -> tuple[Trac
 
 
 def choose(queries: list[int], predictions: Predictions) -> list[int]:
-    """
-    Raises:
-        ValueError: there is no such query
-    """
+    """Indices of the queries to explain; raises a ValueError if one does not exist."""
     count = predictions.boxes.shape[1]
     for query in queries:
         if not 0 <= query < count:
@@ -218,8 +215,8 @@ def choose(queries: list[int], predictions: Predictions) -> list[int]:
 def draw(
     subject: Subject, recorded: Trace, model: dino_d2.DINO, queries: list[int], classes: list[str]
 ) -> dict[str, Figure | str]:
-    """Figures by name or, of what cannot be drawn, a sentence that says why."""
-    subject = subject._replace(picture=shrink(subject.picture))  # once, not in every picture
+    """Figures by name, or sentences on why there is none."""
+    subject = subject._replace(picture=shrink(subject.picture))  # once, not for every picture
     what = subject.picture, recorded, queries, classes
     no_selection = "The queries of this model are learned, not selected: there are no proposals."
     pictures = {
@@ -234,7 +231,7 @@ def draw(
 def draw_training(
     subject: Subject, recorded: Trace, model: dino_d2.DINO, classes: list[str]
 ) -> dict[str, Figure | str]:
-    """As `draw`."""
+    """As `draw`, for denoising and matching."""
     picture, target = subject.picture, subject.target
     if target is None or not len(target.labels):
         reason = "The image has no boxes to learn from."
@@ -253,7 +250,7 @@ def draw_training(
 def write(
     pictures: dict[str, Figure | str], subject: Subject, facts: list[str], folder: Path
 ) -> None:
-    """The page and a PNG of each figure."""
+    """Write the page, and a PNG of each figure."""
     contents = {}
     for name, figure in pictures.items():
         contents[name] = figure

@@ -67,7 +67,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     argument_parser().parse_args()
 
 
@@ -98,11 +98,11 @@ Batch = tuple[Tensor, Tensor]  # images and image_sizes
 
 
 def make_batches(images: list[np.ndarray], size: tuple[int, int], count: int | None) -> list[Batch]:
-    """The images as the file takes them, `count` at a time; some twice if they do not come out."""
+    """Batches of `count` images in the format of the file; some repeat to fill the last one."""
     fitted = [fit(image, size) for image in images]
     if count:
         fitted = list(islice(cycle(fitted), -(-len(fitted) // count) * count))
-    count = count or 3  # a graph is made with two, and should not insist
+    count = count or 3  # the graph is traced with two images, and must accept other numbers
     parts = [zip(*fitted[i : i + count], strict=True) for i in range(0, len(fitted), count)]
     return [tuple(torch.from_numpy(np.stack(x)) for x in part) for part in parts]
 
@@ -116,14 +116,14 @@ def compare_all(
 
 @torch.no_grad()
 def padded(model: dino_d2.DINO, images: Tensor, sizes: Tensor) -> Detections:
-    """What the model detects in padded images, which is what a file should."""
+    """The model's detections in padded images, which the file should reproduce."""
     found = Exportable(model)(images.to(model.device), sizes.to(model.device))
     return Detections(*(x.cpu() for x in found))
 
 
 @torch.no_grad()
 def unpadded(model: dino_d2.DINO, images: Tensor, sizes: Tensor) -> Detections:
-    """What the model detects in the same images by themselves, as in evaluation."""
+    """The model's detections in the unpadded images, as in evaluation."""
     cut = [image[:, :h, :w] for image, (h, w) in zip(images, sizes.tolist(), strict=True)]
     found = [model([{"image": image}])[0]["instances"].to("cpu") for image in cut]
     parts = [(x.pred_boxes.tensor, x.scores, x.pred_classes) for x in found]
@@ -137,7 +137,7 @@ def verify(
     expected: list[Detections],
     threshold: float,
 ) -> bool:
-    """Whether the file detects in these batches what is expected; prints what was measured."""
+    """Whether the file reproduces the expected detections; prints the differences."""
     file = Exported(path)
     found = compare_all(
         expected,
@@ -168,11 +168,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def check_output(path: Path) -> None:
-    """Makes its folder.
-
-    Raises:
-        OSError: nothing can be written there
-    """
+    """Create the output's folder; raises an OSError if it is not writable."""
     if path.is_dir():
         raise IsADirectoryError(f"--output '{path}' is a folder: name a file")
     try:
@@ -196,7 +192,7 @@ def main() -> None:
         check(predictor.model, size)
         images = [predictor.read(path) for path in paths]
         if images[0].dtype != np.uint8:
-            raise ExportError(f"files take images of 8 bits, and not {predictor.image_format}")
+            raise ExportError(f"files take images of 8 bits, not {predictor.image_format}")
         check_output(args.output)
     batches = make_batches(images, size, args.batch_size)
     expected = [padded(predictor.model, *x) for x in progress(batches, "batch", what="detecting")]
@@ -206,7 +202,9 @@ def main() -> None:
             "nothing to compare: name other images, or a lower --confidence-threshold"
         )
     unverified = args.output.with_stem(f"{args.output.stem}.unverified")
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it cannot fold
+    logging.getLogger("onnxscript").setLevel(
+        logging.ERROR
+    )  # it warns of constants that it cannot fold
     about = About(predictor.classes, size, predictor.image_format, args.batch_size)
     try:
         with alive("the export"):

@@ -1,5 +1,8 @@
-"""Complete the environment of the interpreter that runs this (`make` does): PyTorch and Detectron2
-where they are missing, and dino_d2 in editable mode. What is there already is left as it is."""
+"""Complete the environment of the running interpreter, as `make` does.
+
+Installs PyTorch and Detectron2 if they are missing, and dino_d2 in editable mode. Does not change
+installed packages.
+"""
 
 import argparse
 import hashlib
@@ -18,25 +21,25 @@ from urllib.request import url2pathname
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What the tests have passed with. pip takes the newest that the index and its constraints allow.
+# Versions that passed the tests. pip installs the newest that index and constraints allow.
 PYTORCH = ["torch>=2.10,<2.16", "torchvision>=0.25"]
 FROM_PIPS_INDEX = """\
 Installing PyTorch. On Linux it comes with CUDA: 2.7 GB to download, 6 GB on disk, about two minutes
 on a fast line. For CPUs alone a tenth of that will do: see PYTORCH_INDEX in `make help`."""
 
-# PyPI has no `detectron2`. This is its main branch of 2024, packed by the authors of SAL for Python
-# 3.10. Everything in it that DINO uses is plain Python: the rest of the wheel, an extension for one
-# old PyTorch and a folder `tools`, is left out. Not ours, hence the checksum.
+# PyPI has no `detectron2`. This is its main branch of 2024, packaged by the authors of SAL for
+# Python 3.10. DINO only uses its plain Python: the rest of the wheel, an extension for an old
+# PyTorch and a folder `tools`, is not installed. A file of a third party, hence the checksum.
 DETECTRON2 = "sal-detectron2==0.7.2"
 DETECTRON2_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
-# Tells the Detectron2 that is put here from one of the user.
+# Distinguishes this Detectron2 from one that the user installed.
 ORIGIN = Path(sysconfig.get_path("purelib"), "detectron2", "ORIGIN")
 
 
 def pip(*arguments):
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     if code := subprocess.call([str(argument) for argument in command], cwd=ROOT):
-        sys.exit(code)  # pip has said why
+        sys.exit(code)  # pip has printed why
 
 
 def add_detectron2(scratch):
@@ -52,7 +55,7 @@ def add_detectron2(scratch):
             if name.startswith("detectron2/") and not name.endswith(".so"):
                 archive.extract(name, scratch)
     (scratch / "detectron2" / ORIGIN.name).write_text(f"{DETECTRON2} without its compiled part\n")
-    # At once, because half a package would count as installed.
+    # Atomically, as an incomplete package would count as installed.
     (scratch / "detectron2").rename(ORIGIN.parent)
 
 
@@ -64,27 +67,27 @@ def installed(name):
 
 
 def other_checkout():
-    """The folder that this environment takes dino_d2 from, where that is another than this one."""
+    """The folder of another checkout that this environment takes dino_d2 from, if any."""
     try:
         origin = distribution("dino_d2").read_text("direct_url.json")
     except PackageNotFoundError:
         return None
     folder = Path(url2pathname(urlparse(json.loads(origin or "{}").get("url", "")).path))
-    # An environment whose checkout was moved or deleted has nothing to lose.
+    # If the other checkout was moved or deleted, the environment may be changed.
     return folder if folder.is_dir() and folder.resolve() != ROOT else None
 
 
 def add_pytorch(index):
     if index or not installed("torch"):
         print(f"Installing PyTorch from {index}" if index else FROM_PIPS_INDEX, flush=True)
-    # Naming the versions that are there makes pip keep them, or fail where it cannot.
+    # Pin the installed versions, so that pip keeps them or fails.
     torch, torchvision = PYTORCH
     requirements = installed("torch") or [torch], installed("torchvision") or [torchvision]
     pip("install", *("--index-url", index) * bool(index), *sum(requirements, []))
 
 
 def check_pytorch():
-    """torchvision is compiled for a PyTorch, which not all that pip accepts are."""
+    """Check that torchvision fits the installed PyTorch, as pip accepts other combinations, too."""
     check = [sys.executable, "-c", "import torch, torchvision"]
     tried = subprocess.run(check, stderr=subprocess.PIPE, text=True)
     if tried.returncode:
@@ -96,7 +99,7 @@ def check_pytorch():
 
 
 def install(scratch, index):
-    # On the disk of the environment: /tmp may be in memory, and too small for PyTorch.
+    # On the environment's disk, as /tmp may be in memory and too small for PyTorch.
     os.environ["TMPDIR"] = str(scratch)
     if subprocess.call([sys.executable, "-m", "pip", "--version"], stdout=subprocess.DEVNULL):
         subprocess.call([sys.executable, "-m", "ensurepip"])
@@ -110,7 +113,7 @@ def install(scratch, index):
     has_detectron2 = find_spec("detectron2") is not None
     if not has_detectron2 or ORIGIN.exists():
         requirements += ["--requirement", "requirements.txt"]
-    # After PyTorch, whose headers the CPU kernels are compiled with.
+    # After PyTorch, as the CPU kernels need its headers.
     pip("install", "--quiet", *requirements, "--editable", ".[dev]")
     if not has_detectron2:
         print("Adding Detectron2 (7 MB)", flush=True)

@@ -9,13 +9,14 @@ NOTES = ("classes", "size", "image_format", "batch_size")
 
 
 class OnnxDetector:
-    """
+    """Runs an ONNX file on the CPU.
+
     Args:
         path: of the file
 
     Raises:
         ImportError: onnxruntime is not installed
-        ValueError: the file is missing, damaged, or was written by something else
+        ValueError: the file is missing, damaged, or not written by export.py
     """
 
     def __init__(self, path: str):
@@ -27,12 +28,12 @@ class OnnxDetector:
             self.session = InferenceSession(path, providers=["CPUExecutionProvider"])
             notes = self.session.get_modelmeta().custom_metadata_map
             self.about = {key: json.loads(notes[key]) for key in NOTES}
-        except Exception as error:  # onnxruntime's have no class in common
+        except Exception as error:  # onnxruntime's exceptions have no common base class
             reason = "its notes are missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"'{path}' is no file that export.py wrote: {reason}") from error
+            raise ValueError(f"'{path}' was not written by export.py: {reason}") from error
 
     def __call__(self, image: Image.Image, threshold: float = 0.3) -> list[dict]:
-        """Class, score and box (x0, y0, x1, y1 in pixels) of what scores at least the threshold."""
+        """Detections of at least the threshold: class, score, box (x0, y0, x1, y1 in pixels)."""
         (height, width), count = self.about["size"], self.about["batch_size"] or 1
         scale = min(height / image.height, width / image.width)
         h, w = max(1, round(image.height * scale)), max(1, round(image.width * scale))

@@ -1,6 +1,6 @@
-"""What the programs of this folder share: their arguments, and how they say what is wrong.
+"""Shared arguments and error messages of the programs.
 
-Imported before anything that takes seconds to import, which this does where it is used.
+Imported first: it imports slow modules only where it uses them.
 """
 
 import argparse
@@ -18,18 +18,17 @@ from itertools import takewhile
 from pathlib import Path
 from types import FrameType, TracebackType
 
-# What reading a config raises, beside the errors of omegaconf: Detectron2 has its own ways.
+# What Detectron2 raises for invalid configs, besides omegaconf's errors.
 BAD_INPUT = (ValueError, AssertionError, KeyError, ImportError, OSError, SyntaxError, NameError)
 
-# Detectron2 and fvcore call what PyTorch deprecates; who runs a program cannot act on it.
+# Detectron2 and fvcore use deprecated functions of PyTorch, which users cannot change.
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def say_interrupted(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Wherever Ctrl-C comes, also while something is imported, it ends in a line, of the process
-    that started the others."""
+    """End with one line on Ctrl-C, also during imports, and only in the main process."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
     elif multiprocessing.parent_process() is None:
@@ -40,8 +39,7 @@ sys.excepthook = say_interrupted
 
 
 def interrupt_main_process(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C reaches the processes that load data as well: they are forked from this one, which
-    ends them, and have nothing to say themselves."""
+    """Ignore Ctrl-C in forked loader processes: the main process ends them."""
     if os.getpid() == MAIN_PROCESS:
         raise KeyboardInterrupt
 
@@ -52,7 +50,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in the 
 
 
 class Parser(argparse.ArgumentParser):
-    """Names the nearest option where one is unknown."""
+    """Suggests the nearest option for an unknown one."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         known = [option for action in self._actions for option in action.option_strings]
@@ -66,11 +64,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str, examples: str) -> Parser:
-    """
-    Args:
-        description: one sentence
-        examples: what `--help` ends with, as it is written
-    """
+    """A parser with a one-sentence description and examples at the end of `--help`."""
     return Parser(
         description=description,
         epilog=examples,
@@ -79,7 +73,7 @@ def make_parser(description: str, examples: str) -> Parser:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model and where it runs: what `dino_d2.load` takes."""
+    """Options for the model and its device, as of `dino_d2.load`."""
     parser.add_argument(
         "--config-file",
         required=True,
@@ -105,10 +99,10 @@ def add_data_arguments(
     split: str = "val",
     among: argparse._ActionsContainer | None = None,
 ) -> None:
-    """A folder of data, in place of files in COCO's format.
+    """An option for a folder of data, in place of files in COCO's format.
 
     Args:
-        split: that is taken by default
+        split: the default split
         among: a group of arguments that exclude each other
     """
     what = "a data set as tools export it: COCO, YOLO, VOC"
@@ -118,10 +112,10 @@ def add_data_arguments(
 
 
 def data_of(args: argparse.Namespace) -> str:
-    """The name of the dataset of `add_data_arguments`; what the folder is, is printed.
+    """The dataset name for the options of `add_data_arguments`; prints what the folder is.
 
     Raises:
-        DatasetError: the folder is no data set that is known, or has no such split
+        DatasetError: the folder is not a known kind of data set, or has no such split
     """
     from dino_d2.data import find_folder, register
 
@@ -132,16 +126,18 @@ def data_of(args: argparse.Namespace) -> str:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is trained, on which data, by how many workers: Detectron2's options, and data."""
+    """Detectron2's options for a training, and for its data."""
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a file, or a name of the model zoo")
-    add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    add(
+        "--resume", action="store_true", help="resume from the last checkpoint in the output folder"
+    )
     add(
         "--overwrite",
         action="store_true",
         help="remove what an earlier training wrote into the output folder, and nothing else",
     )
-    add("--eval-only", action="store_true", help="evaluate, and do not train")
+    add("--eval-only", action="store_true", help="evaluate without training")
     add("--data", metavar="FOLDER", help="a data set as tools export it: COCO, YOLO, VOC")
     for split in ("train", "val"):
         add(f"--{split}-json", metavar="FILE", help="annotations, COCO format")
@@ -149,7 +145,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-gpus", type=int, default=1, help="workers of *each machine*; default: 1")
     add("--num-machines", type=int, default=1, help="default: 1")
     add("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
-    # Detectron2's default is the same for all trainings of a user, which then collide.
+    # Detectron2's default collides for several trainings of a user.
     add("--dist-url", default="auto", help="of the first machine, as tcp://HOST:PORT")
     add(
         "opts",
@@ -160,41 +156,33 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """The `type` of an option that is a number from 1 on.
-
-    Raises:
-        ArgumentTypeError: it is none
-    """
+    """The `type` of an option that is an integer of at least 1."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
 
 
 def score(text: str) -> float:
-    """The `type` of an option that is a score.
-
-    Raises:
-        ArgumentTypeError: it is no number from 0 to 1
-    """
+    """The `type` of an option that is a score from 0 to 1."""
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no score: give a number between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a score: give a number between 0 and 1")
     return value
 
 
 def find_files(inputs: Sequence[str], suffixes: Set[str], option: str) -> list[Path]:
-    """The files that paths, folders and patterns mean, each once; sorted within each of them.
+    """The files of paths, folders and patterns, each once, sorted within each.
 
     Args:
-        inputs: a file is taken whatever its suffix, and before a pattern
-        suffixes: of the files that folders and patterns stand for, in lower case, as ".png"
-        option: that has the inputs, as "--images"
+        inputs: an existing file is taken whatever its suffix, and before a pattern
+        suffixes: of the files in folders and patterns, in lower case, such as ".png"
+        option: name of the option for messages, such as "--images"
 
     Raises:
-        FileNotFoundError: an input means no file; names the nearest
+        FileNotFoundError: an input matches no file; suggests the nearest
     """
     from dino_d2.names import path_hint
 
@@ -210,19 +198,19 @@ def find_files(inputs: Sequence[str], suffixes: Set[str], option: str) -> list[P
             endings = (
                 f", nor a folder or pattern of files that end in {', '.join(sorted(suffixes))}"
             )
-            raise FileNotFoundError(f"{option} '{name}' is no file{path_hint(name) or endings}")
+            raise FileNotFoundError(f"{option} '{name}' is not a file{path_hint(name) or endings}")
         found += files
     return list(dict.fromkeys(found))
 
 
 def make_folder(path: Path, what: str) -> None:
-    """A folder to write into, with those that it is in, where there is none yet.
+    """Create a folder and its parents, and check that it is writable.
 
     Args:
-        what: it is, as "--output"
+        what: its name in messages, such as "--output"
 
     Raises:
-        ValueError: there cannot be one, or it cannot be written into
+        ValueError: it cannot be created, or is not writable
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -230,16 +218,16 @@ def make_folder(path: Path, what: str) -> None:
     except OSError as error:
         reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise ValueError(
-            f"{what} '{path}' cannot be written into ({reason}): name another folder"
+            f"{what} '{path}' is not writable ({reason}): choose another folder"
         ) from error
 
 
 @contextmanager
 def interruptible(prog: str, before: str = "everything was written") -> Iterator[None]:
-    """Around the work of a program: Ctrl-C ends it with a sentence.
+    """End a program with a sentence on Ctrl-C.
 
     Args:
-        before: what had not happened yet, when
+        before: what had not happened yet, for the sentence
 
     Raises:
         SystemExit: with that sentence
@@ -252,7 +240,7 @@ def interruptible(prog: str, before: str = "everything was written") -> Iterator
 
 @contextmanager
 def one_sentence(prog: str) -> Iterator[None]:
-    """Around what reads the user's input: says what is wrong with it in one sentence, and ends.
+    """Report errors in the user's input in one sentence, and end.
 
     Raises:
         SystemExit: with that sentence
@@ -261,7 +249,7 @@ def one_sentence(prog: str) -> Iterator[None]:
 
     try:
         yield
-    except OmegaConfBaseException as error:  # its other lines describe its objects
+    except OmegaConfBaseException as error:  # further lines describe omegaconf's objects
         place = f" (key '{error.full_key}')" if error.full_key else ""
         sys.exit(f"{prog}: the config cannot be used: {str(error).splitlines()[0]}{place}")
     except BAD_INPUT as error:

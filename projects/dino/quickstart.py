@@ -23,7 +23,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     argument_parser().parse_args()
 
 
@@ -41,8 +41,7 @@ SHOWN = 12  # images
 
 
 def draw_detections(data: Path, results: Path, output: Path) -> None:
-    """A sheet of the first validation images: to the left what there is, to the right what was
-    detected."""
+    """A sheet of the first validation images: ground truth left, detections right."""
     dataset = read_annotations(str(data / "val.json"))
     names = {x["id"]: x["name"] for x in dataset["categories"]}
     pictures = []
@@ -55,8 +54,10 @@ def draw_detections(data: Path, results: Path, output: Path) -> None:
 
 
 def training_arguments(args: argparse.Namespace, data: Path) -> argparse.Namespace:
-    """What train_net.py is told. An earlier demo's training is replaced; the first image that each
-    draws tells its folder."""
+    """The arguments for train_net.py; replaces an earlier training of this demo.
+
+    The first generated image identifies an output folder of this demo.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ours = (args.output / "data" / "images" / "train_00000.jpg").is_file()
     return train_net.argument_parser().parse_args(
@@ -70,21 +71,21 @@ def training_arguments(args: argparse.Namespace, data: Path) -> argparse.Namespa
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Before hundreds of images are drawn: whether a training on two of them could begin.
+    """Before generating hundreds of images, check whether a training on two of them could begin.
 
     Raises:
         ValueError: it could not
     """
     make_folder(args.output, "--output")
     with TemporaryDirectory() as folder:
-        with redirect_stderr(StringIO()):  # its bars are those of drawing the data
+        with redirect_stderr(StringIO()):  # hides its progress bars
             generate(Path(folder), num_train=1, num_val=1)
         told = training_arguments(args, Path(folder))
         try:
             check_folder(str(args.output), overwrite=told.overwrite)
         except ValueError as error:
             raise ValueError(
-                f"'{args.output}' has a training that is none of this demo: name another --output"
+                f"'{args.output}' has a training that is not of this demo: choose another --output"
             ) from error
         train_net.check_all(told)
 
@@ -96,7 +97,7 @@ def main() -> None:
 
     with one_sentence(parser.prog):
         check_arguments(args)
-        told = training_arguments(args, data)  # before there are data
+        told = training_arguments(args, data)  # before data are generated
         generate(data)
     with interruptible(parser.prog, "the training ended; to begin again, run the same command"):
         train_net.worker(told)

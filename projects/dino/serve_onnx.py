@@ -15,14 +15,14 @@ REFUSAL = "this is no whole image with 8 bits a channel: post the bytes of a fil
 
 
 class Handler(BaseHTTPRequestHandler):
-    timeout = 10  # seconds that a client may be silent
+    timeout = 10  # seconds to wait for a client
 
     def do_POST(self) -> None:
         image = None
-        with suppress(Exception):  # Pillow raises anything
+        with suppress(Exception):  # Pillow may raise anything
             data = self.rfile.read(int(self.headers["Content-Length"]))
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        good = image is not None and image.mode[0] not in "IF"  # 16 bits would be clipped
+        good = image is not None and image.mode[0] not in "IF"  # Pillow would clip 16 bits
         answer = detect(image) if good else {"error": REFUSAL}
         self.send_response(200 if good else 400)
         self.end_headers()

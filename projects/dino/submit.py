@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train DINO on a SLURM cluster: train_net.py, with one task per GPU of every node.
 
-What follows -- are the arguments of train_net.py. A job that is preempted, or whose time is over,
-is queued again and goes on from the last checkpoint in the output folder. Needs submitit.
+Arguments after -- are those of train_net.py. A job that is preempted or out of time is queued again
+and resumes from the last checkpoint in the output folder. Needs submitit.
 """
 
 import argparse
@@ -32,7 +32,7 @@ The same on this machine, without SLURM:
 
 
 class Training:
-    """What every task of the job runs. It is pickled, with its path, as part of this program.
+    """The task of every worker of the job; pickled together with this file's path.
 
     Args:
         program: train_net.py
@@ -43,26 +43,23 @@ class Training:
         self.program, self.words = program, words
 
     def __call__(self) -> None:
-        """
-        Raises:
-            RuntimeError: with the sentence that train_net.py has ended with
-        """
+        """Run train_net.py; raises a RuntimeError with the sentence that it ends with."""
         from submitit.helpers import TorchDistributedEnvironment
 
-        # Every worker sees all GPUs of its node and takes its own. The job may have been submitted
-        # from within another, whose variables it inherits.
+        # Every worker sees all GPUs of its node and selects its own. Overwrite, as a job submitted
+        # from within another one inherits its variables.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         sys.argv = [self.program, *self.words]
-        sys.path.insert(0, str(Path(self.program).parent))  # as for a program that Python runs
+        sys.path.insert(0, str(Path(self.program).parent))  # as if Python ran it as a program
         try:
             runpy.run_path(self.program, run_name="__main__")
         except SystemExit as end:
             if isinstance(end.code, str):
                 raise RuntimeError(end.code) from end
-            raise  # by submitit, when the job is to be queued again
+            raise  # called by submitit before the job is queued again
 
     def checkpoint(self) -> Any:
-        """What submitit queues again when the job is interrupted."""
+        """What submitit queues when the job is interrupted."""
         from submitit.helpers import DelayedSubmission
 
         words = self.words if "--resume" in self.words else ["--resume", *self.words]
@@ -70,14 +67,14 @@ class Training:
 
 
 def minutes(text: str) -> int:
-    """Of a time as SLURM has it, [DAYS-]HOURS:MINUTES:SECONDS; seconds count as a minute.
+    """Minutes of a SLURM time [DAYS-]HOURS:MINUTES:SECONDS; seconds count as a minute.
 
     Raises:
-        ArgumentTypeError: it is written otherwise
+        ArgumentTypeError: it has another format
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 24:00:00 or 2-12:00:00")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 24:00:00 or 2-12:00:00")
     days, hours, mins, seconds = (int(x or 0) for x in match.groups())
     return (24 * days + hours) * 60 + mins + (seconds > 0)
 
@@ -85,7 +82,7 @@ def minutes(text: str) -> int:
 def pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return name, value
 
 
@@ -111,7 +108,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def options(args: argparse.Namespace) -> dict:
-    """Of submitit's executor."""
+    """Options of the executor of submitit."""
     wanted = {"partition": args.partition, "account": args.account}
     return {
         "name": args.name,
@@ -120,7 +117,7 @@ def options(args: argparse.Namespace) -> dict:
         "gpus_per_node": args.gpus_per_node,
         "cpus_per_task": args.cpus_per_gpu,
         "timeout_min": args.time,
-        # Or the other workers would wait for one that has failed.
+        # Otherwise the other workers would wait for one that has failed.
         "slurm_srun_args": ["--kill-on-bad-exit=1"],
         "slurm_additional_parameters": dict(args.slurm),
         **{f"slurm_{name}": value for name, value in wanted.items() if value},
@@ -133,7 +130,7 @@ def main() -> None:
     checker = make_parser("What follows --.", "")
     add_training_arguments(checker)
     checker.prog = TRAIN_NET.name
-    checker.parse_args(args.words)  # what it refuses should not wait in a queue
+    checker.parse_args(args.words)  # do not queue what train_net.py would refuse
     try:
         import submitit
     except ImportError:
@@ -145,7 +142,10 @@ def main() -> None:
             slurm_max_num_timeout=args.requeues,
         )
         executor.update_parameters(**options(args))
-    except (RuntimeError, ValueError) as error:  # no SLURM here; several nodes of this machine
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # without SLURM; simulates several nodes on this machine
         sys.exit(f"{parser.prog}: {error}")
     job = executor.submit(Training(str(TRAIN_NET), args.words))
     print(f"job {job.job_id}: logs are {job.paths.stdout} and {job.paths.stderr}", flush=True)

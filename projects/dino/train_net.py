@@ -75,7 +75,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     return parser, args
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     parse()
 
 
@@ -106,17 +106,17 @@ from dino_d2.weights import model_zoo
 
 logger = logging.getLogger("dino_d2")
 
-# Warnings that come before there is a log: on the console at once, and in the log when it begins.
+# Warnings before the log exists: printed at once, and logged later.
 EARLY = MemoryHandler(10_000, logging.CRITICAL + 1)
 
-# What goes wrong later and needs no traceback.
+# Later errors that need no traceback.
 SENTENCES = (BackboneError, CheckpointError, DatasetError, NonFiniteLoss)
 
 
 class Contents(NamedTuple):
-    """Of the folder of --data."""
+    """The data set in the folder of --data."""
 
-    line: str  # that says what is in it
+    line: str  # description
     splits: tuple[str, ...]
 
 
@@ -128,14 +128,14 @@ class Job(NamedTuple):
 
 
 def load_job(args: argparse.Namespace) -> Job:
-    """The config of either style, with its data checked, and the plan that it makes.
+    """Load a config of either style, check its data, and make its plan.
 
     Raises:
-        ValueError: the config, the data or the machine cannot do what is asked for
+        ValueError: the config, the data or the machine does not allow it
     """
     if not args.config_file:
         raise ValueError("--config-file is missing: a file, or a name such as quickstart.py")
-    # Found once: Detectron2 opens it, too, and knows no names.
+    # Resolve the name here: Detectron2 also opens the file, and does not know names.
     args.config_file = file = model_zoo.get_config_file(args.config_file)
     if not file.endswith((".yaml", ".yml", ".py")):
         raise ValueError(f"--config-file is {file!r}, neither a .yaml nor a .py file")
@@ -148,7 +148,7 @@ def load_job(args: argparse.Namespace) -> Job:
     check_weights(args, get(cfg, keys.weights), keys.weights)
     check_output(get(cfg, keys.output_dir), keys.output_dir)
     if not args.eval_only:
-        if keys is YAML and cfg.SOLVER.REFERENCE_WORLD_SIZE:  # Detectron2's own way to scale
+        if keys is YAML and cfg.SOLVER.REFERENCE_WORLD_SIZE:  # Detectron2's own scaling
             cfg = DefaultTrainer.auto_scale_workers(cfg, world_size(args))
             cfg.SOLVER.REFERENCE_BATCH = cfg.SOLVER.IMS_PER_BATCH
         scale_schedule(cfg, given=given)
@@ -162,15 +162,14 @@ def load_job(args: argparse.Namespace) -> Job:
 
 
 def set_data(cfg: CfgNode | DictConfig, args: argparse.Namespace, given: Collection[str]) -> None:
-    """Names the data sets in the config, and the number of their classes: the config that is saved
-    with the results builds the model without the data."""
+    """Set data sets and number of classes, so that the saved config builds the model without data."""
     keys = keys_for(cfg)
     for split, key in (("train", keys.train_sets), ("val", keys.test_sets)):
         put(cfg, key, datasets(args, split, get(cfg, key), key in given))
     test_sets, number = get(cfg, keys.test_sets), get(cfg, keys.num_classes)
     if keys is LAZY and len(test_sets) > 1:
         raise ValueError(f"a LazyConfig evaluates on one data set, not on {list(test_sets)}")
-    # A LazyConfig may call what asks the training data; other models have a key of their own.
+    # A LazyConfig may call a function of the training data; other models have a key of their own.
     if isinstance(number, DictConfig) or (keys is YAML and not is_detector(cfg)):
         number = None
     put(cfg, keys.num_classes, check_data(args, get(cfg, keys.train_sets), test_sets, number))
@@ -179,15 +178,15 @@ def set_data(cfg: CfgNode | DictConfig, args: argparse.Namespace, given: Collect
 
 
 def datasets(args: argparse.Namespace, split: str, names: Sequence[str], given: bool) -> Sequence:
-    """Names of the data sets of a split: those that the command line has, or the config's.
+    """The dataset names of a split, from the command line or the config.
 
-    Where the command line has data of another split, those of the config stay that are not COCO,
-    which only stands in the configs until there is other data.
+    If the command line gives data for another split, COCO's names are dropped from the config,
+    where they are only placeholders.
 
     Args:
         split: "train" or "val"
         names: of the config
-        given: whether the command line named these
+        given: whether the command line gave these names
     """
     if args.data:
         if args.found is None:
@@ -207,8 +206,8 @@ def datasets(args: argparse.Namespace, split: str, names: Sequence[str], given: 
 def check_data(
     args: argparse.Namespace, train: Sequence[str], test: Sequence[str], num_classes: int | None
 ) -> int:
-    """The number of classes of the data that is to be used, checked as `data.check` does."""
-    if args.eval_only:  # needs nothing of the training data
+    """The number of classes of the data, checked as by `data.check`."""
+    if args.eval_only:  # does not need the training data
         train = ()
     if not (test if args.eval_only else train):
         split = "val" if args.eval_only else "train"
@@ -245,10 +244,10 @@ def require_device(device: str, remedy: str) -> None:
 
 
 def check_all(args: argparse.Namespace) -> Job:
-    """Does what `main` begins with, and writes nothing; returns what it is asked for.
+    """Run the checks of `main` without writing anything; returns the job.
 
     Raises:
-        ValueError: the config, the data, the weights or the machine cannot do what is asked for
+        ValueError: the config, the data, the weights or the machine does not allow it
     """
     job = load_job(args)
     if not args.eval_only:
@@ -258,10 +257,10 @@ def check_all(args: argparse.Namespace) -> Job:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train or evaluate; one process of `launch`. Results are in the output folder."""
+    """Train or evaluate in one process of `launch`, and write to the output folder."""
     data.register_again(args.registered)
     cfg, plan = args.job or load_job(args)
-    if not args.eval_only:  # before there is a log
+    if not args.eval_only:  # before the log exists
         claim_folder(plan.output_dir, resume=args.resume, overwrite=args.overwrite)
     default_setup(cfg, args)
     begin_log(plan.output_dir)
@@ -274,15 +273,17 @@ def main(args: argparse.Namespace) -> None:
 
 
 def keep_early() -> None:
-    """Keep warnings for the log. The first process writes them to the console, too; other workers
-    read the same data, and would repeat them."""
+    """Keep warnings for the log, and print them to the console in the first process.
+
+    Other workers read the same data, and would repeat the warnings.
+    """
     logger.addHandler(EARLY)
     if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
         logger.addHandler(logging.lastResort)
 
 
 def begin_log(folder: str) -> None:
-    """Begin this worker's log of the package with the warnings that were kept."""
+    """Start this worker's log with the warnings that were kept."""
     logger.removeHandler(EARLY)
     logger.removeHandler(logging.lastResort)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="dino_d2")
@@ -294,7 +295,7 @@ def begin_log(folder: str) -> None:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """`main`, with one sentence on what it cannot do instead of a traceback.
+    """`main`, but errors in the input end in one sentence without a traceback.
 
     Raises:
         SystemExit: with that sentence
@@ -315,7 +316,7 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def leave_the_sentence(record: logging.LogRecord) -> bool:
-    """Takes the traceback out of what Detectron2 logs about an error that needs none."""
+    """Removes the traceback of errors in the input from Detectron2's log."""
     error = record.exc_info and record.exc_info[1]
     if isinstance(error, SENTENCES):
         record.msg, record.exc_info = str(error), None
@@ -324,7 +325,7 @@ def leave_the_sentence(record: logging.LogRecord) -> bool:
 
 def invoke_main() -> None:
     parser, args = parse()
-    with one_sentence(parser.prog):  # bad input ends here, before there are several processes
+    with one_sentence(parser.prog):  # fail on bad input before starting several processes
         keep_early()
         check_gpus(args.num_gpus)
         args.job = check_all(args)
@@ -333,10 +334,10 @@ def invoke_main() -> None:
     end = "" if args.eval_only else "; --resume goes on from the last checkpoint"
     try:
         launch(worker, args)
-    except KeyboardInterrupt:  # the same that other workers get, and leave to this one
+    except KeyboardInterrupt:  # the same error as in the other workers, which leave it to this one
         sys.exit(f"{parser.prog}: interrupted{end}")
     except ProcessExitedException as error:
-        if error.exit_code > 0:  # it has said why
+        if error.exit_code > 0:  # it has printed why
             sys.exit(error.exit_code)
         sys.exit(
             f"{parser.prog}: a worker was killed by signal {-error.exit_code}, as the system does "

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""See what training sees: images as the loader gives them, with the boxes that are left.
+"""See what training sees: images as the loader yields them, with the remaining boxes.
 
-Augmentation, cropping and clipping are those of the training. With a seed in the config iteration 0
-shows the images of the first step; without one, every training draws its own, and seed 0 is shown.
-The same iteration always shows the same.
+Augmentation, cropping and clipping are those of the training. With a seed in the config, iteration
+0 shows the images of the first step; without one, every training differs, and seed 0 is shown. The
+same iteration always shows the same images.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     return parser, args
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     parse()
 
 
@@ -88,24 +88,21 @@ from dino_d2.progress import progress
 from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_marks, resize_long_side
 from dino_d2.weights import model_zoo
 
-SIDE = 480  # pixels of a picture in a sheet of several
+SIDE = 480  # long side of pictures in a sheet, in pixels
 COLUMNS = 4
 
 
 class Source(NamedTuple):
-    """What images come from."""
+    """The origin of the images."""
 
     plan: Plan
     classes: list[str]
-    image_format: str  # "RGB", "BGR", "L": the channels that the model gets
-    seed: int  # of the config; 0 where it has none
+    image_format: str  # channels of the model's input: "RGB", "BGR", "L"
+    seed: int  # of the config, or 0
 
 
 def load(args: argparse.Namespace) -> Source:
-    """
-    Raises:
-        ValueError: the config or the data cannot be used
-    """
+    """Load the config and its data; raises a ValueError if either is invalid."""
     cfg = model_zoo.get_config(args.config_file)
     apply_overrides(cfg, args.opts)
     names = [dataset_name(args.train_json, args.train_images)] if args.train_json else None
@@ -124,7 +121,7 @@ def load(args: argparse.Namespace) -> Source:
 
 
 def samples(source: Source, iteration: int) -> Iterator[dict]:
-    """What the loader yields from an iteration on, one image after the other.
+    """Images of the loader from an iteration on, one by one.
 
     Raises:
         DatasetError: an image cannot be used
@@ -135,7 +132,7 @@ def samples(source: Source, iteration: int) -> Iterator[dict]:
 
 
 def draw(sample: dict, source: Source, side: int | None) -> tuple[Image.Image, str]:
-    """The picture, its long side of so many pixels (None: as it is), and its caption."""
+    """The picture with a long side of `side` pixels (None: unchanged), and its caption."""
     picture = to_picture(sample["image"].permute(1, 2, 0), source.image_format)
     name = Path(sample["file_name"]).name
     instances = sample["instances"]
@@ -150,7 +147,7 @@ def draw(sample: dict, source: Source, side: int | None) -> tuple[Image.Image, s
 
 
 def run(source: Source, args: argparse.Namespace) -> Counter:
-    """Write the sheets; returns how many boxes of each class are in them.
+    """Write the sheets; returns the number of boxes of each class in them.
 
     Raises:
         DatasetError: an image cannot be used

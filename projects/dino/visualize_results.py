@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """See where a detector goes wrong: the worst images, tables, curves and a confusion matrix.
 
-An image is the worse, the more boxes it misses and the surer its false positives are: the number of
-the first plus the scores of the second. Index.html holds everything, so that it can be sent as it
-is: sheets of the worst images with the annotations to the left and the detections to the right, and
-tables (CSV) and pictures (PNG) of AP by class and size, precision and recall, confusion and kinds
-of errors. All of these are files, too.
+The badness of an image is its number of missed boxes plus the scores of its false positives.
+index.html is self-contained: sheets of the worst images with annotations left and detections right,
+and tables (CSV) and pictures (PNG) of AP by class and size, precision and recall, confusion and
+kinds of errors. All of these are written as files, too.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from program import (
     score,
 )
 
-THRESHOLD = 0.5  # least score, as in demo.py
+THRESHOLD = 0.5  # lowest score, as in demo.py
 EPILOG = """
 Examples, after `make demo`:
 
@@ -73,7 +72,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     return parser, args
 
 
-if __name__ == "__main__":  # --help and wrong options need not wait for the imports below
+if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
     parse()
 
 
@@ -114,10 +113,7 @@ CAPTIONS = {
 
 
 def load(args: argparse.Namespace) -> Analysis:
-    """
-    Raises:
-        DatasetError: annotations, images or results cannot be used
-    """
+    """Analyse the results; raises a DatasetError for invalid annotations, images or results."""
     name = data_of(args) if args.data else dataset_name(args.annotations, args.images)
     check((), [name], None)
     args.images = Path(MetadataCatalog.get(name).image_root)
@@ -128,13 +124,10 @@ def load(args: argparse.Namespace) -> Analysis:
 
 
 def draw_worst(analysis: Analysis, args: argparse.Namespace) -> list[Path]:
-    """Write sheets of the worst images, in the place of those of an earlier run.
+    """Write sheets of the worst images, replacing those of an earlier run; returns their paths.
 
-    An image that cannot be read, or has another size than its annotations say, is left out with a
-    sentence.
-
-    Returns:
-        the files
+    An image that cannot be read, or has another size than its annotations say, is reported and
+    skipped.
     """
     names = {x.category_id: x.name for x in analysis.classes}
     worst = [pair for pair in worst_first(analysis) if pair[0] > 0][: args.num_images]
@@ -161,7 +154,7 @@ def draw_worst(analysis: Analysis, args: argparse.Namespace) -> list[Path]:
 
 
 def summary(analysis: Analysis, rows: int = 20) -> str:
-    """A table: the mean over the classes, then the classes of the lowest AP."""
+    """A table of the mean over the classes, and the classes of the lowest AP."""
     everything = analysis.sizes[0]
     head = f"{'class':24} {'boxes':>7} {'AP':>6} {'AP50':>6} {'AP75':>6} {'AR':>6}"
     mean = [everything.AP, everything.AP50, everything.AP75, everything.AR]
@@ -179,12 +172,11 @@ def _row(name: str, boxes: int, values: list[float]) -> str:
 
 
 def index_page(analysis: Analysis, pictures: list[Path], sheets: list[Path] | None) -> str:
-    """HTML that holds everything that was written; sheets of photographs are JPEGs there, a tenth
-    of their size.
+    """A self-contained HTML page; its sheets are JPEGs, a tenth as large.
 
     Args:
-        pictures: those of the tables, which are beside them
-        sheets: of the worst images; None where none were asked for
+        pictures: of the tables, which are next to them
+        sheets: of the worst images; None if none were requested
     """
     tables = "".join(_link(x.with_suffix(".csv")) for x in pictures)
     body = f"<pre>{escape(summary(analysis, 80))}</pre>\n<ul>\n{tables}</ul>\n"
