@@ -162,7 +162,7 @@ def load_job(args: argparse.Namespace) -> Job:
 
 
 def set_data(cfg: CfgNode | DictConfig, args: argparse.Namespace, given: Collection[str]) -> None:
-    """Set data sets and number of classes, so that the saved config builds the model without data."""
+    """Set data sets and number of classes, also for those who load the saved config."""
     keys = keys_for(cfg)
     for split, key in (("train", keys.train_sets), ("val", keys.test_sets)):
         put(cfg, key, datasets(args, split, get(cfg, key), key in given))
