@@ -1,4 +1,4 @@
-"""Detections of images in one call: `dino_d2.load(...)(image)`."""
+"""Detection in one call: `dino_d2.load(...)(image)`."""
 
 import os
 from collections.abc import Sequence
@@ -29,15 +29,15 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 class Predictor:
-    """Detects in images, as they come: read, resized, and boxes in their own pixels.
+    """Detects in images of any kind.
 
     Args:
         model: in evaluation mode
         classes: names of its classes
-        augmentations: what resizes an image as in evaluation
-        image_format: "RGB", "BGR", "L" (grey values): what the model takes
-        dtype: of matrix products and convolutions, by autocast; bfloat16 more than doubles the
-            speed of processors and GPUs that have instructions for it, and moves scores a little
+        augmentations: resize an image as in evaluation
+        image_format: of the model: "RGB", "BGR", "L" (grey values)
+        dtype: of autocast; bfloat16 more than doubles the speed of hardware that supports it, and
+            changes scores slightly
 
     Raises:
         ValueError: the dtype is not one of `DTYPES`, or the format is unknown or not the model's
@@ -66,19 +66,19 @@ class Predictor:
         self.dtype = dtype
 
     @torch.inference_mode()
-    def __call__(self, images: Picture | list | tuple) -> Instances | list[Instances]:
-        """
+    def __call__(self, images: Picture | Sequence[Picture]) -> Instances | list[Instances]:
+        """Detect in one image or a list of images.
+
         Args:
-            images: a path, a PIL image (which is not turned, whatever its EXIF orientation) or an
-                array of uint8, RGB (H, W, 3) or grey (H, W); or a list of them. Grey values and
-                palettes become colours, or all of them what the model takes; transparency is left
-                out
+            images: paths, PIL images (their EXIF orientation is ignored) or uint8 arrays, RGB (H,
+                W, 3) or grey (H, W); or one of these. They are converted to the model's format, and
+                transparency is dropped
 
         Returns:
-            pred_boxes in pixels of the image, scores (falling) and pred_classes, of each image
+            for each image, pred_boxes in pixels, scores in descending order, and pred_classes
 
         Raises:
-            ValueError: it is none of these
+            ValueError: the input is none of these
             DatasetError: a file cannot be read, or an image has more than 8 bits per channel
         """
         if isinstance(images, list | tuple):
@@ -89,7 +89,7 @@ class Predictor:
         return self([images])[0]
 
     def prepare(self, image: Picture) -> dict:
-        """Detectron2's input of one image."""
+        """Detectron2's input for one image."""
         array = self.read(image)
         height, width = array.shape[:2]
         resized = T.AugInput(array)
@@ -98,7 +98,7 @@ class Predictor:
         return {"image": tensor, "height": height, "width": width}
 
     def read(self, image: Picture) -> np.ndarray:
-        """An image as `__call__` takes it, (H, W, C) in the format of the model."""
+        """Read an image of any kind as (H, W, C) in the format of the model."""
         if isinstance(image, np.ndarray):
             if image.shape[2:] == (1,):
                 image = image[:, :, 0]
@@ -130,23 +130,23 @@ def load(
     overrides: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> Predictor:
-    """A model and its weights.
+    """Load a model with its weights.
 
     Args:
-        config: name of a published checkpoint, where "dino_R_50_4scale_12ep" is the one of the
-            paper's authors, "detrex/dino_R_50_4scale_12ep" that of detrex; or, with `weights`, of
-            any config, see `model_zoo`; or a config file
-        weights: file, URL or `dino_d2://NAME`; by default those of the published checkpoint, or
-            those that the config file names
-        device: by default the GPU if there is one
+        config: name of a published checkpoint, such as "dino_R_50_4scale_12ep" of the paper's
+            authors or "detrex/dino_R_50_4scale_12ep" of detrex; or, with `weights`, of any config,
+            see `model_zoo`; or a config file
+        weights: file, URL or `dino_d2://NAME`; default: those of the published checkpoint, or those
+            that the config file names
+        device: default: the GPU if there is one
         overrides: of the config, see `apply_overrides`
-        dtype: of matrix products and convolutions, see `Predictor`
+        dtype: of autocast, see `Predictor`
 
     Raises:
-        FileNotFoundError: no such config, or without weights no such published checkpoint
-        ValueError: no such device or dtype, an override that is not one, a config of another model
-            or of images of other channels, or a name that is no string
-        CheckpointError: the weights cannot be had, or are not all that the model needs
+        FileNotFoundError: no such config or, without weights, no such published checkpoint
+        ValueError: an invalid device, dtype, override or name, or a config of another model or of
+            images with other channels
+        CheckpointError: the weights cannot be found, or are not complete
     """
     config, weights = _name("config", config), _name("weights", weights or "")
     cfg = model_zoo.get_config(config, trained=not weights)
@@ -170,20 +170,17 @@ def load(
 
 
 def _name(argument: str, value: str | os.PathLike) -> str:
-    """
-    Raises:
-        ValueError: it is neither a string nor a path
-    """
+    """Raise a ValueError if an argument is neither a string nor a path."""
     if not isinstance(value, str | os.PathLike):
         raise ValueError(f"{argument} is of type {type(value).__name__}: give a name or a path")
     return os.fspath(value)
 
 
 def classes_of(opened: OpenedWeights) -> list[str]:
-    """Names of the classes that weights know: their own or, where they have none, COCO's.
+    """The class names of a checkpoint: its own, or COCO's if it has none.
 
     Raises:
-        CheckpointError: they are those of a backbone
+        CheckpointError: the weights are of a backbone, or do not exist
     """
     number = count_classes(opened.state)
     if named := opened.settings.get("classes"):

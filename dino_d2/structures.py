@@ -1,4 +1,4 @@
-"""The values that travel between the stages of the detector.
+"""The values that are passed between the stages of the detector.
 
 Shape legend of the whole package:
 
@@ -31,7 +31,7 @@ class FeaturePyramid(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Decoder queries: what they carry and where they look."""
+    """Decoder queries: content and reference."""
 
     content: Tensor  # (B, Q, C)
     reference: Tensor  # (B, Q, 4) boxes, or (B, Q, 2) points
@@ -39,7 +39,7 @@ class Queries(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Class logits and boxes; `stack_predictions` puts a leading axis of N stages before B."""
+    """Class logits and boxes; `stack_predictions` adds a leading axis of N stages."""
 
     logits: Tensor  # (B, Q, K), before the sigmoid
     boxes: Tensor  # (B, Q, 4)
@@ -53,10 +53,11 @@ class Target(NamedTuple):
 
 
 class Match(NamedTuple):
-    """Query `queries[..., i]` of image `images[i]` stands for ground-truth box `targets[..., i]`.
+    """Query `queries[..., i]` of image `images[i]` is matched to ground-truth box `targets[...,
+    i]`.
 
     Targets are counted through the batch: image 1 starts where image 0 ends. A leading axis of
-    queries and targets, if any, is the stage; every stage matches equally many.
+    queries and targets, if any, is the stage; every stage has the same number of matches.
     """
 
     images: Tensor  # (n,)
@@ -65,9 +66,9 @@ class Match(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """Queries that are supervised by one rule, and what becomes of them.
+    """A group of queries that are supervised by one rule, and their predictions.
 
-    The result is the branch without a name. Others, such as denoising, exist in training only.
+    The result is the branch without a name. Others, such as denoising, exist only in training.
     """
 
     name: str  # part of the names of its losses: "dn" makes loss_class_dn
@@ -89,19 +90,19 @@ class DetectorOutput(NamedTuple):
 
     @property
     def result(self) -> Branch:
-        """What detections are made of: by the last of its layers."""
+        """The branch that detections are made of, by the last of its layers."""
         return self.branches[0]
 
     def named(self, name: str) -> Branch | None:
-        """The branch of a name, if there is one."""
+        """The branch with a name, or None."""
         return next((x for x in self.branches if x.name == name), None)
 
 
 def join_queries(parts: Sequence[Queries]) -> Queries:
-    """All queries as one set, in the given order.
+    """Concatenate queries in the given order.
 
     Raises:
-        ValueError: some are boxes and others points, or some have a learned position and others not
+        ValueError: some have boxes and others points, or only some have a learned position
     """
     widths = {x.reference.shape[-1] for x in parts}
     if len(widths) > 1 or len({x.position is None for x in parts}) > 1:
@@ -114,27 +115,25 @@ P = TypeVar("P", bound=NamedTuple)  # Predictions, Target, or those of another d
 
 
 def split_predictions(predictions: P, sizes: Sequence[int]) -> list[P]:
-    """Predictions (B, Q, .) as those of the first `sizes[0]` queries, of the next, and so on."""
+    """Split predictions (B, Q, .) by numbers of queries."""
     parts = zip(*(x.split(sizes, 1) for x in predictions), strict=True)
     return [predictions._make(part) for part in parts]
 
 
 def stack_predictions(stages: Sequence[P]) -> P:
-    """N stages of (B, Q, .) as one of (N, B, Q, .), logits in float32 or wider whatever autocast
-    chose."""
-    stacked = stages[0]._make(torch.stack(parts) for parts in zip(*stages, strict=True))
-    logits: Tensor = stacked._asdict()["logits"]
-    return stacked._replace(logits=logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    """Stack N stages of (B, Q, .) to (N, B, Q, .), with logits in float32 or wider."""
+    stacked = type(stages[0])(*(torch.stack(parts) for parts in zip(*stages, strict=True)))
+    wide = torch.promote_types(stacked.logits.dtype, torch.float32)
+    return stacked._replace(logits=stacked.logits.to(wide))
 
 
-def send(x: Tensor, like: Tensor) -> Tensor:
-    """`x` on the device of `like`, without waiting for that: CUDA copies from pinned memory alone
-    while the program goes on."""
+def send_to_device(x: Tensor, like: Tensor) -> Tensor:
+    """Copy a tensor to the device of `like` without waiting, through pinned memory for CUDA."""
     if like.is_cuda and x.is_cpu:
         x = x.pin_memory()
     return x.to(like.device, non_blocking=True)
 
 
 def join_targets(targets: Sequence[P]) -> P:
-    """Ground truth of a batch as that of one image, in the order that `Match` counts in."""
-    return targets[0]._make(torch.cat(parts) for parts in zip(*targets, strict=True))
+    """Concatenate the ground truth of a batch, in the order that `Match` counts in."""
+    return type(targets[0])(*(torch.cat(parts) for parts in zip(*targets, strict=True)))

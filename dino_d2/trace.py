@@ -1,9 +1,8 @@
-"""What happens inside of a forward pass, recorded from outside while it runs.
+"""Records the inside of a forward pass by hooks, without changes to the model.
 
     output = trace(model, images)
 
-records by forward hooks, which are gone afterwards: nothing in the model knows of it. Pictures of
-what is recorded are in `dino_d2.visualize`.
+`dino_d2.visualize` draws pictures of it.
 """
 
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from .layers import DeformableAttention
 from .modeling.dino import DINO, padding_mask
 from .modeling.matcher import queries_of_boxes
-from .modeling.query_selection import ProposalQueries, PureQuerySelection, take
+from .modeling.query_selection import ProposalQueries, PureQuerySelection, take_tokens
 from .modeling.tokens import token_centers
 from .ops.reference import resolve
 from .structures import (
@@ -31,7 +30,7 @@ from .structures import (
 
 
 class Selection(NamedTuple):
-    """The tokens of the encoder that became queries, in the order of these."""
+    """The encoder tokens that became queries, in the order of the queries."""
 
     scores: Tensor  # (B, Q) in [0, 1], what they were selected for
     centers: Tensor  # (B, Q, 2), (x, y) of the token
@@ -40,7 +39,7 @@ class Selection(NamedTuple):
 
 
 class LayerTrace(NamedTuple):
-    """Where one decoder layer looked; denoising queries are left out.
+    """Where one decoder layer looked, without denoising queries.
 
     Places are relative to the image without its padding, and may be outside of it.
     """
@@ -52,7 +51,7 @@ class LayerTrace(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A forward pass, all of it in float32 or wider on the CPU."""
+    """A forward pass, in float32 or wider on the CPU."""
 
     output: DetectorOutput
     shapes: tuple[tuple[int, int], ...]  # (H_l, W_l) of the levels
@@ -61,15 +60,17 @@ class Trace(NamedTuple):
 
 
 class StageMatching(NamedTuple):
-    """Which query stands for each box of an image, stage by stage."""
+    """The matched query of each box of an image, stage by stage."""
 
     stages: list[str]  # names of the N stages, in the order in which they refine each other
     queries: Tensor  # (N, M), -1 where no query stands for a box, see `queries_of_boxes`
 
 
 class Denoised(NamedTuple):
-    """Denoising queries of one image: G groups with R copies of the M boxes that take part. The
-    first copy is positive; the second, of contrastive denoising, negative."""
+    """Denoising queries of one image: G groups with R copies of the M boxes that take part.
+
+    The first copy is positive; the second, of contrastive denoising, negative.
+    """
 
     truth: Target  # (M,) and (M, 4)
     noised: Tensor  # (G, R, M, 4), what the decoder was given
@@ -79,13 +80,12 @@ class Denoised(NamedTuple):
 
 @torch.no_grad()
 def trace(model: DINO, images: ImageList, targets: list[Target] | None = None) -> Trace:
-    """Runs the detector and records it; predictions are those of `model.detect`.
+    """Run the detector and record it; predictions are those of `model.detect`.
 
     Args:
-        model: in evaluation mode, as dropout would be drawn anew for what is recorded
+        model: in evaluation mode, as dropout would differ in what is recomputed
         images: of `model.preprocess_images`
-        targets: of `model.prepare_targets`; with them there is denoising, if the model has it,
-            with noise of PyTorch's random numbers
+        targets: of `model.prepare_targets`; enables denoising, with PyTorch's random numbers
     """
     recorder = Recorder()
     with ExitStack() as hooks:
@@ -105,7 +105,7 @@ def trace(model: DINO, images: ImageList, targets: list[Target] | None = None) -
 
 
 class Recorder:
-    """The hooks, and what they have seen."""
+    """The hooks, and what they recorded."""
 
     def __init__(self):
         self.attention: list[Tensor] = []
@@ -114,7 +114,7 @@ class Recorder:
         self.shapes: tuple[tuple[int, int], ...] = ()
 
     def watch(self, model: DINO, hooks: ExitStack) -> None:
-        """Registers hooks, which end with `hooks`."""
+        """Register hooks, which are removed with `hooks`."""
         add = hooks.enter_context
         add(model.query_selection.register_forward_hook(self.see_selection))
         for layer in model.decoder.layers:
@@ -138,8 +138,10 @@ class Recorder:
 def sampling_points(
     module: DeformableAttention, query: Tensor, reference: Tensor, memory: FeaturePyramid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reference (B, Q, 4 or 2), locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P) of a
-    call of deformable attention, relative to the image without its padding."""
+    """Reference (B, Q, 4 or 2), locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P) of a call.
+
+    Relative to the image without its padding.
+    """
     sizes = module.num_heads, module.num_levels, module.num_points
     offsets = module.sampling_offsets(query).unflatten(-1, (*sizes, 2))
     logits = module.attention_weights(query).unflatten(-1, sizes)
@@ -153,7 +155,7 @@ def sampling_points(
 def selection_of(
     selection: PureQuerySelection, memory: FeaturePyramid, queries: Queries
 ) -> Selection:
-    """Query selection once more, as it does not say which tokens it took."""
+    """Repeat the query selection, as it does not return the selected tokens."""
     _, _, logits = selection.candidates(memory)
     one_class = isinstance(selection, ProposalQueries)  # the first stands for any object
     scores = logits[..., 0] if one_class else logits.amax(-1)
@@ -161,7 +163,7 @@ def selection_of(
     sizes = torch.tensor([height * width for height, width in memory.shapes], device=tokens.device)
     return Selection(
         scores=scores.gather(1, tokens).sigmoid(),
-        centers=take(token_centers(memory), tokens),
+        centers=take_tokens(token_centers(memory), tokens),
         levels=torch.bucketize(tokens, sizes.cumsum(0), right=True),
         boxes=queries.reference,
     )
@@ -169,8 +171,7 @@ def selection_of(
 
 @torch.no_grad()
 def match_stages(model: DINO, output: DetectorOutput, target: Target) -> StageMatching:
-    """Matches one image as in training: the proposals, where they became queries of the same
-    classes, and every layer.
+    """Match one image as in training: every layer and, unless class-agnostic, the proposals.
 
     Args:
         model: its criterion has the matcher
@@ -186,14 +187,11 @@ def match_stages(model: DINO, output: DetectorOutput, target: Target) -> StageMa
 
 
 def denoised_boxes(output: DetectorOutput, target: Target) -> Denoised | None:
-    """Sorts the denoising queries of one image.
+    """Group the denoising queries of one image; None if it has no boxes.
 
     Args:
         output: of this image alone, with denoising
         target: on the device of the output
-
-    Returns:
-        None if there is no box, and so nothing that could be denoised
     """
     denoising = output.named("dn")
     assert denoising and denoising.queries and isinstance(denoising.match, Match)
@@ -215,7 +213,7 @@ def denoised_boxes(output: DetectorOutput, target: Target) -> Denoised | None:
 
 
 def to_cpu(x: Any) -> Any:
-    """Lists and NamedTuples of tensors, floating-point ones in float32 at least."""
+    """Move lists and NamedTuples of tensors to the CPU, in float32 or wider."""
     if isinstance(x, Tensor):
         x = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
         return x.cpu()

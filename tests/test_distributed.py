@@ -33,8 +33,8 @@ from dino_d2.distributed.sharing import (
     scatter,
     share_buffers,
     suspend_sync,
+    unsharded,
     unwrap,
-    whole,
 )
 from dino_d2.engine import EMA, NonFiniteLoss, Trainer
 from dino_d2.modeling import ChannelMapper, ContrastiveDenoising, HungarianMatcher
@@ -331,7 +331,7 @@ def detections(rank, model, shares):
     step(model, shares[0][0][:1])
     results = []
     for share in shares:
-        with torch.no_grad(), whole(model.eval()):
+        with torch.no_grad(), unsharded(model.eval()):
             results += model(share[rank])
     all_sharded = all(isinstance(p, DTensor) for p in model.parameters())
     step(model.train(), shares[0][0][:1])
@@ -440,7 +440,7 @@ def test_a_model_of_one_worker_stays_as_it_is(make_dino, fsdp):
 def test_one_worker_exchanges_nothing(make_dino, make_batch):
     model, x = make_dino(), torch.randn(3)
     assert mean_over_workers(x) is x
-    with suspend_sync(model), whole(model):
+    with suspend_sync(model), unsharded(model):
         sum(model(make_batch(1)).values()).backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -505,7 +505,7 @@ def test_shards_of_one_worker_are_a_training(alone, inputs, recwarn):
     assert not torch.equal(state["model"]["decoder.norm.weight"], expected["decoder.norm.weight"])
     load(sharded, optimizer, state)
     assert_same_state(whole_state(sharded, optimizer), state)
-    with torch.no_grad(), whole(sharded.eval()):
+    with torch.no_grad(), unsharded(sharded.eval()):
         assert len(sharded(inputs["batch"])) == 2
     assert not [warning for warning in recwarn if "FSDP" in str(warning.message)]
 

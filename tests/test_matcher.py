@@ -219,11 +219,11 @@ def test_costs_that_are_not_finite_do_not_change_the_choice_among_the_others(val
     tables = 4 * torch.rand(300, 8, 5)
     tables[:, 3], tables[:, :, 2] = value, value
     finite = tables[:, queries][:, :, boxes].contiguous()
-    _, query, box = matcher.assign(finite, [4])
+    _, query, box = matcher.assign_queries(finite, [4])
     expected = {
         (i, queries[q], boxes[b]) for i in range(300) for q, b in zip(query[i], box[i], strict=True)
     }
-    _, query, box = matcher.assign(tables, [5])
+    _, query, box = matcher.assign_queries(tables, [5])
     pairs = {(i, int(q), int(b)) for i in range(300) for q, b in zip(query[i], box[i], strict=True)}
     assert {pair for pair in pairs if pair[2] != 2} == expected
     assert all(pair[1] != 3 for pair in pairs if pair[2] != 2)

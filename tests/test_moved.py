@@ -52,7 +52,7 @@ PLACES = {
         LearnedPosition ScaledAnchorPosition PointQueries ProposalQueries AllProposals
         IndicatorQueries IndicatorDenoising BoxesOnly
     """,
-    "overrides": "apply_overrides keys_of unknown_key whole",
+    "overrides": "apply_overrides keys_of unknown_key",
     "releases": "Release RELEASES find alternatives table",
     "visualize.errors": "CROWD STYLES LEGEND draw_image_errors",
 }

@@ -6,7 +6,7 @@ from dino_d2.structures import (
     Queries,
     join_queries,
     join_targets,
-    send,
+    send_to_device,
     split_predictions,
     stack_predictions,
 )
@@ -75,6 +75,6 @@ def test_joined_targets_are_those_of_the_images_one_after_the_other(make_targets
 
 def test_what_is_sent_is_on_the_device_of_the_other_and_keeps_its_type(device):
     x = torch.arange(3)
-    sent = send(x, like=torch.zeros(2, device=device))
+    sent = send_to_device(x, like=torch.zeros(2, device=device))
     assert sent.device.type == device.type
     assert torch.equal(sent.cpu(), x) and sent.dtype == x.dtype

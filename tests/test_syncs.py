@@ -25,7 +25,7 @@ from dino_d2.modeling.criterion import BoxesOnly
 from dino_d2.modeling.denoising import IndicatorDenoising
 from dino_d2.modeling.postprocess import postprocess
 from dino_d2.modeling.query_selection import IndicatorQueries
-from dino_d2.structures import send
+from dino_d2.structures import send_to_device
 
 PACKAGE = Path(modeling.__file__).parents[1]
 # Operators whose result, or its size, the program has to know; randperm draws on the CPU.
@@ -290,10 +290,10 @@ def test_inference_waits_for_nothing(waits, make_dino, make_batch, build):
 
 def test_what_is_sent_arrives(waits):
     x = torch.rand(3)
-    sent = send(x, like=torch.zeros((), device="cuda"))
+    sent = send_to_device(x, like=torch.zeros((), device="cuda"))
     assert sent.is_cuda and not waits
     assert torch.equal(sent.cpu(), x)
-    assert send(sent, like=sent) is sent
+    assert send_to_device(sent, like=sent) is sent
 
 
 # ---- on a GPU

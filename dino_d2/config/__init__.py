@@ -1,4 +1,4 @@
-"""Configs of either style: the keys of DINO, reading a file, changes of the command line."""
+"""Configs of either style: the keys of DINO, reading of files, overrides."""
 
 from ..modeling.build import build_criterion, build_parts, named
 from .keys import add_dino_config

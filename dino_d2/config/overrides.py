@@ -1,4 +1,4 @@
-"""Changes of a config, as on the command line; an unknown key is refused with the nearest."""
+"""Applies overrides of the command line to a config, and suggests names for unknown keys."""
 
 import pydoc
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,19 +15,20 @@ from .keys import RENAMED
 
 
 def apply_overrides(cfg: CfgNode | DictConfig, overrides: Sequence[str]) -> list[str]:
-    """Change a config of either style, in place.
+    """Change a config of either style in place; returns the changed keys.
+
+    >>> from detectron2.config import get_cfg
+    >>> apply_overrides(get_cfg(), ["SOLVER.BASE_LR", "1e-4", "INPUT.FORMAT", "RGB"])
+    ['SOLVER.BASE_LR', 'INPUT.FORMAT']
 
     Args:
         cfg: a CfgNode, or a LazyConfig
-        overrides: of a CfgNode keys and values in turn, `["SOLVER.BASE_LR", "0.1"]`; of a
-            LazyConfig, in Hydra's grammar, `["optimizer.lr=0.1"]`. A key of a LazyConfig has to be
-            in it, or to be an argument of the `_target_` that it is under; `+key=value` adds any
-
-    Returns:
-        the keys that were changed
+        overrides: for a CfgNode, keys and values in turn, `["SOLVER.BASE_LR", "0.1"]`; for a
+            LazyConfig, Hydra's grammar, `["optimizer.lr=0.1"]`. A LazyConfig must have the key, or
+            its `_target_` must have an argument of that name; `+key=value` adds any key
 
     Raises:
-        ValueError: an override cannot be read, its key is unknown, or its value is of another type
+        ValueError: an override cannot be read, its key is unknown, or its value has another type
             than the CfgNode's
     """
     is_yaml = isinstance(cfg, CfgNode)
@@ -41,7 +42,7 @@ def apply_overrides(cfg: CfgNode | DictConfig, overrides: Sequence[str]) -> list
 
 
 def keys_of(cfg: dict, prefix: str = "") -> Iterator[str]:
-    """The keys of nested dicts, with dots between their parts."""
+    """The keys of nested dicts, joined by dots."""
     for name, value in cfg.items():
         yield f"{prefix}{name}"
         if isinstance(value, dict):
@@ -49,7 +50,7 @@ def keys_of(cfg: dict, prefix: str = "") -> Iterator[str]:
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """The sentence about a key that is none of the known."""
+    """The message about an unknown key, with similar ones."""
     if key in RENAMED:
         return f"'{key}' is now called '{RENAMED[key]}': write this"
     name = key.split(".")[-1]
@@ -61,7 +62,7 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
 
 
 def _can_have(cfg: CfgNode, key: str) -> bool:
-    """Whether a key is in a config, or in a section that takes any."""
+    """Whether a key is in a config, or in a section that accepts any key."""
     *sections, name = key.split(".")
     node: Any = cfg
     for section in sections:
@@ -90,7 +91,7 @@ def _set_yaml(cfg: CfgNode, key: str, value: str) -> None:
     now = reduce(lambda node, part: node.get(part), parts, cfg)  # None: a new key
     if isinstance(now, CfgNode):
         raise ValueError(f"'{key}' is a section: name one of its keys, as {key}.{next(iter(now))}")
-    if type(now) in (int, float) and type(number := whole(value)) is int:
+    if type(now) in (int, float) and type(number := as_int(value)) is int:
         value = str(type(now)(number))
     change: Any = value
     for part in reversed(parts):
@@ -118,7 +119,7 @@ def _change_lazy(cfg: DictConfig, words: Sequence[str]) -> Iterator[str]:
 
 
 def _parse(word: str) -> tuple[bool, str, Any]:
-    """Whether an override adds a key, the key and the value."""
+    """Parse an override: whether it adds a key, the key, and the value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser  # takes a while
     from hydra.errors import HydraException
 
@@ -145,7 +146,7 @@ def _parse(word: str) -> tuple[bool, str, Any]:
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """A dict as a value changes what it names, and leaves the rest as it is."""
+    """Split a dict into its leaves, so that other keys of its section are kept."""
     if not isinstance(value, dict) or not value:
         yield key, value
         return
@@ -154,10 +155,7 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_lazy(plain: dict, key: str, adds: bool) -> None:
-    """
-    Raises:
-        ValueError: there can be no such key, or it is neither there nor to be added
-    """
+    """Raise a ValueError if a key cannot exist, or is missing and not to be added."""
     node: Any = plain
     parts = key.split(".")
     for index, part in enumerate(parts):
@@ -182,7 +180,7 @@ def _inside(node: Any) -> dict[str, Any]:
 
 
 def _takes(node: Any, name: str) -> bool:
-    """Whether a part of a config can have a key that it has not."""
+    """Whether a section without a key can have it."""
     if node is None:
         return name == "_target_"
     names, others = _arguments(node)
@@ -190,7 +188,7 @@ def _takes(node: Any, name: str) -> bool:
 
 
 def _arguments(node: Any) -> tuple[list[str], bool]:
-    """Names of the arguments of a part's target, and whether it takes others, too."""
+    """The argument names of a section's target, and whether it takes any others."""
     if "_target_" not in _inside(node):
         return [], False
     try:
@@ -202,11 +200,11 @@ def _arguments(node: Any) -> tuple[list[str], bool]:
     return names, any(x.kind is Parameter.VAR_KEYWORD for x in parameters.values())
 
 
-def _fitting(plain: Any, key: str, value: Any) -> Any:
-    """The value as one of the kind that a key has: a whole float where an int is meant is one.
+def _fitting(plain: dict, key: str, value: Any) -> Any:
+    """Convert a value to the type of its key: 1e4 to an int, if that is expected.
 
     Raises:
-        ValueError: it is of another kind, as far as the config or the target says
+        ValueError: it has another type, as far as config or target define it
     """
     section, _, name = key.rpartition(".")
     node = reduce(lambda node, part: _inside(node).get(part), section.split("."), plain)
@@ -219,7 +217,7 @@ def _fitting(plain: Any, key: str, value: Any) -> Any:
     if kind is None or value is None or isinstance(value, str) and "${" in value:
         return value
     if kind is int:
-        value = whole(value)
+        value = as_int(value)
     # A bool is an int to Python, but not here, and an int is as good as a float.
     fits = type(value) is kind or kind is float and type(value) is int
     if not fits:
@@ -231,7 +229,7 @@ def _fitting(plain: Any, key: str, value: Any) -> Any:
 
 
 def _kind(node: Any, name: str, now: Any) -> type | None:
-    """Of bool, int, float and str the one that a key takes alone; None: that is not known."""
+    """The only type among bool, int, float and str that a key accepts; None if unknown."""
     if isinstance(now, str) and "${" in now or not isinstance(node, dict):
         return None
     # Without a target it is an option of the training.
@@ -239,8 +237,8 @@ def _kind(node: Any, name: str, now: Any) -> type | None:
     return kind if kind in (bool, int, float, str) else None
 
 
-def whole(value: Any) -> Any:
-    """A whole number that is written as a float, such as 1e4, as an int; all else as it is."""
+def as_int(value: Any) -> Any:
+    """Convert a float without fraction, such as 1e4, to an int; leave anything else as it is."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -262,7 +260,7 @@ def _annotations(node: dict) -> dict[str, Any]:
 
 
 def _lazy_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """The keys that a config has, and those that it could have."""
+    """The keys that a config has or can have."""
     inside = _inside(node)
     for name in dict.fromkeys([*inside, *_arguments(node)[0]]):
         yield f"{prefix}{name}"
@@ -270,10 +268,7 @@ def _lazy_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _check_target(key: str, value: Any) -> None:
-    """
-    Raises:
-        ValueError: it is no path of what can be called
-    """
+    """Raise a ValueError if a `_target_` is not the path of a callable."""
     what = f"'{key}' is {value!r}"
     if not isinstance(value, str) or not value:
         raise ValueError(f"{what}: give the path of a class or function, as torch.nn.Linear")

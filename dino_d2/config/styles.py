@@ -22,12 +22,14 @@ Config = TypeVar("Config", CfgNode, DictConfig)
 
 
 def read_config(file: str) -> CfgNode | DictConfig:
-    """A config of either style: `.py` files and what a training with one of them saves as
-    `config.yaml` are LazyConfigs, other YAML files become a CfgNode with the keys of DINO.
+    """Read a config of either style.
+
+    `.py` files, and the `config.yaml` that a training with one of them saves, are LazyConfigs;
+    other YAML files become a CfgNode with the keys of DINO.
 
     Raises:
-        ValueError: a file that cannot be read, or whose base cannot, a YAML file that is none, has
-            no keys, or one that is unknown, or a `.py` file that fails; says in which line
+        ValueError: the file or its base cannot be read, a YAML file is invalid, empty or has an
+            unknown key, or a `.py` file fails; says in which line
     """
     if file.endswith(".py"):
         return rename_keys(_run_config(file), file)
@@ -84,7 +86,7 @@ def _run_config(file: str) -> DictConfig:
 
 
 def _yaml_keys(file: str) -> set[str]:
-    """All keys of a YAML file, at any depth; no object that it describes is made."""
+    """All keys of a YAML file at any depth, without creating the objects that it describes."""
     try:
         with PathManager.open(file) as opened:
             top = compose(opened)
@@ -113,7 +115,7 @@ def _yaml_keys(file: str) -> set[str]:
 
 
 def evaluation_augmentations(cfg: CfgNode | DictConfig) -> list[Augmentation]:
-    """What resizes an image in the evaluation of a config of either style."""
+    """The augmentations that resize images in evaluation, of a config of either style."""
     if isinstance(cfg, CfgNode):
         return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
     return instantiate(cfg.dataloader.test.mapper.augmentations)
@@ -170,7 +172,7 @@ def keys_for(cfg: CfgNode | DictConfig) -> Keys:
 
 
 def get(cfg: CfgNode | DictConfig, key: str, *default: Any) -> Any:
-    """The value of a key; where there is no such key the default, if one is given."""
+    """The value of a key; if it does not exist, the default, if there is one."""
     return reduce(lambda node, name: getattr(node, name, *default), key.split("."), cfg)
 
 

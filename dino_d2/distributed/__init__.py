@@ -12,8 +12,8 @@ from .sharing import (
     shard,
     share_buffers,
     suspend_sync,
+    unsharded,
     unwrap,
-    whole,
 )
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "share_buffers",
     "suspend_sync",
     "unwrap",
-    "whole",
+    "unsharded",
     "work",
     "world_size",
 ]

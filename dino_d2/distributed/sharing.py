@@ -118,7 +118,7 @@ def suspend_sync(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Gather a sharded model, so that workers can evaluate different numbers of images.
 
     Collective; training is not possible inside.

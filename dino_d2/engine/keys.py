@@ -1,4 +1,4 @@
-"""Keys that would have no effect are refused, so that those of a config do what they say."""
+"""Refuses keys that would have no effect."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -49,13 +49,11 @@ def is_detector(cfg: CfgNode) -> bool:
 
 
 def check_keys(cfg: CfgNode | DictConfig) -> None:
-    """
-    Args:
-        cfg: of either style
+    """Refuse keys of a config of either style that have no effect.
 
     Raises:
-        ValueError: a key has another value than by default, or in a LazyConfig is one of `train`,
-            and nothing would come of it, whatever trains; or the optimizer is one that cannot be
+        ValueError: a key differs from its default, or is in `train` of a LazyConfig, and nothing
+            uses it; or the optimizer is invalid
     """
     if isinstance(cfg, DictConfig):
         check_train(cfg.train)
@@ -71,10 +69,7 @@ def check_keys(cfg: CfgNode | DictConfig) -> None:
 
 
 def check_optimizer(cfg: CfgNode) -> None:
-    """
-    Raises:
-        ValueError: it is unknown, not for this model, or cannot clip gradients as it is told
-    """
+    """Raise a ValueError for an optimizer that is unknown, unsuitable or cannot clip gradients."""
     optimizer, clip = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.CLIP_GRADIENTS
     if optimizer not in ("ADAMW", "SGD"):
         raise ValueError(
@@ -91,13 +86,11 @@ def check_optimizer(cfg: CfgNode) -> None:
 
 
 def refuse(cfg: CfgNode, keys: Sequence[str], where: str) -> None:
-    """
-    Args:
-        keys: single ones and sections, which have no effect
-        where: they have none
+    """Raise a ValueError if one of the keys or sections differs from its default.
 
-    Raises:
-        ValueError: one of them has another value than by default
+    Args:
+        keys: keys and sections without effect
+        where: they have none
     """
     usual = get_cfg()
     add_dino_config(usual)
@@ -108,7 +101,7 @@ def refuse(cfg: CfgNode, keys: Sequence[str], where: str) -> None:
 
 
 def leaves(cfg: CfgNode, keys: Sequence[str]) -> Iterator[str]:
-    """The keys that are under those given, no sections."""
+    """The keys below the given keys and sections."""
     for key in keys_of(cfg):
         inside = any(f"{key}.".startswith(f"{x}.") for x in keys)
         if inside and not isinstance(get(cfg, key), CfgNode):
@@ -116,10 +109,9 @@ def leaves(cfg: CfgNode, keys: Sequence[str]) -> Iterator[str]:
 
 
 def check_train(train: DictConfig) -> None:
-    """
-    Raises:
-        ValueError: there is a key that configs/common/train.py has not; but that of options, which
-            DistributedDataParallel takes
+    """Raise a ValueError for keys of `train` that configs/common/train.py does not have.
+
+    Options of DistributedDataParallel are allowed.
     """
     usual = OmegaConf.to_container(model_zoo.get_config("common/train.py").train)
     known = list(keys_of(usual, "train."))

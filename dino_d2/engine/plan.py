@@ -1,4 +1,4 @@
-"""What a config of either style says about a training, as one thing."""
+"""The plan of a training, from a config of either style."""
 
 import copy
 import os
@@ -50,7 +50,7 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Plan(NamedTuple):
-    """A training and its evaluation; the functions make the parts, each anew when called."""
+    """A training and its evaluation; the functions build new parts on every call."""
 
     build_model: Callable[..., nn.Module]  # on the config's device, or the one given
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
@@ -81,15 +81,15 @@ class Plan(NamedTuple):
 
 
 def make_plan(cfg: CfgNode | DictConfig) -> Plan:
-    """Reads a config of either style, and checks what can be checked without building anything.
+    """Read the plan of a training from a config.
 
     Args:
         cfg: a YAML config with the keys of `add_dino_config`, or a LazyConfig with those of
             configs/common
 
     Raises:
-        ValueError: a value is none of those that there are, a batch cannot be divided, two
-            settings do not go together, or a key has no effect, see `check_keys`
+        ValueError: a value is invalid, a batch cannot be divided, two settings are incompatible, or
+            a key has no effect, see `check_keys`
     """
     check_keys(cfg)
     keys, for_people, cfg = keys_for(cfg), plain_config(cfg), copy.deepcopy(cfg)
@@ -161,11 +161,7 @@ def check_plan(plan: Plan) -> None:
 
 
 def built(what: str, make: Callable, *arguments: Any, **options: Any) -> Any:
-    """What a function makes of a config. What fails in it is the config's fault.
-
-    Raises:
-        ValueError: with one sentence, whatever the error was
-    """
+    """Call a function that builds a part; any error becomes a ValueError about the config."""
     try:
         return make(*arguments, **options)
     except (BackboneError, OmegaConfBaseException, ValueError):
@@ -225,7 +221,7 @@ def yaml_train_loader(cfg: CfgNode, dataset: list[dict] | None = None) -> Any:
 
 
 def yaml_mapper(cfg: CfgNode, is_train: bool = True) -> data.Mapper:
-    """In training, augments as DETR does; for other models than DINO as Detectron2 does."""
+    """A mapper, in training with the augmentation of DETR or, for other models, of Detectron2."""
     options = {}
     if is_detector(cfg) and is_train:
         options["augmentations"] = data.detr_augmentation(
@@ -241,10 +237,10 @@ def yaml_mapper(cfg: CfgNode, is_train: bool = True) -> data.Mapper:
 
 
 def yaml_evaluate(cfg: CfgNode, model: nn.Module, folder: str = "") -> dict:
-    """The results of the only data set, or those of each under its name.
+    """Evaluate on all data sets; with several, results are by name.
 
-    Files are in `folder` in "inference" of the output folder; those of several data sets in folders
-    of their own in it.
+    Files are in `folder` in "inference" of the output folder, for several data sets in folders of
+    their own.
     """
     results = {
         name: run_evaluator(model, yaml_test_loader(cfg, name), yaml_evaluator(cfg, name, folder))
@@ -258,7 +254,7 @@ def yaml_test_loader(cfg: CfgNode, name: str) -> Any:
 
 
 def yaml_evaluator(cfg: CfgNode, name: str, folder: str = "") -> DatasetEvaluator:
-    """Of one of the data sets to evaluate on; `folder` is as of `yaml_evaluate`."""
+    """The evaluator of a data set; `folder` as of `yaml_evaluate`."""
     names = cfg.DATASETS.TEST
     number, stem = names.index(name) + 1, Path(name.partition("@")[0]).stem
     own = f"{number}_{stem}" if len(names) > 1 else ""
@@ -270,10 +266,7 @@ def yaml_evaluator(cfg: CfgNode, name: str, folder: str = "") -> DatasetEvaluato
 
 
 def require_sections(cfg: DictConfig) -> None:
-    """
-    Raises:
-        ValueError: a LazyConfig lacks one of the sections that a training is made of
-    """
+    """Raise a ValueError if a LazyConfig lacks a section that a training needs."""
     for key in SECTIONS:
         found = OmegaConf.select(cfg, key)
         if not isinstance(found, DictConfig):
@@ -328,7 +321,7 @@ def lazy_train_loader(cfg: DictConfig, dataset: list[dict] | None = None) -> Any
 
 
 def lazy_evaluate(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict:
-    """The results of the data set; files are in `folder` in that of the evaluator."""
+    """Evaluate on the data set; files are in `folder` in the evaluator's folder."""
     if "evaluator" not in cfg.dataloader:
         return {}
     told = copy.deepcopy(cfg).dataloader.evaluator  # with what it refers to
@@ -349,8 +342,10 @@ def lazy_metrics(cfg: DictConfig) -> Sequence[str]:
 
 
 def metrics_of(names: Sequence[str]) -> list[str]:
-    """What Detectron2's evaluation of boxes gives for the data sets of these names; none where they
-    are not registered, or name no classes."""
+    """The metrics that Detectron2's evaluation of boxes returns for data sets of these names.
+
+    Empty if they are not registered, or have no class names.
+    """
     found = []
     for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes") if name in DatasetCatalog else None
@@ -362,7 +357,7 @@ def metrics_of(names: Sequence[str]) -> list[str]:
 
 
 def run_evaluator(model: nn.Module, loader: Any, evaluator: DatasetEvaluator) -> dict:
-    """The main worker has the results, others have none."""
+    """Run an evaluator; only the main worker gets results."""
     results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)
@@ -370,10 +365,7 @@ def run_evaluator(model: nn.Module, loader: Any, evaluator: DatasetEvaluator) ->
 
 
 def part_of_batch(batch: int, accumulate: int, workers: int = 1) -> int:
-    """
-    Raises:
-        ValueError: the images of a step cannot be divided equally
-    """
+    """The images per accumulated batch; a ValueError if they cannot be divided equally."""
     if not isinstance(accumulate, int) or accumulate < 1 or batch % (accumulate * workers):
         raise ValueError(
             f"a batch of {plural(batch, 'image')} cannot be divided into {accumulate} equal parts"

@@ -1,4 +1,4 @@
-"""Does what a plan says: training, or evaluation."""
+"""Runs a plan: training or evaluation."""
 
 import logging
 import shutil
@@ -17,7 +17,7 @@ from torch import nn
 from .. import data
 from ..data.mapper import channels_of
 from ..data.stream import TrainingStream
-from ..distributed.sharing import distribute, share_buffers, unwrap, whole
+from ..distributed.sharing import distribute, share_buffers, unsharded, unwrap
 from ..layouts.renaming import CheckpointError
 from ..modeling.detector import Detector
 from ..names import hint
@@ -37,7 +37,7 @@ RECORDS: list[dict[str, list]] = [{"annotations": []}] * 1000
 
 
 class Training(NamedTuple):
-    """A training that can begin."""
+    """A training that is ready to begin."""
 
     trainer: Trainer
     first: int  # iteration
@@ -45,16 +45,17 @@ class Training(NamedTuple):
 
 
 def check(plan: Plan, *, resume: bool = False, eval_only: bool = False) -> None:
-    """Does once, on the CPU and in silence, what a training or an evaluation begins with, so that
-    what is wrong is said before there are workers and logs.
+    """Try the start of a training or an evaluation on the CPU, to find errors before workers start.
+
+    Nothing is logged.
 
     Args:
-        plan: what is to be done
+        plan: what to run
         resume: as of `train` and `test`
-        eval_only: whether it is `test`
+        eval_only: check `test` instead of `train`
 
     Raises:
-        CheckpointError, ValueError: as `train` and `test` do
+        CheckpointError, ValueError: as `train` and `test`
     """
     with silence():
         model = plan.build_model("cpu")
@@ -70,7 +71,7 @@ def check(plan: Plan, *, resume: bool = False, eval_only: bool = False) -> None:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Nothing is logged meanwhile."""
+    """Disable logging."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -80,13 +81,12 @@ def silence() -> Iterator[None]:
 
 
 def train(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Trains and evaluates; what comes of it is in the plan's output folder.
+    """Train and evaluate; results are in the plan's output folder.
 
     Args:
         plan: what to do
-        resume: go on from the last checkpoint in the output folder, if there is one
-        overwrite: take the place of an earlier training there, see `claim_folder`; a log that is
-            open there is removed, too
+        resume: continue from the last checkpoint in the output folder, if there is one
+        overwrite: replace an earlier training there, including an open log, see `claim_folder`
 
     Raises:
         CheckpointError: weights cannot be read or do not fit, or there is no room to save
@@ -109,7 +109,7 @@ def train(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
 
 
 def prepare(plan: Plan, model: nn.Module, seed: int, resume: bool) -> Training:
-    """What trains a model, which gets the weights to begin with."""
+    """Build the trainer of a model, and load its initial weights."""
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
     trainer = make_trainer(plan, model, seed)
     # Or the trainer would hold itself through its hooks, and stay in memory.
@@ -137,10 +137,7 @@ def make_trainer(plan: Plan, model: nn.Module, seed: int) -> Trainer:
 
 
 def first_iteration(plan: Plan, trainer: Trainer, goes_on: bool) -> int:
-    """
-    Raises:
-        CheckpointError: there is none to go on from, or workers disagree
-    """
+    """The first iteration; a CheckpointError if there is no checkpoint, or workers disagree."""
     if goes_on and trainer.last < 0:
         raise CheckpointError(
             f"the last checkpoint in '{plan.output_dir}' has weights and no training to go on "
@@ -156,20 +153,20 @@ def first_iteration(plan: Plan, trainer: Trainer, goes_on: bool) -> int:
 
 
 def test(plan: Plan, *, resume: bool = False) -> dict:
-    """Evaluates the plan's weights or, to `resume`, the last checkpoint in its output folder.
+    """Evaluate the plan's weights or, to `resume`, the last checkpoint in its output folder.
 
     Returns:
-        what `evaluate` does
+        the results of `evaluate`
 
     Raises:
-        CheckpointError: the weights cannot be read, or do not fill the model
+        CheckpointError: the weights cannot be read, or are not complete
     """
     model = plan.build_model()
     return evaluate(plan, model, load_for_test(plan, model, resume))
 
 
 def load_for_test(plan: Plan, model: nn.Module, resume: bool) -> EMA | None:
-    """Gives a model the weights that `test` evaluates; returns the averaged ones, if there are."""
+    """Load the weights that `test` evaluates; returns the averaged weights, if there are any."""
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
     options: dict[str, Any] = {"complete": True} | ({"ema": ema} if ema else {})
     checkpointer = make_checkpointer(model, plan.output_dir, plan.test_sets, **options)
@@ -186,14 +183,16 @@ def load_for_test(plan: Plan, model: nn.Module, resume: bool) -> EMA | None:
 
 
 def evaluate(plan: Plan, model: nn.Module, ema: EMA | None) -> dict:
-    """Results of the model's weights and, as "ema" and with files in a folder of this name, of the
-    averaged ones."""
-    with whole(model):
+    """Evaluate the model's weights and, as "ema", the averaged weights.
+
+    Files of the latter are in a folder of this name.
+    """
+    with unsharded(model):
         share_buffers(model)
         results = plan.evaluate(unwrap(model))
     if ema is None:
         return results
-    with ema.applied(), whole(model):
+    with ema.applied(), unsharded(model):
         share_buffers(model)
         averaged = plan.evaluate(unwrap(model), "ema")
     return results | {"ema": averaged} if results else results
@@ -202,11 +201,11 @@ def evaluate(plan: Plan, model: nn.Module, ema: EMA | None) -> dict:
 def make_checkpointer(
     model: nn.Module, output_dir: str, names: Sequence[str], *, complete: bool = False, **saved: Any
 ) -> DetectionCheckpointer:
-    """For a model of the classes of the given data sets; Detectron2's for other than a Detector.
+    """A checkpointer for the classes of data sets; for other models than DINO, Detectron2's.
 
     Args:
-        complete: whether weights have to fill the model
-        saved: what is saved beside the model
+        complete: weights have to fill a DINO
+        saved: what to save in addition to the model
     """
     model = unwrap(model)
     if not isinstance(model, Detector):
@@ -221,8 +220,7 @@ def make_hooks(
     checkpointer: DetectionCheckpointer,
     ema: EMA | None,
 ) -> list[HookBase | None]:
-    """Detectron2's hooks in Detectron2's order, with averaged weights and the best checkpoint; what
-    writes comes after them."""
+    """Detectron2's hooks in its order, with averaged weights, best checkpoint and writers."""
     is_main = comm.is_main_process()
     average = hooks.CallbackHook(after_step=lambda _: ema.update()) if ema else None
     metric = f"ema/{plan.best_metric}" if ema else plan.best_metric
@@ -243,7 +241,7 @@ def make_hooks(
 
 
 def make_writers(plan: Plan, goes_on: bool) -> list[EventWriter]:
-    """Detectron2's, which write the log, metrics.json and TensorBoard's file, and W&B's."""
+    """Detectron2's writers (log, metrics.json, TensorBoard) and that of W&B."""
     writers = default_writers(plan.output_dir, plan.max_iter)
     if plan.wandb_project:
         writers.append(
@@ -253,10 +251,7 @@ def make_writers(plan: Plan, goes_on: bool) -> list[EventWriter]:
 
 
 def check_metric(plan: Plan) -> None:
-    """
-    Raises:
-        ValueError: no evaluation of the plan gives its best metric
-    """
+    """Raise a ValueError if no evaluation returns the plan's best metric."""
     if not plan.metrics or not plan.best_metric:
         return
     if plan.best_metric not in plan.metrics:
@@ -269,10 +264,7 @@ def check_metric(plan: Plan) -> None:
 
 
 def check_room(plan: Plan, model: nn.Module) -> None:
-    """
-    Raises:
-        CheckpointError: the disk has no room for a checkpoint
-    """
+    """Raise a CheckpointError if the disk has no room for a checkpoint."""
     weights = sum(x.nbytes for x in model.state_dict().values())
     moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     needed = weights * (1 if plan.ema_decay is None else 2) + moments

@@ -13,21 +13,21 @@ LONGEST_WARM_UP = 0.05  # of a training, as Goyal et al. have it: 5 of 90 epochs
 
 
 def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> None:
-    """Makes learning rate and numbers of iterations, in place, those of the batch and the data.
+    """Scale learning rate and numbers of iterations, in place, to the batch and the data.
 
-    With a reference batch R, for which the config is written, and a batch B, the learning rate is
-    multiplied by B / R and numbers of iterations by R / B: the same images are seen (the linear
-    rule of `SOLVER.REFERENCE_WORLD_SIZE`; Goyal et al., 2017). With a length in epochs the training
-    is as long as so many passes over its own data take, and the other numbers keep their share; but
-    a warm-up keeps its number of images, up to 5 % of the training or the share that it had.
+    For a reference batch R of the config and a batch B, the learning rate is multiplied by B / R
+    and numbers of iterations by R / B, so that the same number of images is seen (the linear rule
+    of `SOLVER.REFERENCE_WORLD_SIZE`; Goyal et al., 2017). A length in epochs counts passes over the
+    training data, and other numbers keep their share. Warm-up keeps its image count, capped at 5 %
+    of the training or its original share, whichever is larger.
 
     Args:
         cfg: of either style
-        given: keys that stay as they are, as those of the command line
+        given: keys to leave as they are, such as those of the command line
 
     Raises:
-        ValueError: the length is given both in epochs and in iterations, or a number cannot be: of
-            images in a step, epochs or iterations, or the learning rate
+        ValueError: the length is given both in epochs and in iterations, or the learning rate or a
+            number of images per step, epochs or iterations is invalid
     """
     keys = keys_for(cfg)
     batch, reference, epochs, max_iter = (
@@ -53,10 +53,7 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
 
 
 def check_numbers(cfg: CfgNode | DictConfig, keys: Keys) -> None:
-    """
-    Raises:
-        ValueError: the learning rate or a number of iterations cannot be
-    """
+    """Raise a ValueError if the learning rate or a number of iterations is invalid."""
     require_positive(**{keys.lr: get(cfg, keys.lr)})
     require_whole(**{keys.max_iter: get(cfg, keys.max_iter)})
     for key in keys.iterations:  # 0 is never, or at the end alone
@@ -66,7 +63,7 @@ def check_numbers(cfg: CfgNode | DictConfig, keys: Keys) -> None:
 
 
 def scaled(value: float | int | tuple, factor: float) -> float | int | tuple:
-    """Numbers of iterations stay whole, and what happens at all happens."""
+    """Scale a number of iterations to an integer; one above 0 stays at least 1."""
     if isinstance(value, tuple):
         return tuple(scaled(x, factor) for x in value)
     if isinstance(value, int):
@@ -75,7 +72,7 @@ def scaled(value: float | int | tuple, factor: float) -> float | int | tuple:
 
 
 def count_images(cfg: CfgNode | DictConfig) -> int:
-    """Of the training data, as the loader has them."""
+    """The number of training images that the loader has."""
     if isinstance(cfg, DictConfig):
         return len(instantiate(cfg.dataloader.train.dataset))
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
@@ -83,6 +80,8 @@ def count_images(cfg: CfgNode | DictConfig) -> int:
 
 
 def share_of(iterations: int, max_iter: int) -> float:
-    """Of a training, at most all of it: for the schedulers of a LazyConfig, which count in shares,
-    as `SOLVER.WARMUP_ITERS` of a YAML config does."""
+    """A number of iterations as a share of the training, at most 1.
+
+    For the schedulers of a LazyConfig, which count in shares; as `SOLVER.WARMUP_ITERS` in YAML.
+    """
     return min(iterations / max_iter, 1.0)

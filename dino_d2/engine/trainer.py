@@ -1,4 +1,4 @@
-"""Detectron2's training loop with steps that hold for days."""
+"""Detectron2's training loop, with a step made for long trainings."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ from ..data.stream import TrainingStream, seed_for
 from ..distributed.sharing import gather, load_optimizer, mean_over_workers, suspend_sync, unwrap
 from ..layouts.renaming import CheckpointError
 from ..modeling.detector import Detector
-from ..structures import send
+from ..structures import send_to_device
 from ..weights.files import write
 
 logger = logging.getLogger(__name__)
@@ -31,26 +31,25 @@ Batch = list[dict]
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A loss is NaN or infinite; the message says which, when and with which images."""
+    """A loss is NaN or infinite; the message says which, when and for which images."""
 
 
 class Trainer(SimpleTrainer):
     """Detectron2's loop and hooks, with a step of its own.
 
-    Everything random in a step is a function of the seed, the iteration and the worker, and its
-    images are one of the seed and the iteration. So the iteration is all there is to remember of
-    it, and a training that is resumed equals one that was never stopped.
+    Random numbers in a step depend only on seed, iteration and worker, and its images on seed and
+    iteration. So a checkpoint only needs the iteration, and a resumed training equals one that was
+    never stopped.
 
     Args:
         model: as of `distribute`; returns a dict of losses
         stream: of batches
         optimizer: updates the weights once per step
-        precision: what autocast computes in; float16 comes with a scaler of the losses; None: no
-            autocast
-        accumulate: batches that make a step, as if they were one: see `shares`
-        skip_non_finite: leave out a step that is not finite, but at most `MAX_SKIPPED` in a row,
-            instead of ending the training
-        output_dir: where what led to such steps is saved, the first `MAX_SKIPPED` of them, in the
+        precision: of autocast; float16 includes a GradScaler; None: no autocast
+        accumulate: batches per step (gradient accumulation), equal to one large batch, see `shares`
+        skip_non_finite: skip steps that are not finite, at most `MAX_SKIPPED` in a row, instead of
+            ending the training
+        output_dir: inputs and weights of the first `MAX_SKIPPED` such steps are saved there, in the
             folder `non_finite`
     """
 
@@ -81,9 +80,10 @@ class Trainer(SimpleTrainer):
         self.statistics = [x for norm in norms for x in norm.buffers()]
 
     def run_step(self) -> None:
-        """
+        """Run one step.
+
         Raises:
-            NonFiniteLoss: on every worker alike, and before the weights are touched
+            NonFiniteLoss: on all workers, before the weights are updated
         """
         start = time.perf_counter()
         batches = [next(self._data_loader_iter) for _ in range(self.accumulate)]
@@ -108,7 +108,7 @@ class Trainer(SimpleTrainer):
         self.last = self.iter
 
     def update(self, means: dict[str, float]) -> bool:
-        """Updates the weights, unless the step is not finite; whether it did."""
+        """Update the weights unless the step is not finite; returns whether it did."""
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         self.skipped = self.skipped + 1 if bad else 0
         # Gradients of float16 overflow until the scaler has found its scale: it skips these itself.
@@ -120,7 +120,7 @@ class Trainer(SimpleTrainer):
         return True
 
     def forward_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """The losses of a step and their sum, `total_loss`; gradients add to those there are."""
+        """The losses of a step and their sum, `total_loss`; accumulates gradients."""
         step: dict[str, Tensor] = {}
         for number, (batch, share) in enumerate(zip(batches, self.shares(batches), strict=True), 1):
             is_last = number == len(batches)
@@ -136,25 +136,24 @@ class Trainer(SimpleTrainer):
         return step
 
     def shares(self, batches: list[Batch]) -> Tensor:
-        """The weight of each batch in a step, so that it equals one with all its images at once.
+        """The weight of each batch in a step, so that it equals one with all images at once.
 
-        A Detector divides losses by a number of boxes, which has to be that of the step. (Groups of
-        denoising are still made per batch, as they are per worker.) Other models average over
-        images.
+        DINO divides losses by a number of boxes, which has to be that of the step. (Denoising
+        groups are still made per batch, as they are per worker.) Other models average over images.
         """
         model = unwrap(self.model)
         if len(batches) == 1 or not isinstance(model, Detector):
             return torch.full([len(batches)], 1 / len(batches), device=self.device)
         counts = [float(model.loss_divisor(batch)) for batch in batches]
-        boxes = mean_over_workers(send(torch.tensor(counts), like=self.parameters[0]))
+        boxes = mean_over_workers(send_to_device(torch.tensor(counts), like=self.parameters[0]))
         return boxes.clamp(min=1) / boxes.sum().clamp(min=1)
 
     def handle_non_finite(
         self, batches: list[Batch], own: dict[str, Tensor], means: dict[str, float]
     ) -> None:
-        """Says which loss it was, saves what led to it and, unless it is to be skipped, raises.
+        """Log which loss is not finite, save its inputs and, unless to be skipped, raise.
 
-        The images are those of the workers whose own losses are not finite, where there are such.
+        Saves the images of the workers whose own losses are not finite, if there are any.
         """
         names = [name for name, value in means.items() if not math.isfinite(value)]
         names = [name for name in names if name != "total_loss"] or names
@@ -183,14 +182,14 @@ class Trainer(SimpleTrainer):
     def save_non_finite(
         self, batches: list[Batch], own: dict[str, Tensor], *, with_weights: bool
     ) -> str:
-        """Images, boxes and losses of this worker, by the main one the weights; returns where."""
+        """Save this worker's inputs and losses, and the main worker's weights; returns where."""
         folder = os.path.join(self.output_dir, "non_finite")
         os.makedirs(folder, exist_ok=True)
         content = {
             "iteration": self.iter,
             "seed": self.data_loader.seed,
             "losses": {name: value.item() for name, value in own.items()},
-            "images": [plain(x) for batch in batches for x in batch],
+            "images": [plain_input(x) for batch in batches for x in batch],
         }
         if with_weights:
             weights = gather(unwrap(self.model).state_dict())
@@ -209,10 +208,10 @@ class Trainer(SimpleTrainer):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues with the data after those that the state has seen.
+        """Continue with the data after those of the state.
 
         Raises:
-            CheckpointError: the optimizer is another, or has other parameters
+            CheckpointError: the optimizer differs, or has other parameters
         """
         super(SimpleTrainer, self).load_state_dict(state)
         try:
@@ -231,13 +230,13 @@ class Trainer(SimpleTrainer):
 
 
 def grad_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Of all gradients together, on every worker."""
+    """The norm of all gradients together, on every worker."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def plain(x: dict) -> dict:
-    """An input of the model as tensors and numbers, which a file can hold without pickled code."""
+def plain_input(x: dict) -> dict:
+    """Convert an input of the model to tensors and numbers, which load without pickled code."""
     kept = {
         key: x[key] for key in ("file_name", "image_id", "height", "width", "image") if key in x
     }

@@ -1,8 +1,7 @@
-"""The detector as one graph in a file: PyTorch's `.pt2` and ONNX. `projects/dino/EXPORT.md` says
-how the files are used.
+"""Exports the detector as a graph: PyTorch's `.pt2` and ONNX, see `projects/dino/EXPORT.md`.
 
 A graph maps a batch of padded images and their sizes to boxes, scores and labels. Height and width
-are fixed when exporting, the number of images is not.
+are fixed on export, the number of images is not.
 """
 
 import ast
@@ -26,20 +25,21 @@ SCOPES = "pkg.torch.onnx.name_scopes"  # PyTorch's exporter notes there which mo
 
 
 class Exportable(nn.Module):
-    """What a graph computes: a DINO on tensors alone, from pixels to detections."""
+    """DINO from pixels to detections, on tensors only, for export."""
 
     def __init__(self, model: DINO):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """
+        """Detect in padded images.
+
         Args:
-            images: (B, C, H, W) uint8, each in the upper left corner; what is beside it is ignored
+            images: (B, C, H, W) uint8, each in the upper left corner; padding is ignored
             image_sizes: (B, 2) int64, height and width of each image without padding
 
         Returns:
-            the fields of `Detections`, a plain tuple so that a file needs nothing of this package;
+            the fields of `Detections`, as a tuple, so that files do not depend on this package;
             boxes (x0, y0, x1, y1) in pixels of the input, inside the image
         """
         model = self.model
@@ -65,13 +65,14 @@ def export(
     batch_size: int | None = None,
     keep_operator: bool = False,
 ) -> ExportedProgram:
-    """
+    """Export a graph.
+
     Args:
         model: in evaluation mode; `fold_norms` makes its graph smaller
-        size: height and width of all images, padding included
-        batch_size: B; None leaves it open
-        keep_operator: leave `dino_d2::ms_deform_attn` in the graph, which then runs where this
-            package is imported, with its kernels. By default it is decomposed into `grid_sample`
+        size: height and width of all images, including padding
+        batch_size: B; None: any
+        keep_operator: keep `dino_d2::ms_deform_attn` in the graph, which then needs this package
+            and uses its kernels. By default it is decomposed into `grid_sample`
 
     Raises:
         ExportError: the model cannot take this size, or needs a fixed number of images
@@ -101,12 +102,12 @@ def export(
 def nearest(image: Tensor, size: list[int] | None, scales: list[float] | None = None) -> Tensor:
     """PyTorch's nearest interpolation of (B, C, H, W), by indices.
 
-    ONNX's Resize divides by the inverse of PyTorch's factor: of 42 pixels to 6, half come from
-    their neighbours, and then padding is masked in other places.
+    ONNX's Resize divides by the inverse of PyTorch's factor: from 42 to 6 pixels, half of them
+    differ, and padding would be masked in other places.
 
     Args:
         size: height and width of the result, or None
-        scales: what height and width are multiplied by, without a size
+        scales: factors of height and width, without a size
     """
     lengths = image.shape[2:]
     counts = size or [int(x * scale) for x, scale in zip(lengths, scales or (), strict=True)]
@@ -118,10 +119,7 @@ def nearest(image: Tensor, size: list[int] | None, scales: list[float] | None = 
 
 
 def check(model: DINO, size: tuple[int, int]) -> None:
-    """
-    Raises:
-        ExportError: the model is in training mode, or pads images of this size
-    """
+    """Raise an ExportError if the model is in training mode, or pads images of this size."""
     if model.training:
         raise ExportError("the model is in training mode: call model.eval() before exporting it")
     if min(size) < 1:
@@ -136,10 +134,10 @@ def check(model: DINO, size: tuple[int, int]) -> None:
 
 
 def save(program: ExportedProgram, path: Path, about: About) -> None:
-    """Write a graph as ONNX (`.onnx`) or as PyTorch's own format (`.pt2`).
+    """Write a graph as ONNX (`.onnx`) or in PyTorch's format (`.pt2`).
 
     Raises:
-        ExportError: the name ends otherwise, or a package is missing
+        ExportError: the suffix is another, or a package is missing
     """
     if kind_of(path) == ".pt2":
         with warnings.catch_warnings():
@@ -164,7 +162,7 @@ def save(program: ExportedProgram, path: Path, about: About) -> None:
 
 
 def to_onnx(program: ExportedProgram) -> "torch.onnx.ONNXProgram":
-    """In standard operators, all in one file."""
+    """Convert to ONNX with standard operators, all in one file."""
     needs("onnxscript")
     exported = torch.onnx.export(
         program,
@@ -179,7 +177,7 @@ def to_onnx(program: ExportedProgram) -> "torch.onnx.ONNXProgram":
 
 
 def scope_of(node: Any) -> str:
-    """The module that a node of an ONNX graph is of, named as in a checkpoint, and a slash."""
+    """The module that a node of an ONNX graph belongs to, named as in a checkpoint, and a slash."""
     notes = {note.key: note.value for note in node.metadata_props}
     scopes = ast.literal_eval(notes.get(SCOPES, "[]"))  # from the outermost module to the operator
     modules = [x.removeprefix("model.") for x in scopes if x.startswith("model.")]

@@ -1,4 +1,4 @@
-"""Backbones beyond those of Detectron2: ViTDet for images of any size, and all models of `timm`."""
+"""ViTDet for images of any size, and all models of `timm`, as backbones."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,17 +19,17 @@ from ..names import hint
 
 
 class BackboneError(ValueError):
-    """A backbone cannot be had, or does not give what is asked of it; said in one sentence."""
+    """A backbone is not available, or does not provide the requested features."""
 
 
 class ViT(Detectron2ViT):
-    """Detectron2's, with the epsilon of the LayerNorms that its published weights (MAE) have.
+    """Detectron2's, with the LayerNorm epsilon of its published weights (MAE).
 
     Args:
         options: of Detectron2's ViT
 
     Raises:
-        BackboneError: `timm` is not installed; Detectron2's ViT takes two layers from it
+        BackboneError: `timm` is not installed, which Detectron2's ViT needs
     """
 
     def __init__(self, **options: Any):
@@ -38,11 +38,11 @@ class ViT(Detectron2ViT):
 
 
 class ViTDet(SimpleFeaturePyramid):
-    """Feature maps of several strides from the last one of a ViT (ViTDet, section 3).
+    """Feature maps of several strides from the last map of a ViT (ViTDet, section 3).
 
-    Images of any size are padded to multiples of the coarsest stride but that of `top_block`, which
-    pools the map before it: 32 pixels where the maps are p3 to p6. Detectron2's class asks for that
-    among its `padding_constraints`, but under a misspelt name that nobody reads.
+    Images of any size are padded to multiples of the coarsest stride, not counting `top_block`,
+    which pools the map before it: 32 pixels for the maps p3 to p6. Detectron2's class declares this
+    padding, but under a misspelt name that nothing reads.
     """
 
     @property
@@ -52,22 +52,22 @@ class ViTDet(SimpleFeaturePyramid):
 
 @BACKBONE_REGISTRY.register()
 class TimmBackbone(Backbone):
-    """A model of `timm` as a backbone: any that gives feature maps and takes images of any size.
+    """A model of `timm` that gives feature maps and accepts images of any size.
 
-    Images are padded to multiples of the coarsest stride. Weights come through the checkpointer, or
-    from `timm` itself, with its option `pretrained=True`. Models with branches (HRNet) need to be
-    asked for all of their maps, or parameters stay without a gradient.
+    Images are padded to multiples of the coarsest stride. Weights are loaded by the checkpointer,
+    or by `timm` with `pretrained=True`. Of models with branches (HRNet), use all maps, or some
+    parameters get no gradient.
 
     Args:
-        name: what `timm` calls the model, see timm.list_models()
+        name: of the model, see timm.list_models()
         options: of timm.create_model, such as drop_path_rate
-        out_features: which maps, by their stride: "p3" is that of 2**3 pixels, and so on
-        norm: whether a LayerNorm over channels follows each of them, as it does where ConvNeXt and
-            FocalNet are backbones of detectors
+        out_features: maps by their stride: "p3" has a stride of 2**3 pixels, and so on
+        norm: apply a LayerNorm over channels to each map, as detectors with ConvNeXt and FocalNet
+            do
 
     Raises:
-        BackboneError: `timm` is not installed or has no such model, that has no such map, or it
-            takes images of a single size
+        BackboneError: `timm` is not installed, has no such model or map, or the model needs images
+            of a single size
     """
 
     @configurable
@@ -113,8 +113,7 @@ class TimmBackbone(Backbone):
         return self._out_feature_strides[self._out_features[-1]]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Maps (B, 3, H, W), of multiples of `size_divisibility`, to a (B, C, H / stride,
-        W / stride) for each of the features."""
+        """Feature maps (B, C, H / stride, W / stride) of images (B, 3, H, W)."""
         maps = self.net(x)
         if self.channels_last:
             maps = [x.permute(0, 3, 1, 2) for x in maps]
@@ -137,8 +136,10 @@ def feature_shapes(
 
 
 def feature_maps(name: str, options: Mapping[str, Any]) -> dict[str, tuple[int, ShapeSpec]]:
-    """Index and shape of each feature map of a model of `timm`, finest first; of several with the
-    same stride it is the last."""
+    """Index and shape of each feature map of a model of `timm`, finest first.
+
+    Of several maps with the same stride, the last counts.
+    """
     timm = import_timm()
     if not timm.is_model(name):
         raise BackboneError(f"timm has no model {name!r}; {hint(name, timm.list_models())}")
@@ -150,8 +151,8 @@ def feature_maps(name: str, options: Mapping[str, Any]) -> dict[str, tuple[int, 
     }
 
 
-def create_model(name: str, options: Mapping[str, Any]) -> Any:
-    """A model of `timm` that gives feature maps; a LazyConfig's lists are none to `timm`."""
+def create_model(name: str, options: Mapping[str, Any]) -> nn.Module:
+    """A model of `timm` that gives feature maps; converts a LazyConfig's lists for it."""
     plain = {
         key: OmegaConf.to_container(x) if OmegaConf.is_config(x) else x
         for key, x in options.items()
@@ -160,10 +161,7 @@ def create_model(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def import_timm() -> ModuleType:
-    """
-    Raises:
-        BackboneError: it is not installed
-    """
+    """Import `timm`; raise a BackboneError if it is not installed."""
     try:
         import timm
     except ImportError as error:

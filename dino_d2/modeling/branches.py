@@ -1,9 +1,8 @@
-"""Several sets of queries in one pass of the decoder: the result, and what exists in training only.
+"""Several sets of queries in one pass of the decoder: the result, and training-only branches.
 
 A training-only branch is a module that :class:`DINO` calls with the targets, the queries of the
-result and the encoder's memory, and that returns a :class:`Branch`; :class:`Denoising` is the first
-of them. What it supervises is in its Branch; the criterion reads that, so neither the detector nor
-the criterion has to know it.
+result and the encoder's memory, and that returns a :class:`Branch`, such as :class:`Denoising`. The
+criterion reads how to supervise it from its Branch.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ def decode(
 ) -> list[Branch]:
     """The branches with the predictions of every decoder layer, the result first.
 
-    Queries of `others` stand before those of the result; branches without queries stay as they are.
+    Queries of `others` come before those of the result; branches without queries are not changed.
     """
     first = [x for x in others if x.queries is not None]
     rest = [x for x in others if x.queries is None]
@@ -36,7 +35,7 @@ def decode(
 
 
 def join_groups(groups: Sequence[Tensor], num_queries: int) -> Tensor:
-    """Groups (T_i,) of several branches, made different, and then `num_queries` zeros."""
+    """Concatenate groups (T_i,) of several branches, made distinct, and `num_queries` zeros."""
     shifted, start = [], 0
     for group in groups:
         shifted.append(group + group.sign() * start)

@@ -1,4 +1,4 @@
-"""The stages that the keys of a YAML config describe."""
+"""Builds the stages from the keys of a YAML config."""
 
 from detectron2.config import CfgNode as CN
 from detectron2.layers import ShapeSpec
@@ -84,11 +84,7 @@ def build_criterion(c: CN) -> SetCriterion:
 
 
 def named(registry: Registry, name: str, key: str) -> type:
-    """What is registered under a name that `key` of a YAML config gives.
-
-    Raises:
-        ValueError: nothing is; says what is nearest
-    """
+    """The class registered under the name in `key`; a ValueError if there is none."""
     known = dict(registry)
     if name not in known:
         near = hint(str(name), sorted(known))

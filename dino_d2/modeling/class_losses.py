@@ -23,12 +23,13 @@ CLASS_LOSS_REGISTRY = Registry("CLASS_LOSS")
 
 
 class ClassLoss(nn.Module):
-    """What all have in common: p^gamma * softplus(x) times a weight for the logit x and probability
-    p of every class that is not there. Subclasses say what the class of a matched box costs.
+    """p^gamma * softplus(x) times a weight, for logit x and probability p of every absent class.
+
+    Subclasses define the loss of the class of a matched box.
 
     Args:
-        alpha: what it weighs is up to the loss; in [0, max_alpha]
-        gamma: how little background counts that is seen as such, at least 0
+        alpha: a weight that depends on the loss; in [0, max_alpha]
+        gamma: reduces the loss of background that is recognised as such; at least 0
         background: weight of the loss of background
 
     Raises:
@@ -52,35 +53,31 @@ class ClassLoss(nn.Module):
         return f"alpha={self.alpha}, gamma={self.gamma}"
 
     def forward(self, logits: Tensor, matched: tuple[Tensor, ...], iou: Tensor) -> Tensor:
-        """Sums over all logits of each of N stages.
+        """Sum over all logits of each of N stages: (N,).
 
         Args:
-            logits: (N, B, Q, K), of float32 or wider
-            matched: indices into the logits, of stage, image, query and class of n pairs in every
-                stage; (N, n) when broadcast
-            iou: (N, n), of the predicted and the true box of each pair, in [0, 1]; a constant, no
-                gradient is to pass to the boxes
-
-        Returns:
-            (N,)
+            logits: (N, B, Q, K), in float32 or wider
+            matched: indices into the logits (stage, image, query, class) of n pairs per stage; (N,
+                n) when broadcast
+            iou: (N, n), of the predicted and the true box of each pair, in [0, 1]; without gradient
         """
         own = logits[matched]
         absent = self.background * BackgroundLoss.apply(logits, self.gamma)
         return absent + (self.object_loss(own, iou) - self.background_loss(own)).sum(1)
 
     def background_loss(self, logits: Tensor) -> Tensor:
-        """What the logits (N, n) of the pairs cost as background."""
+        """The loss of the logits (N, n) of pairs as background."""
         absent = torch.zeros_like(logits)
         return self.background * sigmoid_focal_loss(logits, absent, alpha=-1, gamma=self.gamma)
 
     def object_loss(self, logits: Tensor, iou: Tensor) -> Tensor:
-        """What the logits (N, n) of the pairs cost as objects of these IoUs (N, n)."""
+        """The loss of the logits (N, n) of pairs as objects with these IoUs (N, n)."""
         raise NotImplementedError
 
 
 @CLASS_LOSS_REGISTRY.register()
 class FocalLoss(ClassLoss):
-    """Alpha is the weight of objects against background; the boxes do not matter."""
+    """Focal loss: alpha weighs objects against background; boxes do not matter."""
 
     def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0):
         super().__init__(alpha=alpha, gamma=gamma, background=1 - alpha)
@@ -91,9 +88,10 @@ class FocalLoss(ClassLoss):
 
 @CLASS_LOSS_REGISTRY.register()
 class VarifocalLoss(ClassLoss):
-    """The IoU q is what the probability is to be and how much the pair counts; alpha is the weight
-    of background. As the equation has it, a box that misses its object altogether, q = 0, is
-    background."""
+    """Varifocal loss: the IoU q is the target and the weight of a pair; alpha weighs background.
+
+    As in the equation, a box that misses its object (q = 0) is background.
+    """
 
     max_alpha = math.inf
 
@@ -106,10 +104,11 @@ class VarifocalLoss(ClassLoss):
 
 @CLASS_LOSS_REGISTRY.register()
 class PositionSupervisedLoss(ClassLoss):
-    """A focal loss whose targets are squares of IoUs, relative to the best of the image: in every
-    stage its best pair is to have a probability of 1. Stable-DINO weighs it by 6. Our config has
-    :class:`FocalLoss` for denoising, for which the published code has a branch that nothing takes:
-    there denoising has this loss, with a weight of 1."""
+    """Focal loss whose targets are squared IoUs, relative to the best of the image and stage.
+
+    Stable-DINO uses a weight of 6. For denoising, our config uses :class:`FocalLoss`; the published
+    code has a branch for that which is never taken, and uses this loss with a weight of 1.
+    """
 
     def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0):
         super().__init__(alpha=alpha, gamma=gamma, background=1 - alpha)
@@ -128,8 +127,10 @@ class PositionSupervisedLoss(ClassLoss):
 
 @CLASS_LOSS_REGISTRY.register()
 class AlignLoss(ClassLoss):
-    """The target is p^alpha * IoU^(1 - alpha), at least 0.01, where p is the probability as it is
-    now: a constant. The paper also gives several queries to a box (mixed matching); not so here."""
+    """The target is p^alpha * IoU^(1 - alpha), at least 0.01, with a detached probability p.
+
+    The paper also gives several queries to a box (mixed matching), which we do not.
+    """
 
     def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0):
         super().__init__(alpha=alpha, gamma=gamma, background=1.0)
@@ -141,11 +142,11 @@ class AlignLoss(ClassLoss):
 
 
 class BackgroundLoss(torch.autograd.Function):
-    """Focal loss without alpha (RetinaNet, equation 4) of logits (N, ...) where nothing is: (N,).
+    """Focal loss without alpha (RetinaNet, equation 4) of background logits (N, ...): (N,).
 
     For the probability p of a logit x it is p^gamma * softplus(x), with the derivative
-    p^gamma * (gamma * (1 - p) * softplus(x) + p). Autograd would keep several tensors of the size
-    of the logits, the largest there are where classes are many; this keeps the logits alone.
+    p^gamma * (gamma * (1 - p) * softplus(x) + p). Saves only the logits, the largest tensor with
+    many classes, where autograd would save several tensors of their size.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Set loss: every prediction of every stage is matched to the ground truth, then supervised."""
+"""Set loss: predictions of every stage are matched to the ground truth, then supervised."""
 
 import torch
 from detectron2.utils.events import get_event_storage, has_event_storage
@@ -14,7 +14,7 @@ from ..structures import (
     Predictions,
     Target,
     join_targets,
-    send,
+    send_to_device,
     stack_predictions,
 )
 from .class_losses import ClassLoss, FocalLoss
@@ -22,27 +22,27 @@ from .matcher import HungarianMatcher, instability, queries_of_boxes
 
 
 class SetCriterion(nn.Module):
-    """A loss of the classes, L1 and generalized IoU loss of the boxes (Deformable DETR).
+    """A classification loss, and L1 and generalized IoU losses of the boxes (Deformable DETR).
 
-    Queries without a box, negative denoising queries among them, have no class: only the class
-    loss sees them. Losses are named after their stage: no suffix for the last decoder layer,
-    `_0`, `_1`, ... for the layers before, `_enc` for the encoder's proposals; `_dn` and `_dn_0`,
-    ... for the denoising queries.
+    Unmatched queries, also negative denoising queries, only have a classification loss. Names of
+    losses have a suffix for their stage: none for the last decoder layer, `_0`, `_1`, ... for the
+    layers before, `_enc` for the encoder's proposals; `_dn` and `_dn_0`, ... for the denoising
+    queries.
 
-    All are sums over queries, divided by the number of boxes of the batch (for the denoising
-    queries, of which each box has one per group, by boxes times groups). The number is averaged
-    over workers, once per call, and at least 1: each box weighs the same wherever it is trained on.
+    Losses are sums over queries, divided by the number of boxes of the batch (for denoising
+    queries, by boxes times groups). The number is averaged over workers, once per call, and at
+    least 1, so that each box has the same weight on every worker.
 
-    Predictions and boxes that are NaN or infinite make losses that are, too (a logit of minus
-    infinity apart, which is sure that nothing is there), never an exception: a worker that raised
-    would leave the others waiting for it. Whoever trains looks at the losses.
+    Predictions and boxes that are NaN or infinite give such losses (except a logit of minus
+    infinity, which is certain background), never an exception, for which other workers would wait.
+    The trainer checks the losses.
 
     Args:
         matcher: assigns predictions to ground truth
-        class_loss: of every part but the denoising queries; None is :class:`FocalLoss`
-        denoising_class_loss: None is that of the other parts
+        class_loss: of all but the denoising queries; None: :class:`FocalLoss`
+        denoising_class_loss: None: as the others
         class_weight, bbox_weight, giou_weight: of the losses, the same for every stage
-        denoising_class_weight: None is `class_weight`
+        denoising_class_weight: None: `class_weight`
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SetCriterion(nn.Module):
             self.denoising_weights["loss_class"] = denoising_class_weight
 
     def forward(self, output: DetectorOutput, targets: list[Target]) -> dict[str, Tensor]:
-        """The weighted losses of all branches, each a scalar; their sum is to be minimised."""
+        """The weighted losses of all branches, each a scalar; minimise their sum."""
         boxes = join_targets(targets).boxes
         num_boxes = average_over_workers(boxes.new_full((), len(boxes)))
         losses: dict[str, Tensor] = {}
@@ -95,7 +95,7 @@ class SetCriterion(nn.Module):
             match = (match or self.matcher)(predictions, targets)
         if not branch.name:
             log_instability(match, len(truth.labels), proposals_last=branch.proposals is not None)
-        match = Match(*(send(x, like=predictions.logits) for x in match))
+        match = Match(*(send_to_device(x, like=predictions.logits) for x in match))
         is_denoising = branch.name == "dn"
         class_loss = self.denoising_class_loss if is_denoising else self.class_loss
         weights = self.denoising_weights if is_denoising else self.weights
@@ -106,8 +106,10 @@ class SetCriterion(nn.Module):
     def sums(
         self, predictions: Predictions, match: Match, truth: Target, class_loss: ClassLoss
     ) -> dict[str, Tensor]:
-        """Each kind of loss, summed over the queries of N stages: predictions (N, B, Q, .), `truth`
-        of the whole batch, sums (N,)."""
+        """Sums (N,) of each kind of loss over the queries of N stages.
+
+        Predictions are (N, B, Q, .); `truth` is that of the whole batch.
+        """
         logits, boxes = predictions.logits, predictions.boxes
         stages = torch.arange(len(logits), device=logits.device)[:, None]
         matched = stages, match.images, match.queries  # (N, n) when broadcast
@@ -125,17 +127,17 @@ class SetCriterion(nn.Module):
 
 
 def log_instability(match: Match, num_boxes: int, *, proposals_last: bool) -> None:
-    """Logs `matching/instability_i`, in [0, 1], see `instability`: from decoder layer i - 1 to
-    layer i, counted from 0 as in the names of losses; to layer 0 it is from the proposals.
+    """Log `matching/instability_i` in [0, 1], see `instability`, from decoder layer i - 1 to layer
+    i.
 
-    It is that of one batch: of several workers the main one's, of several batches that make a step
-    each by itself (metrics.json has a median of many). Nothing is logged without boxes, nor where
-    Detectron2 has no storage of events, outside of training.
+    Layers count from 0 as in the names of losses; layer 0 is compared with the proposals. The
+    number is of one batch, on the main worker only (metrics.json has a median of many). Nothing is
+    logged without boxes, or outside of training, where Detectron2 has no event storage.
 
     Args:
         match: on the CPU, of all stages
         num_boxes: of the batch
-        proposals_last: whether the last stage are the proposals, from which layer 0 goes on
+        proposals_last: whether the last stage is the proposals, before layer 0
     """
     if not num_boxes or not has_event_storage():
         return
@@ -150,7 +152,7 @@ def log_instability(match: Match, num_boxes: int, *, proposals_last: bool) -> No
 def weigh(
     sums: dict[str, Tensor], weights: dict[str, float], num_boxes: Tensor, suffixes: list[str]
 ) -> dict[str, Tensor]:
-    """Sums (N,) of each kind as one weighted mean over boxes per kind and stage."""
+    """One weighted mean over boxes per kind and stage, from the sums (N,) of each kind."""
     return {
         name + suffix: loss
         for name, values in sums.items()
@@ -161,18 +163,20 @@ def weigh(
 
 
 def layer_suffixes(num_layers: int, stage: str = "") -> list[str]:
-    """What the names of losses end with: the number of the layer, but for the last."""
+    """The suffixes of the names of losses: the number of the layer, but "" for the last."""
     return [f"{stage}_{i}" for i in range(num_layers - 1)] + [stage] * (num_layers > 0)
 
 
 def average_over_workers(count: Tensor) -> Tensor:
-    """Mean of a count over all workers, at least 1."""
+    """The mean of a count over all workers, at least 1."""
     return mean_over_workers(count).clamp(min=1)
 
 
 class AllProposals(SetCriterion):
-    """Criterion of two-stage Deformable DETR: the proposals of all tokens are supervised, with
-    class 0 for any object."""
+    """Criterion of two-stage Deformable DETR, which supervises the proposals of all tokens.
+
+    Class 0 stands for any object.
+    """
 
     def branch_losses(
         self, branch: Branch, targets: list[Target], num_boxes: Tensor
@@ -186,7 +190,7 @@ class AllProposals(SetCriterion):
 
 
 class BoxesOnly(SetCriterion):
-    """Criterion of DN-DETR: the empty slots of denoising are not supervised."""
+    """Criterion of DN-DETR, which does not supervise the empty slots of denoising."""
 
     def branch_losses(
         self, branch: Branch, targets: list[Target], num_boxes: Tensor

@@ -88,14 +88,15 @@ class Decoder(nn.Module):
     def forward(
         self, queries: Queries, memory: FeaturePyramid, attn_mask: Tensor | None = None
     ) -> list[Predictions]:
-        """
+        """Predict classes and boxes in every layer.
+
         Args:
-            queries: their references are relative to the image without padding
-            memory: the encoder's
+            queries: with references relative to the image without padding
+            memory: of the encoder
             attn_mask: (Q, Q), True where self-attention is forbidden
 
         Returns:
-            the predictions of every layer, the last is the result
+            the predictions of every layer; the last is the result
         """
         x, reference, position = queries
         anchor = reference  # what the next prediction is relative to

@@ -9,8 +9,10 @@ from .tokens import scale_to_levels
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among queries, deformable attention to the memory, feed-forward; each with
-    residual and norm after it."""
+    """Self-attention among queries, deformable attention to the memory, feed-forward.
+
+    Each has a residual connection followed by a norm.
+    """
 
     def __init__(
         self,
@@ -41,16 +43,14 @@ class DecoderLayer(nn.Module):
         memory: FeaturePyramid,
         attn_mask: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Update the content of the queries; returns (B, Q, C).
+
         Args:
             x: (B, Q, C) content of the queries
             position: (B, Q, C), added to it wherever attention is computed
             reference: (B, Q, 4) boxes or (B, Q, 2) points, where to look
-            memory: the encoder's
+            memory: of the encoder
             attn_mask: (Q, Q), True where self-attention is forbidden
-
-        Returns:
-            (B, Q, C)
         """
         q = x + position
         y = self.self_attn(q, q, x, attn_mask=attn_mask, need_weights=False)[0]

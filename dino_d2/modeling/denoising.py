@@ -25,16 +25,16 @@ DENOISING_REGISTRY = Registry("DENOISING")
 
 @DENOISING_REGISTRY.register()
 class Denoising(nn.Module):
-    """
+    """Denoising of DN-DETR: every group is a noised copy of the ground truth.
+
     Args:
         num_classes: K
         embed_dim: C
-        budget: boxes that are noised per image; as many groups are made as fit. An image with
-            more boxes than that takes part with a random subset of `budget` of them, drawn anew
-            every step, so T never exceeds `budget` times the copies of a group (the published
-            implementations grow with the boxes until memory ends); its loss is still divided by
-            the number of all boxes
-        label_noise: a label is drawn anew with half this probability
+        budget: boxes that are noised per image, in as many groups as fit. From an image with more
+            boxes, a random subset is drawn in every step, so that T and memory are limited (in the
+            published implementations they are not); the loss is still divided by the number of all
+            boxes
+        label_noise: half of it is the probability that a label is drawn again
         box_noise: reach of the shift of a box corner, relative to half the size of the box
     """
 
@@ -108,7 +108,7 @@ class Denoising(nn.Module):
         )
 
     def choose(self, targets: list[Target], slots: int) -> Tensor:
-        """Which boxes take part, counted through the batch, -1 in empty slots: (B, slots)."""
+        """The boxes that take part, counted through the batch, -1 in empty slots: (B, slots)."""
         index = targets[0].labels.new_full((len(targets), slots), -1)
         start = 0
         for row, target in zip(index, targets, strict=True):
@@ -120,23 +120,23 @@ class Denoising(nn.Module):
 
     @property
     def max_boxes(self) -> int:
-        """Of how many boxes of an image copies are made."""
+        """The largest number of boxes of an image that are noised."""
         return self.budget
 
     def num_groups(self, slots: int) -> int:
-        """How many groups of so many boxes fit."""
+        """The number of groups of so many boxes that fit into the budget."""
         return self.budget // slots
 
     def content_of(self, labels: Tensor) -> Tensor:
-        """Content (B, T, C) of the queries of noised labels (B, T), K where a slot is empty."""
+        """Content (B, T, C) of the queries of noised labels (B, T), K in empty slots."""
         return self.label_embed(labels)
 
     def noise_boxes(self, boxes: Tensor, copy: Tensor) -> Tensor:
-        """Noised boxes (B, T, 4), `copy` (T,) being which copy of the ground truth they are of."""
+        """Noised boxes (B, T, 4); `copy` (T,) is the copy of the ground truth of each query."""
         return noise_boxes(boxes, self.box_noise, harder=self.is_negative(copy)[:, None])
 
     def is_negative(self, copy: Tensor) -> Tensor:
-        """Whether the queries of the given copies are to be told apart from objects."""
+        """Whether the queries of the given copies are negatives."""
         return torch.zeros_like(copy, dtype=torch.bool)
 
     def match(self, index: Tensor, counts: list[int], num_groups: int) -> Match:
@@ -159,7 +159,7 @@ class Denoising(nn.Module):
 
 @DENOISING_REGISTRY.register()
 class ContrastiveDenoising(Denoising):
-    """Teaches, beside the way back to a box, to reject anchors that have none near enough."""
+    """Also teaches to reject anchors without a box near enough."""
 
     copies_per_group = 2
 
@@ -168,25 +168,25 @@ class ContrastiveDenoising(Denoising):
 
 
 def subset(count: int, budget: int, device: torch.device) -> Tensor:
-    """All of `count` boxes or, where they are more, a random `budget` of them."""
+    """All of `count` boxes or, if there are more, a random `budget` of them."""
     if count <= budget:
         return torch.arange(count, device=device)
     return torch.rand(count, device=device).topk(budget).indices
 
 
 def noise_labels(labels: Tensor, num_classes: int, probability: float) -> Tensor:
-    """Replaces labels by random ones (which may be the right ones) with the given probability."""
+    """Replace labels by random ones (possibly the same) with a given probability."""
     drawn_anew = torch.rand(labels.shape, device=labels.device) < probability
     return torch.where(drawn_anew, torch.randint_like(labels, num_classes), labels)
 
 
 def noise_boxes(boxes: Tensor, scale: float, harder: Tensor) -> Tensor:
-    """Shifts each coordinate of both corners by a random part of its reach, in either direction.
+    """Shift each coordinate of both corners by a random part of its reach, in either direction.
 
     Args:
         boxes: (..., 4)
         scale: the reach is half the size of the box times this
-        harder: broadcastable to boxes; where True the shift is between once and twice the reach
+        harder: broadcastable to boxes; if True, the shift is between once and twice the reach
 
     Returns:
         (..., 4) inside the image; DINO, figure 3

@@ -1,4 +1,4 @@
-"""What training, checkpoints and the model zoo ask of a detector, whichever it is."""
+"""The interface of detectors for training, checkpoints and the model zoo."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +17,8 @@ Batch = list[dict[str, Any]]  # Detectron2's, one of an image
 class Detector(nn.Module):
     """A meta-architecture of this package: `DINO`, or another one that derives from this.
 
-    Beside Detectron2's interface (a list of dicts in; losses in training, dicts with "instances"
-    otherwise) it has what the methods here say, and may override them.
+    Besides Detectron2's interface (a list of dicts in; losses in training, dicts with "instances"
+    otherwise), subclasses may override the methods here.
 
     Args:
         backbone: follows Detectron2's backbone interface
@@ -47,15 +47,19 @@ class Detector(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def loss_divisor(self, batch: Batch) -> int:
-        """What the losses of a batch are divided by, before it is averaged over workers: the number
-        of its boxes. Batches that are accumulated to a step weigh by it."""
+    def loss_divisor(self, batch: list[dict]) -> int:
+        """The divisor of a batch's losses before it is averaged over workers: its number of boxes.
+
+        It is also the weight of a batch in gradient accumulation.
+        """
         return sum(len(x["instances"]) for x in batch)
 
-    def settings(self) -> dict[str, Any]:
-        """What this model and its weights have to agree on without a tensor's shape telling; saved
-        beside the weights, and compared when they are loaded."""
-        found: dict[str, Any] = {
+    def settings(self) -> dict:
+        """Settings that a model and its weights must agree on, besides tensors' shapes.
+
+        Saved with the weights, and compared when they are loaded.
+        """
+        found = {
             "pixel_mean": [round(x, 3) for x in self.pixel_mean.flatten().tolist()],
             "pixel_std": [round(x, 3) for x in self.pixel_std.flatten().tolist()],
         }
@@ -66,5 +70,5 @@ class Detector(nn.Module):
 
     @staticmethod
     def count_classes(state: State) -> int | None:
-        """How many classes a state dict detects; None: it is none of a detector like this."""
+        """The number of classes of a state dict; None if it is not of such a detector."""
         return adapt.count_classes(state)

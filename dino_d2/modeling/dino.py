@@ -16,7 +16,7 @@ from ..layouts.dino import detect_format
 from ..layouts.renaming import CheckpointError
 from ..names import hint, plural
 from ..ranges import require_positive, require_whole
-from ..structures import Branch, DetectorOutput, Target, send
+from ..structures import Branch, DetectorOutput, Target, send_to_device
 from .branches import decode
 from .build import build_parts
 from .criterion import SetCriterion
@@ -44,7 +44,7 @@ class DINO(Detector):
         decoder: maps queries and pyramid to the predictions of each layer
         criterion: maps a :class:`DetectorOutput` and targets to a dict of losses
         denoising: maps targets to a :class:`Branch`; None trains without
-        branches: what else exists in training only, see `branches.py`
+        branches: other training-only branches, see `branches.py`
         num_classes: K
         max_detections: per image
         pixel_mean, pixel_std: per channel, in the order and range of the input images
@@ -132,9 +132,9 @@ class DINO(Detector):
         """Detectron2's standard interface.
 
         Args:
-            batched_inputs: one dict per image with "image" (C, H, W), in training also
-                "instances" with gt_boxes and gt_classes, in inference optionally the "height"
-                and "width" that results are to be in
+            batched_inputs: one dict per image with "image" (C, H, W); in training also "instances"
+                with gt_boxes and gt_classes; in inference optionally "height" and "width" of the
+                results
 
         Returns:
             in training a dict of weighted losses, otherwise a dict with "instances" per image
@@ -145,11 +145,11 @@ class DINO(Detector):
         images = self.preprocess_images(batched_inputs)
         return self.criterion(self.detect(images.tensor, padding_mask(images), targets), targets)
 
-    def inference(self, batched_inputs: Batch) -> list[dict[str, Any]]:
-        """Detections, independent of what else is in the batch.
+    def inference(self, batched_inputs: list[dict]) -> list[dict]:
+        """Detect, independently of what else is in the batch.
 
-        Only images of the same size share a forward pass. Padding is masked in the attention,
-        but convolutions see across its border and GroupNorm averages over it.
+        Only images of the same size share a forward pass. Padding is masked in the attention, but
+        convolutions see across its border and GroupNorm averages over it.
         """
         same_size = defaultdict(list)
         for i, x in enumerate(batched_inputs):
@@ -166,12 +166,12 @@ class DINO(Detector):
     def detect(
         self, pixels: Tensor, padding: Tensor, targets: list[Target] | None = None
     ) -> DetectorOutput:
-        """The detector: every prediction of every stage.
+        """All predictions of every stage.
 
         Args:
             pixels: (B, 3, H, W), normalised, zero on padding
             padding: (B, H, W), True on padding
-            targets: with them, as in training, there are denoising and other branches, too
+            targets: for training, adds denoising and other branches
         """
         call = recompute if self.recompute_backbone else nn.Module.__call__
         memory = self.encoder(self.neck(call(self.backbone, pixels)), padding)
@@ -181,11 +181,11 @@ class DINO(Detector):
         others = [make(targets, queries, memory) for make in training_only if make]
         return DetectorOutput(decode(self.decoder, memory, result, others))
 
-    def preprocess_images(self, batched_inputs: Batch) -> ImageList:
-        """Normalises, and pads to a common size with zeros.
+    def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise images, and pad them with zeros to a common size.
 
         Raises:
-            ValueError: there is no image, or one of another number of channels
+            ValueError: there is no image, or one with another number of channels
         """
         if not batched_inputs:
             raise ValueError("a training batch has no images; is the data loader's batch size 0?")
@@ -194,7 +194,7 @@ class DINO(Detector):
                 raise ValueError(
                     WRONG_CHANNELS.format(plural(len(x["image"]), "channel"), len(self.pixel_mean))
                 )
-        images = [send(x["image"], like=self.pixel_mean) for x in batched_inputs]
+        images = [send_to_device(x["image"], like=self.pixel_mean) for x in batched_inputs]
         images = [(x.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(
             images,
@@ -202,11 +202,8 @@ class DINO(Detector):
             padding_constraints=self.backbone.padding_constraints,
         )
 
-    def prepare_targets(self, batched_inputs: Batch) -> list[Target]:
-        """
-        Raises:
-            ValueError: a class that the model does not have
-        """
+    def prepare_targets(self, batched_inputs: list[dict]) -> list[Target]:
+        """Labels and relative boxes; a ValueError for a class that the model does not have."""
         targets = []
         for x in batched_inputs:
             instances: Instances = x["instances"]
@@ -222,7 +219,9 @@ class DINO(Detector):
             height, width = instances.image_size
             boxes = xyxy_to_cxcywh(instances.gt_boxes.tensor)
             boxes = boxes / boxes.new_tensor([width, height] * 2)
-            targets.append(Target(*(send(x, like=self.pixel_mean) for x in (classes, boxes))))
+            targets.append(
+                Target(*(send_to_device(x, like=self.pixel_mean) for x in (classes, boxes)))
+            )
         return targets
 
 
@@ -234,8 +233,8 @@ def padding_mask(images: ImageList) -> Tensor:
     return mask
 
 
-def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_: Any) -> None:
-    """Detectron2's own checkpointer would load the few tensors whose names happen to fit."""
+def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_) -> None:
+    """Detectron2's own checkpointer would only load the few tensors whose names fit by chance."""
     layout = detect_format(state)
     if layout in ("official", "detrex", "mmdet"):
         raise CheckpointError(
@@ -244,7 +243,7 @@ def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_: Any) -> None
         )
 
 
-def rescale(instances: Instances, x: dict[str, Any]) -> Instances:
-    """To the resolution that the input asks for, by default that of the input."""
+def rescale(instances: Instances, x: dict) -> Instances:
+    """Scale boxes to the size that the input asks for, by default its own size."""
     height, width = instances.image_size
     return detector_postprocess(instances, x.get("height", height), x.get("width", width))

@@ -97,13 +97,11 @@ class Encoder(nn.Module):
         )
 
     def forward(self, levels: list[Tensor], padding: Tensor) -> FeaturePyramid:
-        """
+        """Flatten and encode feature maps; returns the memory for the decoder.
+
         Args:
             levels: one (B, C, H_l, W_l) map per level, finest first
             padding: (B, H, W) of the input images
-
-        Returns:
-            the memory that the decoder looks at
         """
         pyramid = flatten(
             levels,

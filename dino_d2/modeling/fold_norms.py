@@ -1,4 +1,4 @@
-"""What makes a trained model faster where it will not be trained any more."""
+"""Makes a trained model faster for inference."""
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
@@ -6,10 +6,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
 def fold_norms(model: nn.Module) -> nn.Module:
-    """Merge batch norms, frozen or in evaluation mode, into the convolutions before them, in place.
+    """Merge frozen or evaluated batch norms into the preceding convolutions, in place.
 
-    Detections stay the same up to rounding, but the model has other parameters: it can neither be
-    trained nor saved as a checkpoint of its config.
+    Detections stay the same up to rounding, but the model can no longer be trained, or saved as a
+    checkpoint of its config.
     """
     for conv in model.modules():
         if not isinstance(conv, Conv2d):  # Detectron2's, which owns its norm

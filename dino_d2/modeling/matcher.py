@@ -24,7 +24,14 @@ MATCHER_REGISTRY = Registry("MATCHER")
 
 @MATCHER_REGISTRY.register()
 class HungarianMatcher:
-    """A plain callable: it has no parameters.
+    """Optimal matching; a plain callable without parameters.
+
+    >>> logits = torch.tensor([[4.0], [-4.0], [-4.0]])  # of three queries, for one class
+    >>> boxes = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1], [0.5, 0.5, 1.0, 1.0]])
+    >>> target = Target(torch.tensor([0]), torch.tensor([[0.2, 0.2, 0.1, 0.1]]))
+    >>> match = HungarianMatcher()(Predictions(logits[None, None], boxes[None, None]), [target])
+    >>> match.queries, match.targets
+    (tensor([[0]]), tensor([[0]]))
 
     Args:
         class_cost, bbox_cost, giou_cost: weights of the focal, L1 and generalized IoU costs
@@ -46,12 +53,11 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: list[Target]) -> Match:
-        """Matches every stage and image by itself; the device is waited for once. The match is on
-        the CPU, where it is found and where looking at it is free.
+        """Match every stage and image; synchronises with the device once. The match is on the CPU.
 
-        Costs that are not finite, because a prediction or a box is not, are taken to be very high:
-        there is always a match. That the losses are not finite either is for the trainer to see, on
-        all workers at once; one that raised here would leave the others waiting.
+        Costs that are not finite, because a prediction or a box is not, count as very high, so
+        there is always a match. The trainer handles losses that are not finite on all workers
+        together; an exception here would leave the other workers waiting.
 
         Args:
             predictions: of N stages, (N, B, Q, .)
@@ -59,11 +65,11 @@ class HungarianMatcher:
         """
         costs = self.costs(predictions, targets)
         counts = [len(target.labels) for target in targets]
-        images, queries, matched = assign(costs.cpu(), counts)
+        images, queries, matched = assign_queries(costs.cpu(), counts)
         return Match(images[0], queries, matched)
 
     def costs(self, predictions: Predictions, targets: list[Target]) -> Tensor:
-        """Costs (N, Q, M) of all boxes of the batch, each for the queries of its own image."""
+        """Costs (N, Q, M) of all boxes of the batch, for the queries of their own image."""
         stages, _, queries, _ = predictions.boxes.shape
         counts = [len(target.labels) for target in targets]
         costs = predictions.logits.new_empty(stages, queries, sum(counts))
@@ -74,12 +80,12 @@ class HungarianMatcher:
         return costs
 
     def fill(self, costs: Tensor, predictions: Predictions, target: Target) -> None:
-        """Writes the costs (N, Q, M) of an image with boxes, whose predictions are (N, Q, .)."""
+        """Write the costs (N, Q, M) of an image with boxes, whose predictions are (N, Q, .)."""
         for part, labels, boxes in in_parts(costs, target):
             part.copy_(self.cost(predictions.logits[..., labels], predictions.boxes, boxes))
 
     def cost(self, logits: Tensor, predicted: Tensor, boxes: Tensor) -> Tensor:
-        """Cost (..., Q, M) of giving each query of an image each of M boxes.
+        """Cost (..., Q, M) of matching each query of an image with each of M boxes.
 
         Args:
             logits: (..., Q, M), of each query for the class of each box
@@ -95,11 +101,11 @@ class HungarianMatcher:
 
 @MATCHER_REGISTRY.register()
 class PositionModulatedMatcher(HungarianMatcher):
-    """The class counts for less where the box fits less (Stable-DINO, arXiv 2304.04742).
+    """The class counts less for boxes that fit less (Stable-DINO, arXiv 2304.04742).
 
     The focal cost is that of the probability p * u^0.5, where u = (GIoU + 1) / 2 is divided by the
-    largest u of the image, over all its queries and boxes in the same stage. (In the published code
-    the boxes of other images in the batch take part, and of several of one class the last counts.)
+    largest u of the image, over all its queries and boxes in a stage. (The published code includes
+    boxes of other images in the batch and, of several boxes of a class, uses the last.)
     """
 
     power = 0.5
@@ -136,7 +142,7 @@ def scale_probability(logits: Tensor, factor: Tensor) -> Tensor:
 
 
 def focal_change(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    """By how much the focal loss of each logit is more for an object than for background."""
+    """How much larger the focal loss of each logit is for an object than for background."""
     there, absent = (
         sigmoid_focal_loss(logits, torch.full_like(logits, is_object), alpha, gamma)
         for is_object in (1.0, 0.0)
@@ -144,7 +150,7 @@ def focal_change(logits: Tensor, alpha: float, gamma: float) -> Tensor:
     return there - absent
 
 
-def assign(costs: Tensor, counts: list[int]) -> Tensor:
+def assign_queries(costs: Tensor, counts: list[int]) -> Tensor:
     """The cheapest assignment of every stage and image, on the CPU.
 
     Args:
@@ -169,18 +175,22 @@ def assign(costs: Tensor, counts: list[int]) -> Tensor:
 
 
 def queries_of_boxes(match: Match, num_boxes: int) -> Tensor:
-    """Which query of its image stands for each box of the batch, -1 where none does because there
-    are more boxes than queries: (N, num_boxes) from the match of N stages."""
+    """The matched query of each box of the batch, (N, num_boxes), from the match of N stages.
+
+    -1 for boxes without a query, if there are more boxes than queries.
+    """
     table = match.queries.new_full((len(match.queries), num_boxes), -1)
     return table.scatter(1, match.targets, match.queries)
 
 
 def instability(queries: Tensor) -> Tensor:
-    """Share of the boxes that another query stands for than in the stage before, in [0, 1].
+    """The share of boxes whose query differs from that of the stage before, in [0, 1].
 
-    After the instability of DN-DETR (section 3), which compares two epochs where this compares two
-    stages of one forward pass, and counts, per image, the queries whose box differs: a box that
-    goes from one query to another counts there for two, here once, and is a share of all boxes.
+    After DN-DETR (section 3), which compares two epochs in place of two stages, and counts queries
+    whose box differs, so that a box that changes its query counts twice.
+
+    >>> instability(torch.tensor([[0, 1, 2, 3], [0, 1, 3, 2]]))
+    tensor([0.5000])
 
     Args:
         queries: (N, M) of `queries_of_boxes`, stages in the order in which they refine each other

@@ -24,7 +24,7 @@ class AnchorPosition(nn.Module):
 
 
 class LearnedPosition(nn.Module):
-    """Position head of Deformable DETR's decoder: the positions that the queries came with."""
+    """Position head of Deformable DETR's decoder: the learned positions of the queries."""
 
     def forward(self, queries: Queries, memory: FeaturePyramid, layer: int) -> Tensor:
         """(B, Q, C), the same for every layer."""
@@ -33,8 +33,10 @@ class LearnedPosition(nn.Module):
 
 
 class ScaledAnchorPosition(AnchorPosition):
-    """Position head of DAB-Deformable-DETR: the content says how much the place counts
-    (conditional scale, DAB-DETR, equation 4); not so in the first layer."""
+    """Position head of DAB-Deformable-DETR, scaled by the content except in the first layer.
+
+    (Conditional scale, DAB-DETR, equation 4.)
+    """
 
     def __init__(self, *, embed_dim: int):
         super().__init__(embed_dim=embed_dim)

@@ -1,4 +1,4 @@
-"""From the predictions of the last layer to detections, and to Detectron2's instances."""
+"""Turns the predictions of the last layer into detections and Detectron2's instances."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from ..structures import Predictions
 
 
 class Detections(NamedTuple):
-    """The N best (query, class) pairs of each image, the surest first."""
+    """The N best (query, class) pairs of each image, in descending order of score."""
 
     boxes: Tensor  # (B, N, 4), corners
     scores: Tensor  # (B, N), in [0, 1]
@@ -19,14 +19,14 @@ class Detections(NamedTuple):
 
 
 def best_pairs(predictions: Predictions, max_detections: int) -> Detections:
-    """The best (query, class) pairs of each image; a query may give several. No NMS.
+    """The best (query, class) pairs of each image, without NMS; a query may appear several times.
 
     Args:
         predictions: of B images
-        max_detections: N; at most Q * K can be had
+        max_detections: N, at most Q * K
 
     Returns:
-        boxes are relative to the image without its padding, as those of the predictions
+        with boxes relative to the image without its padding
     """
     num_classes = predictions.logits.shape[-1]
     # Probabilities in bfloat16 would tie where logits do not.
@@ -43,13 +43,18 @@ def postprocess(
 ) -> list[Instances]:
     """The best pairs of each image as instances.
 
+    >>> predictions = Predictions(torch.zeros(1, 1, 1), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]))
+    >>> (instances,) = postprocess(predictions, [(480, 640)], max_detections=1)
+    >>> instances.pred_boxes, instances.scores, instances.pred_classes
+    (Boxes(tensor([[  0.,   0., 640., 480.]])), tensor([0.5000]), tensor([0]))
+
     Args:
         predictions: of B images
-        image_sizes: (height, width) of each image without padding, to which boxes are scaled
-        max_detections: per image, at most Q * K can be had
+        image_sizes: (height, width) of each image without padding, to scale boxes to
+        max_detections: per image, at most Q * K
 
     Returns:
-        instances with pred_boxes, scores (falling) and pred_classes
+        instances with pred_boxes, scores in descending order, and pred_classes
     """
     results = []
     for box, score, label, (height, width) in zip(

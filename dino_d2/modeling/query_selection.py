@@ -29,10 +29,9 @@ QUERY_SELECTION_REGISTRY = Registry("QUERY_SELECTION")
 
 @QUERY_SELECTION_REGISTRY.register()
 class StaticQueries(nn.Module):
-    """The same `num_queries` learned queries for every image.
+    """The same `num_queries` learned queries for every image, without proposals.
 
-    They propose nothing, so `num_classes` goes unused; it is taken so that one key of a config
-    changes one kind of selection for another.
+    `num_classes` is ignored; it exists so that configs can change the kind of selection by one key.
     """
 
     @configurable
@@ -54,10 +53,12 @@ class StaticQueries(nn.Module):
 
 @QUERY_SELECTION_REGISTRY.register()
 class PureQuerySelection(nn.Module):
-    """The tokens that the encoder's own class head scores highest, with the boxes that its own
-    box head gives them. An image with fewer tokens than `num_queries` gets as many queries as it
-    has tokens (the published implementations fail there). Tokens without an anchor take part with
-    the score of a zero token, as they do in the published ones: training keeps that low."""
+    """The tokens with the highest class scores, and boxes of the encoder's box head.
+
+    An image with fewer tokens than `num_queries` gets as many queries as tokens (the published
+    implementations fail). Tokens without an anchor take part with the score of a zero token, as in
+    the published implementations; training keeps it low.
+    """
 
     @configurable
     def __init__(self, *, num_queries: int, embed_dim: int, num_classes: int):
@@ -77,7 +78,7 @@ class PureQuerySelection(nn.Module):
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, Predictions]:
         tokens, anchors, logits = self.candidates(memory)
         best = self.best(logits.amax(-1))
-        tokens, anchors, logits = (take(x, best) for x in (tokens, anchors, logits))
+        tokens, anchors, logits = (take_tokens(x, best) for x in (tokens, anchors, logits))
         boxes = (self.box_head(tokens) + anchors).sigmoid()
         return Queries(self.content_of(tokens), boxes.detach()), Predictions(logits, boxes)
 
@@ -100,8 +101,10 @@ class PureQuerySelection(nn.Module):
 
 @QUERY_SELECTION_REGISTRY.register()
 class MixedQuerySelection(PureQuerySelection):
-    """Anchors as in pure selection, content learned: a token may hold several objects or only a
-    part of one, so it says where to look but not what to look for."""
+    """Anchors as in pure selection, but learned content.
+
+    A token may hold several objects or a part of one, so it only says where to look.
+    """
 
     @configurable
     def __init__(self, *, num_queries: int, embed_dim: int, num_classes: int):
@@ -113,7 +116,7 @@ class MixedQuerySelection(PureQuerySelection):
         return self.content.weight[: tokens.shape[1]].expand(tokens.shape[0], -1, -1)
 
 
-def take(x: Tensor, indices: Tensor) -> Tensor:
+def take_tokens(x: Tensor, indices: Tensor) -> Tensor:
     """The tokens `indices` (B, Q) of `x` (B, S, .)."""
     return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
 
@@ -145,8 +148,9 @@ def proposal_anchors(memory: FeaturePyramid, side: float = 0.05) -> Tensor:
 
 
 class PointQueries(nn.Module):
-    """Queries of Deformable DETR: content and position are learned, and the point to look at first
-    is a linear function of the position.
+    """Queries of Deformable DETR: learned content and position.
+
+    The reference point is a linear function of the position.
 
     Args:
         num_queries: Q
@@ -170,9 +174,11 @@ class PointQueries(nn.Module):
 
 
 class ProposalQueries(PureQuerySelection):
-    """Queries of two-stage Deformable DETR (appendix A.4): the proposals of the highest objectness,
-    which is the logit of class 0; content and position are functions of the proposal's box, the
-    feature of its token is not used."""
+    """Queries of two-stage Deformable DETR (appendix A.4): the proposals of the highest objectness.
+
+    Objectness is the logit of class 0. Content and position are functions of the proposed box; the
+    token's feature is not used.
+    """
 
     def __init__(self, *, num_queries: int = 300, embed_dim: int = 256, num_classes: int):
         super().__init__(num_queries=num_queries, embed_dim=embed_dim, num_classes=num_classes)
@@ -182,10 +188,10 @@ class ProposalQueries(PureQuerySelection):
         xavier_uniform_(self.box_proj)
 
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, Predictions]:
-        """The predictions are those of all S tokens."""
+        """Select queries; the predictions are those of all S tokens."""
         tokens, anchors, logits = self.candidates(memory)
         boxes = (self.box_head(tokens) + anchors).sigmoid()
-        reference = take(boxes, self.best(logits[..., 0])).detach()
+        reference = take_tokens(boxes, self.best(logits[..., 0])).detach()
         encoding = encode(reference, self.embed_dim // 2, temperature=10000.0).flatten(-2)
         position, content = self.box_norm(self.box_proj(encoding)).chunk(2, dim=-1)
         return Queries(content, reference, position), Predictions(logits, boxes)

@@ -9,14 +9,9 @@ from torchvision.ops import StochasticDepth
 
 
 def window_reverse(windows: Tensor, side: int, height: int, width: int) -> Tensor:
-    """Puts windows together again.
+    """Merge windows (B * n, side, side, C), row by row, to (B, height, width, C).
 
-    Args:
-        windows: (B * n, side, side, C), the n windows of an image row by row
-        side, height, width: in tokens, height and width are multiples of side
-
-    Returns:
-        (B, height, width, C)
+    Height and width are multiples of side, in tokens.
     """
     channels = windows.shape[-1]
     rows = windows.view(-1, width // side, side, side, channels).transpose(1, 2)
@@ -28,12 +23,14 @@ swin.window_reverse = window_reverse
 
 
 class SwinTransformer(Detectron2Swin):
-    """Detectron2's, with three obstacles taken out of the way: stochastic depth is torchvision's,
-    not that of `timm`; its `size_divisibility` raises AttributeError, while images of any size
-    are fine, as windows are padded inside; and exported graphs are for any number of images.
+    """Detectron2's, with three fixes.
+
+    Stochastic depth does not need `timm`; images may have any size, as windows are padded inside
+    (in Detectron2, `size_divisibility` raises an AttributeError); and exported graphs accept any
+    number of images.
 
     Args:
-        drop_path_rate: probability of leaving the last block out; rises linearly from 0
+        drop_path_rate: probability of dropping the last block; rises linearly from 0
         options: of Detectron2's SwinTransformer
     """
 

@@ -11,8 +11,13 @@ from ..structures import FeaturePyramid
 def flatten(
     levels: list[Tensor], padding: Tensor, level_embed: Tensor, **encoding: float
 ) -> FeaturePyramid:
-    """One sequence of tokens from feature maps (B, C, H_l, W_l), a mask (B, H, W) and the
-    embeddings (L, C) that tell levels apart; `encoding` is for `encode_pixels`."""
+    """Flatten feature maps (B, C, H_l, W_l) to one sequence of tokens.
+
+    Args:
+        padding: mask (B, H, W)
+        level_embed: (L, C), distinguishes levels
+        encoding: arguments of `encode_pixels`
+    """
     masks = [F.interpolate(padding[None].float(), size=x.shape[-2:])[0].bool() for x in levels]
     positions = [
         encode_pixels(mask, x.shape[1], **encoding) + embed
@@ -28,7 +33,7 @@ def flatten(
 
 
 def valid_ratio(padding: Tensor) -> Tensor:
-    """Mask (B, H, W) to the share (B, 2) of its width and height that is not padding."""
+    """The share (B, 2) of width and height of a mask (B, H, W) that is not padding."""
     inside = (~padding).float()
     return torch.stack([inside[:, 0].mean(1), inside[:, :, 0].mean(1)], -1)
 
@@ -45,6 +50,8 @@ def token_centers(pyramid: FeaturePyramid) -> Tensor:
 
 
 def scale_to_levels(reference: Tensor, valid_ratios: Tensor) -> Tensor:
-    """Boxes (B, Q, 4) or points (B, Q, 2) relative to the image to (B, Q, L, .) relative to each
-    padded level; `valid_ratios` (B, L, 2) are those of the pyramid."""
+    """Convert boxes (B, Q, 4) or points (B, Q, 2) from image to padded levels: (B, Q, L, .).
+
+    `valid_ratios` (B, L, 2) are those of the pyramid.
+    """
     return reference[:, :, None] * valid_ratios.tile(reference.shape[-1] // 2)[:, None]

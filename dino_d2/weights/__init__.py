@@ -1,1 +1,1 @@
-"""Files of weights: getting and reading them, fitting them to a model, publishing them."""
+"""Files of weights: downloads, reading and writing, fitting to a model, published checkpoints."""

@@ -31,21 +31,20 @@ BEST = "model_best"  # the name of the checkpoint with the best evaluation
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, for DINO and for whatever weights there are of it.
+    """Detectron2's checkpointer, for DINO and weights of any of its implementations.
 
-    The format of a file is detected, see `layouts/`; what is none of DINO is taken for a
-    backbone, as Detectron2 does. The log says how many tensors were loaded, and which were missing,
-    unexpected or of another shape. Classes of the same name keep their weights, others start anew.
-    What weights expect of the model (see `Detector.settings`) is checked, and saved with our own.
+    The format of a file is detected, see `layouts/`; unknown ones are read as a backbone, as by
+    Detectron2. The log says how many tensors were loaded, missing, unexpected or of another shape.
+    Classes of the same name keep their weights, others are initialised. The settings that weights
+    need (see `Detector.settings`) are checked, and saved with our own.
 
     Args:
         model: to load and save
         save_dir: where to save
         classes: names of the model's classes; None: those of COCO if there are 80 or 91, numbers
             otherwise
-        complete: whether weights have to fill the model, as for evaluation; resuming a training
-            sets it
-        checkpointables: what else is saved, and loaded when a training is resumed
+        complete: weights have to fill the model, as for evaluation and when a training is resumed
+        checkpointables: what else to save, and to load on a resume
     """
 
     def __init__(
@@ -65,10 +64,7 @@ class Checkpointer(DetectionCheckpointer):
         self.opened: OpenedWeights | None = None  # while it is loaded
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """The file is complete or not there at all, also if the program ends meanwhile.
-
-        Of a sharded model, every worker has to call this; one writes.
-        """
+        """Save atomically; collective for a sharded model, where one worker writes."""
         state = {key: x.state_dict() for key, x in self.checkpointables.items()}
         state = gather({"model": self.model.state_dict(), **state})
         if not self.save_dir or not self.save_to_disk:
@@ -84,10 +80,7 @@ class Checkpointer(DetectionCheckpointer):
             file.write(last_filename_basename.encode())
 
     def get_checkpoint_file(self) -> str:
-        """
-        Raises:
-            CheckpointError: `last_checkpoint` names no file
-        """
+        """The path in `last_checkpoint`; a CheckpointError if it names no file."""
         place = os.path.join(self.save_dir, "last_checkpoint")
         with open(place, "rb") as file:
             name = file.read().decode(errors="replace").strip()
@@ -100,14 +93,14 @@ class Checkpointer(DetectionCheckpointer):
         return path
 
     def description(self) -> dict:
-        """What is saved beside the weights, to be checked by `load`."""
+        """What is saved with the weights, to be checked by `load`."""
         return {"dino_d2": self.model.settings() | {"classes": self.names and list(self.names)}}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
-        """Loads a training's last checkpoint that is whole, or else the weights at `path`.
+        """Load the last intact checkpoint of a training, or else the weights at `path`.
 
         Raises:
-            CheckpointError: none of the checkpoints is whole, or does not fit
+            CheckpointError: no checkpoint is intact, or it does not fit
         """
         if not (resume and self.has_checkpoint()):
             return self.load(path, checkpointables=[])
@@ -124,22 +117,22 @@ class Checkpointer(DetectionCheckpointer):
         return self.load(files[-1])
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a training to go on with, also if `last_checkpoint` is lost."""
+        """Whether there is a training to resume, even without `last_checkpoint`."""
         return super().has_checkpoint() or bool(self.numbered_files())
 
     def numbered_files(self) -> list[str]:
-        """What a training has saved, the latest first."""
+        """The checkpoints of a training, the latest first."""
         return sorted(glob(os.path.join(escape(self.save_dir), "model_[0-9]*.pth")), reverse=True)
 
     def load(self, path: str | OpenedWeights, *args: Any, **kwargs: Any) -> dict:
-        """Loads weights of any form, and says how far they fit.
+        """Load weights of any format, and report how they fit.
 
         Args:
-            path: as of `open_weights`, or what that has opened; "": nothing is loaded
+            path: as of `open_weights`, or its result; "": nothing is loaded
 
         Raises:
-            CheckpointError: the file cannot be had or is damaged, nothing or (if it has to be
-                complete) not all of it fits, or the model has other settings than it needs
+            CheckpointError: the file is missing or damaged, nothing or (if `complete`) not all of
+                it fits, or the weights need other settings of the model
         """
         if not path and self.complete:
             raise CheckpointError("there is no checkpoint: all of the model would be random")
@@ -191,7 +184,6 @@ class Checkpointer(DetectionCheckpointer):
         return unfit if fits else unfit._replace(missing_keys=[], unexpected_keys=[])
 
     def fit(self, state: State, opened: OpenedWeights) -> tuple[State, list[str]]:
-        """Weights, or their average, for the heads and the classes of the model; and its classes
-        that are new to them."""
+        """Fit weights to the model's heads and classes; also returns classes without weights."""
         state = fit_heads(state, self.model, opened.file)
         return fit_classes(state, opened, self.model, self.classes, named=bool(self.names))

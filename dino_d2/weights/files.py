@@ -1,4 +1,4 @@
-"""Gets, reads and writes checkpoint files; reading never runs code that a file brings along."""
+"""Downloads, reads and writes checkpoint files; reading never executes code in a file."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ USUAL_PLACES = "", "model", "blobs"  # of PyTorch's, Detectron2's and Caffe2's f
 
 
 class ReleaseHandler(PathHandler):
-    """`dino_d2://NAME` is the file of a published checkpoint, by its name in the model zoo."""
+    """Resolves `dino_d2://NAME` to the file of a published checkpoint."""
 
     PREFIX = "dino_d2://"
 
@@ -38,9 +38,10 @@ class ReleaseHandler(PathHandler):
         return [self.PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        """
+        """Download a published checkpoint into the cache.
+
         Raises:
-            FileNotFoundError: no such name, or a file that has to be downloaded by hand and is not
+            FileNotFoundError: no such name, or a file that has to be downloaded by hand first
         """
         release = find(path.removeprefix(self.PREFIX))
         if not release.by_hand:
@@ -58,7 +59,7 @@ PathManager.register_handler(ReleaseHandler())
 
 
 def fetch(path: str) -> str:
-    """The local path of a file or URL, downloaded into Detectron2's cache if need be.
+    """The local path of a file or URL, downloaded into Detectron2's cache if necessary.
 
     Raises:
         CheckpointError: there is no such file, or no connection
@@ -79,21 +80,15 @@ def fetch(path: str) -> str:
 
 
 class DamagedCheckpoint(CheckpointError):
-    """What is in a file is not, or not all of, a checkpoint."""
+    """A file is not a complete checkpoint."""
 
 
 def read(path: str, *, mmap: bool = False) -> dict:
-    """The content of a `.pkl`, `.safetensors` or PyTorch file: tensors, arrays and plain Python
-    values.
-
-    Args:
-        path: of the file
-        mmap: leave the tensors of a PyTorch file on the disk until they are used, so that a model
-            is not in memory twice; the file has to stay as it is as long as they are
+    """Read a `.pkl`, `.safetensors` or PyTorch file: tensors, arrays and plain Python values.
 
     Raises:
-        DamagedCheckpoint: it is truncated, or no checkpoint
-        CheckpointError: it cannot be opened, or holds something else
+        DamagedCheckpoint: it is incomplete, or not a checkpoint
+        CheckpointError: it cannot be opened, or contains something else
     """
     try:
         read_as = {".pkl": _read_pickle, ".safetensors": _read_safetensors}
@@ -117,12 +112,12 @@ def read(path: str, *, mmap: bool = False) -> dict:
 
 
 class Weights(NamedTuple):
-    """A state dict, and what it is.
+    """A state dict and its format.
 
     Attributes:
-        state: its tensors, by names without the parts that wrappers add
-        form: as `detect_format` has it
-        note: a sentence on what was taken and what taken off, "" where there is nothing to say
+        state: tensors by name, without the prefixes of wrappers
+        form: as by `detect_format`
+        note: a sentence on what was selected and renamed, or ""
     """
 
     state: State
@@ -131,16 +126,15 @@ class Weights(NamedTuple):
 
 
 def weights(checkpoint: dict, filename: str, *, averaged: bool = False) -> Weights:
-    """The state dict in a checkpoint, however deep tools have put it and whatever they have put
-    before its names.
+    """Find the state dict in a checkpoint, at any depth, and remove prefixes of its names.
 
-    Of several, one of a known layout comes first, then one that is no moving average (nothing on
-    the way to it is called "ema"), then the largest, then the first.
+    Of several, a known format comes first, then one that is not a moving average (no key on the way
+    to it is "ema"), then the largest, then the first.
 
     Args:
-        checkpoint: what `read` returns
-        filename: for sentences
-        averaged: take a moving average
+        checkpoint: as returned by `read`
+        filename: for messages
+        averaged: select a moving average
 
     Raises:
         CheckpointError: there is none, or it is of another model
@@ -172,7 +166,7 @@ def weights(checkpoint: dict, filename: str, *, averaged: bool = False) -> Weigh
 
 
 def _state_dicts(checkpoint: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
-    """Every dict of named tensors, and the keys that lead to it."""
+    """Every dict of named tensors, with the keys that lead to it."""
     state = {k: x for k, x in checkpoint.items() if isinstance(k, str) and _is_numeric(x)}
     if state:
         yield ".".join(path), state
@@ -187,8 +181,10 @@ def _is_average(place: str) -> bool:
 
 
 def _unwrap(state: dict) -> tuple[dict, str | None, list[str]]:
-    """Names without the parts of wrappers and, where that makes a layout of them, without what all
-    begin with; the layout; and what was taken off."""
+    """Remove the prefixes of wrappers, and a common prefix if the format is known without it.
+
+    Returns the state, its format, and what was removed.
+    """
     removed = sorted({f"'{part}'" for key in state for part in WRAPPERS.findall(key)})
     state = {WRAPPERS.sub("", key): x for key, x in state.items()}
     common = os.path.commonprefix(list(state)).split(".")[:-1]
@@ -205,7 +201,7 @@ def _is_numeric(x: Any) -> bool:
 
 
 def _obvious(path: str) -> str:
-    """What a file is that is taken for a checkpoint most often, if it is one of these."""
+    """What a file is, if it is one that is often mistaken for a checkpoint."""
     with open(path, "rb") as file:
         start = file.read(100).lstrip()
     if not start:
@@ -214,10 +210,10 @@ def _obvious(path: str) -> str:
 
 
 def write(data: dict, path: str) -> None:
-    """Saves a checkpoint, completely or not at all.
+    """Write a checkpoint atomically.
 
     Raises:
-        CheckpointError: the disk is full, or the folder cannot be written to
+        CheckpointError: the disk is full, or the folder is not writable
     """
     try:
         with replacing(path) as file:
@@ -231,7 +227,7 @@ def write(data: dict, path: str) -> None:
 
 
 class _ForeignObject:
-    """Stands for an object of a class that is not PyTorch's: nothing of it is kept or run."""
+    """A placeholder for objects of unknown classes, which are neither kept nor executed."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -254,7 +250,7 @@ def _read_safetensors(path: str) -> State:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows arrays and refuses everything else."""
+    """Unpickles arrays and refuses everything else."""
 
     ALLOWED = frozenset(
         {

@@ -1,4 +1,4 @@
-"""Weights of any file, made those of a model: their layout, heads, classes and windows."""
+"""Converts weights of any format to ours."""
 
 import logging
 from collections.abc import Callable
@@ -33,7 +33,7 @@ CONVERTERS = DETECTORS | BACKBONES
 
 
 class OpenedWeights(NamedTuple):
-    """What is in a file of weights; read once, and handed on to whoever needs some of it."""
+    """The content of a file of weights, which is read only once."""
 
     file: str
     form: str | None  # as `detect_format` has it
@@ -43,20 +43,20 @@ class OpenedWeights(NamedTuple):
     note: str  # a sentence on what was taken of the file, "" where there is nothing to say
 
     def classes(self, number: int) -> ClassNames | None:
-        """What the `number` rows of the class heads stand for; None: that is not known."""
+        """The names of the `number` rows of the class heads; None if unknown."""
         return self.settings.get("classes") or coco_classes(number)
 
 
 def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> OpenedWeights:
-    """Gets and reads a file of weights.
+    """Download and read a file of weights.
 
     Args:
         path: file, URL or `dino_d2://NAME` of a published checkpoint
-        averaged: take the moving average that a training has saved beside its weights
-        mmap: as of `read`, for weights that are copied into a model and then forgotten
+        averaged: use the moving average that a training saved with its weights
+        mmap: as of `read`, for weights that are only copied into a model
 
     Raises:
-        CheckpointError: it cannot be had, is damaged, or has no weights that are known
+        CheckpointError: the file is missing or damaged, or has no known weights
     """
     file = fetch(path)
     checkpoint = read(file, mmap=mmap)
@@ -69,18 +69,20 @@ def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> Op
 
 
 def to_ours(state: State, form: str | None) -> State:
-    """From any format that `detect_format` knows."""
+    """Convert weights from any format that `detect_format` knows."""
     return CONVERTERS[form](state) if form in CONVERTERS else state
 
 
 def coco_classes(number: int) -> ClassNames | None:
-    """Names of the classes of COCO, if there are as many as one of its two ways of counting has."""
+    """COCO's class names for 80 or 91 classes, else None."""
     return {80: COCO_80, 91: COCO_91}.get(number)
 
 
 def fit_names(opened: OpenedWeights, model: Detector, *, complete: bool) -> State:
-    """The state under the names of the model. Names of a backbone that nobody knows are matched
-    with those of the model's, as Detectron2 does."""
+    """Rename the state to the names of the model.
+
+    Unknown names of a backbone are matched with the model's, as Detectron2 does.
+    """
     state, is_timm = opened.state, isinstance(model.backbone, TimmBackbone)
     # timm's ResNets have torchvision's names, and keep them
     if opened.form is not None and not (opened.form == "torchvision" and is_timm):
@@ -99,8 +101,9 @@ def fit_names(opened: OpenedWeights, model: Detector, *, complete: bool) -> Stat
 
 
 def fit_windows(state: State, initial: State, file: str, *, complete: bool) -> State:
-    """Position biases for the windows of the model's Swin transformer: interpolated ones are a good
-    start, but not what was trained.
+    """Interpolate position biases to the windows of the model's Swin transformer.
+
+    They are a good start, but not what was trained.
 
     Raises:
         CheckpointError: some would be interpolated, but the weights have to be complete
@@ -121,7 +124,7 @@ def fit_windows(state: State, initial: State, file: str, *, complete: bool) -> S
 
 
 def fit_heads(state: State, model: Detector, file: str) -> State:
-    """A shared head is copied to every decoder layer.
+    """Copy a shared head to every decoder layer.
 
     Raises:
         CheckpointError: separate heads cannot be merged to the model's shared one
@@ -140,12 +143,12 @@ def fit_heads(state: State, model: Detector, file: str) -> State:
 def fit_classes(
     state: State, opened: OpenedWeights, model: Detector, classes: ClassNames, *, named: bool
 ) -> tuple[State, list[str]]:
-    """Rows for the model's classes, and those of them that are new.
+    """Select rows for the model's classes; returns the new classes, too.
 
     Args:
         state: of the opened weights, or their average
         classes: of the model
-        named: whether these are names, and not numbers
+        named: whether these are names, not numbers
     """
     number = model.count_classes(state) or 0
     given = opened.classes(number)

@@ -1,4 +1,4 @@
-"""The configs of this project and the published checkpoints by name, as `detectron2.model_zoo`."""
+"""Configs and published checkpoints by name, like `detectron2.model_zoo`."""
 
 import os
 from pathlib import Path
@@ -24,14 +24,15 @@ NUM_CLASSES = 80  # of COCO, on which all published checkpoints were trained
 
 
 def get_config_file(name: str) -> str:
-    """Path of a config such as "dino_R_50_4scale_12ep.py", or of that of a published checkpoint.
+    """The path of a config such as "dino_R_50_4scale_12ep.py", or of a published checkpoint's
+    config.
 
     Args:
-        name: relative to `configs/`; without a suffix the YAML twin is meant, if there is one. A
-            file that exists is itself (~ is the home folder), and so is a URL
+        name: relative to `configs/`; without a suffix, YAML is preferred. Existing files (~ is the
+            home folder) and URLs are returned as they are
 
     Raises:
-        FileNotFoundError: no such config; names the nearest, which may be a file
+        FileNotFoundError: no such config; suggests the nearest
     """
     if _is_file(given := os.path.expanduser(name)):
         return given
@@ -56,10 +57,10 @@ def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
     """A config by name: a CfgNode for YAML, an omegaconf DictConfig for LazyConfig (`.py`).
 
     Args:
-        name: as for `get_config_file`
-        trained: whether its weights are to be those of the published checkpoint `name`, with
-            COCO's 80 classes, and not the ImageNet weights that training starts from; they are
-            for `Checkpointer`, Detectron2's own does not know their layouts. A file keeps its own
+        name: as of `get_config_file`
+        trained: use the weights of the published checkpoint `name`, with COCO's 80 classes, in
+            place of ImageNet weights for training; they need our `Checkpointer`. Files keep their
+            own
 
     Raises:
         FileNotFoundError: no such config, or no such published checkpoint
@@ -73,12 +74,12 @@ def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
 
 
 def get(name: str, device: str | None = None) -> Detector:
-    """A published checkpoint as a model, ready for inference: `model_zoo.get("detrex/dino_...")`.
+    """Load a published checkpoint for inference: `model_zoo.get("detrex/dino_...")`.
 
     Args:
         name: of a published checkpoint, see `releases.find`; downloaded once, into Detectron2's
             cache
-        device: by default the GPU if there is one
+        device: default: the GPU if there is one
 
     Raises:
         FileNotFoundError: no such published checkpoint
@@ -91,12 +92,12 @@ def get(name: str, device: str | None = None) -> Detector:
 
 
 def build(cfg: CfgNode | DictConfig, num_classes: int, device: str | None = None) -> Detector:
-    """The model of a config of either style.
+    """Build the model of a config of either style.
 
     Args:
-        cfg: its own device is not used
+        cfg: its device is ignored
         num_classes: K
-        device: by default the GPU if there is one
+        device: default: the GPU if there is one
 
     Raises:
         ValueError: there is no such device, or the config is of another model
@@ -115,18 +116,15 @@ def build(cfg: CfgNode | DictConfig, num_classes: int, device: str | None = None
 
 
 def weights_of(cfg: CfgNode | DictConfig) -> str:
-    """Which weights a config of either style names."""
+    """The weights that a config of either style names."""
     return styles.get(cfg, keys_for(cfg).weights)
 
 
 def fetch_weights(path: str) -> str:
-    """The local path of weights, as `files.fetch` finds it.
-
-    Args:
-        path: file, URL or `dino_d2://NAME` of a published checkpoint
+    """The local path of a file, URL or `dino_d2://NAME`, as by `files.fetch`.
 
     Raises:
-        CheckpointError: they cannot be had; names what comes nearest and can be
+        CheckpointError: they cannot be found; suggests available ones
     """
     try:
         return fetch(path)

@@ -1,8 +1,8 @@
-"""The published checkpoints of DINO: what the model zoo offers, and MODEL_ZOO.md's table of it.
+"""The published checkpoints of DINO, and the table in MODEL_ZOO.md.
 
-AP is that of COCO val2017 as their authors state it. Links and figures are those of the READMEs of
-IDEA-Research/DINO, IDEA-Research/detrex and open-mmlab/mmdetection, the beginnings of hashes those
-of mmdetection's file names and of the hub's mirrors of the official files.
+AP is on COCO val2017 as stated by their authors. Links and numbers are from the READMEs of
+IDEA-Research/DINO, IDEA-Research/detrex and open-mmlab/mmdetection, and beginnings of hashes from
+mmdetection's file names and the hub's mirrors of the official files.
 """
 
 from functools import partial
@@ -30,7 +30,7 @@ class Release(NamedTuple):
 
     @property
     def by_hand(self) -> bool:
-        """Whether programs cannot download it."""
+        """Whether it can only be downloaded by hand."""
         return not self.url.endswith(self.file)
 
 
@@ -118,12 +118,13 @@ RELEASES = {x.name: x for x in _ROWS}
 
 
 def find(name: str) -> Release:
-    """
-    Args:
-        name: of a published checkpoint; without a prefix, it is that of the paper's authors
+    """A published checkpoint by name; without a prefix, of the paper's authors.
+
+    >>> find("detrex/dino_R_50_4scale_12ep").config
+    'detrex/dino_R_50_4scale_12ep'
 
     Raises:
-        FileNotFoundError: no such name; names the nearest
+        FileNotFoundError: no such name; suggests the nearest
     """
     release = _lookup(name)
     if release is None:
@@ -134,8 +135,10 @@ def find(name: str) -> Release:
 
 
 def alternatives(name: str) -> list[str]:
-    """What programs can download in place of a checkpoint that they cannot: names of others of the
-    same backbone and levels, the most similar first, at most three; none in place of another."""
+    """At most three downloadable checkpoints in place of one that is not, the most similar first.
+
+    They have the same backbone and levels; there are none for a downloadable one.
+    """
     release = _lookup(name)
     if release is None or not release.by_hand:
         return []
@@ -149,7 +152,7 @@ def _lookup(name: str) -> Release | None:
 
 
 def table() -> str:
-    """All of them as a table in Markdown, for projects/dino/MODEL_ZOO.md."""
+    """A Markdown table of all checkpoints, for projects/dino/MODEL_ZOO.md."""
     rows = [
         "| name | config | epochs | AP | file | SHA-256 | licence |",
         "|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""What is said of weights that were loaded, in one sentence each."""
+"""Messages about loaded weights."""
 
 import logging
 from collections.abc import Sequence
@@ -13,11 +13,10 @@ logger = logging.getLogger(__name__)
 def report_loaded(
     opened: OpenedWeights, incompatible: Any, missing: Sequence[str], total: int, *, fits: bool
 ) -> None:
-    """How many tensors are loaded, as a warning where the config may be another than that of the
-    weights.
+    """Log how many tensors were loaded, as a warning if the config may not be that of the weights.
 
     Args:
-        incompatible: what Detectron2 says of names and shapes
+        incompatible: Detectron2's result on names and shapes
         missing: names of those of the `total` tensors of the model that keep their initial values
         fits: whether the weights are of this model at all
     """
@@ -39,7 +38,7 @@ def report_loaded(
 
 
 def report_new_classes(opened: OpenedWeights, new: Sequence[str], total: int) -> None:
-    """Which of the `total` classes of the model the weights do not know."""
+    """Log which of the `total` classes of the model have no weights."""
     logger.warning(
         f"{len(new)} of {total} classes are new to '{opened.file}' and start anew in the class "
         f"heads and the label embedding: {', '.join(new)}"
@@ -54,7 +53,7 @@ def require_loaded(
     *,
     complete: bool,
 ) -> None:
-    """Refuses weights that leave more random than they may.
+    """Refuse weights that leave too many tensors at their initial values.
 
     Raises:
         CheckpointError: nothing was loaded or, if they have to be complete, not all

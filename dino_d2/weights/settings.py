@@ -1,4 +1,4 @@
-"""What weights expect of the model around them, and no shape of a tensor tells."""
+"""Settings of a model that weights depend on, but that no tensor's shape shows."""
 
 import logging
 import os
@@ -34,10 +34,11 @@ REMEDIES = {
 
 
 def pixels_of(model: Detector) -> dict:
-    """What pixels a ResNet was trained with, told by how strongly its first layer answers.
+    """The normalisation of pixels that a ResNet was trained with, from the size of its first
+    weights.
 
-    MSRA's weights, on which most of Detectron2's model zoo is built, take pixels as they are, with
-    a standard deviation of about 58. Others take them divided by it, in an order nothing tells.
+    MSRA's weights, in most of Detectron2's model zoo, take unscaled pixels, with a standard
+    deviation of about 58. Others take pixels divided by it, in an unknown order of channels.
     """
     conv = getattr(getattr(model.backbone, "stem", None), "conv1", None)
     norm = getattr(conv, "norm", None)
@@ -59,10 +60,10 @@ def encoding_of(filename: str) -> dict:
 
 
 def check_settings(model: Detector, expected: dict, file: str, *, complete: bool) -> None:
-    """Compares the settings of a model with what the weights of a file expect.
+    """Compare the settings of a model with those that weights need.
 
-    A wrong encoding of pixels is always an error. Other pixels may be meant to be learned, but not
-    where weights have to be complete, as for evaluation.
+    A wrong encoding of pixels is always an error; a wrong normalisation of pixels only if weights
+    have to be complete, as for evaluation, because training can adapt to it.
 
     Raises:
         CheckpointError: they differ in one of these
@@ -82,8 +83,7 @@ def check_settings(model: Detector, expected: dict, file: str, *, complete: bool
 
 
 def warn_of_encoding(model: Detector, form: str | None, expected: dict, file: str) -> None:
-    """Says so where nothing tells with which encoding of pixels weights were trained, and the model
-    has not that of most weights of their form."""
+    """Warn if weights do not say which encoding of pixels they need, and the model's is unusual."""
     own = model.settings()
     encoding = own.get("position_temperature"), own.get("position_offset")
     usual = USUAL_ENCODING.get(form or "", encoding)
