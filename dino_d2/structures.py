@@ -99,11 +99,7 @@ class DetectorOutput(NamedTuple):
 
 
 def join_queries(parts: Sequence[Queries]) -> Queries:
-    """Concatenate queries in the given order.
-
-    Raises:
-        ValueError: some have boxes and others points, or only some have a learned position
-    """
+    """Concatenate queries; a ValueError if they mix boxes and points, or kinds of positions."""
     widths = {x.reference.shape[-1] for x in parts}
     if len(widths) > 1 or len({x.position is None for x in parts}) > 1:
         raise ValueError("denoising needs queries made of boxes: train points without denoising")

@@ -201,11 +201,7 @@ def _arguments(node: Any) -> tuple[list[str], bool]:
 
 
 def _fitting(plain: dict, key: str, value: Any) -> Any:
-    """Convert a value to the type of its key: 1e4 to an int, if that is expected.
-
-    Raises:
-        ValueError: it has another type, as far as config or target define it
-    """
+    """Convert a value to its key's type, as 1e4 to an int; a ValueError if it has another type."""
     section, _, name = key.rpartition(".")
     node = reduce(lambda node, part: _inside(node).get(part), section.split("."), plain)
     now = _inside(node if section else plain).get(name)

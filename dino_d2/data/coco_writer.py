@@ -40,10 +40,9 @@ def image_ids(paths: Sequence[Path], annotations: dict[str, list] | None) -> lis
 
 
 def category_ids(classes: Sequence[str], annotations: dict[str, list] | None) -> list[int]:
-    """Category ids of the annotations, by name; or COCO's for its classes, or numbers from 1.
+    """Category ids of the annotations, by name; a ValueError if one is missing.
 
-    Raises:
-        ValueError: a class is not in the annotations
+    Without annotations, COCO's for its classes, or numbers from 1.
     """
     if not annotations:
         is_coco = list(classes) == list(COCO_80)

@@ -135,12 +135,8 @@ def check_mode(mode: str, what: str) -> None:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height after EXIF rotation, without decoding pixels.
-
-    Raises:
-        DatasetError: the file cannot be read, or has more than 8 bits per channel
-    """
-    check_header(str(path))
+    """Width and height after EXIF rotation, without decoding; a DatasetError if unreadable."""
+    check_header(path)
     with Image.open(path) as image:
         width, height = image.size
         try:

@@ -153,11 +153,7 @@ def to_box(value: Any) -> list[float] | None:
 
 
 def required(entry: dict, key: str, convert: Callable[[Any], Any], where: str, remedy: str) -> Any:
-    """The converted value of a key.
-
-    Raises:
-        DatasetError: the value cannot be converted; the message says where, and the remedy
-    """
+    """The converted value of a key; a DatasetError with the remedy if it is invalid."""
     value = convert(entry.get(key))
     if value is None:
         raise DatasetError(f"{where} has {key} {entry.get(key)!r}: {remedy}")

@@ -93,11 +93,7 @@ def read_folder(root: Path) -> YoloFolder:
 
 
 def find_splits(root: Path) -> dict[str, list[Path]]:
-    """The images in folders named after splits.
-
-    Raises:
-        DatasetError: two folders are the same split, or a name looks like a split but is none
-    """
+    """Images of folders named after splits; a DatasetError for repeated or misspelt names."""
     splits = {name: split for split, names in SPLITS.items() for name in names}
     named = [(path.name, path) for path in sorted(root.glob("images/*"))]
     named += [(path.parent.name, path) for path in sorted(root.glob("*/images"))]

@@ -183,11 +183,7 @@ def local_shard(x: Tensor) -> Tensor:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a gathered state into an optimizer of the same parameters, sharded or not.
-
-    Raises:
-        ValueError: the parameters or their groups differ
-    """
+    """Load a gathered state into an optimizer; a ValueError if its parameters differ."""
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     indices = chain.from_iterable(group["params"] for group in state["param_groups"])
     # Moments have the shape of their parameter; the step counter does not.

@@ -141,11 +141,7 @@ def yaml_parts(cfg: CfgNode) -> dict[str, Any]:
 
 
 def check_plan(plan: Plan) -> None:
-    """Checks numbers of a plan, and what does not go together.
-
-    Raises:
-        ValueError: a number is out of range, or FSDP is to have options of DDP
-    """
+    """Raise a ValueError for numbers out of range, and for FSDP with options of DDP."""
     require_whole(0, log_period=plan.log_period)
     if plan.max_to_keep is not None:
         require_whole(max_to_keep=plan.max_to_keep)

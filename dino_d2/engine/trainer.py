@@ -80,11 +80,7 @@ class Trainer(SimpleTrainer):
         self.statistics = [x for norm in norms for x in norm.buffers()]
 
     def run_step(self) -> None:
-        """Run one step.
-
-        Raises:
-            NonFiniteLoss: on all workers, before the weights are updated
-        """
+        """Run one step; raises NonFiniteLoss on all workers, before weights are updated."""
         start = time.perf_counter()
         batches = [next(self._data_loader_iter) for _ in range(self.accumulate)]
         data_time = time.perf_counter() - start
@@ -208,11 +204,7 @@ class Trainer(SimpleTrainer):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue with the data after those of the state.
-
-        Raises:
-            CheckpointError: the optimizer differs, or has other parameters
-        """
+        """Continue from a state; a CheckpointError if its optimizer or parameters differ."""
         super(SimpleTrainer, self).load_state_dict(state)
         try:
             load_optimizer(self.optimizer, state["optimizer"])

@@ -134,11 +134,7 @@ def check(model: DINO, size: tuple[int, int]) -> None:
 
 
 def save(program: ExportedProgram, path: Path, about: About) -> None:
-    """Write a graph as ONNX (`.onnx`) or in PyTorch's format (`.pt2`).
-
-    Raises:
-        ExportError: the suffix is another, or a package is missing
-    """
+    """Write `.onnx` or `.pt2`; an ExportError for another suffix or a missing package."""
     if kind_of(path) == ".pt2":
         with warnings.catch_warnings():
             # Of weights that share memory; export.py compares the file with the model.

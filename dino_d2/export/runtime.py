@@ -77,11 +77,7 @@ class Exported:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, image_sizes: Tensor) -> Detections:
-        """Detect in images, as of `Exportable` and `fit`; the results are on their device.
-
-        Raises:
-            ExportError: images or sizes have another shape, number or type
-        """
+        """Detect in images as of `fit`; an ExportError for a wrong shape, number or type."""
         count, size = self.about.batch_size or max(len(images), 1), self.about.size
         expected = (count, channels_of(self.about.image_format), *size)
         if images.shape != expected or images.dtype != torch.uint8:

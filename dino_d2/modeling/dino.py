@@ -182,11 +182,7 @@ class DINO(Detector):
         return DetectorOutput(decode(self.decoder, memory, result, others))
 
     def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise images, and pad them with zeros to a common size.
-
-        Raises:
-            ValueError: there is no image, or one with another number of channels
-        """
+        """Normalise and pad images; a ValueError for no image or wrong numbers of channels."""
         if not batched_inputs:
             raise ValueError("a training batch has no images; is the data loader's batch size 0?")
         for x in batched_inputs:  # one channel would pass for any number of them

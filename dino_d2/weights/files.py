@@ -38,11 +38,7 @@ class ReleaseHandler(PathHandler):
         return [self.PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        """Download a published checkpoint into the cache.
-
-        Raises:
-            FileNotFoundError: no such name, or a file that has to be downloaded by hand first
-        """
+        """Download a file; a FileNotFoundError if unknown, or only available by hand."""
         release = find(path.removeprefix(self.PREFIX))
         if not release.by_hand:
             return PathManager.get_local_path(release.url, force=force, **kwargs)
@@ -59,11 +55,7 @@ PathManager.register_handler(ReleaseHandler())
 
 
 def fetch(path: str) -> str:
-    """The local path of a file or URL, downloaded into Detectron2's cache if necessary.
-
-    Raises:
-        CheckpointError: there is no such file, or no connection
-    """
+    """The local path of a file or URL, cached; a CheckpointError if it is unavailable."""
     path = os.path.expanduser(path)
     try:
         local = PathManager.get_local_path(urlparse(path)._replace(query="").geturl())
@@ -210,11 +202,7 @@ def _obvious(path: str) -> str:
 
 
 def write(data: dict, path: str) -> None:
-    """Write a checkpoint atomically.
-
-    Raises:
-        CheckpointError: the disk is full, or the folder is not writable
-    """
+    """Write a checkpoint atomically; a CheckpointError if the disk is full or read-only."""
     try:
         with replacing(path) as file:
             torch.save(data, file)

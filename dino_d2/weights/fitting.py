@@ -124,11 +124,7 @@ def fit_windows(state: State, initial: State, file: str, *, complete: bool) -> S
 
 
 def fit_heads(state: State, model: Detector, file: str) -> State:
-    """Copy a shared head to every decoder layer.
-
-    Raises:
-        CheckpointError: separate heads cannot be merged to the model's shared one
-    """
+    """Copy a shared head to every layer; a CheckpointError if heads had to be merged."""
     given, wanted = adapt.count_heads(state), adapt.count_heads(model.state_dict())
     if given == 1:
         return adapt.repeat_heads(state, wanted)

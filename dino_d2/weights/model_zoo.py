@@ -121,11 +121,7 @@ def weights_of(cfg: CfgNode | DictConfig) -> str:
 
 
 def fetch_weights(path: str) -> str:
-    """The local path of a file, URL or `dino_d2://NAME`, as by `files.fetch`.
-
-    Raises:
-        CheckpointError: they cannot be found; suggests available ones
-    """
+    """The local path of weights; if they are unavailable, a CheckpointError with others."""
     try:
         return fetch(path)
     except CheckpointError as error:

@@ -53,11 +53,7 @@ def require_loaded(
     *,
     complete: bool,
 ) -> None:
-    """Refuse weights that leave too many tensors at their initial values.
-
-    Raises:
-        CheckpointError: nothing was loaded or, if they have to be complete, not all
-    """
+    """Raise a CheckpointError if nothing was loaded or, if required, not everything."""
     if len(missing) == total:
         raise CheckpointError(
             f"no tensor of '{opened.file}' fits: it is of another model, or the config is"
