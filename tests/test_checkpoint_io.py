@@ -332,7 +332,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path, nothing_runs,
     nothing_runs()
     with pytest.raises(CheckpointError) as caught:
         read(path)
-    assert_one_sentence(caught, "a.pkl", "wants to run", "not done")
+    assert_one_sentence(caught, "a.pkl", "would run", "not allowed")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_only_what_arrays_are_made_of_is_known_to_a_pickle(tmp_path, name):
     (tmp_path / "a.pkl").write_bytes(f"c{module}\n{attribute}\n.".encode())
     with pytest.raises(CheckpointError) as caught:
         read(str(tmp_path / "a.pkl"))
-    assert_one_sentence(caught, f"wants to run {name}")
+    assert_one_sentence(caught, f"would run {name}")
 
 
 def test_the_arguments_beside_the_official_weights_do_no_harm(tmp_path):

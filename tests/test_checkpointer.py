@@ -742,7 +742,7 @@ def test_fine_tuning_with_other_classes_keeps_all_but_what_depends_on_them(make_
     expected = copied(trained) | {key: before[key] for key in CLASS_TENSORS}
     assert_same(model.state_dict(), expected)
     (line,) = messages(log, logging.WARNING)
-    assert line.startswith(f"3 of 3 classes are new to '{path}' and start anew in ")
+    assert line.startswith(f"3 of 3 classes are new to '{path}' and initialised in ")
     assert line.endswith(": RBC, WBC, platelets")
 
 
@@ -1049,7 +1049,7 @@ def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(
     assert progress.iteration == expected
     assert (model.decoder.norm.bias == expected).all()
     sentences = [
-        x.message for x in caplog.records if "goes on from the checkpoint before" in x.message
+        x.message for x in caplog.records if "resumes from the checkpoint before" in x.message
     ]
     passed_over = [i for i in damaged if i > expected]
     assert len(sentences) == len(passed_over)

@@ -238,7 +238,7 @@ def make_state(told):
 def test_weights_alone_are_no_training_to_go_on_with(plan, tmp_path):
     told = plan()
     run.make_checkpointer(told.build_model(), str(tmp_path), told.train_sets).save("model_0000003")
-    with pytest.raises(CheckpointError, match="no training to go on with.*MODEL.WEIGHTS"):
+    with pytest.raises(CheckpointError, match="no state to resume from.*MODEL.WEIGHTS"):
         run.train(told, resume=True)
 
 

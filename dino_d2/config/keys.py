@@ -15,7 +15,7 @@ RENAMED = {
 def add_dino_config(cfg: CN) -> None:
     """Add the keys of DINO, with the defaults of the paper, to Detectron2's default config."""
     cfg.MODEL.DINO = c = CN()
-    c.NUM_CLASSES = None  # None: as many as the training data has
+    c.NUM_CLASSES = None  # None: the number of the training data
     c.EMBED_DIM = 256
     c.NUM_HEADS = 8
     c.FFN_DIM = 2048
@@ -24,7 +24,7 @@ def add_dino_config(cfg: CN) -> None:
     c.IN_FEATURES = ["res3", "res4", "res5"]
     c.NUM_LEVELS = 4
     c.NUM_POINTS = 4
-    # Of the encoding of pixels: what the weights were trained with, see encode_pixels.
+    # Encoding of pixels that the weights were trained with, see encode_pixels.
     c.POSITION_TEMPERATURE = 20.0
     c.POSITION_OFFSET = 0.0
     c.ENCODER_LAYERS = 6
@@ -32,15 +32,15 @@ def add_dino_config(cfg: CN) -> None:
 
     c.QUERY_SELECTION = "MixedQuerySelection"  # or PureQuerySelection, StaticQueries
     c.NUM_QUERIES = 900
-    c.LOOK_FORWARD = 2  # 2 is look forward twice, 1 is once, 0 does not refine boxes
-    c.SHARED_HEADS = True  # one class and one box head for all decoder layers
+    c.LOOK_FORWARD = 2  # 2: look forward twice, 1: once, 0: boxes are not refined
+    c.SHARED_HEADS = True  # all decoder layers share one class head and one box head
 
     # Stages, of "backbone", "encoder" and "decoder", whose activations are recomputed in the
     # backward pass: less memory, more time.
     c.ACTIVATION_CHECKPOINTING = []
 
     c.DENOISING = CN()
-    c.DENOISING.NAME = "ContrastiveDenoising"  # or Denoising, or "" to train without
+    c.DENOISING.NAME = "ContrastiveDenoising"  # or Denoising, or "" for none
     c.DENOISING.BUDGET = 100  # boxes noised per image (in pairs if contrastive)
     c.DENOISING.LABEL_NOISE = 0.5
     c.DENOISING.BOX_NOISE = 1.0
@@ -49,7 +49,7 @@ def add_dino_config(cfg: CN) -> None:
     c.MATCHER.NAME = "HungarianMatcher"  # or PositionModulatedMatcher
     c.LOSS = CN({"CLASS_WEIGHT": 1.0, "BBOX_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0})
     c.LOSS.CLASS_LOSS = "FocalLoss"  # or VarifocalLoss, PositionSupervisedLoss, AlignLoss
-    # Of the denoising queries; None: as for the others.
+    # For denoising queries; None: as for the others.
     c.LOSS.DENOISING_CLASS_LOSS = None
     c.LOSS.DENOISING_CLASS_WEIGHT = None
 
@@ -61,19 +61,19 @@ def add_dino_config(cfg: CN) -> None:
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # learning rate of the backbone, relative to BASE_LR
     cfg.SOLVER.OFFSETS_MULTIPLIER = 1.0  # of sampling offsets; Deformable DETR has 0.1
     cfg.SOLVER.AMP.DTYPE = "bfloat16"  # of AMP; float16 comes with a gradient scaler
-    cfg.SOLVER.ACCUMULATE = 1  # parts that the IMS_PER_BATCH images of a step are worked on in
-    cfg.SOLVER.NON_FINITE = "stop"  # what a loss that is not finite does; or "skip" the step
+    cfg.SOLVER.ACCUMULATE = 1  # gradient accumulation: batches that IMS_PER_BATCH is divided into
+    cfg.SOLVER.NON_FINITE = "stop"  # on a loss that is not finite; or "skip" the step
     cfg.SOLVER.EMA = CN({"ENABLED": False, "DECAY": 0.9999})  # moving average of the weights
     cfg.SOLVER.FSDP = False  # shards parameters, gradients and optimizer over the workers
-    # The batch for which BASE_LR and numbers of iterations are given; 0: IMS_PER_BATCH, whatever it
+    # The batch size that BASE_LR and numbers of iterations are for; 0: IMS_PER_BATCH, whatever it
     # is; see engine/schedule.py.
     cfg.SOLVER.REFERENCE_BATCH = 0
-    cfg.SOLVER.EPOCHS = None  # length of the training, of its own data; None: MAX_ITER counts
-    # Of Weights & Biases, where a training is logged as well; "": nowhere. See engine/writers.py.
+    cfg.SOLVER.EPOCHS = None  # length of the training; None: MAX_ITER
+    # Project of Weights & Biases for logging; "" disables it. See engine/writers.py.
     cfg.WANDB = CN({"PROJECT": ""})
-    cfg.TEST.BEST_METRIC = "bbox/AP"  # whose best value's checkpoint is kept; "": none is
+    cfg.TEST.BEST_METRIC = "bbox/AP"  # metric that selects model_best.pth; "" disables it
 
-    # Of the latest Detectron2; that of 2024 has the samplers which read them, but not the keys.
+    # Keys of the latest Detectron2; that of 2024 has the samplers, but not their keys.
     cfg.DATALOADER.setdefault("RANDOM_SUBSET_RATIO", 1.0)
     cfg.DATASETS.setdefault("TRAIN_REPEAT_FACTOR", [])
 

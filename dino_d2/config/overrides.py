@@ -120,11 +120,11 @@ def _change_lazy(cfg: DictConfig, words: Sequence[str]) -> Iterator[str]:
 
 def _parse(word: str) -> tuple[bool, str, Any]:
     """Parse an override: whether it adds a key, the key, and the value."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser  # takes a while
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import
     from hydra.errors import HydraException
 
     if word.startswith("~"):
-        raise ValueError(f"the override {word!r} is a deletion, which there is not: set a value")
+        raise ValueError(f"the override {word!r} is a deletion, not supported here: set a value")
     if "=" not in word:
         raise ValueError(
             f"a LazyConfig is changed by KEY=VALUE, as train.max_iter=100, but one of the "
@@ -193,7 +193,7 @@ def _arguments(node: Any) -> tuple[list[str], bool]:
         return [], False
     try:
         parameters = _parameters(node)
-    except ValueError:  # of what is written in C, nobody knows
+    except ValueError:  # functions in C may have no signature
         return [], True
     anything = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     names = [x.name for x in parameters.values() if x.kind not in anything]
@@ -206,7 +206,7 @@ def _fitting(plain: dict, key: str, value: Any) -> Any:
     node = reduce(lambda node, part: _inside(node).get(part), section.split("."), plain)
     now = _inside(node if section else plain).get(name)
     if isinstance(now, dict) and not isinstance(value, dict):
-        if section and "_target_" in now:  # a value may take the place of what makes one
+        if section and "_target_" in now:  # a value may replace a call that makes one
             return value
         raise ValueError(f"'{key}' is a section: name one of its keys, as {key}.{next(iter(now))}")
     kind = None if now is None else _kind(node, name, now)
@@ -214,7 +214,7 @@ def _fitting(plain: dict, key: str, value: Any) -> Any:
         return value
     if kind is int:
         value = as_int(value)
-    # A bool is an int to Python, but not here, and an int is as good as a float.
+    # Unlike in Python, a bool is not an int here; an int may replace a float.
     fits = type(value) is kind or kind is float and type(value) is int
     if not fits:
         raise ValueError(

@@ -44,7 +44,7 @@ def read_config(file: str) -> CfgNode | DictConfig:
         cfg.merge_from_file(file)
     except OSError as error:
         raise ValueError(f"'{file}': its _BASE_ cannot be read: {error}") from error
-    except (ValueError, AttributeError, TypeError) as error:  # yacs says which key
+    except (ValueError, AttributeError, TypeError) as error:  # yacs names the key
         raise ValueError(f"'{file}' is no config: {' '.join(str(error).split())}") from error
     except KeyError as error:
         known = list(keys_of(cfg))
@@ -72,10 +72,10 @@ def _run_config(file: str) -> DictConfig:
     try:
         return LazyConfig.load(file)
     except SyntaxError as error:
-        cause = error.__cause__  # Detectron2 parses the file, and does not say more
+        cause = error.__cause__  # Detectron2 parses the file without details of the error
         line = f", line {cause.lineno} ({cause.msg})" if isinstance(cause, SyntaxError) else ""
         raise ValueError(f"{error}{line}") from error
-    except Exception as error:  # whatever a program can end with
+    except Exception as error:  # a config may raise anything, also SystemExit
         lines = [x for x in extract_tb(error.__traceback__) if x.name == "<module>"]
         if not lines:
             raise ValueError(f"'{file}' cannot be read: {error}") from error

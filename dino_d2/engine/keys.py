@@ -14,8 +14,8 @@ from ..modeling.detector import Detector
 from ..names import hint, nearest
 from ..weights import model_zoo
 
-# Sections and single keys of YAML configs, by what alone has a use for them. Where that is not at
-# hand they are refused; all others do what Detectron2 says.
+# Sections and keys of YAML configs by the only component that uses them; without it, they are
+# refused. All other keys work as in Detectron2.
 NOWHERE = ("VERSION", "GLOBAL", "TEST.AUG")
 OF_DETECTRON2S_TRAINER = ("TEST.EXPECTED_RESULTS", "TEST.PRECISE_BN")
 OF_OUR_TRAINER = ("SOLVER.ACCUMULATE", "SOLVER.EMA", "SOLVER.FSDP", "SOLVER.NON_FINITE", "WANDB")
@@ -31,7 +31,7 @@ OF_OTHER_MODELS = (
 )
 OF_ADAMW = ("SOLVER.BACKBONE_MULTIPLIER", "SOLVER.OFFSETS_MULTIPLIER")
 OF_SGD = ("SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.CLIP_GRADIENTS.NORM_TYPE")
-# By the backbone that has no use for them; of backbones that are not here nothing is known.
+# By the backbone that ignores them; unknown backbones may use any key.
 OF_OTHER_BACKBONES = {
     "build_resnet_backbone": ("MODEL.FPN", "MODEL.TIMM"),
     "build_resnet_fpn_backbone": ("MODEL.TIMM",),
@@ -96,7 +96,7 @@ def refuse(cfg: CfgNode, keys: Sequence[str], where: str) -> None:
     add_dino_config(usual)
     for key in leaves(usual, keys):
         value, default = get(cfg, key), get(usual, key)
-        if json.dumps(value) != json.dumps(default):  # a file has lists for tuples
+        if json.dumps(value) != json.dumps(default):  # files have lists in place of tuples
             raise ValueError(f"{key} has no effect {where}: leave it at {default!r}")
 
 

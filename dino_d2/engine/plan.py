@@ -39,7 +39,7 @@ from .writers import plain_config
 
 SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 WARM_UPS = ("linear", "constant")
-# Of a LazyConfig, the outer before the inner.
+# Sections of a LazyConfig, outer ones first.
 SECTIONS = (
     *("dataloader", "dataloader.train", "dataloader.train.dataset", "dataloader.train.mapper"),
     *("dataloader.test", "dataloader.test.dataset", "model", "optimizer", "optimizer.params"),
@@ -54,9 +54,9 @@ class Plan(NamedTuple):
 
     build_model: Callable[..., nn.Module]  # on the config's device, or the one given
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    build_scheduler: Callable[[torch.optim.Optimizer], Any]  # what Detectron2's hook takes
+    build_scheduler: Callable[[torch.optim.Optimizer], Any]  # for Detectron2's hook
     build_loader: Callable[..., Any]  # of the training sets, or of a list of records
-    build_mapper: Callable[[bool], Any]  # for training or not; it makes a record an input
+    build_mapper: Callable[[bool], Any]  # for training or not; turns a record into an input
     evaluate: Callable[..., dict]  # of a model and, for its files, a folder in "inference"
     train_sets: Sequence[str]
     test_sets: Sequence[str]
@@ -165,7 +165,7 @@ def built(what: str, make: Callable, *arguments: Any, **options: Any) -> Any:
     except Exception as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         reason = " ".join(str(text).split())
-        place = extract_tb(error.__traceback__)[-1]  # often the name of what was to be built
+        place = extract_tb(error.__traceback__)[-1]  # often only the name of what was to be built
         raise ValueError(
             f"the {what} cannot be built from this config ({type(error).__name__}: {reason}, in "
             f"{place.name} of {Path(place.filename).name})"

@@ -32,8 +32,8 @@ from .writers import WandbWriter, require_wandb
 logger = logging.getLogger(__name__)
 
 
-# Stand in for the data where a loader is only built; many, as a sampler may take a small share.
-RECORDS: list[dict[str, list]] = [{"annotations": []}] * 1000
+# Replaces the data when a loader is only built; many records, as samplers may take a small share.
+RECORDS = [{"annotations": []}] * 1000
 
 
 class Training(NamedTuple):
@@ -99,10 +99,10 @@ def train(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
         require_wandb()
     claim_folder(plan.output_dir, resume=resume, overwrite=overwrite)
     seed = plan.seed if plan.seed >= 0 else comm.shared_random_seed()
-    seed_all_rng(seed)  # the same weights on every worker
+    seed_all_rng(seed)  # equal weights on every worker
     model = distribute(plan.build_model(), fsdp=plan.fsdp, **plan.ddp)
     trainer, first, goes_on = prepare(plan, model, seed, resume)
-    if comm.is_main_process():  # only now: a run of W&B is one of a training that begins
+    if comm.is_main_process():  # only now, so that W&B gets no run for a training that cannot start
         writers = make_writers(plan, goes_on)
         trainer.register_hooks([hooks.PeriodicWriter(writers, plan.log_period or plan.max_iter)])
     trainer.train(first, plan.max_iter)
@@ -112,8 +112,8 @@ def prepare(plan: Plan, model: nn.Module, seed: int, resume: bool) -> Training:
     """Build the trainer of a model, and load its initial weights."""
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
     trainer = make_trainer(plan, model, seed)
-    # Or the trainer would hold itself through its hooks, and stay in memory.
-    saved: dict[str, Any] = {"trainer": weakref.proxy(trainer)} | ({"ema": ema} if ema else {})
+    # A strong reference would be a cycle and keep the model alive.
+    saved = {"trainer": weakref.proxy(trainer)} | ({"ema": ema} if ema else {})
     checkpointer = make_checkpointer(model, plan.output_dir, plan.train_sets, **saved)
     check_room(plan, unwrap(model))
     goes_on = resume and checkpointer.has_checkpoint()
@@ -140,8 +140,8 @@ def first_iteration(plan: Plan, trainer: Trainer, goes_on: bool) -> int:
     """The first iteration; a CheckpointError if there is no checkpoint, or workers disagree."""
     if goes_on and trainer.last < 0:
         raise CheckpointError(
-            f"the last checkpoint in '{plan.output_dir}' has weights and no training to go on "
-            "with: give it as MODEL.WEIGHTS (train.init_checkpoint), without --resume"
+            f"the last checkpoint in '{plan.output_dir}' has weights but no state to resume "
+            "from: give it as MODEL.WEIGHTS (train.init_checkpoint), without --resume"
         )
     starts = comm.all_gather(trainer.last + 1)
     if len(set(starts)) > 1:
@@ -215,10 +215,7 @@ def make_checkpointer(
 
 
 def make_hooks(
-    plan: Plan,
-    trainer: Trainer,
-    checkpointer: DetectionCheckpointer,
-    ema: EMA | None,
+    plan: Plan, trainer: Trainer, checkpointer: DetectionCheckpointer, ema: EMA | None
 ) -> list[HookBase | None]:
     """Detectron2's hooks in its order, with averaged weights, best checkpoint and writers."""
     is_main = comm.is_main_process()
@@ -234,7 +231,7 @@ def make_hooks(
         hooks.IterationTimer(),
         hooks.LRScheduler(trainer.optimizer, plan.build_scheduler(trainer.optimizer)),
         average,
-        save if is_main or plan.fsdp else None,  # a sharded model takes every worker to save
+        save if is_main or plan.fsdp else None,  # saving a sharded model is collective
         EvalHook(plan.eval_period, lambda: evaluate(plan, trainer.model, ema)),
         best if plan.best_metric and plan.test_sets else None,
     ]
@@ -259,7 +256,7 @@ def check_metric(plan: Plan) -> None:
         end = "EMA adds 'ema/' by itself" if ema else hint(plan.best_metric, plan.metrics)
         raise ValueError(
             f"the metric to keep the best checkpoint by (TEST.BEST_METRIC, train.best_metric) is "
-            f"{plan.best_metric!r}, which evaluation does not give; {end}"
+            f"{plan.best_metric!r}, which evaluation does not return; {end}"
         )
 
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from ..config.styles import Keys, get, keys_for, put
 from ..ranges import require_positive, require_whole
 
-LONGEST_WARM_UP = 0.05  # of a training, as Goyal et al. have it: 5 of 90 epochs
+LONGEST_WARM_UP = 0.05  # share of a training, as in Goyal et al.: 5 of 90 epochs
 
 
 def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> None:
@@ -48,7 +48,7 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
     for key, factor in factors.items():
         if key not in given:
             put(cfg, key, scaled(get(cfg, key), factor))
-    put(cfg, keys.reference_batch, batch)  # so that a config that is saved is not scaled again
+    put(cfg, keys.reference_batch, batch)  # so that a saved config is not scaled again
     put(cfg, keys.epochs, None)
 
 
@@ -56,7 +56,7 @@ def check_numbers(cfg: CfgNode | DictConfig, keys: Keys) -> None:
     """Raise a ValueError if the learning rate or a number of iterations is invalid."""
     require_positive(**{keys.lr: get(cfg, keys.lr)})
     require_whole(**{keys.max_iter: get(cfg, keys.max_iter)})
-    for key in keys.iterations:  # 0 is never, or at the end alone
+    for key in keys.iterations:  # 0: never, or only at the end
         value = get(cfg, key)
         for number in value if isinstance(value, tuple) else [value]:
             require_whole(0, **{key: number})

@@ -23,8 +23,8 @@ from ..weights.files import write
 
 logger = logging.getLogger(__name__)
 
-# If so many steps in a row are not finite the weights are to blame, and no further step mends them.
-# The scaler of float16 finds its scale, which it halves from 65,536, in fewer.
+# After this many bad steps in a row the weights are broken. Larger than the number of halvings of
+# 65,536 that a GradScaler may need.
 MAX_SKIPPED = 20
 
 Batch = list[dict]
@@ -72,10 +72,10 @@ class Trainer(SimpleTrainer):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is torch.float16)
         self.skipped = 0  # steps in a row
         self.saved = 0  # steps that were not finite
-        self.last = -1  # iteration of the last step that is done
-        self.max_iter = 0  # until it is told
-        self.planned_end: int | None = None  # of the training that this one goes on from
-        # What a forward pass changes, and a loss that is not finite spoils with it.
+        self.last = -1  # iteration of the last completed step
+        self.max_iter = 0  # until it is known
+        self.planned_end: int | None = None  # of the training that this one resumes
+        # Changed by the forward pass, and spoilt if the loss is not finite.
         norms = (x for x in model.modules() if isinstance(x, _BatchNorm))
         self.statistics = [x for norm in norms for x in norm.buffers()]
 
@@ -93,9 +93,9 @@ class Trainer(SimpleTrainer):
         self.scaler.unscale_(self.optimizer)
         metrics["grad_norm"] = grad_norm(self.parameters)
         metrics["data_time"] = torch.full((), data_time, device=self.device)
-        values = mean_over_workers(torch.stack(list(metrics.values()))).cpu().tolist()
-        # The device has been waited for, once (and again by the scaler, if there is one).
-        means = dict(zip(metrics, values, strict=True))
+        means = mean_over_workers(torch.stack(list(metrics.values()))).cpu().tolist()
+        # This synchronises with the device once (and a GradScaler once more).
+        means = dict(zip(metrics, means, strict=True))
         if not self.update(means):
             for x, before in zip(self.statistics, kept, strict=True):
                 x.copy_(before)
@@ -107,7 +107,7 @@ class Trainer(SimpleTrainer):
         """Update the weights unless the step is not finite; returns whether it did."""
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         self.skipped = self.skipped + 1 if bad else 0
-        # Gradients of float16 overflow until the scaler has found its scale: it skips these itself.
+        # Float16 gradients overflow until the GradScaler has found its scale; it skips those steps.
         overflows = self.scaler.is_enabled() and bad == ["grad_norm"]
         if bad and not (overflows and self.skipped <= MAX_SKIPPED):
             return False
@@ -170,10 +170,10 @@ class Trainer(SimpleTrainer):
             message += f"; what led to it is in '{folder}'"
         if not skip:
             raise NonFiniteLoss(
-                f"{message}: look at these images and their boxes; if they are right, begin anew "
+                f"{message}: look at these images and their boxes; if they are right, restart "
                 "from an earlier checkpoint with a lower learning rate, or without mixed precision"
             )
-        logger.warning(f"{message}; the step is left out")
+        logger.warning(f"{message}; the step is skipped")
 
     def save_non_finite(
         self, batches: list[Batch], own: dict[str, Tensor], *, with_weights: bool
@@ -210,9 +210,9 @@ class Trainer(SimpleTrainer):
             load_optimizer(self.optimizer, state["optimizer"])
         except ValueError as error:
             raise CheckpointError(
-                "the training to go on from has another optimizer, or trains other parameters: "
-                "keep these, or begin anew with its weights (MODEL.WEIGHTS, "
-                "train.init_checkpoint) and without --resume"
+                "the checkpoint to resume from has another optimizer or other parameters: keep "
+                "these, or start a new training from its weights (MODEL.WEIGHTS, "
+                "train.init_checkpoint) without --resume"
             ) from error
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

@@ -60,10 +60,7 @@ def padding_of(images: Tensor, image_sizes: Tensor) -> Tensor:
 
 
 def export(
-    model: DINO,
-    size: tuple[int, int],
-    batch_size: int | None = None,
-    keep_operator: bool = False,
+    model: DINO, size: tuple[int, int], batch_size: int | None = None, keep_operator: bool = False
 ) -> ExportedProgram:
     """Export a graph.
 

@@ -99,7 +99,7 @@ class Decoder(nn.Module):
             the predictions of every layer; the last is the result
         """
         x, reference, position = queries
-        anchor = reference  # what the next prediction is relative to
+        anchor = reference  # reference of the next prediction
         predictions = []
         call = recompute if self.recompute else nn.Module.__call__
         for i, layer in enumerate(self.layers):
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
             delta = to_box(y)
             predictions.append(Predictions(to_class(y), refine(anchor, delta)))
             if self.look_forward and layer is not self.layers[-1]:
-                # Without the norm: the published weights were trained with boxes refined like this.
+                # Without the norm, as the published weights were trained.
                 refined = refine(reference, delta if y is x else to_box(x))
                 reference = refined.detach()
                 anchor = refined if self.look_forward == 2 else reference

@@ -51,7 +51,7 @@ class Denoising(nn.Module):
         box_noise: float = 1.0,
     ):
         super().__init__()
-        # To train without denoising there is no denoising, rather than a budget of 0.
+        # To disable denoising, use no Denoising in place of a budget of 0.
         require_whole(**{"the budget of denoising": budget})
         require_share(label_noise=label_noise)
         require_not_negative(box_noise=box_noise)
@@ -89,14 +89,14 @@ class Denoising(nn.Module):
 
         index = self.choose(targets, slots).repeat(1, copies)  # (B, T)
         real = index >= 0
-        truth = join_targets(targets)  # with another row for empty slots, which -1 finds
+        truth = join_targets(targets)  # with a last row for empty slots, which have index -1
         labels = F.pad(truth.labels, (0, 1))[index]
         boxes = F.pad(truth.boxes, (0, 0, 0, 1))[index]
         copy = torch.arange(copies, device=labels.device).repeat_interleave(slots)  # (T,)
         labels = noise_labels(labels, self.num_classes, self.label_noise / 2)
         labels = torch.where(real, labels, self.num_classes)
         noised = self.noise_boxes(boxes, copy)
-        # Clamped to the range of the decoder's logits from the start; empty slots have logit 0.
+        # Clamped to the range of the decoder's logits; empty slots have logit 0.
         reference = inverse_sigmoid(noised).where(real[..., None], 0).sigmoid()
         return Branch(
             "dn",

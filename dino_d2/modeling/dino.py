@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class DINO(Detector):
             )
         require_whole(num_classes=num_classes, max_detections=max_detections)
         require_positive(**{f"pixel_std[{i}]": x for i, x in enumerate(pixel_std)})
-        # Fastest for convolutions on CPUs and for half precision on GPUs; parameters are the same.
+        # Fastest for convolutions on CPUs and in half precision on GPUs; values do not change.
         super().__init__(
             backbone=backbone.to(memory_format=torch.channels_last),
             num_classes=num_classes,
@@ -185,7 +185,7 @@ class DINO(Detector):
         """Normalise and pad images; a ValueError for no image or wrong numbers of channels."""
         if not batched_inputs:
             raise ValueError("a training batch has no images; is the data loader's batch size 0?")
-        for x in batched_inputs:  # one channel would pass for any number of them
+        for x in batched_inputs:  # a single channel would broadcast
             if len(x["image"]) != len(self.pixel_mean):
                 raise ValueError(
                     WRONG_CHANNELS.format(plural(len(x["image"]), "channel"), len(self.pixel_mean))
@@ -204,7 +204,7 @@ class DINO(Detector):
         for x in batched_inputs:
             instances: Instances = x["instances"]
             classes = instances.gt_classes
-            # before they move to the device, where asking would wait for it
+            # before the copy to the device, where the check would synchronise
             unknown = classes[(classes < 0) | (classes >= self.num_classes)]
             if len(unknown):
                 raise ValueError(

@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         position_offset: float = 0.0,
     ):
         super().__init__()
-        # Without a layer the level embedding would take part in nothing.
+        # Without a layer the level embedding would not be used.
         require_whole(**{"num_layers of the encoder": num_layers})
         require_whole(embed_dim=embed_dim, ffn_dim=ffn_dim, num_levels=num_levels)
         require_share(dropout=dropout)

@@ -13,10 +13,9 @@ from ..boxes import cxcywh_to_xyxy, generalized_iou
 from ..ranges import require_not_negative
 from ..structures import Match, Predictions, Target
 
-# A crowded image is looked at in parts, so that only its costs grow with its boxes and not the many
-# intermediate results too.
+# At most this many boxes at a time, so that intermediate tensors do not grow with the boxes.
 BOXES_AT_ONCE = 256
-# Above any cost that training meets, and small enough for the others to count beside it in float64.
+# Above any cost in training, but small enough to keep the precision of others in float64.
 NOT_FINITE = 1e9
 
 MATCHER_REGISTRY = Registry("MATCHER")
@@ -112,7 +111,9 @@ class PositionModulatedMatcher(HungarianMatcher):
 
     def fill(self, costs: Tensor, predictions: Predictions, target: Target) -> None:
         for part, _, boxes in in_parts(costs, target):
-            part.copy_(pairwise_giou(predictions.boxes, boxes) + 1)  # 2 u: a ratio is what counts
+            part.copy_(
+                pairwise_giou(predictions.boxes, boxes) + 1
+            )  # 2 u: the factor cancels in the ratio
         tiny = torch.finfo(costs.dtype).tiny
         best = costs.amax((-2, -1), keepdim=True).clamp(min=tiny)
         for part, labels, boxes in in_parts(costs, target):

@@ -29,7 +29,7 @@ def best_pairs(predictions: Predictions, max_detections: int) -> Detections:
         with boxes relative to the image without its padding
     """
     num_classes = predictions.logits.shape[-1]
-    # Probabilities in bfloat16 would tie where logits do not.
+    # Different logits can have equal probabilities in bfloat16.
     logits = predictions.logits.to(torch.promote_types(predictions.logits.dtype, torch.float32))
     scores = logits.flatten(1).sigmoid()
     scores, indices = scores.topk(min(max_detections, scores.shape[1]), dim=1)
@@ -60,7 +60,7 @@ def postprocess(
     for box, score, label, (height, width) in zip(
         *best_pairs(predictions, max_detections), image_sizes, strict=True
     ):
-        boxes = Boxes(box.clone())  # they are scaled in place
+        boxes = Boxes(box.clone())  # scaling is in place
         boxes.scale(scale_x=width, scale_y=height)
         results.append(
             Instances((height, width), pred_boxes=boxes, scores=score, pred_classes=label)

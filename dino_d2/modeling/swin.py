@@ -18,7 +18,7 @@ def window_reverse(windows: Tensor, side: int, height: int, width: int) -> Tenso
     return rows.reshape(-1, height, width, channels)
 
 
-# Detectron2's own makes a Python number of B, which then is the same in an exported graph for ever.
+# Detectron2's own calls int() on the batch size, which export freezes.
 swin.window_reverse = window_reverse
 
 

@@ -72,7 +72,7 @@ class Checkpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         write({**state, **self.description(), **kwargs}, path)
-        if name != BEST:  # kept to be used; a training goes on from where it was last
+        if name != BEST:  # kept, as a training resumes from the latest one
             self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -113,7 +113,7 @@ class Checkpointer(DetectionCheckpointer):
             try:
                 return self.load(file)
             except DamagedCheckpoint as error:
-                logger.warning(f"{error}; the training goes on from the checkpoint before it")
+                logger.warning(f"{error}; the training resumes from the checkpoint before it")
         return self.load(files[-1])
 
     def has_checkpoint(self) -> bool:
@@ -135,14 +135,14 @@ class Checkpointer(DetectionCheckpointer):
                 it fits, or the weights need other settings of the model
         """
         if not path and self.complete:
-            raise CheckpointError("there is no checkpoint: all of the model would be random")
+            raise CheckpointError("there is no checkpoint: the whole model would be random")
         if path:
             self.opened = path if isinstance(path, OpenedWeights) else open_weights(path)
         try:
             return super().load(self.opened.file if self.opened else "", *args, **kwargs)
         finally:
             self.opened = None
-            self._parsed_url_during_load = None  # or another file could not be tried after an error
+            self._parsed_url_during_load = None  # so that another file can be tried after an error
 
     def _load_file(self, filename: str) -> dict:
         opened = self.opened
@@ -161,7 +161,7 @@ class Checkpointer(DetectionCheckpointer):
         if is_detector := self.model.count_classes(state) is not None:
             check_settings(self.model, opened.settings, opened.file, complete=self.complete)
             state, new_classes = self.fit(state, opened)
-        is_ours = "dino_d2" in checkpoint  # other tools have an "ema" of another kind
+        is_ours = "dino_d2" in checkpoint  # "ema" of other tools has another format
         if is_ours and "ema" in self.checkpointables and "ema" in checkpoint:
             average, _ = self.fit(checkpoint["ema"]["weights"], opened)
             checkpoint["ema"] = checkpoint["ema"] | {"weights": average}
@@ -169,7 +169,7 @@ class Checkpointer(DetectionCheckpointer):
         state = fit_windows(state, own, opened.file, complete=self.complete)
         loaded = {key for key, x in state.items() if key in own and x.shape == own[key].shape}
         incompatible = super()._load_model(checkpoint | {"model": scatter(state, own)})
-        # More may be missing than the model says: it sets running statistics silently.
+        # The model does not report missing running statistics.
         missing = sorted(own.keys() - loaded)
         fits = not is_detector or 2 * len(missing) < len(own)
         report_loaded(opened, incompatible, missing, len(own), fits=fits)
@@ -179,7 +179,7 @@ class Checkpointer(DetectionCheckpointer):
         if not is_detector and "backbone.stem.conv1.weight" in loaded:
             pixels = pixels_of(self.model)
             check_settings(self.model, pixels, opened.file, complete=self.complete)
-        # What is returned is listed by Detectron2; the names of another model say nothing.
+        # Detectron2 lists what is returned; names of another model would not help.
         unfit = incompatible._replace(incorrect_shapes=[])
         return unfit if fits else unfit._replace(missing_keys=[], unexpected_keys=[])
 

@@ -59,11 +59,11 @@ def fetch(path: str) -> str:
     path = os.path.expanduser(path)
     try:
         local = PathManager.get_local_path(urlparse(path)._replace(query="").geturl())
-    except FileNotFoundError as error:  # says itself what to do
+    except FileNotFoundError as error:  # its message is complete
         raise CheckpointError(str(error)) from error
     except (OSError, HTTPException) as error:
         raise CheckpointError(
-            f"'{path}' cannot be had ({error}): without a network, copy the file here by other "
+            f"'{path}' is not available ({error}): without a network, copy the file here by other "
             "means and give its path"
         ) from error
     if not os.path.isfile(local):
@@ -88,12 +88,12 @@ def read(path: str, *, mmap: bool = False) -> dict:
         data = read_as.get(os.path.splitext(path)[1], read_torch)(path)
     except ModuleNotFoundError as error:
         raise CheckpointError(f"'{path}' needs {error.name}: pip install {error.name}") from error
-    except MemoryError:  # not the fault of the file
+    except MemoryError:  # not an error of the file
         raise
     except PermissionError as error:
         raise CheckpointError(f"'{path}' cannot be read: {error}") from error
-    except Exception as error:  # a damaged file can fail in any way
-        # PyTorch hides the reason in advice to load it unsafely, which is not passed on.
+    except Exception as error:  # a damaged file may raise anything
+        # Keep PyTorch's reason, but not its advice to load the file unsafely.
         cause = error.__context__ or error
         reason = _obvious(path) or re.split(r"\. |\n", str(cause))[0] or type(cause).__name__
         raise DamagedCheckpoint(f"'{path}' is damaged or no checkpoint: {reason}") from error
@@ -206,11 +206,11 @@ def write(data: dict, path: str) -> None:
     try:
         with replacing(path) as file:
             torch.save(data, file)
-    except (OSError, RuntimeError) as error:  # of files PyTorch makes a RuntimeError
+    except (OSError, RuntimeError) as error:  # PyTorch raises a RuntimeError for files
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise CheckpointError(
-            f"'{path}' cannot be written: {reason}; make room or correct the rights, what was "
-            "saved before is complete"
+            f"'{path}' cannot be written: {reason}; make room or fix the permissions; earlier "
+            "checkpoints are complete"
         ) from error
 
 
@@ -255,7 +255,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" in self.ALLOWED:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which is not done")
+        raise pickle.UnpicklingError(f"it would run {module}.{name}, which is not allowed")
 
 
 def _read_pickle(path: str) -> Any:

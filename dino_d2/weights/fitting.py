@@ -36,11 +36,11 @@ class OpenedWeights(NamedTuple):
     """The content of a file of weights, which is read only once."""
 
     file: str
-    form: str | None  # as `detect_format` has it
+    form: str | None  # as by `detect_format`
     state: State  # of a detector with our names, of a backbone or of unknown form with its own
     settings: dict  # of the model that they go with, as far as they are known
     rest: dict  # of the file: averaged weights, optimizer, iteration, ...
-    note: str  # a sentence on what was taken of the file, "" where there is nothing to say
+    note: str  # a sentence on what was selected in the file, or ""
 
     def classes(self, number: int) -> ClassNames | None:
         """The names of the `number` rows of the class heads; None if unknown."""
@@ -91,12 +91,12 @@ def fit_names(opened: OpenedWeights, model: Detector, *, complete: bool) -> Stat
     backbone = {k: x for k, x in model.state_dict().items() if k.startswith("backbone.")}
     if is_timm:
         return backbones.from_timm(state, backbone)
-    # before they are matched: what is of another shape is left out
+    # before matching, so that other shapes are left out
     initial = move(backbone, "backbone.", "")
     state = fit_windows(state, initial, opened.file, complete=complete)
     try:
         return align_and_update_state_dicts(backbone, state, c2_conversion=caffe2)
-    except ValueError:  # a name is the end of several: it says nothing
+    except ValueError:  # ambiguous: the name is the end of several
         return state
 
 
@@ -152,8 +152,8 @@ def fit_classes(
     if rows != number:
         logger.info(
             f"the label embedding of '{opened.file}' is for {plural(rows, 'class')} and its class "
-            f"heads for {number}: these are kept, and of the embedding the rows of their classes"
-            + (", of which others start anew" if rows < number else "")
+            f"heads for {number}: the embedding keeps the rows of these classes"
+            + (", and others are initialised" if rows < number else "")
         )
     if given is None and named and number == model.num_classes:
         logger.warning(

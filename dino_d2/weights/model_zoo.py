@@ -130,4 +130,4 @@ def fetch_weights(path: str) -> str:
         near = near if "://" in path else [nearest_path(path)]
         if not any(near):
             raise
-        raise CheckpointError(f"{error}; the nearest that can be had: {', '.join(near)}") from error
+        raise CheckpointError(f"{error}; the nearest available: {', '.join(near)}") from error

@@ -40,7 +40,7 @@ def report_loaded(
 def report_new_classes(opened: OpenedWeights, new: Sequence[str], total: int) -> None:
     """Log which of the `total` classes of the model have no weights."""
     logger.warning(
-        f"{len(new)} of {total} classes are new to '{opened.file}' and start anew in the class "
+        f"{len(new)} of {total} classes are new to '{opened.file}' and initialised in the class "
         f"heads and the label embedding: {', '.join(new)}"
     )
 
