@@ -20,8 +20,8 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     ['learning_rate']
     """
     known = list(known)
-    name, candidates = name.lower(), {x.lower() for x in known}
-    if len(candidates) > MAX_COMPARED:  # such as COCO's files: preselect by common pairs of letters
+    name, candidates = name.lower(), list({x.lower() for x in known})
+    if len(candidates) > MAX_COMPARED:  # such as COCO's files: preselect by pairs of letters
         pairs = set(pairwise(name))
         candidates = nlargest(
             MAX_COMPARED, candidates, lambda x: len(pairs.intersection(pairwise(x)))
@@ -75,7 +75,7 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}s"
 
 
-def path_hint(path: str | os.PathLike) -> str:
+def path_hint(path: str | os.PathLike[str]) -> str:
     """The end of a message about a missing path: a broken link's target, a similar path, or ""."""
     if os.path.islink(path) and not os.path.exists(path):
         return f"; it is a link to '{os.readlink(path)}', which does not exist"

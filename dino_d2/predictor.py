@@ -66,7 +66,7 @@ class Predictor:
         self.dtype = dtype
 
     @torch.inference_mode()
-    def __call__(self, images: Picture | Sequence[Picture]) -> Instances | list[Instances]:
+    def __call__(self, images: Picture | list | tuple) -> Instances | list[Instances]:
         """Detect in one image or a list of images.
 
         Args:

@@ -118,9 +118,9 @@ def split_predictions(predictions: P, sizes: Sequence[int]) -> list[P]:
 
 def stack_predictions(stages: Sequence[P]) -> P:
     """Stack N stages of (B, Q, .) to (N, B, Q, .), with logits in float32 or wider."""
-    stacked = type(stages[0])(*(torch.stack(parts) for parts in zip(*stages, strict=True)))
-    wide = torch.promote_types(stacked.logits.dtype, torch.float32)
-    return stacked._replace(logits=stacked.logits.to(wide))
+    stacked = stages[0]._make(torch.stack(parts) for parts in zip(*stages, strict=True))
+    logits: Tensor = stacked._asdict()["logits"]
+    return stacked._replace(logits=logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def send_to_device(x: Tensor, like: Tensor) -> Tensor:
@@ -132,4 +132,4 @@ def send_to_device(x: Tensor, like: Tensor) -> Tensor:
 
 def join_targets(targets: Sequence[P]) -> P:
     """Concatenate the ground truth of a batch, in the order that `Match` counts in."""
-    return type(targets[0])(*(torch.cat(parts) for parts in zip(*targets, strict=True)))
+    return targets[0]._make(torch.cat(parts) for parts in zip(*targets, strict=True))

@@ -200,7 +200,7 @@ def _arguments(node: Any) -> tuple[list[str], bool]:
     return names, any(x.kind is Parameter.VAR_KEYWORD for x in parameters.values())
 
 
-def _fitting(plain: dict, key: str, value: Any) -> Any:
+def _fitting(plain: Any, key: str, value: Any) -> Any:
     """Convert a value to its key's type, as 1e4 to an int; a ValueError if it has another type."""
     section, _, name = key.rpartition(".")
     node = reduce(lambda node, part: _inside(node).get(part), section.split("."), plain)

@@ -136,7 +136,7 @@ def check_mode(mode: str, what: str) -> None:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height after EXIF rotation, without decoding; a DatasetError if unreadable."""
-    check_header(path)
+    check_header(str(path))
     with Image.open(path) as image:
         width, height = image.size
         try:

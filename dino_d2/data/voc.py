@@ -96,7 +96,7 @@ def read_splits(folder: Path, files: dict[str, VocFile]) -> dict[str, list[str]]
     for path in (folder / f"{split}.txt" for split in SPLITS):
         if not path.is_file():
             continue
-        stems = {}  # a set that keeps the order
+        stems: dict[str, None] = {}  # each once, in their order
         for number, line in enumerate(read_text(path).splitlines(), start=1):
             # In lists of one class, a flag follows the name: 1 present, -1 absent, 0 difficult.
             names = line.strip(), re.sub(r"\s+(-1|0|1)$", "", line.strip())
@@ -128,8 +128,8 @@ def read_xml(path: Path) -> VocFile:
     except (ET.ParseError, OSError, LookupError, ValueError) as error:  # the last two: encodings
         raise DatasetError(f"'{path}' is not valid XML: {error}") from error
     if root.tag != "annotation":
-        raise DatasetError(f"'{path}' is not VOC: its root is <{root.tag}>, not <annotation>")
-    size = tuple(_size(root, side, path) for side in ("width", "height"))
+        raise DatasetError(f"'{path}': its root is <{root.tag}>, not <annotation>, as VOC's is")
+    size = _size(root, "width", path), _size(root, "height", path)
     objects = list(_objects(root, path))
     return VocFile(path, root.findtext("filename", "").strip(), size, objects)
 

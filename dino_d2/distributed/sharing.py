@@ -79,7 +79,8 @@ def shard(model: nn.Module) -> nn.Module:
     for unit in shard_units(model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     # The remaining parameters are needed throughout the forward and backward pass.
-    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    return model
 
 
 def shard_units(model: nn.Module) -> Iterator[nn.Module]:

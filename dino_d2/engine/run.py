@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 # Replaces the data when a loader is only built; many records, as samplers may take a small share.
-RECORDS = [{"annotations": []}] * 1000
+RECORDS: list[dict[str, list]] = [{"annotations": []}] * 1000
 
 
 class Training(NamedTuple):
@@ -113,7 +113,7 @@ def prepare(plan: Plan, model: nn.Module, seed: int, resume: bool) -> Training:
     ema = None if plan.ema_decay is None else EMA(model, plan.ema_decay)
     trainer = make_trainer(plan, model, seed)
     # A strong reference would be a cycle and keep the model alive.
-    saved = {"trainer": weakref.proxy(trainer)} | ({"ema": ema} if ema else {})
+    saved: dict[str, Any] = {"trainer": weakref.proxy(trainer)} | ({"ema": ema} if ema else {})
     checkpointer = make_checkpointer(model, plan.output_dir, plan.train_sets, **saved)
     check_room(plan, unwrap(model))
     goes_on = resume and checkpointer.has_checkpoint()

@@ -93,9 +93,9 @@ class Trainer(SimpleTrainer):
         self.scaler.unscale_(self.optimizer)
         metrics["grad_norm"] = grad_norm(self.parameters)
         metrics["data_time"] = torch.full((), data_time, device=self.device)
-        means = mean_over_workers(torch.stack(list(metrics.values()))).cpu().tolist()
+        values = mean_over_workers(torch.stack(list(metrics.values()))).cpu().tolist()
         # This synchronises with the device once (and a GradScaler once more).
-        means = dict(zip(metrics, means, strict=True))
+        means = dict(zip(metrics, values, strict=True))
         if not self.update(means):
             for x, before in zip(self.statistics, kept, strict=True):
                 x.copy_(before)

@@ -144,8 +144,8 @@ def class_scores(
         for key in ("precision", "recall")
     )
     # A class without boxes of a size is NaN at every IoU and recall, so plain means are right.
-    ap, ap50, ap75 = precision.mean(axis=(0, 1)), *precision[[IOU_50, IOU_75]].mean(axis=1)
-    ar = recall.mean(axis=0)[:, 0]
+    ap, ar = precision.mean(axis=(0, 1)), recall.mean(axis=0)[:, 0]
+    ap50, ap75 = precision[[IOU_50, IOU_75]].mean(axis=1)
     outcomes = defaultdict(list)
     for image in images:
         found = zip(image.detections, image.matches >= 0, image.ignored, strict=True)

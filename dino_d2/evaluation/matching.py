@@ -80,7 +80,8 @@ def match_image(
 
 def highest_scoring(detections: list[dict], count: int) -> list[dict]:
     """At most `count` detections per class, in descending order of score."""
-    seen, kept = Counter(), []
+    seen: Counter[int] = Counter()
+    kept = []
     for detection in sorted(detections, key=lambda x: -x["score"]):
         seen[detection["category_id"]] += 1
         if seen[detection["category_id"]] <= count:

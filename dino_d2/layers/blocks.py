@@ -38,7 +38,7 @@ def box_head(embed_dim: int) -> nn.Module:
     return head
 
 
-def recompute(module: nn.Module, *args):
+def recompute(module: nn.Module, *args: Any) -> Any:
     """Call `module` with activation checkpointing: recompute activations in the backward pass."""
     return checkpoint(module, *args, use_reentrant=False)
 

@@ -151,7 +151,7 @@ def feature_maps(name: str, options: Mapping[str, Any]) -> dict[str, tuple[int, 
     }
 
 
-def create_model(name: str, options: Mapping[str, Any]) -> nn.Module:
+def create_model(name: str, options: Mapping[str, Any]) -> Any:
     """A model of `timm` that gives feature maps; converts a LazyConfig's lists for it."""
     plain = {
         key: OmegaConf.to_container(x) if OmegaConf.is_config(x) else x

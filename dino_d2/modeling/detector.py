@@ -47,19 +47,17 @@ class Detector(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def loss_divisor(self, batch: list[dict]) -> int:
+    def loss_divisor(self, batch: Batch) -> int:
         """The divisor of a batch's losses before it is averaged over workers: its number of boxes.
 
         It is also the weight of a batch in gradient accumulation.
         """
         return sum(len(x["instances"]) for x in batch)
 
-    def settings(self) -> dict:
-        """Settings that a model and its weights must agree on, besides tensors' shapes.
-
-        Saved with the weights, and compared when they are loaded.
-        """
-        found = {
+    def settings(self) -> dict[str, Any]:
+        """What this model and its weights have to agree on without a tensor's shape telling; saved
+        beside the weights, and compared when they are loaded."""
+        found: dict[str, Any] = {
             "pixel_mean": [round(x, 3) for x in self.pixel_mean.flatten().tolist()],
             "pixel_std": [round(x, 3) for x in self.pixel_std.flatten().tolist()],
         }

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ class DINO(Detector):
         images = self.preprocess_images(batched_inputs)
         return self.criterion(self.detect(images.tensor, padding_mask(images), targets), targets)
 
-    def inference(self, batched_inputs: list[dict]) -> list[dict]:
+    def inference(self, batched_inputs: Batch) -> list[dict[str, Any]]:
         """Detect, independently of what else is in the batch.
 
         Only images of the same size share a forward pass. Padding is masked in the attention, but
@@ -181,7 +181,7 @@ class DINO(Detector):
         others = [make(targets, queries, memory) for make in training_only if make]
         return DetectorOutput(decode(self.decoder, memory, result, others))
 
-    def preprocess_images(self, batched_inputs: list[dict]) -> ImageList:
+    def preprocess_images(self, batched_inputs: Batch) -> ImageList:
         """Normalise and pad images; a ValueError for no image or wrong numbers of channels."""
         if not batched_inputs:
             raise ValueError("a training batch has no images; is the data loader's batch size 0?")
@@ -198,7 +198,7 @@ class DINO(Detector):
             padding_constraints=self.backbone.padding_constraints,
         )
 
-    def prepare_targets(self, batched_inputs: list[dict]) -> list[Target]:
+    def prepare_targets(self, batched_inputs: Batch) -> list[Target]:
         """Labels and relative boxes; a ValueError for a class that the model does not have."""
         targets = []
         for x in batched_inputs:
@@ -229,7 +229,7 @@ def padding_mask(images: ImageList) -> Tensor:
     return mask
 
 
-def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_) -> None:
+def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_: Any) -> None:
     """Detectron2's own checkpointer would only load the few tensors whose names fit by chance."""
     layout = detect_format(state)
     if layout in ("official", "detrex", "mmdet"):
@@ -239,7 +239,7 @@ def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_) -> None:
         )
 
 
-def rescale(instances: Instances, x: dict) -> Instances:
+def rescale(instances: Instances, x: dict[str, Any]) -> Instances:
     """Scale boxes to the size that the input asks for, by default its own size."""
     height, width = instances.image_size
     return detector_postprocess(instances, x.get("height", height), x.get("width", width))

@@ -25,7 +25,7 @@ REASON = "ms_deform_attn_cpu.txt"  # says why there is no library
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Per instruction set: floats per vector, compiler options. All are compiled, and one is chosen at
 # run time.
-INSTRUCTION_SETS = {"baseline": (4, [])}
+INSTRUCTION_SETS: dict[str, tuple[int, list[str]]] = {"baseline": (4, [])}
 if X86:
     INSTRUCTION_SETS["avx2"] = 8, ["-mavx2", "-mfma"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]

@@ -157,7 +157,7 @@ def _refuse_to_differentiate(ctx: Any, *grads: Tensor) -> NoReturn:
     raise NotImplementedError("ms_deform_attn can be differentiated only once")
 
 
-def _autocast(value, shapes, points, weights, reference):
+def _autocast(value: Tensor, shapes: list[int], *others: Tensor | None) -> Tensor:
     """Convert only value to the autocast dtype; locations and weights stay exact."""
     device = value.device.type
     if value.dtype != torch.float64:

@@ -38,7 +38,7 @@ def forward(
     batch, _, heads, channels = value.shape
     queries = points.shape[1]
     locations, weights = resolve(shapes, points, weights, reference)
-    out = sum(  # nothing in place: exported graphs contain this function
+    parts = (
         (sample(image, grid) * weight[:, None]).sum(-1)
         for image, grid, weight in levels(value, shapes, locations, weights)
     )

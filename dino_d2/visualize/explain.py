@@ -85,8 +85,8 @@ def draw_refinement(
     for (picture, chart), query in zip(grid, queries, strict=True):
         start = trace.layers[0].reference[0, query]
         boxes = [layer.boxes[0, query] for layer in trace.output.result.layers]
-        places = [start, *boxes] if len(start) == 4 else boxes
-        places = to_pixels(torch.stack(places), image)
+        steps = [start, *boxes] if len(start) == 4 else boxes
+        places = to_pixels(torch.stack(steps), image)
         show_image(picture, image, dim=0.25)
         zoom_to(picture, image, cxcywh_to_xyxy(places))
         for box, colour in zip(places, colours[-len(places) :], strict=True):

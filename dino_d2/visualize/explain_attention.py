@@ -54,8 +54,8 @@ def draw_sampling(
         for x in (0.05, 0.2, 0.5)
     ]
     # The layout does not reserve space for padding, which would overlap with the captions.
-    place = {"loc": "outside lower center", "borderaxespad": 0}
-    figure.legend(handles=handles, ncols=int(1.7 * levels), **place)
+    columns = int(1.7 * levels)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, borderaxespad=0)
     figure.suptitle("Sampling points of deformable attention, last decoder layer", weight="bold")
     return figure
 
@@ -112,12 +112,13 @@ def _draw_attended(axes: Axes, image: Image.Image, trace: Trace, query: int) -> 
     weights[query] = 0  # leave out the query itself
     boxes = to_pixels(_places(trace, -1), image)
     show_image(axes, image, dim=0.45)
-    scale = ScalarMappable(Normalize(0, float(weights.max())), colormaps["plasma_r"])
+    share, colours = Normalize(0, float(weights.max())), colormaps["plasma_r"]
     for other in weights.topk(min(ATTENDED, len(weights) - 1)).indices.flip(0).tolist():
-        colour = scale.to_rgba(float(weights[other]))
+        colour = colours(share(float(weights[other])))
         draw_box(axes, boxes[other], colour, width=1.5)
         axes.plot(*boxes[[query, other], :2].T, color=colour, linewidth=1.5)
     draw_box(axes, boxes[query], "black", width=2.5)
+    scale = ScalarMappable(share, colours)
     axes.figure.colorbar(scale, ax=axes, shrink=0.8, label="attention, % of all")
 
 
