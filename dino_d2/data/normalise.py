@@ -149,7 +149,8 @@ def to_side(value: Any) -> int | None:
 def to_box(value: Any) -> list[float] | None:
     """Convert a list to four finite numbers; None for anything else."""
     numbers = [to_number(x) for x in value] if isinstance(value, list) else []
-    return numbers if len(numbers) == 4 and None not in numbers else None
+    valid = [x for x in numbers if x is not None]
+    return valid if len(valid) == len(numbers) == 4 else None
 
 
 def required(entry: dict, key: str, convert: Callable[[Any], Any], where: str, remedy: str) -> Any:
