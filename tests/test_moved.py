@@ -21,8 +21,8 @@ PLACES = {
         weights replacing write
     """,
     "checkpointer": """
-        BEST CONVERTERS TORCHVISION MSRA EXPECTED USUAL_ENCODING REMEDIES Checkpointer
-        to_ours pixels_of encoding_of coco_classes
+        BEST TORCHVISION MSRA EXPECTED USUAL_ENCODING REMEDIES Checkpointer
+        pixels_of encoding_of coco_classes
     """,
     "config": """
         add_dino_config read_config evaluation_augmentations build_parts build_criterion named

@@ -4,13 +4,3 @@ from ..modeling.build import build_criterion, build_parts, named
 from .keys import add_dino_config
 from .overrides import apply_overrides
 from .styles import evaluation_augmentations, read_config
-
-__all__ = [
-    "add_dino_config",
-    "apply_overrides",
-    "build_criterion",
-    "build_parts",
-    "evaluation_augmentations",
-    "named",
-    "read_config",
-]

@@ -15,25 +15,3 @@ from .sharing import (
     unsharded,
     unwrap,
 )
-
-__all__ = [
-    "WORKER_VARIABLES",
-    "check_gpus",
-    "distribute",
-    "gather",
-    "is_worker",
-    "join",
-    "launch",
-    "load_optimizer",
-    "local_shard",
-    "mean_over_workers",
-    "replicate",
-    "scatter",
-    "shard",
-    "share_buffers",
-    "suspend_sync",
-    "unwrap",
-    "unsharded",
-    "work",
-    "world_size",
-]

@@ -78,6 +78,9 @@ class DamagedCheckpoint(CheckpointError):
 def read(path: str, *, mmap: bool = False) -> dict:
     """Read a `.pkl`, `.safetensors` or PyTorch file: tensors, arrays and plain Python values.
 
+    With `mmap`, tensors of a PyTorch file stay on the disk until they are used, so that a model is
+    not in memory twice; the file must not change meanwhile.
+
     Raises:
         DamagedCheckpoint: it is incomplete, or not a checkpoint
         CheckpointError: it cannot be opened, or contains something else

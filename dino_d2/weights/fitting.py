@@ -29,7 +29,6 @@ BACKBONES: dict[str | None, Callable[[State], State]] = {
     "torchvision": backbones.from_torchvision,
     "convnext": backbones.from_convnext,
 }
-CONVERTERS = DETECTORS | BACKBONES
 
 
 class OpenedWeights(NamedTuple):
@@ -66,11 +65,6 @@ def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> Op
     convert = DETECTORS.get(form, dict)
     settings = checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(file)
     return OpenedWeights(file, form, convert(state), settings, checkpoint, note)
-
-
-def to_ours(state: State, form: str | None) -> State:
-    """Convert weights from any format that `detect_format` knows."""
-    return CONVERTERS[form](state) if form in CONVERTERS else state
 
 
 def coco_classes(number: int) -> ClassNames | None:
