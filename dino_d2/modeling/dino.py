@@ -169,7 +169,7 @@ class DINO(Detector):
         """All predictions of every stage.
 
         Args:
-            pixels: (B, 3, H, W), normalised, zero on padding
+            pixels: (B, C, H, W), normalised, zero on padding
             padding: (B, H, W), True on padding
             targets: for training, adds denoising and other branches
         """
@@ -178,7 +178,7 @@ class DINO(Detector):
         queries, proposals = self.query_selection(memory)
         result = Branch("", queries, proposals=proposals)
         training_only = [] if targets is None else [self.denoising, *self.branches]
-        others = [make(targets, queries, memory) for make in training_only if make]
+        others = [make(targets, queries, memory) for make in training_only if make is not None]
         return DetectorOutput(decode(self.decoder, memory, result, others))
 
     def preprocess_images(self, batched_inputs: Batch) -> ImageList:
