@@ -8,11 +8,13 @@
 ## PYTHON=python  the interpreter to create it with (default: python3; 3.10 to 3.13)
 ## PYTORCH_INDEX=url  where to take PyTorch from if it is missing (default: pip's index, whose PyTorch
 ##                for Linux has CUDA). For CPUs alone: https://download.pytorch.org/whl/cpu
+## JOBS=n         how many tests run side by side (default: one per core, 8 at most)
 ## REPOINT=yes    let an environment that has dino_d2 from another checkout use this one
 
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
+JOBS   ?= logical
 # Written last, so that an interrupted installation is taken up again.
 READY  := $(VENV)/.dino_d2-ready
 
@@ -30,7 +32,7 @@ demo: $(READY)
 	$(BIN)/python projects/dino/quickstart.py --output output/quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -57,7 +57,7 @@ setup(
     | {
         # Without windows: the tests run where there is no display.
         "dev": [
-            *("pytest", "pytest-cov", "mypy", "ruff", "opencv-python-headless"),
+            *("pytest", "pytest-cov", "pytest-xdist", "mypy", "ruff", "opencv-python-headless"),
             *(name for key, names in EXTRAS.items() if key != "video" for name in names),
         ],
     },

@@ -3,6 +3,8 @@
 Fixtures named `make_*` are functions that build what they are named after.
 """
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,13 @@ from dino_d2.structures import Predictions, Target
 
 NUM_CLASSES = 3
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_configure(config):
+    """Tests that run side by side have a thread each, and so have the processes they start."""
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
