@@ -43,7 +43,11 @@ FLIPPED = 0.25  # a label is drawn anew with half of the label noise of 0.5
 # not, but are likewise: with them its losses are the recorded ones.
 NOISE_SEED = 1234
 
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"there is no {GOLDEN}")
+pytestmark = [
+    pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"there is no {GOLDEN}"),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("golden"),
+]
 
 
 # ---- what was recorded
@@ -216,21 +220,36 @@ def training(model, token_order, images, targets, recorded_training):
 
 
 @pytest.fixture(scope="module")
-def one_empty(model, token_order, images, targets, recorded_training):
+def encoded(model, evaluation):
+    """The image is encoded as in evaluation, which is not done again."""
+
+    @contextmanager
+    def encoded():
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("backbone", "neck", "encoder"):
+                (output,) = evaluation.stages["memory" if name == "encoder" else name]
+                patch.setattr(getattr(model, name), "forward", lambda *_, output=output: output)
+            yield
+
+    return encoded
+
+
+@pytest.fixture(scope="module")
+def one_empty(model, token_order, images, targets, recorded_training, encoded):
     """Losses where the first image has no boxes."""
     recorded = recorded_draws(recorded_training)
     if not all(map(torch.equal, official_draws(len(recorded[0])), recorded)):
         pytest.skip("this version of PyTorch draws other numbers from a seed")
     targets = [without_boxes(targets[0]), targets[1]]
     # seven boxes: 14 groups of 2 copies
-    with drawn(official_draws(14 * 2 * 7), counts=[0, 7]), torch.no_grad():
+    with encoded(), drawn(official_draws(14 * 2 * 7), counts=[0, 7]), torch.no_grad():
         return train(model, token_order, images, targets)
 
 
 @pytest.fixture(scope="module")
-def all_empty(model, token_order, images, targets):
+def all_empty(model, token_order, images, targets, encoded):
     """Losses where no image has boxes."""
-    with torch.no_grad():
+    with encoded(), torch.no_grad():
         return train(model, token_order, images, [without_boxes(target) for target in targets])
 
 
@@ -456,13 +475,11 @@ def test_the_attention_mask_is_the_official_one(model, targets, recorded_trainin
 # ---- training
 
 
-@pytest.mark.slow
 def test_predictions_in_training_are_the_official_ones(training, recorded_training):
     assert_tokens(training.tokens, recorded_training["topk_proposals"])
     assert_predictions(training.output, recorded_training)
 
 
-@pytest.mark.slow
 def test_predictions_on_denoising_queries_are_the_official_ones(training, recorded_training):
     for layer, name in zip(training.output.named("dn").layers, LAYERS, strict=True):
         prefix = "dn/" if name == "last" else f"dn/{name}/"
@@ -478,7 +495,6 @@ def matched_stages(model, training) -> list[tuple[Predictions, Match]]:
     return list(zip(stages, matches, strict=True))
 
 
-@pytest.mark.slow
 def test_boxes_are_matched_as_the_official_ones(model, training, recorded_training):
     for name, (_, match) in zip([*LAYERS, "interm"], matched_stages(model, training), strict=True):
         for image, first_box in enumerate((0, 3)):  # ours count through the batch
@@ -487,7 +503,6 @@ def test_boxes_are_matched_as_the_official_ones(model, training, recorded_traini
             assert sorted(pairs[match.images == image].tolist()) == sorted(expected), name
 
 
-@pytest.mark.slow
 def test_all_losses_are_the_official_ones(training, recorded_training):
     weights = {key.removeprefix("weight/") for key in recorded_training if "weight/loss" in key}
     assert {official_name(name) for name in training.losses} == weights
@@ -507,9 +522,7 @@ def test_losses_without_any_box_are_the_official_ones(all_empty, recorded_traini
     assert_losses(all_empty.losses, recorded_training, case="all_empty/")
 
 
-@pytest.mark.parametrize(
-    "run", [pytest.param("training", marks=pytest.mark.slow), "one_empty", "all_empty"]
-)
+@pytest.mark.parametrize("run", ["training", "one_empty", "all_empty"])
 def test_what_the_official_one_only_logs_follows_too(run, request, model, recorded_training):
     """The box loss of position and of size, and by how many boxes each image is miscounted."""
     training = request.getfixturevalue(run)
@@ -545,7 +558,6 @@ def gradients(model, training):
     return to_official(gradients)
 
 
-@pytest.mark.slow
 def test_the_same_parameters_are_trained(keys, gradients, recorded_training):
     trained = {x["key"] for x in keys["keys"] if x["trained"]}
     assert gradients.keys() == trained
@@ -558,7 +570,6 @@ def test_the_same_parameters_are_trained(keys, gradients, recorded_training):
 # either side of one, where its gradient is another. A single point can be 1 % of what is recorded.
 
 
-@pytest.mark.slow
 def test_gradient_norms_are_the_official_ones(gradients, recorded_training):
     for key, expected in recorded_training.items():
         kind, _, name = key.partition("/")
@@ -567,7 +578,6 @@ def test_gradient_norms_are_the_official_ones(gradients, recorded_training):
             assert error <= (2e-3 if "sampling_offsets" in name else 1e-3), name
 
 
-@pytest.mark.slow
 def test_gradients_are_the_official_ones(gradients, recorded_training):
     for key, expected in recorded_training.items():
         kind, _, name = key.partition("/")
