@@ -38,7 +38,7 @@ from dino_d2.distributed.sharing import (
 )
 from dino_d2.engine import EMA, NonFiniteLoss, Trainer
 from dino_d2.modeling import ChannelMapper, ContrastiveDenoising, HungarianMatcher
-from dino_d2.modeling.criterion import BoxesOnly
+from dino_d2.modeling.criterion import BoxesOnly, average_over_workers
 from dino_d2.modeling.swin import SwinTransformer
 from dino_d2.solver import ClippedAdamW, parameter_groups
 from dino_d2.weights.files import read
@@ -132,6 +132,7 @@ def replicated_steps(rank, cases):
     return results
 
 
+@pytest.mark.slow
 def test_two_workers_with_an_image_each_do_what_one_does_with_both(
     run, make_deterministic, make_batch
 ):
@@ -159,13 +160,20 @@ def test_two_workers_with_an_image_each_do_what_one_does_with_both(
             assert_close(grads, {k: share * x for k, x in expected_grads.items()})
 
 
-def mean_of_ranks(rank):
+def means(rank, counts):
     x = torch.tensor([float(rank), 10.0 + rank])
-    return mean_over_workers(x).tolist(), x.tolist()
+    own = [torch.tensor(pair[rank]) for pair in counts]
+    averages = [average_over_workers(count).item() for count in own]
+    return mean_over_workers(x).tolist(), averages, x.tolist(), [count.item() for count in own]
 
 
-def test_a_mean_over_workers_leaves_what_it_is_of_as_it_is(run):
-    assert run(mean_of_ranks) == [([0.5, 10.5], [0.0, 10.0]), ([0.5, 10.5], [1.0, 11.0])]
+@pytest.mark.slow
+def test_means_over_workers_leave_what_they_are_of_as_it_is(run):
+    counts = [(2.0, 5.0), (0.0, 1.0), (0.0, 0.0)]  # of boxes; a mean is at least one
+    results = run(means, counts=counts)
+    for rank, (mean, averages, x, own) in enumerate(results):
+        assert mean == [0.5, 10.5] and x == [rank, 10.0 + rank]
+        assert averages == [3.5, 1.0, 1.0] and own == [pair[rank] for pair in counts]
 
 
 def accumulated_gradients(rank, model, batches, fsdp):
@@ -181,6 +189,7 @@ def accumulated_gradients(rank, model, batches, fsdp):
     return apart, before, together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_gradients_that_are_added_up_are_averaged_over_workers_once(
     run, make_deterministic, make_batch, fsdp
@@ -212,6 +221,7 @@ def recomputed(rank, model, batch, fsdp):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_checkpointed_stages_change_no_loss_and_no_gradient_of_many_workers(
     run, make_dino, randomise, make_batch, fsdp
@@ -281,6 +291,7 @@ def inputs(make_deterministic, make_batch):
     return {"model": make_deterministic(), "batch": make_batch(2, 2)}
 
 
+@pytest.mark.slow
 def test_a_sharded_model_learns_what_a_replicated_one_does(run, inputs):
     replicated, sharded = (run(trained, **inputs, fsdp=x, steps=2) for x in (False, True))
     assert_same_training(sharded, replicated)
@@ -306,6 +317,7 @@ def reloaded(rank, model, state):
     return len(own), sum(x.to_local().numel() for x in own), whole_state(model, optimizer)
 
 
+@pytest.mark.slow
 def test_a_state_of_one_worker_is_shared_among_two_and_comes_back(run, inputs):
     model, batch = inputs["model"], inputs["batch"]
     optimizer = make_optimizer(model)
@@ -338,6 +350,7 @@ def detections(rank, model, shares):
     return [x["instances"].pred_boxes.tensor for x in results], all_sharded, is_sharded
 
 
+@pytest.mark.slow
 def test_workers_detect_in_as_many_passes_as_each_has_sizes_of_images(
     run, make_deterministic, make_batch
 ):
@@ -561,6 +574,7 @@ class Once:
         return iter([self.batch])
 
 
+@pytest.mark.slow
 def test_a_loss_of_one_worker_that_is_not_finite_ends_all(run, make_dino, make_batch, tmp_path):
     good, bad = (x | {"file_name": name} for x, name in zip(make_batch(2, 1), "ab", strict=True))
     bad["image"] = torch.full((3, 64, 64), torch.nan)
@@ -588,6 +602,7 @@ def averaged(rank, model, batch, fsdp):
     return state["weights"], applied
 
 
+@pytest.mark.slow
 def test_averaged_weights_of_a_sharded_model_are_those_of_a_replicated_one(run, inputs):
     replicated, _ = run(averaged, fsdp=False, **inputs)
     for weights, applied in run(averaged, fsdp=True, **inputs):
@@ -603,6 +618,7 @@ def statistics(rank):
     return norm.running_mean
 
 
+@pytest.mark.slow
 def test_workers_evaluate_with_the_statistics_that_are_saved(run):
     assert run(statistics) == [torch.ones(1)] * 2
 
@@ -681,9 +697,8 @@ LAUNCHERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launcher_starts_workers_who_know_each_other(program, launcher):
-    codes, said = finish(begin(*LAUNCHERS[launcher](program), program.parent / "found"))
+def test_detectron2_starts_workers_who_know_each_other(program):
+    codes, said = finish(begin(*LAUNCHERS["detectron2"](program), program.parent / "found"))
     assert codes == [0], said
     assert found(program) == [[0, 2, 2, 0, 2, 0.5], [1, 2, 2, 1, 2, 0.5]]
 
