@@ -99,7 +99,7 @@ def make_cfg(options):
 
 
 @pytest.mark.slow
-def test_detectron2s_script_trains_goes_on_and_evaluates(options, tmp_path):
+def test_detectron2s_script_goes_on_and_evaluates(make_cfg, options, tmp_path):
     script = tmp_path / "train_net.py"
     script.write_text(SCRIPT)
 
@@ -110,7 +110,7 @@ def test_detectron2s_script_trains_goes_on_and_evaluates(options, tmp_path):
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
-    run(*options)
+    DefaultTrainer(make_cfg("TEST.EVAL_PERIOD", 0, "DATASETS.TEST", ())).train()
     output = tmp_path / "output"
     again = run("--resume", *options, "SOLVER.MAX_ITER", 4)
     assert "Starting training from iteration 2" in again

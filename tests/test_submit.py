@@ -189,7 +189,7 @@ def children(pid):
 @pytest.mark.slow
 @needs_no_or_two_gpus
 def test_a_preempted_training_goes_on_and_ends(begin, tmp_path):
-    process = begin("SOLVER.MAX_ITER", 100)
+    process = begin("SOLVER.MAX_ITER", 40)
     wait_for((tmp_path / "out" / "last_checkpoint").exists)
     (controller,) = children(process.pid)
     for task in children(controller):
