@@ -3,6 +3,7 @@
 Fixtures named `make_*` are functions that build what they are named after.
 """
 
+import gc
 import os
 
 import numpy as np
@@ -29,6 +30,20 @@ def pytest_configure(config):
     if hasattr(config, "workerinput"):  # of pytest-xdist
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Side by side, quick tests of a file go to one process at once, slow ones one by one."""
+    for item in items:
+        if not (item.get_closest_marker("slow") or item.get_closest_marker("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish():
+    """What is imported stays: looking through it for garbage takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

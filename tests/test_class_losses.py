@@ -284,6 +284,7 @@ def use(model, kind):
     return model
 
 
+@pytest.mark.slow
 @EVERY
 def test_a_few_steps_of_training_lower_the_losses(make_dino, make_batch, kind):
     model, batch = use(make_dino(), kind), make_batch(2, 0, 3)

@@ -135,6 +135,7 @@ def test_the_trainer_is_detectron2s_with_what_a_dino_needs(make_cfg, tmp_path):
     assert evaluator._output_dir == str(tmp_path / "output" / "inference")
 
 
+@pytest.mark.slow
 def test_a_training_leaves_its_best_checkpoint_and_names_of_classes(make_cfg, tmp_path):
     trainer = DefaultTrainer(make_cfg("SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0))
     trainer.resume_or_load(resume=False)
@@ -197,6 +198,7 @@ def test_detectron2s_own_trainer_does_not_train_with_sgd_in_silence(make_cfg, sh
         engine.DefaultTrainer(make_cfg())
 
 
+@pytest.mark.slow
 def test_a_lazyconfig_trains_by_the_calls_of_detectron2s_script(shapes, tmp_path):
     names = train, val = [f"{shapes}/{x}.json@{shapes}/images" for x in ("train", "val")]
     register(names)
@@ -225,6 +227,7 @@ def test_a_lazyconfig_trains_by_the_calls_of_detectron2s_script(shapes, tmp_path
 # ---- DefaultPredictor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("colours", "size"), [("RGB", (60, 90)), ("BGR", (60, 90)), ("RGB", (300, 40))]
 )

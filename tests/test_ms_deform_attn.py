@@ -188,6 +188,7 @@ def test_gradcheck(device):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_of_the_forward_operator(device, dtype):
     value, locations, weights = make_inputs(device)
@@ -196,6 +197,7 @@ def test_opcheck_of_the_forward_operator(device, dtype):
     torch.library.opcheck(FORWARD, args, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_of_the_backward_operator(device, dtype):
     value, locations, weights = (x.detach() for x in make_inputs(device))
@@ -289,6 +291,7 @@ def test_gradcheck_of_offsets_and_logits(size):
     )
 
 
+@pytest.mark.slow
 def test_opcheck_with_a_reference(device):
     value, places, offsets, logits = make_raw_inputs(device, 4)
     args = value, FLAT_SHAPES, offsets, logits, places

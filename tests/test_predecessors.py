@@ -31,7 +31,11 @@ REFINE = "deformable_detr_R_50_refine_50ep"
 TWO_STAGE = "deformable_detr_R_50_two_stage_50ep"
 DAB = "dab_deformable_detr_R_50_50ep"
 DN = "dn_deformable_detr_R_50_50ep"
-CONFIGS = pytest.mark.parametrize("name", [PLAIN, REFINE, TWO_STAGE, DAB, DN])
+# The first and the last have most of the parts of the others.
+CONFIGS = pytest.mark.parametrize(
+    "name",
+    [PLAIN, DN, *(pytest.param(x, marks=pytest.mark.slow) for x in (REFINE, TWO_STAGE, DAB))],
+)
 NUM_CLASSES = 3
 SMALL = [
     f"num_classes={NUM_CLASSES}",

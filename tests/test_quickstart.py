@@ -51,6 +51,7 @@ def test_a_detection_below_the_threshold_is_not_drawn(shapes, tmp_path):
     assert (empty == unchanged).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["total_loss", "bbox/AP", "bbox/AP50"])
 def test_curves_show(key, tmp_path):
     pictures = []

@@ -128,6 +128,7 @@ def test_any_sizes_are_fine(kernels, kind, sizes):
     compare(kernels, make_inputs(kind, **sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["locations", "boxes"])
 def test_queries_that_are_the_tokens_are_all_computed_whatever_the_squares(kernels, kind):
     # 2 x 2 squares of 8 x 8 fill the first level in neither direction, the second fills one
@@ -143,6 +144,7 @@ def test_programs_compute_squares_of_tokens_and_runs_of_other_queries():
     assert [grid for grid, _ in plans] == [(4 + 1, 2, 1), (6, 2, 1)]  # 162 queries by 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "dim", "kind"),
     [
