@@ -18,24 +18,3 @@ from .mapper import Mapper, read_image
 from .shapes import generate
 from .voc import from_voc
 from .yolo import from_yolo
-
-__all__ = [
-    "DatasetError",
-    "Mapper",
-    "ResizeShortestEdge",
-    "check",
-    "annotations_of",
-    "class_names",
-    "detr_augmentation",
-    "find_folder",
-    "from_voc",
-    "from_yolo",
-    "generate",
-    "is_built_in",
-    "num_classes",
-    "read_image",
-    "read_results",
-    "register",
-    "register_again",
-    "registered",
-]

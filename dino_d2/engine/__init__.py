@@ -7,18 +7,3 @@ from .plan import Plan, make_plan
 from .run import evaluate, test, train
 from .schedule import scale_schedule
 from .trainer import NonFiniteLoss, Trainer
-
-__all__ = [
-    "EMA",
-    "BestCheckpointer",
-    "DefaultTrainer",
-    "EvalHook",
-    "NonFiniteLoss",
-    "Plan",
-    "Trainer",
-    "evaluate",
-    "make_plan",
-    "scale_schedule",
-    "test",
-    "train",
-]

@@ -2,15 +2,3 @@
 
 from .graph import Exportable, check, export, save
 from .runtime import About, Exported, ExportError, compare, fit
-
-__all__ = [
-    "About",
-    "ExportError",
-    "Exportable",
-    "Exported",
-    "check",
-    "compare",
-    "export",
-    "fit",
-    "save",
-]

@@ -9,27 +9,3 @@ from .image_errors import LEGEND, draw_image_errors
 from .images import draw_curves, draw_instances
 from .marks import Mark, class_colour, contact_sheet, draw_marks, resize_long_side
 from .page import data_uri, html_figure, html_page
-
-__all__ = [
-    "LEGEND",
-    "Mark",
-    "class_colour",
-    "contact_sheet",
-    "data_uri",
-    "draw_curves",
-    "draw_denoising",
-    "draw_error_plots",
-    "draw_image_errors",
-    "draw_instances",
-    "draw_marks",
-    "draw_matching",
-    "draw_proposals",
-    "draw_refinement",
-    "draw_sampling",
-    "draw_self_attention",
-    "explanation_page",
-    "html_figure",
-    "html_page",
-    "resize_long_side",
-    "surest_queries",
-]
