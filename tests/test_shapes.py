@@ -96,7 +96,7 @@ def test_an_unturned_square_is_drawn_where_its_corners_are():
         def uniform(self, low, high):
             return next(self.values)
 
-    coverage = shapes._draw_shape(Fixed(), shapes.OUTLINES["square"], 100, 120)
+    coverage = shapes._coverage(Fixed(), shapes.OUTLINES["square"], 100, 120)
     # half a side is 20 / sqrt(2) = 14.14: columns 45.86 to 74.14, rows 35.86 to 64.14
     assert shapes._tight_box(coverage >= 0.5) == [46, 36, 28, 28]
     assert coverage.sum() == pytest.approx(800, rel=0.04)  # 28.28 squared
@@ -135,7 +135,7 @@ def test_a_shape_that_would_hide_most_of_an_earlier_one_is_left_out(monkeypatch)
         coverage[:10, slice(*next(remaining))] = 1
         return coverage
 
-    monkeypatch.setattr(shapes, "_draw_shape", draw_shape)
+    monkeypatch.setattr(shapes, "_coverage", draw_shape)
     monkeypatch.setattr(shapes, "MIN_VISIBLE", 0.4)
     monkeypatch.setattr(shapes, "MAX_SHAPES", 7)
     _, drawn = shapes._draw_image(np.random.default_rng(3))  # a seed that asks for seven shapes

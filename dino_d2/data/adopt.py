@@ -20,10 +20,7 @@ def is_built_in(name: str) -> bool:
 
 
 def check_records(name: str) -> None:
-    """Load a registered dataset and replace it by its repaired records.
-
-    Args:
-        name: in the `DatasetCatalog`, of a function that returns Detectron2's records
+    """Load a dataset that is registered as a function, and replace it by its repaired records.
 
     Raises:
         DatasetError: a record cannot be understood
@@ -52,25 +49,23 @@ def _record(record: Any, where: str, num_classes: int | None) -> dict:
     return fixed
 
 
-def _annotation(annotation: dict, where: str, num_classes: int | None) -> dict:
+def _annotation(entry: dict, where: str, num_classes: int | None) -> dict:
     # NumPy's numbers are as good as Python's.
-    annotation = {k: x.item() if isinstance(x, np.generic) else x for k, x in annotation.items()}
+    entry = {k: x.item() if isinstance(x, np.generic) else x for k, x in entry.items()}
 
     def to_class(value: Any) -> int | None:
         index = to_int(value)
         return index if index in range(num_classes or sys.maxsize) else None
 
     last = "the number of classes, less 1" if num_classes is None else num_classes - 1
-    category = required(
-        annotation, "category_id", to_class, where, f"give a number from 0 to {last}"
-    )
-    crowd = required(annotation, "iscrowd", to_flag, where, "give 1 for a crowd, else 0")
-    fixed = {**annotation, "category_id": category, "iscrowd": crowd}
-    if annotation.get("bbox_mode") in PLAIN:
+    category = required(entry, "category_id", to_class, where, f"give a number from 0 to {last}")
+    crowd = required(entry, "iscrowd", to_flag, where, "give 1 for a crowd, else 0")
+    fixed = {**entry, "category_id": category, "iscrowd": crowd}
+    if entry.get("bbox_mode") in PLAIN:
         fixed["bbox"] = required(
-            *(annotation, "bbox", lambda x: to_box(np.asarray(x).tolist())),
+            *(entry, "bbox", lambda x: to_box(np.asarray(x).tolist())),
             *(where, "give four finite numbers"),
         )
-    elif annotation.get("bbox_mode") is None:
+    elif entry.get("bbox_mode") is None:
         raise DatasetError(f"{where} has no 'bbox_mode': name one of Detectron2's BoxMode")
     return fixed

@@ -35,8 +35,6 @@ from .coco_json import DatasetError, parse
 from .faults import clip, faults
 from .normalise import Repairs, normalise, place_images
 
-logger = logging.getLogger(__name__)
-
 SEPARATOR = ".json@"
 
 
@@ -44,7 +42,7 @@ class Registered(NamedTuple):
     """A dataset that was read from files."""
 
     name: str
-    records: bytes  # pickled, as Detectron2 gets them
+    records: bytes  # pickled: compact, and new for each user
     metadata: dict
 
 
@@ -70,8 +68,8 @@ def register(names: Iterable[str]) -> None:
         if name in DatasetCatalog:
             _check_registered(name)
         elif SEPARATOR in name:
-            annotations, image_root = map(os.path.expanduser, name.split(SEPARATOR, 1))
-            _register(name, f"{annotations}.json", image_root)
+            stem, image_root = map(os.path.expanduser, name.split(SEPARATOR, 1))
+            _register(name, f"{stem}.json", image_root)
         elif place := folder.split_name(name):
             found = folder.find_folder(place.folder)
             if place.split not in found.splits:
@@ -90,10 +88,7 @@ def num_classes(names: Iterable[str]) -> int:
 
 
 def class_names(names: Iterable[str]) -> list[str]:
-    """The classes that the datasets share.
-
-    Args:
-        names: one name or several; registered if necessary
+    """The classes that the datasets share; takes one name or several, registered if necessary.
 
     Raises:
         DatasetError: a name is unknown, a dataset is invalid, or classes are missing or differ
@@ -217,7 +212,8 @@ def _register_content(
     repairs = prepare(dataset, image_root, source, **options)
     json_file = source if can_be_read(source, repairs, dataset) else write_copy(dataset)
     categories = sorted(dataset["categories"], key=itemgetter("id"))
-    records = pickle.dumps(_records(name, dataset, image_root))  # compact, and new for each user
+    classes = {category["id"]: index for index, category in enumerate(categories)}
+    records = _records(name, dataset, image_root, classes)
     metadata = {
         "json_file": json_file,
         "image_root": image_root,
@@ -225,9 +221,9 @@ def _register_content(
         "is_annotated": bool(dataset["annotations"]),
         "is_checked": True,
         "thing_classes": [category["name"] for category in categories],
-        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
+        "thing_dataset_id_to_contiguous_id": classes,
     }
-    register_again([Registered(name, records, metadata)])
+    register_again([Registered(name, pickle.dumps(records), metadata)])
 
 
 def register_again(datasets: Iterable[Registered]) -> None:
@@ -246,11 +242,8 @@ def registered() -> list[Registered]:
 def _check_registered(name: str) -> None:
     """Check a dataset that others registered; evaluation reads a repaired copy if necessary."""
     metadata = MetadataCatalog.get(name)
-    if (
-        is_built_in(name)
-        or metadata.get("is_checked")
-        or metadata.get("evaluator_type", "coco") != "coco"
-    ):
+    is_known = is_built_in(name) or metadata.get("is_checked")
+    if is_known or metadata.get("evaluator_type", "coco") != "coco":
         return
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
     if not json_file:
@@ -280,13 +273,9 @@ def can_be_read(json_file: str, repairs: Repairs, dataset: dict[str, list]) -> b
 def prepare(
     dataset: dict[str, list], image_root: str, source: str, *, keep_roots: bool = False
 ) -> Repairs:
-    """Repair a dataset in place, log the repairs as warnings, and check it.
+    """Repair a dataset of `parse` in place, log the repairs as warnings, and check it.
 
-    Args:
-        dataset: as `parse` returns it
-        image_root: the folder of its images
-        source: its name in messages
-        keep_roots: see `normalise`
+    Messages call it `source`; for `keep_roots`, see `normalise`.
 
     Raises:
         DatasetError: it cannot be used
@@ -329,43 +318,34 @@ def _suggest(what: str, path: str) -> None:
         raise DatasetError(f"{what} '{path}' does not exist{near}")
 
 
-def _records(name: str, dataset: dict[str, list], image_root: str) -> list[dict]:
+def _records(
+    name: str, dataset: dict[str, list], image_root: str, classes: dict[int, int]
+) -> list[dict]:
     """Detectron2's records of a checked dataset, with boxes clipped to their image or dropped.
 
     Detectron2's own reader would also drop boxes with an invalid segmentation.
     """
-    category_ids = sorted(category["id"] for category in dataset["categories"])
-    classes = {category_id: index for index, category_id in enumerate(category_ids)}
     annotations = defaultdict(list)
     for annotation in dataset["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
 
-    clipped, dropped, records = [], [], []
+    notes, records = Repairs(), []
     for image in dataset["images"]:
         kept = []
         for annotation in annotations[image["id"]]:
             where = f"annotation {annotation['id']} of image '{image['file_name']}'"
             box = clip(annotation["bbox"], image["width"], image["height"])
             if min(box[2:]) <= 0:
-                dropped.append(where)
+                notes.note("dropped boxes without area", where)
                 continue
             if box != annotation["bbox"]:
-                clipped.append(where)
+                notes.note("clipped boxes that leave their image", where)
+            label, crowd = classes[annotation["category_id"]], annotation["iscrowd"]
             kept.append(
-                {
-                    "bbox": box,
-                    "bbox_mode": BoxMode.XYWH_ABS,
-                    "category_id": classes[annotation["category_id"]],
-                    "iscrowd": annotation["iscrowd"],
-                }
+                {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": label, "iscrowd": crowd}
             )
         path = os.path.join(image_root, image["file_name"])
         size = {"height": image["height"], "width": image["width"]}
         records.append({"file_name": path, **size, "image_id": image["id"], "annotations": kept})
-    for what, boxes in (
-        ("clipped boxes that leave their image", clipped),
-        ("dropped boxes without area", dropped),
-    ):
-        if boxes:
-            logger.warning(f"'{name}': {what}: {len(boxes)}, the first is {boxes[0]}")
+    notes.warn(name)
     return records

@@ -69,17 +69,15 @@ def to_coco(
                 dataset["annotations"].append({"id": number, "image_id": id, **annotation})
         if not dataset["images"]:
             notes["splits without images, left out"] += 1
-            continue
-        if not dataset["annotations"]:
+        elif not dataset["annotations"]:
             notes[f"images of split '{split}', which has no box, left out"] = len(dataset["images"])
-            continue
-        if fault := next(faults(dataset, os.fspath(root)), None):
+        elif fault := next(faults(dataset, os.fspath(root)), None):
             raise DatasetError(f"split '{split}' of '{root}': {fault}")
-        datasets[split] = dataset
+        else:
+            datasets[split] = dataset
     if not datasets:
-        raise DatasetError(
-            f"'{root}': there are no annotations in {' or '.join(splits)}: add boxes"
-        )
+        names = " or ".join(splits)
+        raise DatasetError(f"'{root}': there are no annotations in {names}: add boxes")
     return conversion
 
 

@@ -7,11 +7,9 @@ MANY = 10  # boxes from which on a majority outside of the images is an error of
 
 
 def faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:
-    """Sentences on what is wrong. Later ones may follow from the first, so report only that.
+    """Sentences on what is wrong with a dataset, as `normalise` and `place_images` leave it.
 
-    Args:
-        dataset: as `normalise` and `place_images` leave it
-        image_root: the folder of its images
+    Later ones may follow from the first, so report only that.
     """
     for key in ("images", "categories"):
         if not dataset[key]:
@@ -75,8 +73,7 @@ def _box_faults(dataset: dict[str, list]) -> Iterator[str]:
     if all(0 <= x <= 1 for box in boxes for x in box) and any(x % 1 for box in boxes for x in box):
         yield f"no box is larger than a pixel, as if they were shares of the image: {wanted}"
     sizes = {image["id"]: (image["width"], image["height"]) for image in dataset["images"]}
-    limits = [sizes[annotation["image_id"]] for annotation in annotations]
-    pairs = list(zip(annotations, limits, strict=True))
+    pairs = [(annotation, sizes[annotation["image_id"]]) for annotation in annotations]
     leaving = [(a, limit) for a, limit in pairs if _leaves(a["bbox"], *limit)]
     corners = [a for a, limit in leaving if _are_corners(a["bbox"], *limit)]
     if 2 * len(leaving) > len(boxes) and (2 * len(corners) > len(leaving) or len(boxes) >= MANY):

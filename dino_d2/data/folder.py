@@ -260,7 +260,7 @@ def find_yolo(root: Path) -> dict[str, Split]:
     if not named and not (root / "classes.txt").is_file():
         return {}
     base = root if root.is_dir() else root.parent
-    return merge_conversions({"": from_yolo(root)}, {"": base})
+    return merge({"": from_yolo(root)}, {"": base})
 
 
 def find_voc(root: Path) -> dict[str, Split]:
@@ -268,11 +268,11 @@ def find_voc(root: Path) -> dict[str, Split]:
     if root.is_file():
         return {}
     if has_xml(root):
-        return merge_conversions({"": from_voc(root, zero_based=None)}, {"": root})
+        return merge({"": from_voc(root, zero_based=None)}, {"": root})
     inside = [x for x in sorted(root.iterdir()) if x.is_dir() and has_xml(x)]
     folders = {split_of(x / "x", root): x for x in inside}
     conversions = {split: from_voc(x, zero_based=None) for split, x in folders.items()}
-    return merge_conversions(conversions, folders)
+    return merge(conversions, folders)
 
 
 def has_xml(root: Path) -> bool:
@@ -280,9 +280,7 @@ def has_xml(root: Path) -> bool:
     return any(next(x.glob("*.xml"), None) for x in folders)
 
 
-def merge_conversions(
-    conversions: dict[str, Conversion], roots: dict[str, Path]
-) -> dict[str, Split]:
+def merge(conversions: dict[str, Conversion], roots: dict[str, Path]) -> dict[str, Split]:
     """All converted splits; a conversion under a name other than "" is one split."""
     splits: dict[str, Split] = {}
     for outer, conversion in conversions.items():

@@ -17,9 +17,7 @@ from .augmentation import ResizeShortestEdge
 from .coco_json import DatasetError
 
 # Photographs, scans and drawings. Pillow also opens .pcd, .h5 or .mpg, which may be anything.
-SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
+SUFFIXES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 OF_DETECTRON2 = "BGR", "YUV-BT.601"  # formats of Detectron2 that are not modes of PIL
 

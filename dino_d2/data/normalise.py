@@ -180,11 +180,9 @@ def _annotation(entry: Any, place: int, names: dict[int, str], repairs: Repairs)
     if not isinstance(entry, dict):
         raise DatasetError(f"entry {place} of 'annotations' is {entry!r}: make it an object")
     called = f"annotation {entry['id']}" if "id" in entry else f"entry {place} of 'annotations'"
-    image = to_int(entry.get("image_id"))
-    if image not in names:
-        raise DatasetError(
-            f"{called} has image_id {entry.get('image_id')!r}, not in 'images': fix it"
-        )
+    given = entry.get("image_id")
+    if (image := to_int(given)) not in names:
+        raise DatasetError(f"{called} has image_id {given!r}, not in 'images': fix it")
     where = f"{called} of image '{names[image]}'"
     repairs.put(entry, "image_id", image)
     category = required(entry, "category_id", to_int, where, "make it an integer")
@@ -284,12 +282,7 @@ def place_images(images: list[dict], image_root: str, repairs: Repairs) -> None:
 
     A missing file is searched for below `image_root`, ignoring Unicode normal form, case, kind of
     slash and suffix. A match counts only if it is unique and no other image's. `faults` reports
-    what stays missing.
-
-    Args:
-        images: as `normalise` leaves them
-        image_root: their folder
-        repairs: records what was done
+    what stays missing. The images are as `normalise` leaves them.
 
     Raises:
         DatasetError: a size is missing, and the file cannot be read

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..atomic import replacing
 from ..progress import progress
+from .convert import write_json
+from .faults import missing_images
 
 IMAGE_SIDE = (96, 136)  # pixels, each side drawn independently
 DIAMETER = (30, 84)  # pixels, of the circle around a shape
@@ -66,8 +67,7 @@ def generate(root: Path, num_train: int = 480, num_val: int = 96, seed: int = 0)
         for number, (split, count) in enumerate(splits.items())
     }
     for split, dataset in datasets.items():
-        with replacing(str(root / f"{split}.json")) as file:
-            file.write(json.dumps(dataset).encode())
+        write_json(dataset, root / f"{split}.json")
 
 
 def _remove_generated(path: Path, description: str) -> None:
@@ -83,10 +83,8 @@ def _is_complete(root: Path, split: str, info: dict) -> bool:
     path = root / f"{split}.json"
     if not path.is_file():
         return False
-    dataset = json.loads(path.read_text())
-    return dataset.get("info") == info and all(
-        (root / "images" / image["file_name"]).is_file() for image in dataset["images"]
-    )
+    dataset, folder = json.loads(path.read_text()), str(root / "images")
+    return dataset.get("info") == info and not missing_images(dataset["images"], folder)
 
 
 def _write_images(folder: Path, split: str, split_number: int, count: int, seed: int) -> dict:
@@ -102,9 +100,8 @@ def _write_images(folder: Path, split: str, split_number: int, count: int, seed:
         for category, visible in shapes:
             # Ids start at 1: COCO's evaluation ignores matches with annotation 0.
             ids = {"id": len(annotations) + 1, "image_id": index, "category_id": category + 1}
-            annotations.append(
-                {**ids, "bbox": _tight_box(visible), "area": int(visible.sum()), "iscrowd": 0}
-            )
+            shape = {"bbox": _tight_box(visible), "area": int(visible.sum()), "iscrowd": 0}
+            annotations.append(ids | shape)
     categories = [{"id": id, "name": name} for id, name in enumerate(OUTLINES, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -128,7 +125,7 @@ def _draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, n
     num_shapes = 0 if rng.random() < EMPTY_IMAGES else rng.integers(1, MAX_SHAPES, endpoint=True)
     for _ in range(num_shapes):
         category = int(rng.integers(len(OUTLINES)))
-        coverage = _draw_shape(rng, list(OUTLINES.values())[category], height, width)
+        coverage = _coverage(rng, list(OUTLINES.values())[category], height, width)
         mask = coverage >= 0.5
         covered = np.where(mask, len(areas), owner)
         visible = np.bincount(covered.ravel(), minlength=len(areas))
@@ -156,9 +153,7 @@ def _draw_background(rng: np.random.Generator, height: int, width: int) -> np.nd
     return rng.uniform(40, 215, size=3) + texture[..., None] * rng.uniform(-45, 45, size=3)
 
 
-def _draw_shape(
-    rng: np.random.Generator, outline: np.ndarray, height: int, width: int
-) -> np.ndarray:
+def _coverage(rng: np.random.Generator, outline: np.ndarray, height: int, width: int) -> np.ndarray:
     """The coverage, (H, W) in [0, 1], of ``outline`` turned, scaled and put inside the image."""
     radius = np.exp(rng.uniform(*np.log(DIAMETER))) / 2
     centre = complex(rng.uniform(radius, width - radius), rng.uniform(radius, height - radius))

@@ -1,6 +1,5 @@
 """Reads PASCAL VOC: a folder of XML files, one per image."""
 
-import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import NamedTuple, NoReturn
 from .coco_json import DatasetError
 from .convert import Conversion, LabelledBox, LabelledImage, find_images, read_text, to_coco
 from .mapper import image_size
+from .normalise import to_box
 
 SPLITS = ("train", "val", "trainval", "test")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -68,22 +68,19 @@ def from_voc(root: Path, *, zero_based: bool | None = False) -> Conversion:
         images.setdefault(path.stem, []).append(path)
     splits = read_splits(root / "ImageSets" / "Main", files) or {"all": list(files)}
     labelled = {
-        split: (
-            label_image(files[stem], images.get(stem, []), classes, zero_based) for stem in stems
-        )
+        split: (label_image(files[x], images.get(x, []), classes, zero_based) for x in stems)
         for split, stems in splits.items()
     }
     conversion = to_coco(labelled, root, classes)
     used = set().union(*splits.values())
     difficult = (x.difficult for stem in used for x in files[stem].objects)
-    conversion.notes.update(
-        {
-            "objects marked difficult, now crowd regions": sum(difficult),
-            "boxes that begin below 1, so all are read as counted from 0": below,
-            "XML files in no split, left out": len(files.keys() - used),
-            "images without an XML file, left out": len(images.keys() - files.keys()),
-        }
-    )
+    notes = {
+        "objects marked difficult, now crowd regions": sum(difficult),
+        "boxes that begin below 1, so all are read as counted from 0": below,
+        "XML files in no split, left out": len(files.keys() - used),
+        "images without an XML file, left out": len(images.keys() - files.keys()),
+    }
+    conversion.notes.update(notes)
     return conversion
 
 
@@ -93,9 +90,7 @@ def _first_folder(*folders: Path) -> Path:
 
 def read_splits(folder: Path, files: dict[str, VocFile]) -> dict[str, list[str]]:
     splits = {}
-    for path in (folder / f"{split}.txt" for split in SPLITS):
-        if not path.is_file():
-            continue
+    for path in filter(Path.is_file, (folder / f"{split}.txt" for split in SPLITS)):
         stems: dict[str, None] = {}  # each once, in their order
         for number, line in enumerate(read_text(path).splitlines(), start=1):
             # In lists of one class, a flag follows the name: 1 present, -1 absent, 0 difficult.
@@ -147,12 +142,12 @@ def _objects(root: ET.Element, path: Path) -> Iterator[VocObject]:
         name = (element.findtext("name") or "").strip()
         if not name:
             raise DatasetError(f"{where} has no <name>: say what it is")
-        values = [_number(element.findtext(f"bndbox/{key}")) for key in CORNERS]
-        if not all(map(math.isfinite, values)):
+        corners = to_box([element.findtext(f"bndbox/{key}") for key in CORNERS])
+        if corners is None:
             raise DatasetError(
                 f"{where} ('{name}') has no <bndbox> of four numbers: xmin, ymin, xmax and ymax"
             )
-        yield VocObject(name, tuple(values), _difficult(element, where), where)
+        yield VocObject(name, tuple(corners), _difficult(element, where), where)
 
 
 def _difficult(element: ET.Element, where: str) -> bool:
@@ -160,14 +155,6 @@ def _difficult(element: ET.Element, where: str) -> bool:
     if text not in ("", "0", "1", "false", "true"):
         raise DatasetError(f"{where} has <difficult>{text}</difficult>: give 0 or 1")
     return text in ("1", "true")
-
-
-def _number(text: str | None) -> float:
-    """Convert to a float; NaN if that is impossible."""
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return math.nan
 
 
 def label_image(

@@ -87,9 +87,8 @@ def read_folder(root: Path) -> YoloFolder:
     # Keep blank lines in between: they count in the numbers of the classes.
     classes = [line.strip() for line in read_text(files[0]).rstrip().splitlines()]
     images = root / "images" if (root / "images").is_dir() else root
-    return _checked(
-        YoloFolder(root, root, classes, find_splits(root) or {"all": find_images(images)})
-    )
+    splits = find_splits(root) or {"all": find_images(images)}
+    return _checked(YoloFolder(root, root, classes, splits))
 
 
 def find_splits(root: Path) -> dict[str, list[Path]]:
@@ -138,10 +137,8 @@ def read_yaml(path: Path) -> YoloFolder:
     base = path.parent / str(config.get("path") or "")
     bases = [base, path.parent] if base.is_dir() else [path.parent]
     entries = {split: read_entries(config, keys, path) for split, keys in SPLITS.items()}
-    lacks_test = bool(entries["test"]) and not any(
-        existing_paths(x, bases) for x in entries["test"]
-    )
-    if lacks_test:
+    test = entries["test"]
+    if lacks_test := bool(test) and not any(existing_paths(x, bases) for x in test):
         entries["test"] = []
     images = {
         split: list(dict.fromkeys(x for entry in named for x in read_entry(entry, bases, path)))
