@@ -11,6 +11,8 @@ DTYPES = (torch.float32, torch.bfloat16)  # of value; everything else is float32
 # The instruction set; PyTorch's ATEN_CPU_CAPABILITY can lower it.
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 
+Input = Tensor | list[int] | None
+
 
 def load_library(folder: Path = FOLDER) -> str:
     """Load the library; returns why that is not possible, or ""."""
@@ -24,27 +26,16 @@ def load_library(folder: Path = FOLDER) -> str:
     return ""
 
 
-def forward(
-    value: Tensor, shapes: list[int], points: Tensor, weights: Tensor, reference: Tensor | None
-) -> Tensor:
+def forward(*inputs: Input) -> Tensor:
     """As `reference.forward`, for a value in one of `DTYPES` and the others in float32."""
-    inputs = contiguous(value, shapes, points, weights, reference)
-    return torch.ops.dino_d2_cpu.forward(*inputs, CAPABILITY)
+    return torch.ops.dino_d2_cpu.forward(*contiguous(inputs), CAPABILITY)
 
 
-def backward(
-    grad: Tensor,
-    value: Tensor,
-    shapes: list[int],
-    points: Tensor,
-    weights: Tensor,
-    reference: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(*inputs: Input) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`, for the same dtypes; deterministic for a given number of threads."""
-    inputs = contiguous(grad, value, shapes, points, weights, reference)
-    return torch.ops.dino_d2_cpu.backward(*inputs, CAPABILITY)
+    return torch.ops.dino_d2_cpu.backward(*contiguous(inputs), CAPABILITY)
 
 
-def contiguous(*inputs: Tensor | list[int] | None) -> list[Tensor | list[int] | None]:
+def contiguous(inputs: tuple[Input, ...]) -> list[Input]:
     """The arguments with contiguous tensors, which the library needs."""
     return [x.contiguous() if isinstance(x, Tensor) else x for x in inputs]

@@ -16,10 +16,10 @@ from torch import Tensor
 from . import dispatch
 from .reference import offset_unit
 
+Shapes = Sequence[tuple[int, int]]
 
-def ms_deform_attn(
-    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> Tensor:
+
+def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Sum over levels and points of weight times value at location (Deformable DETR, eq. 3).
 
     Args:
@@ -40,11 +40,7 @@ def ms_deform_attn(
 
 
 def ms_deform_attn_from_offsets(
-    value: Tensor,
-    shapes: Sequence[tuple[int, int]],
-    reference: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
+    value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
     """The same from predicted offsets and logits (Deformable DETR, sec. 4.1 and appendix A.4).
 
@@ -66,11 +62,7 @@ def ms_deform_attn_from_offsets(
 
 
 def _checked(
-    value: Tensor,
-    shapes: Sequence[tuple[int, int]],
-    points: Tensor,
-    weights: Tensor,
-    reference: Tensor | None,
+    value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor, reference: Tensor | None
 ) -> Tensor:
     batch, tokens, heads, _ = value.shape
     if any(h < 1 or w < 1 for h, w in shapes):
@@ -86,11 +78,9 @@ def _checked(
             f"{tuple(points.shape)} should be {(*expected, 2)} and {names[1]} "
             f"{tuple(weights.shape)} should be {expected}"
         )
-    boxes = (batch, queries, len(shapes), 4)
-    if reference is not None and reference.shape not in (boxes, (*boxes[:3], 2)):
-        raise ValueError(
-            f"reference {tuple(reference.shape)} should be {boxes} or {(*boxes[:3], 2)}"
-        )
+    boxes, centers = ((batch, queries, len(shapes), numbers) for numbers in (4, 2))
+    if reference is not None and reference.shape not in (boxes, centers):
+        raise ValueError(f"reference {tuple(reference.shape)} should be {boxes} or {centers}")
     flat_shapes = [side for shape in shapes for side in shape]
     tensors = _widened(points, weights, reference)
     return torch.ops.dino_d2.ms_deform_attn(value, flat_shapes, *tensors)
@@ -108,15 +98,13 @@ library.define(f"ms_deform_attn_backward(Tensor grad, {ARGUMENTS}) -> (Tensor, T
 
 
 def _forward(value: Tensor, shapes: list[int], points: Tensor, *others: Tensor | None) -> Tensor:
-    kernels = dispatch.kernels_for(value, points)
-    return kernels.forward(value, shapes, points, *others)
+    return dispatch.kernels_for(value, points).forward(value, shapes, points, *others)
 
 
 def _backward(
     grad: Tensor, value: Tensor, shapes: list[int], points: Tensor, *others: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = dispatch.kernels_for(value, points)
-    return kernels.backward(grad, value, shapes, points, *others)
+    return dispatch.kernels_for(value, points).backward(grad, value, shapes, points, *others)
 
 
 def _fake_forward(value: Tensor, shapes: list[int], points: Tensor, *others: Any) -> Tensor:
@@ -142,7 +130,6 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if reference is None:
         return grad_value, None, grad_locations, grad_weights, None
     unit = offset_unit(ctx.shapes, reference, points.shape[-2])[:, :, None, :, None]
-    grad_offsets = grad_locations * unit
     grad_reference = None
     if ctx.needs_input_grad[4]:
         grad_reference = grad_locations.sum((2, 4))
@@ -150,10 +137,10 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             share = 0.5 / points.shape[-2]
             grad_size = (grad_locations * points).sum((2, 4)) * share
             grad_reference = torch.cat([grad_reference, grad_size], -1)
-    return grad_value, None, grad_offsets, grad_weights, grad_reference
+    return grad_value, None, grad_locations * unit, grad_weights, grad_reference
 
 
-def _refuse_to_differentiate(ctx: Any, *grads: Tensor) -> NoReturn:
+def _refuse_twice(ctx: Any, *grads: Tensor) -> NoReturn:
     raise NotImplementedError("ms_deform_attn can be differentiated only once")
 
 
@@ -176,6 +163,4 @@ torch.library.register_fake("dino_d2::ms_deform_attn_backward", _fake_backward, 
 torch.library.register_autograd(
     "dino_d2::ms_deform_attn", _differentiate, setup_context=_save_for_backward, lib=library
 )
-torch.library.register_autograd(
-    "dino_d2::ms_deform_attn_backward", _refuse_to_differentiate, lib=library
-)
+torch.library.register_autograd("dino_d2::ms_deform_attn_backward", _refuse_twice, lib=library)

@@ -109,10 +109,7 @@ def launch(
 ) -> None:
     """Start a program for every block of queries, head and image.
 
-    Args:
-        others: further tensors of the kernel, aligned
-        vector: channels of one memory access
-        options: those of the compiler
+    `others` are aligned; `vector` channels are one memory access; options are the compiler's.
     """
     tensors = [x if x is None else aligned(x) for x in (points, weights, reference)]
     table = level_table(value.device, *shapes)
