@@ -1,6 +1,5 @@
 """Keeps results of different trainings from being lost or mixed in an output folder."""
 
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -55,12 +54,9 @@ def check_folder(folder: str, *, resume: bool = False, overwrite: bool = False) 
 
 
 def claim_folder(folder: str, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Check and create an output folder; with `overwrite`, remove an earlier training.
+    """Create an output folder after `check_folder`; with `overwrite`, remove an earlier training.
 
     Collective: every worker has to call it, and the main one does the work.
-
-    Args:
-        folder, resume, overwrite: as of `check_folder`
 
     Raises:
         ValueError: as `check_folder`, on every worker
@@ -90,6 +86,5 @@ def remove_training(folder: str) -> None:
             place.rmdir()
 
 
-def _files(folder: str | Path, patterns: tuple[str, ...]) -> Iterator[Path]:
-    root = Path(folder)
-    yield from [x for pattern in patterns for x in sorted(root.glob(pattern)) if x.is_file()]
+def _files(folder: str | Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [x for pattern in patterns for x in sorted(Path(folder).glob(pattern)) if x.is_file()]

@@ -86,12 +86,7 @@ def check_optimizer(cfg: CfgNode) -> None:
 
 
 def refuse(cfg: CfgNode, keys: Sequence[str], where: str) -> None:
-    """Raise a ValueError if one of the keys or sections differs from its default.
-
-    Args:
-        keys: keys and sections without effect
-        where: they have none
-    """
+    """Raise a ValueError if keys or sections, without effect `where`, are not at their defaults."""
     usual = get_cfg()
     add_dino_config(usual)
     for key in leaves(usual, keys):

@@ -93,27 +93,17 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
     """
     check_keys(cfg)
     keys, for_people, cfg = keys_for(cfg), plain_config(cfg), copy.deepcopy(cfg)
-    value, accumulate = partial(get, cfg), get(cfg, keys.accumulate)
-    own = yaml_parts(cfg) if keys is YAML else lazy_parts(cfg)
-    put(cfg, keys.batch, part_of_batch(value(keys.batch), accumulate))
+    value = partial(get, cfg)
+    fields = yaml_parts(cfg) if keys is YAML else lazy_parts(cfg)
+    put(cfg, keys.batch, part_of_batch(value(keys.batch), value(keys.accumulate)))
+    alike = {*Plan._fields} - {"ema_decay"}  # read as they are, where keys have the same name
+    fields |= {name: value(key) for name, key in vars(keys).items() if name in alike}
     plan = Plan(
-        **own,
-        train_sets=value(keys.train_sets),
-        test_sets=value(keys.test_sets),
-        output_dir=value(keys.output_dir),
-        weights=value(keys.weights),
-        seed=value(keys.seed),
-        max_iter=value(keys.max_iter),
-        eval_period=value(keys.eval_period),
-        checkpoint_period=value(keys.checkpoint_period),
-        wandb_project=value(keys.wandb_project),
+        **fields,
         config=for_people,
-        best_metric=value(keys.best_metric),
         precision=precision_of(value(keys.amp_dtype)) if value(keys.amp_enabled) else None,
-        accumulate=accumulate,
         skip_non_finite=skips(value(keys.non_finite)),
         ema_decay=value(keys.ema_decay) if value(keys.ema_enabled) else None,
-        fsdp=value(keys.fsdp),
     )
     check_plan(plan)
     return plan
@@ -324,8 +314,7 @@ def lazy_evaluate(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict:
     for one in told if isinstance(told, ListConfig) else [told]:
         if one.get("output_dir"):
             one.output_dir = os.path.join(one.output_dir, folder)
-    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(told)
-    return run_evaluator(model, loader, evaluator)
+    return run_evaluator(model, instantiate(cfg.dataloader.test), instantiate(told))
 
 
 def lazy_metrics(cfg: DictConfig) -> Sequence[str]:

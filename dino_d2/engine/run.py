@@ -31,7 +31,6 @@ from .writers import WandbWriter, require_wandb
 
 logger = logging.getLogger(__name__)
 
-
 # Replaces the data when a loader is only built; many records, as samplers may take a small share.
 RECORDS: list[dict[str, list]] = [{"annotations": []}] * 1000
 
@@ -45,17 +44,9 @@ class Training(NamedTuple):
 
 
 def check(plan: Plan, *, resume: bool = False, eval_only: bool = False) -> None:
-    """Try the start of a training or an evaluation on the CPU, to find errors before workers start.
+    """Try the start of `train`, or of `test`, on the CPU, to find errors before workers start.
 
-    Nothing is logged.
-
-    Args:
-        plan: what to run
-        resume: as of `train` and `test`
-        eval_only: check `test` instead of `train`
-
-    Raises:
-        CheckpointError, ValueError: as `train` and `test`
+    Raises their errors (CheckpointError, ValueError), and logs nothing.
     """
     with silence():
         model = plan.build_model("cpu")
@@ -203,9 +194,7 @@ def make_checkpointer(
 ) -> DetectionCheckpointer:
     """A checkpointer for the classes of data sets; for other models than DINO, Detectron2's.
 
-    Args:
-        complete: weights have to fill a DINO
-        saved: what to save in addition to the model
+    If `complete`, weights have to fill a DINO. What is `saved` goes with the model.
     """
     model = unwrap(model)
     if not isinstance(model, Detector):
@@ -241,9 +230,8 @@ def make_writers(plan: Plan, goes_on: bool) -> list[EventWriter]:
     """Detectron2's writers (log, metrics.json, TensorBoard) and that of W&B."""
     writers = default_writers(plan.output_dir, plan.max_iter)
     if plan.wandb_project:
-        writers.append(
-            WandbWriter(plan.wandb_project, plan.output_dir, config=plan.config, resume=goes_on)
-        )
+        options: dict[str, Any] = {"config": plan.config, "resume": goes_on}
+        writers.append(WandbWriter(plan.wandb_project, plan.output_dir, **options))
     return writers
 
 

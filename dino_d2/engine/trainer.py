@@ -118,12 +118,11 @@ class Trainer(SimpleTrainer):
     def forward_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
         """The losses of a step and their sum, `total_loss`; accumulates gradients."""
         step: dict[str, Tensor] = {}
+        narrow = self.precision is not None
         for number, (batch, share) in enumerate(zip(batches, self.shares(batches), strict=True), 1):
             is_last = number == len(batches)
             with nullcontext() if is_last else suspend_sync(self.model):
-                with torch.autocast(
-                    self.device.type, self.precision, enabled=self.precision is not None
-                ):
+                with torch.autocast(self.device.type, self.precision, enabled=narrow):
                     losses = self.model(batch)
                 losses["total_loss"] = torch.stack(list(losses.values())).sum()
                 self.scaler.scale(share * losses["total_loss"]).backward()
@@ -157,23 +156,19 @@ class Trainer(SimpleTrainer):
         files = [x.get("file_name", "an image") for batch in batches for x in batch]
         everyone = comm.all_gather((guilty, files))
         some = any(guilty for guilty, _ in everyone)
-        images = ", ".join(
-            file for guilty, files in everyone if guilty or not some for file in files
-        )
+        images = ", ".join(x for guilty, files in everyone if guilty or not some for x in files)
         skip = self.skip_non_finite and self.skipped <= MAX_SKIPPED
-        message = (
-            f"iteration {self.iter}: not finite are {', '.join(names)}, with the images {images}"
-        )
+        text = f"iteration {self.iter}: not finite are {', '.join(names)}, with the images {images}"
         self.saved += 1
         if not skip or self.saved <= MAX_SKIPPED:
             folder = self.save_non_finite(batches, own, with_weights=not skip)
-            message += f"; what led to it is in '{folder}'"
+            text += f"; what led to it is in '{folder}'"
         if not skip:
             raise NonFiniteLoss(
-                f"{message}: look at these images and their boxes; if they are right, restart "
+                f"{text}: look at these images and their boxes; if they are right, restart "
                 "from an earlier checkpoint with a lower learning rate, or without mixed precision"
             )
-        logger.warning(f"{message}; the step is skipped")
+        logger.warning(f"{text}; the step is skipped")
 
     def save_non_finite(
         self, batches: list[Batch], own: dict[str, Tensor], *, with_weights: bool
@@ -229,9 +224,7 @@ def grad_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 def plain_input(x: dict) -> dict:
     """Convert an input of the model to tensors and numbers, which load without pickled code."""
-    kept = {
-        key: x[key] for key in ("file_name", "image_id", "height", "width", "image") if key in x
-    }
+    kept = {k: x[k] for k in ("file_name", "image_id", "height", "width", "image") if k in x}
     if "instances" in x:
         instances = x["instances"]
         kept |= {"boxes": instances.gt_boxes.tensor, "classes": instances.gt_classes}
