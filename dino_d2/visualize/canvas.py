@@ -55,18 +55,12 @@ def to_pixels(places: Tensor, image: Image.Image) -> Tensor:
 
 
 def draw_box(
-    axes: Axes,
-    box: Tensor,
-    colour: ColorType,
-    *,
-    width: float = 2.0,
-    style: str = "-",
-    alpha: float = 1.0,
+    axes: Axes, box: Tensor, colour: ColorType, *, lw: float = 2, ls: str = "-", alpha: float = 1
 ) -> None:
     """Draw a box (cx, cy, w, h) in pixels, with a white seam that makes it visible anywhere."""
     x, y, x_end, y_end = cxcywh_to_xyxy(box).tolist()
-    seam = [withStroke(linewidth=width + 1.5, foreground="white", alpha=0.7 * alpha)]
-    frame = Rectangle((x, y), x_end - x, y_end - y, fill=False, ec=colour, lw=width, ls=style)
+    seam = [withStroke(linewidth=lw + 1.5, foreground="white", alpha=0.7 * alpha)]
+    frame = Rectangle((x, y), x_end - x, y_end - y, fill=False, ec=colour, lw=lw, ls=ls)
     frame.set(alpha=alpha, path_effects=seam)
     axes.add_patch(frame)
 
@@ -80,10 +74,8 @@ def zoom_to(axes: Axes, image: Image.Image, corners: Tensor) -> None:
     side = min(max(side, 0.2 * max(image.size)), max(image.size) + 2 * margin)
     # Move the square so that it shows as much of the image as possible.
     first, last = low.clamp(max=0), torch.maximum(high, size)
-    start = (low + high - side) / 2
-    start = torch.where(
-        last - first < side, (first + last - side) / 2, start.clamp(first, last - side)
-    )
+    start = ((low + high - side) / 2).clamp(first, last - side)
+    start = torch.where(last - first < side, (first + last - side) / 2, start)
     (left, top), (right, bottom) = start.tolist(), (start + side).tolist()
     axes.set(xlim=(left, right), ylim=(bottom, top))
 

@@ -38,10 +38,9 @@ def draw_error_plots(analysis: Analysis, folder: str | os.PathLike) -> list[Path
         "confusion_matrix": _confusion_matrix(analysis),
         "errors": _errors(analysis),
     }
-    paths = []
-    for name, figure in figures.items():
-        paths.append(Path(folder, f"{name}.png"))
-        figure.savefig(paths[-1], dpi=DPI)
+    paths = [Path(folder, f"{name}.png") for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, dpi=DPI)
     return paths
 
 
@@ -65,10 +64,8 @@ def _per_class(analysis: Analysis) -> Figure:
     figure, axes = _axes(9, 1.6 + 0.24 * len(ranked), title, xlabel="AP, %", xlim=(0, 100))
     if len(ranked) < len(scored):
         axes.axhline(half - 0.5, color="black", linestyle="--", lw=1)
-    places = np.arange(len(ranked))
-    bars = axes.barh(
-        places, [x.AP for x in ranked], color=BLUE, label="AP (mean of IoU 0.50 to 0.95)"
-    )
+    places, values = np.arange(len(ranked)), [x.AP for x in ranked]
+    bars = axes.barh(places, values, color=BLUE, label="AP (mean of IoU 0.50 to 0.95)")
     for values, marker, colour, label in (
         ([x.AP50 for x in ranked], "o", ORANGE, "AP50 (IoU 0.50)"),
         ([x.AP75 for x in ranked], "D", "black", "AP75 (IoU 0.75)"),
@@ -86,12 +83,8 @@ def _per_class(analysis: Analysis) -> Figure:
 def _ap_by_size(analysis: Analysis) -> Figure:
     title = "AP and AR by the size of the annotated boxes, mean over the classes"
     figure, axes = _axes(8, 4.4, title, ylabel="%", ylim=(0, 105))
-    for shift, name, colour in (
-        (-0.3, "AP", BLUE),
-        (-0.1, "AP50", SKY),
-        (0.1, "AP75", ORANGE),
-        (0.3, "AR", GREY),
-    ):
+    colours = {"AP": BLUE, "AP50": SKY, "AP75": ORANGE, "AR": GREY}
+    for shift, (name, colour) in zip((-0.3, -0.1, 0.1, 0.3), colours.items(), strict=True):
         for place, size in enumerate(analysis.sizes):
             value = getattr(size, name)
             label = name if place == 0 else None
@@ -197,9 +190,7 @@ def _errors(analysis: Analysis) -> Figure:
     )
     figure, axes = _axes(9, 4.2, title, xlabel="number")
     colours = [SKY, *(len(totals) - 2) * [VERMILION], YELLOW]
-    bars = axes.barh(
-        range(len(totals)), list(totals.values()), color=colours, edgecolor="black", lw=0.5
-    )
+    bars = axes.barh(range(len(totals)), list(totals.values()), color=colours, ec="black", lw=0.5)
     axes.bar_label(bars, [f"{x:,}" for x in totals.values()], padding=3, fontsize=9)
     axes.set_yticks(range(len(totals)), [f"{kind}\n{text}" for kind, text in EXPLAINED.items()])
     axes.tick_params(axis="y", labelsize=8)

@@ -62,9 +62,9 @@ def draw_proposals(
     boxes = to_pixels(selection.boxes[0], image)
     best = selection.scores[0].topk(min(PROPOSALS, len(boxes))).indices.tolist()
     for query in best:
-        draw_box(right, boxes[query], "#555555", width=0.8, alpha=0.6)
+        draw_box(right, boxes[query], "#555555", lw=0.8, alpha=0.6)
     for i, query in enumerate(queries):
-        draw_box(right, boxes[query], COLOURS[i % len(COLOURS)], width=2.5)
+        draw_box(right, boxes[query], COLOURS[i % len(COLOURS)], lw=2.5)
     names = [title_of(query, trace.output.result.layers[-1], classes) for query in queries]
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2.5) for i in range(len(names))]
     handles.append(Line2D([], [], color="#555555", lw=0.8))
@@ -90,7 +90,7 @@ def draw_refinement(
         show_image(picture, image, dim=0.25)
         zoom_to(picture, image, cxcywh_to_xyxy(places))
         for box, colour in zip(places, colours[-len(places) :], strict=True):
-            draw_box(picture, box, colour, width=2)
+            draw_box(picture, box, colour, lw=2)
         if len(start) == 2:
             picture.plot(*to_pixels(start, image), "X", color=colours[0], mec="white", ms=10)
         picture.set_title(title_of(query, trace.output.result.layers[-1], classes))

@@ -18,6 +18,7 @@ from .canvas import COLOURS, MARKERS, draw_box, show_image, title_of, to_pixels,
 from .style import BLUE, ORANGE
 
 ATTENDED = 10  # queries to draw
+AREA = 500  # square points of a sampling point that has all the weight
 SAME_PLACE = 0.5  # lowest IoU of queries at the same place
 
 
@@ -41,16 +42,18 @@ def draw_sampling(
         for level, axes in enumerate(row):
             show_image(axes, image, dim=0.45)
             zoom_to(axes, image, shown)
-            draw_box(axes, box, "black", width=1.2)
+            draw_box(axes, box, "black", lw=1.2)
             _draw_points(axes, points[:, level], weights[:, level])
             share = 100 * float(weights[:, level].sum() / weights.sum())
             axes.set_xlabel(f"{share:.0f} % of the weight", fontsize=9)
         row[0].set_ylabel(title_of(query, trace.output.result.layers[-1], classes))
     for level, (axes, (height, width)) in enumerate(zip(grid[0], trace.shapes, strict=True)):
         axes.set_title(f"level {level + 1}\n{width} × {height} cells")
-    handles = [_marker(head, f"head {head + 1}") for head in range(layer.weights.shape[2])]
+    heads = range(layer.weights.shape[2])
+    handles = [Line2D([], [], **_style(i), ms=9, label=f"head {i + 1}") for i in heads]
+    grey = _style(0) | {"color": "grey"}
     handles += [
-        Line2D([], [], **_style(0), color="grey", ms=_area(x) ** 0.5, label=f"weight {x:.0%}")
+        Line2D([], [], **grey, ms=(AREA * x) ** 0.5, label=f"weight {x:.0%}")
         for x in (0.05, 0.2, 0.5)
     ]
     # The layout does not reserve space for padding, which would overlap with the captions.
@@ -60,26 +63,17 @@ def draw_sampling(
     return figure
 
 
-def _area(weight: float) -> float:
-    return 500 * weight
-
-
 def _style(head: int) -> dict:
-    marker = MARKERS[head // len(COLOURS) % len(MARKERS)]
-    return {"linestyle": "", "marker": marker, "mec": "white", "mew": 0.6}
-
-
-def _marker(head: int, label: str) -> Line2D:
-    return Line2D([], [], **_style(head), color=COLOURS[head % len(COLOURS)], ms=9, label=label)
+    marker, colour = MARKERS[head // len(COLOURS) % len(MARKERS)], COLOURS[head % len(COLOURS)]
+    return {"linestyle": "", "marker": marker, "color": colour, "mec": "white", "mew": 0.6}
 
 
 def _draw_points(axes: Axes, points: Tensor, weights: Tensor) -> None:
     """Points (H, P, 2) in pixels and their weights (H, P)."""
     for head, (places, weight) in enumerate(zip(points, weights, strict=True)):
-        x, y = places.T
-        marker, colour = _style(head)["marker"], COLOURS[head % len(COLOURS)]
-        dots = axes.scatter(x, y, s=_area(weight), marker=marker, color=colour, zorder=3)
-        dots.set(edgecolors="white", linewidths=0.6, alpha=0.85)
+        (x, y), style = places.T, _style(head)
+        dots = axes.scatter(x, y, s=AREA * weight, marker=style["marker"], color=style["color"])
+        dots.set(edgecolors="white", linewidths=0.6, alpha=0.85, zorder=3)
 
 
 def draw_self_attention(
@@ -115,9 +109,9 @@ def _draw_attended(axes: Axes, image: Image.Image, trace: Trace, query: int) -> 
     share, colours = Normalize(0, float(weights.max())), colormaps["plasma_r"]
     for other in weights.topk(min(ATTENDED, len(weights) - 1)).indices.flip(0).tolist():
         colour = colours(share(float(weights[other])))
-        draw_box(axes, boxes[other], colour, width=1.5)
+        draw_box(axes, boxes[other], colour, lw=1.5)
         axes.plot(*boxes[[query, other], :2].T, color=colour, linewidth=1.5)
-    draw_box(axes, boxes[query], "black", width=2.5)
+    draw_box(axes, boxes[query], "black", lw=2.5)
     scale = ScalarMappable(share, colours)
     axes.figure.colorbar(scale, ax=axes, shrink=0.8, label="attention, % of all")
 
@@ -130,8 +124,7 @@ def _draw_shares(axes: Axes, trace: Trace, query: int) -> None:
     place = f"queries at its place (IoU ≥ {SAME_PLACE})"
     axes.bar(layers, near, bottom=own, color=ORANGE, label=place)
     axes.bar(layers, far, bottom=own + near, color="#cccccc", label="other queries")
-    label = "both, were attention even"
-    axes.plot(layers, uniform, "k_", ms=24, mew=2, label=label)
+    axes.plot(layers, uniform, "k_", ms=24, mew=2, label="both, were attention even")
     axes.set(ylim=(0, 100), xticks=layers, xlabel="decoder layer", ylabel="share of attention, %")
 
 

@@ -79,12 +79,9 @@ LINKS = """<footer><p>DINO <a href="https://arxiv.org/abs/2203.03605">2203.03605
 
 
 def explanation_page(heading: str, facts: list[str], pictures: Mapping[str, bytes | str]) -> str:
-    """A self-contained HTML page.
+    """A self-contained HTML page; facts are sentences below its heading.
 
-    Args:
-        heading: of the page
-        facts: sentences below the heading
-        pictures: by the names of `TEXTS`: a PNG, or a sentence that says why there is none
+    Pictures are by the names of `TEXTS`: a PNG, or a sentence that says why there is none.
     """
     sections = "".join(_section(TEXTS[name], picture) for name, picture in pictures.items())
     said = " ".join(map(escape, facts))

@@ -53,15 +53,15 @@ def _draw_groups(grid: np.ndarray, image: Image.Image, denoised: Denoised) -> No
         for axes in (given, answer):
             show_image(axes, image, dim=0.45)
             for box in truth:
-                draw_box(axes, box, "black", width=1)
+                draw_box(axes, box, "black", lw=1)
         for copy, (colour, style, _) in zip(denoised.noised[group], COPIES, strict=False):
             for box in to_pixels(copy[largest], image):
-                draw_box(given, box, colour, style=style)
+                draw_box(given, box, colour, ls=style)
         copies = zip(denoised.boxes[group], denoised.scores[group], COPIES, strict=False)
         for boxes, scores, (colour, style, _) in copies:
             for box, score in zip(to_pixels(boxes[largest], image), scores[largest], strict=True):
                 alpha = 0.15 + 0.85 * float(score)
-                draw_box(answer, box, colour, style=style, alpha=alpha)
+                draw_box(answer, box, colour, ls=style, alpha=alpha)
         which = f", {NOISED} largest boxes" if len(largest) < len(denoised.truth.boxes) else ""
         given.set_title(f"group {group + 1} of {total}{which}: what goes in")
         answer.set_title("what comes out")
@@ -118,9 +118,9 @@ def draw_matching(
     found = to_pixels(predictions.boxes[0], image)
     for number, i in enumerate(largest, 1):
         query = int(matching.queries[-1, i])
-        draw_box(left, truth[i], "black", width=1.5)
+        draw_box(left, truth[i], "black", lw=1.5)
         if query >= 0:
-            draw_box(left, found[query], BLUE, style="--")
+            draw_box(left, found[query], BLUE, ls="--")
         draw_tag(left, cxcywh_to_xyxy(truth[i])[:2].tolist(), str(number))
     handles = [
         Line2D([], [], color="black", lw=1.5, label="ground truth"),

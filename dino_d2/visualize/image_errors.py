@@ -9,13 +9,11 @@ from .style import GREY, SKY, VERMILION, YELLOW, short_name
 CROWD = (GREY, (5, 1))
 STYLES = {"correct": (SKY, ()), "wrong": (VERMILION, (6, 3)), "missed": (YELLOW, (2, 2))}
 LEGEND = [
-    Mark((), text, *STYLES[kind])
-    for kind, text in (
-        ("correct", "found (true positive)"),
-        ("wrong", "false positive"),
-        ("missed", "missed"),
-    )
-] + [Mark((), "crowd region, ignored", *CROWD)]
+    Mark((), "found (true positive)", *STYLES["correct"]),
+    Mark((), "false positive", *STYLES["wrong"]),
+    Mark((), "missed", *STYLES["missed"]),
+    Mark((), "crowd region, ignored", *CROWD),
+]
 
 
 def draw_image_errors(

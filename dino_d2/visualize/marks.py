@@ -67,11 +67,8 @@ def _warn_of_gaps(texts: Iterable[str]) -> None:
     """Warn once per run, as all pictures have the same classes."""
     for text in texts:
         if not _letters().issuperset(map(ord, text)):
-            log_first_n(
-                logging.WARNING,
-                f"the font lacks letters of '{text}', which are drawn as empty boxes",
-                name=__name__,
-            )
+            message = f"the font lacks letters of '{text}', which are drawn as empty boxes"
+            log_first_n(logging.WARNING, message, name=__name__)
 
 
 def class_colour(label: int) -> str:
@@ -141,13 +138,9 @@ def contact_sheet(
     title: str,
     legend: Sequence[Mark] = (),
 ) -> Image.Image:
-    """Arrange pictures in rows, each below its caption.
+    """Arrange pictures, of which there is at least one, in rows, each below its caption.
 
-    Args:
-        pictures: at least one picture with its caption
-        columns: pictures per row
-        title: of the sheet
-        legend: marks to explain below the title by their texts
+    The legend, below the title of the sheet, explains marks by their texts.
     """
     big, small = load_font(24), load_font(18)
     line, columns = sum(big.getmetrics()) + MARGIN, min(columns, len(pictures))

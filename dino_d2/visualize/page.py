@@ -47,12 +47,9 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def html_figure(source: str, alt: str, caption: str) -> str:
-    """A figure that scrolls if it is wider than the screen.
+    """A figure of a path or data URI, which scrolls if it is wider than the screen.
 
-    Args:
-        source: path or data URI of the image
-        alt: alternative text
-        caption: "" for none
+    `alt` is its alternative text; an empty caption is left out.
     """
     below = f"\n<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return (
