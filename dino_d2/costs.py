@@ -48,14 +48,10 @@ def no_padding(images: Tensor) -> Tensor:
 
 
 def count_flops(model: DINO, height: int, width: int) -> Flops:
-    """Count operations by running the model once.
+    """Count operations by running a model, in evaluation mode, on height x width pixels.
 
     Counts what `fvcore` supports (matrix products, convolutions and norms) and both kinds of
     attention, but no elementwise arithmetic.
-
-    Args:
-        model: in evaluation mode
-        height, width: of the model's input, in pixels
     """
     image = torch.zeros(1, len(model.pixel_mean), height, width, device=model.device)
     analysis = FlopCountAnalysis(Detection(model), image)
@@ -87,14 +83,10 @@ def attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
 def kept_activations(model: DINO, height: int, width: int, boxes: int) -> Counter[str]:
     """Bytes by stage that a training step keeps from the forward for the backward pass.
 
-    Measured on a copy of the model in float32, without parameters and without the criterion, whose
-    share is small. What two stages share counts for the first; what belongs to none is "rest". With
+    Measured on one image of height x width pixels with a number of ground-truth boxes, and on a
+    copy of the model in float32, without parameters and without the criterion, whose share is
+    small. What two stages share counts for the first; what belongs to none is "rest". With
     activation checkpointing, inputs count in place of activations.
-
-    Args:
-        model: is not changed
-        height, width: of one image, in pixels
-        boxes: number of ground-truth boxes in it
     """
     model = copy.deepcopy(model).train()
     pixels = torch.rand(1, len(model.pixel_mean), height, width, device=model.device)
@@ -145,9 +137,8 @@ def watched(model: DINO, report: Callable[[str, int], None]) -> Iterator[None]:
 def recomputed(model: DINO) -> list[nn.Module]:
     """The modules under activation checkpointing."""
     backbone = [model.backbone] if model.recompute_backbone else []
-    encoder = list(model.encoder.layers) if model.encoder.recompute else []
-    decoder = list(model.decoder.layers) if model.decoder.recompute else []
-    return [*backbone, *encoder, *decoder]
+    stages = [x for x in (model.encoder, model.decoder) if x.recompute]
+    return [*backbone, *(layer for stage in stages for layer in stage.layers)]
 
 
 def stages_of(model: DINO) -> list[str]:

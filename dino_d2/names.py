@@ -20,13 +20,11 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     ['learning_rate']
     """
     known = list(known)
-    name, candidates = name.lower(), list({x.lower() for x in known})
-    if len(candidates) > MAX_COMPARED:  # such as COCO's files: preselect by pairs of letters
+    name, others = name.lower(), list({x.lower() for x in known})
+    if len(others) > MAX_COMPARED:  # such as COCO's files: preselect by pairs of letters
         pairs = set(pairwise(name))
-        candidates = nlargest(
-            MAX_COMPARED, candidates, lambda x: len(pairs.intersection(pairwise(x)))
-        )
-    matches = get_close_matches(name, candidates)
+        others = nlargest(MAX_COMPARED, others, lambda x: len(pairs.intersection(pairwise(x))))
+    matches = get_close_matches(name, others)
     return [x for match in matches for x in known if x.lower() == match][:3]
 
 

@@ -54,16 +54,12 @@ class Predictor:
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}: give {', '.join(map(str, DTYPES))}")
-        channels = channels_of(image_format)
-        if channels != len(model.pixel_mean):
-            raise ValueError(
-                WRONG_CHANNELS.format(plural(channels, "channel"), len(model.pixel_mean))
-            )
-        self.model = model
-        self.classes = list(classes)
+        channels, wanted = channels_of(image_format), len(model.pixel_mean)
+        if channels != wanted:
+            raise ValueError(WRONG_CHANNELS.format(plural(channels, "channel"), wanted))
+        self.model, self.classes = model, list(classes)
         self.augmentation = T.AugmentationList(augmentations)
-        self.image_format = image_format
-        self.dtype = dtype
+        self.image_format, self.dtype = image_format, dtype
 
     @torch.inference_mode()
     def __call__(self, images: Picture | list | tuple) -> Instances | list[Instances]:
@@ -102,11 +98,8 @@ class Predictor:
         if isinstance(image, np.ndarray):
             if image.shape[2:] == (1,):
                 image = image[:, :, 0]
-            if (
-                image.dtype != np.uint8
-                or image.shape[2:] not in ((), (3,))
-                or min(image.shape[:2]) < 1
-            ):
+            is_image = image.ndim > 1 and image.size > 0 and image.shape[2:] in ((), (3,))
+            if image.dtype != np.uint8 or not is_image:
                 raise ValueError(
                     "an array has to be an image of uint8, RGB (H, W, 3) or grey (H, W), but this "
                     f"one is {image.shape} of {image.dtype}"
@@ -186,7 +179,6 @@ def classes_of(opened: OpenedWeights) -> list[str]:
     if named := opened.settings.get("classes"):
         return [name for name in named if name]
     if number is None:
-        raise CheckpointError(
-            f"'{opened.file}' has no weights of a trained DINO, so it detects nothing"
-        )
+        file = opened.file
+        raise CheckpointError(f"'{file}' has no weights of a trained DINO, so it detects nothing")
     return list(COCO_80) if number in (80, 91) else [f"class {i}" for i in range(number)]

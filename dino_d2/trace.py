@@ -18,15 +18,7 @@ from .modeling.matcher import queries_of_boxes
 from .modeling.query_selection import ProposalQueries, PureQuerySelection, take_tokens
 from .modeling.tokens import token_centers
 from .ops.reference import resolve
-from .structures import (
-    DetectorOutput,
-    FeaturePyramid,
-    Match,
-    Queries,
-    Target,
-    join_targets,
-    stack_predictions,
-)
+from .structures import DetectorOutput, FeaturePyramid, Match, Target, stack_predictions
 
 
 class Selection(NamedTuple):
@@ -92,14 +84,11 @@ def trace(model: DINO, images: ImageList, targets: list[Target] | None = None) -
         recorder.watch(model, hooks)
         output = model.detect(images.tensor, padding_mask(images), targets)
     # Of the queries of the result; those of other branches stand before them.
-    first = sum(len(x.groups) for x in output.branches[1:] if x.groups is not None)
+    own = slice(sum(len(x.groups) for x in output.branches[1:] if x.groups is not None), None)
+    pairs = zip(recorder.attention, recorder.sampling, strict=True)
     layers = [
-        LayerTrace(
-            reference[:, first:], a[:, first:, first:], places[:, first:], weights[:, first:]
-        )
-        for a, (reference, places, weights) in zip(
-            recorder.attention, recorder.sampling, strict=True
-        )
+        LayerTrace(reference[:, own], attention[:, own, own], places[:, own], weights[:, own])
+        for attention, (reference, places, weights) in pairs
     ]
     return to_cpu(Trace(output, recorder.shapes, recorder.selection, layers))
 
@@ -125,7 +114,7 @@ class Recorder:
     def see_selection(self, module: nn.Module, args: tuple, output: tuple) -> None:
         self.shapes = args[0].shapes
         if isinstance(module, PureQuerySelection):
-            self.selection = selection_of(module, args[0], output[0])
+            self.selection = selection_of(module, args[0], output[0].reference)
 
     def see_attention(self, module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         # Once more, as attention without weights is computed in another way, and rounded otherwise.
@@ -152,9 +141,7 @@ def sampling_points(
     return relative[:, :, 0], locations / ratios[:, :, None, :, None], weights
 
 
-def selection_of(
-    selection: PureQuerySelection, memory: FeaturePyramid, queries: Queries
-) -> Selection:
+def selection_of(selection: PureQuerySelection, memory: FeaturePyramid, boxes: Tensor) -> Selection:
     """Repeat the query selection, as it does not return the selected tokens."""
     _, _, logits = selection.candidates(memory)
     one_class = isinstance(selection, ProposalQueries)  # the first stands for any object
@@ -165,7 +152,7 @@ def selection_of(
         scores=scores.gather(1, tokens).sigmoid(),
         centers=take_tokens(token_centers(memory), tokens),
         levels=torch.bucketize(tokens, sizes.cumsum(0), right=True),
-        boxes=queries.reference,
+        boxes=boxes,
     )
 
 
@@ -173,10 +160,7 @@ def selection_of(
 def match_stages(model: DINO, output: DetectorOutput, target: Target) -> StageMatching:
     """Match one image as in training: every layer and, unless class-agnostic, the proposals.
 
-    Args:
-        model: its criterion has the matcher
-        output: of this image alone
-        target: on the device of the output
+    The output is of this image alone, and the target on its device.
     """
     stages, proposals = list(output.result.layers), output.result.proposals
     names = [f"layer {i}" for i in range(1, len(stages) + 1)]
@@ -189,16 +173,14 @@ def match_stages(model: DINO, output: DetectorOutput, target: Target) -> StageMa
 def denoised_boxes(output: DetectorOutput, target: Target) -> Denoised | None:
     """Group the denoising queries of one image; None if it has no boxes.
 
-    Args:
-        output: of this image alone, with denoising
-        target: on the device of the output
+    The output is of this image alone, with denoising, and the target on its device.
     """
     denoising = output.named("dn")
     assert denoising and denoising.queries and isinstance(denoising.match, Match)
     groups, (_, positives, indices) = denoising.repeats, denoising.match
     if not len(positives):
         return None
-    truth = Target(*(x[indices.view(groups, -1)[0]] for x in join_targets([target])))
+    truth = Target(*(x[indices.view(groups, -1)[0]] for x in target))
     # In the order of `Denoising`, where a single image leaves no slot empty.
     shape = groups, -1, len(truth.labels)
     last = denoising.layers[-1]

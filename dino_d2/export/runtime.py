@@ -130,9 +130,8 @@ def read_onnx(path: Path) -> tuple[Any, About]:
         reason = str(error).splitlines()[0]
         raise ExportError(f"'{path}' is damaged or not an ONNX file: {reason}") from error
     notes = session.get_modelmeta().custom_metadata_map
-    return session, read_about(
-        path, {key: json.loads(notes[key]) for key in About._fields if key in notes}
-    )
+    found = {key: json.loads(notes[key]) for key in About._fields if key in notes}
+    return session, read_about(path, found)
 
 
 def read_about(path: Path, notes: dict[str, Any]) -> About:
