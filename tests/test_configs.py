@@ -1,6 +1,7 @@
 """Every config builds, and its two twins say the same."""
 
 import re
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -41,14 +42,19 @@ BUILT = [
 ]
 
 
+@cache
+def read_once(name):
+    return model_zoo.get_config(name)
+
+
 def yaml_config(name, *overrides):
-    cfg = model_zoo.get_config(f"{name}.yaml")
+    cfg = deepcopy(read_once(f"{name}.yaml"))
     cfg.merge_from_list(["MODEL.DEVICE", "meta", "MODEL.DINO.NUM_CLASSES", 80, *overrides])
     return cfg
 
 
 def lazy_config(name, *overrides):
-    cfg = model_zoo.get_config(f"{name}.py")
+    cfg = deepcopy(read_once(f"{name}.py"))
     return LazyConfig.apply_overrides(cfg, ["model.num_classes=80", *overrides])
 
 
@@ -144,6 +150,7 @@ def test_twins_feed_the_same_data(name):
         assert list(cfg.INPUT.CROP.MIN_SIZE_TRAIN) == list(augmentation.crop_min_sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_twins_have_the_same_schedule(name):
     cfg, lazy = yaml_config(name), lazy_config(name)

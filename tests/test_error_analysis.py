@@ -477,6 +477,7 @@ def test_the_evaluator_finds_what_detectron2_does_and_leaves_the_analysis(regist
     assert table[1][3] == "100" and results[ErrorAnalysisEvaluator]["AP-cat"] == pytest.approx(100)
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_detections_leaves_no_older_analysis(registered, tmp_path):
     evaluator = ErrorAnalysisEvaluator(registered, output_dir=str(tmp_path))
     for found in ([[10, 10, 20, 20]], []):

@@ -184,6 +184,7 @@ class OneBox(Detector):
         return len(state["head.bias"]) - 4 if "head.bias" in state else None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clean_catalogs")
 def test_another_detector_is_trained_evaluated_and_loaded_by_the_same_code(tmp_path):
     generate(tmp_path, num_train=4, num_val=2)

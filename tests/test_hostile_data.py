@@ -519,6 +519,7 @@ def test_it_trains_a_finite_step_on_the_right_boxes(name, tmp_path, make_dino):
     assert_a_finite_step(model, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.words])
 def test_it_trains_a_finite_step_on_what_flips_and_crops_leave(name, tmp_path, make_dino):
     data, model = Data(tmp_path), make_dino(num_queries=20)

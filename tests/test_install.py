@@ -80,6 +80,7 @@ def index(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("constraints", "chosen"),
     [
@@ -134,6 +135,7 @@ def test_an_environment_of_another_checkout_is_left_alone(calls, comes_from, tmp
     assert not calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [install.ROOT, "/nowhere/dino_d2", None])
 def test_an_environment_of_this_checkout_or_of_a_deleted_one_is_set_up(folder, calls, comes_from):
     comes_from(folder)

@@ -206,6 +206,7 @@ def test_opcheck_of_the_backward_operator(device, dtype):
     torch.library.opcheck(BACKWARD, args)
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph(device):
     def loss(value, locations, weights):
         return ms_deform_attn(value * 2, SHAPES, locations, weights).square().sum()

@@ -378,6 +378,7 @@ def test_a_registered_function_is_checked_as_any(changes, register_function, tmp
     assert annotation["bbox"] == BOX and record["width"] == 40 and record["image_id"] == "seven"
 
 
+@pytest.mark.slow
 def test_a_function_is_evaluated_with_what_it_gives_now(register_function, tmp_path):
     def evaluator(name, **options):
         return ErrorAnalysisEvaluator(name, output_dir=str(tmp_path), **options)
@@ -406,6 +407,14 @@ def test_what_a_function_gives_that_has_no_meaning_is_one_sentence(
 ):
     register_function(**changes)
     with pytest.raises(DatasetError, match=words):
+        check(["function"], [], None)
+
+
+@pytest.mark.parametrize("value", [None, "cat", -1])
+def test_classes_without_names_are_numbers_still(value, register_function):
+    register_function(category_id=value)
+    MetadataCatalog.remove("function")
+    with pytest.raises(DatasetError, match="has category_id .*: give a number from 0 to the"):
         check(["function"], [], None)
 
 

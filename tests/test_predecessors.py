@@ -153,6 +153,7 @@ def test_models_are_trained_as_published(name, batch, lr, offsets_lr, class_weig
     assert [multiplier(epoch / 50) for epoch in (0, 39.9, 40.1)] == pytest.approx([1, 1, 0.1])
 
 
+@pytest.mark.slow
 @CONFIGS
 def test_every_parameter_is_trained_whether_there_are_boxes_or_not(make_batch, name):
     model = make_small(name)
@@ -166,6 +167,7 @@ def test_every_parameter_is_trained_whether_there_are_boxes_or_not(make_batch, n
         assert all(grad.isfinite().all() for grad in grads.values())
 
 
+@pytest.mark.slow
 @CONFIGS
 def test_a_training_step_under_autocast_is_finite(make_batch, name, device):
     model = make_small(name).to(device)

@@ -265,6 +265,7 @@ def test_a_misspelt_file_of_weights_is_answered_with_the_nearest(trained):
 # ---- the config of a training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -143,6 +143,7 @@ def test_costs_and_losses_are_computed_in_float32(make_trainer, make_batch, monk
     assert {x.dtype for x in costs} == {x.dtype for x in losses.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_mixed_precision_learns_about_the_same(make_trainer, make_batch, precision):
     batch, torch_seed = make_batch(3), torch.get_rng_state()

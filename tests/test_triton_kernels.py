@@ -106,6 +106,7 @@ def compare(kernels, inputs, rtol=2e-5, atol=2e-5):
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol, check_dtype=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_definition_forward_and_backward(kernels, kind):
     compare(kernels, make_inputs(kind, batch=2, heads=2))
@@ -177,6 +178,7 @@ def test_levels_of_one_row_or_column_are_interpolated_with_zero(kernels, queries
     compare(kernels, make_inputs(shapes=shapes, queries=queries, points=2))
 
 
+@pytest.mark.slow
 def test_points_far_outside_sample_zero_and_get_no_gradient(kernels):
     value, shapes, locations, weights, _ = make_inputs()
     for place in (-3.0, 4.0, -1e30):

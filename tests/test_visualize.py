@@ -439,6 +439,7 @@ def without_plots(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_images_without_a_mistake_are_not_among_the_worst(
     results, tmp_path, monkeypatch, without_plots
 ):
@@ -454,6 +455,7 @@ def test_images_without_a_mistake_are_not_among_the_worst(
     assert caption.startswith("1. val_00005.jpg") and "false positives 1" in caption
 
 
+@pytest.mark.slow
 def test_without_mistakes_there_is_no_sheet(results, perfect, tmp_path, monkeypatch, without_plots):
     run(monkeypatch, visualize_results, *results)
     assert list((tmp_path / "out").glob("worst*"))
@@ -462,6 +464,7 @@ def test_without_mistakes_there_is_no_sheet(results, perfect, tmp_path, monkeypa
     assert "There is no image with a mistake" in (tmp_path / "out" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_where_no_image_was_asked_for_nothing_is_said_of_the_worst(
     results, tmp_path, monkeypatch, without_plots
 ):
@@ -502,6 +505,7 @@ def test_results_that_do_not_belong_together_are_refused_in_one_sentence(
     assert says("--num-images", "-1") == "2" and "0 or more" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_drawn_is_named_and_left_out(
     shapes, results, tmp_path, monkeypatch, capsys, without_plots
 ):
