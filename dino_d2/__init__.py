@@ -16,6 +16,7 @@ with warnings.catch_warnings():
     from .config import add_dino_config
     from .modeling.dino import DINO
     from .predictor import Predictor, load
+    from .weights import model_zoo
     from .weights.checkpointer import Checkpointer
 
 # Detectron2 warns so of images that are neither resized nor flipped, and of its Swin.
@@ -24,7 +25,7 @@ warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release")
 
 sys.meta_path.append(MovedModules())
 
-__all__ = ["DINO", "Checkpointer", "Predictor", "add_dino_config", "load"]
+__all__ = ["DINO", "Checkpointer", "Predictor", "add_dino_config", "load", "model_zoo"]
 
 
 def __getattr__(name: str) -> ModuleType:

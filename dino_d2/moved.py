@@ -33,7 +33,8 @@ class MovedModules(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        is_moved = fullname.removeprefix(f"{PACKAGE}.") in MOVED
+        package, _, name = fullname.partition(".")
+        is_moved = package == PACKAGE and name in MOVED
         return ModuleSpec(fullname, self) if is_moved else None
 
     def exec_module(self, module: ModuleType) -> None:

@@ -73,7 +73,8 @@ class Branch(NamedTuple):
 
     name: str  # part of the names of its losses: "dn" makes loss_class_dn
     queries: Queries | None  # Q of them; None: its predictions do not come from the decoder
-    groups: Tensor | None = None  # (Q,), who attends to whom, see `group_attn_mask`
+    # (Q,), from -Q to Q, who attends to whom, see `group_attn_mask`; None: queries among themselves
+    groups: Tensor | None = None
     # Known by construction, or what finds it of stacked predictions and targets; None: the matcher
     # of the criterion.
     match: "Match | Callable[[Predictions, list[Target]], Match] | None" = None

@@ -36,8 +36,7 @@ class OneToMany(nn.Module):
     def forward(self, targets, queries, memory):
         parts = self.content.weight, self.anchors.weight.sigmoid()
         own = Queries(*(x.expand(len(targets), -1, -1) for x in parts))
-        groups = own.content.new_full((own.content.shape[1],), -1, dtype=torch.int64)
-        return Branch("many", own, groups, match=self.match, repeats=self.repeats, weight=0.5)
+        return Branch("many", own, match=self.match, repeats=self.repeats, weight=0.5)
 
     def match(self, predictions, targets):
         counts = torch.tensor([len(x.labels) for x in targets])
@@ -104,6 +103,12 @@ def test_several_queries_stand_for_a_box_and_the_loss_is_a_mean_over_them(branch
     match = many.match(Predictions(*queries), targets)
     assert torch.bincount(match.targets[0]).tolist() == [3, 3, 3]
     assert torch.equal((match.targets[0] == 2).int(), (match.images == 1).int())
+
+
+def test_two_branches_of_one_name_are_refused(branched, make_batch):
+    branched.branches.append(branched.branches[1])
+    with pytest.raises(ValueError, match="two branches have the loss loss_bbox_dense_enc"):
+        branched.train()(make_batch(1))
 
 
 # ---- a decoder layer

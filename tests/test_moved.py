@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 
@@ -85,3 +86,7 @@ def test_other_names_are_still_unknown():
         dino_d2.checkpoints  # noqa: B018
     with pytest.raises(ModuleNotFoundError):
         import_module("dino_d2.checkpoints")
+
+
+def test_names_of_other_packages_are_theirs():
+    assert not [name for name in PLACES if "." not in name and find_spec(name)]

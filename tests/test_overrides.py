@@ -3,8 +3,9 @@
 import copy
 
 import pytest
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import LazyConfig, get_cfg, instantiate
 
+from dino_d2 import add_dino_config
 from dino_d2.config.overrides import apply_overrides
 from dino_d2.config.styles import get, read_config
 from dino_d2.modeling import VarifocalLoss
@@ -286,7 +287,7 @@ def test_what_a_key_may_be_besides_is_taken(word, lazy):
     ("content", "place"),
     [
         ("MODEL: {DINO: {CHECKPOINT: [encoder]}}", "MODEL.DINO.ACTIVATION_CHECKPOINTING"),
-        ("model: {_target_: x, checkpoint: [encoder]}", "model.activation_checkpointing"),
+        ("model: {_target_: x.DINO, checkpoint: [encoder]}", "model.activation_checkpointing"),
     ],
     ids=["yaml", "lazy"],
 )
@@ -302,4 +303,18 @@ def test_keys_of_earlier_versions_are_read_with_a_warning(content, place, tmp_pa
 
 
 def test_a_change_of_a_key_of_earlier_versions_names_the_new_one(lazy):
-    assert "now called 'model.activation_checkpointing'" in complaint(lazy, "model.checkpoint=[]")
+    message = complaint(lazy, "model.checkpoint=[]")
+    assert "now called 'model.activation_checkpointing'" in message and "adds one" not in message
+
+
+def test_an_argument_of_another_model_that_has_this_name_stays(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {_target_: mine.Model, checkpoint: a.pth}")
+    assert read_config(str(tmp_path / "config.yaml")).model.checkpoint == "a.pth"
+
+
+def test_detectron2s_way_to_read_a_file_names_the_new_key(tmp_path):
+    (tmp_path / "config.yaml").write_text("MODEL: {DINO: {CHECKPOINT: [encoder]}}")
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    with pytest.raises(KeyError, match="renamed to MODEL.DINO.ACTIVATION_CHECKPOINTING"):
+        cfg.merge_from_file(str(tmp_path / "config.yaml"))

@@ -467,8 +467,11 @@ def test_two_workers_train_as_one_does_and_one_goes_on(squares, alone, plan, tmp
 def test_an_image_that_one_worker_cannot_read_ends_them_all(shapes, tmp_path):
     damaged = tmp_path / "data"
     shutil.copytree(shapes, damaged)
-    first = json.loads((damaged / "train.json").read_text())["images"][0]["file_name"]
+    dataset = json.loads((damaged / "train.json").read_text())
+    first = dataset["images"][0]["file_name"]
     (damaged / "images" / first).write_bytes(b"\xff\xd8")
+    dataset["annotations"][0]["area"] = None
+    (damaged / "train.json").write_text(json.dumps(dataset))
     # All of them end, or this would not return.
     result = start(damaged, tmp_path / "output", "DATALOADER.NUM_WORKERS", "1", **SPAWN)
     assert result.returncode != 0
@@ -476,6 +479,9 @@ def test_an_image_that_one_worker_cannot_read_ends_them_all(shapes, tmp_path):
     assert f"{first}' cannot be read" in sentence
     logs = [path.read_text() for path in (tmp_path / "output").glob("log.txt*")]
     assert sentence.removeprefix("train_net.py: ") in "".join(logs)
+    # What the process that starts them has read is handed on with its warnings, and not logged.
+    assert [log.count("missing or invalid areas") for log in (*logs, result.stderr)] == [1, 1, 1]
+    assert "Command line arguments" in "".join(logs) and "Registered(" not in "".join(logs)
 
 
 # ---- plans

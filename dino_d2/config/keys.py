@@ -38,6 +38,7 @@ def add_dino_config(cfg: CN) -> None:
     # Stages, of "backbone", "encoder" and "decoder", whose activations are recomputed in the
     # backward pass: less memory, more time.
     c.ACTIVATION_CHECKPOINTING = []
+    cfg.register_renamed_key("MODEL.DINO.CHECKPOINT", RENAMED["MODEL.DINO.CHECKPOINT"])
 
     c.DENOISING = CN()
     c.DENOISING.NAME = "ContrastiveDenoising"  # or Denoising, or "" for none

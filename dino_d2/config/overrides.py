@@ -167,7 +167,8 @@ def _check_lazy(plain: dict, key: str, adds: bool) -> None:
             )
         if part not in inside and not (adds or _takes(node, part)):
             known = list(_lazy_keys(plain))
-            raise ValueError(f"{unknown_key(key, known)}; '+{key}=VALUE' adds one")
+            end = "" if key in RENAMED else f"; '+{key}=VALUE' adds one"
+            raise ValueError(unknown_key(key, known) + end)
         if not isinstance(node, dict | list | None):
             raise ValueError(f"'{where}' is {node!r}, and has no '{part}' inside")
         node = inside.get(part)

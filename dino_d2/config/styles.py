@@ -61,6 +61,9 @@ def rename_keys(cfg: Config, file: str) -> Config:
         values = get(cfg, section, None)
         if values is None or name not in values:
             continue
+        target = values.get("_target_", "DINO")  # other models may have an argument of this name
+        if not str(getattr(target, "__name__", target)).endswith("DINO"):
+            continue
         value = values.pop(name)
         if value:
             logger.warning(f"'{file}': {old} is now called {new}: rename it")

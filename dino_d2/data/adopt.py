@@ -53,10 +53,12 @@ def _annotation(entry: dict, where: str, num_classes: int | None) -> dict:
     # NumPy's numbers are as good as Python's.
     entry = {k: x.item() if isinstance(x, np.generic) else x for k, x in entry.items()}
 
+    numbers = range(sys.maxsize if num_classes is None else num_classes)
+
     def to_class(value: Any) -> int | None:
         index = to_int(value)
         # a range looks at all of its numbers for what is none
-        return index if index is not None and index in range(num_classes or sys.maxsize) else None
+        return index if index is not None and index in numbers else None
 
     last = "the number of classes, less 1" if num_classes is None else num_classes - 1
     category = required(entry, "category_id", to_class, where, f"give a number from 0 to {last}")

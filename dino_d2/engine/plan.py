@@ -291,6 +291,7 @@ def lazy_scheduler(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> Any:
 
 
 def lazy_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    cfg = copy.deepcopy(cfg)  # or the plan would keep the model
     cfg.optimizer.params.model = model
     return instantiate(cfg.optimizer)
 

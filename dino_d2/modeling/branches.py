@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..structures import Branch, FeaturePyramid, join_queries, split_predictions
+from ..structures import Branch, FeaturePyramid, Queries, join_queries, split_predictions
 
 
 def decode(
@@ -26,12 +26,18 @@ def decode(
         return [result._replace(layers=decoder(result.queries, memory)), *rest]
     branches = [*first, result]
     queries = [x.queries for x in branches if x.queries is not None]
-    groups = [x.groups for x in first if x.groups is not None]
     sizes = [x.content.shape[1] for x in queries]
+    groups = [groups_of(x, y) for x, y in zip(first, queries, strict=False)]  # not the result
     layers = decoder(join_queries(queries), memory, group_attn_mask(join_groups(groups, sizes[-1])))
     split = zip(*(split_predictions(layer, sizes) for layer in layers), strict=True)
     *first, result = (x._replace(layers=list(y)) for x, y in zip(branches, split, strict=True))
     return [result, *first, *rest]
+
+
+def groups_of(branch: Branch, queries: Queries) -> Tensor:
+    """Its groups (Q,), by default a single one that does not see the result."""
+    alone = queries.content.new_full(queries.content.shape[1:2], -1, dtype=torch.int64)
+    return alone if branch.groups is None else branch.groups
 
 
 def join_groups(groups: Sequence[Tensor], num_queries: int) -> Tensor:

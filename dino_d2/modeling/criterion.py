@@ -79,7 +79,10 @@ class SetCriterion(nn.Module):
         num_boxes = average_over_workers(boxes.new_full((), len(boxes)))
         losses: dict[str, Tensor] = {}
         for branch in output.branches:
-            losses |= self.branch_losses(branch, targets, num_boxes)
+            own = self.branch_losses(branch, targets, num_boxes)
+            if twice := own.keys() & losses.keys():
+                raise ValueError(f"two branches have the loss {min(twice)}: name them differently")
+            losses |= own
         return losses
 
     def branch_losses(

@@ -111,9 +111,8 @@ class PositionModulatedMatcher(HungarianMatcher):
 
     def fill(self, costs: Tensor, predictions: Predictions, target: Target) -> None:
         for part, _, boxes in in_parts(costs, target):
-            part.copy_(
-                pairwise_giou(predictions.boxes, boxes) + 1
-            )  # 2 u: the factor cancels in the ratio
+            # 2 u: the factor cancels in the ratio
+            part.copy_(pairwise_giou(predictions.boxes, boxes) + 1)
         tiny = torch.finfo(costs.dtype).tiny
         best = costs.amax((-2, -1), keepdim=True).clamp(min=tiny)
         for part, labels, boxes in in_parts(costs, target):

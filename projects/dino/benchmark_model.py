@@ -292,9 +292,8 @@ def kinds_of(workload: Workload) -> dict[str, float]:
         workload.step(workload.batch)
     spent = Counter()
     for event in profiler.events():
-        if (
-            event.device_type == DeviceType.CPU
-        ):  # kernels would count twice, as their operators are in the list
+        # kernels would count twice, as their operators are in the list
+        if event.device_type == DeviceType.CPU:
             time = event.self_device_time_total if is_cuda else event.self_cpu_time_total
             spent[kind_of(event)] += time
     return {kind: spent[kind] / spent.total() for kind in (*KINDS, "rest")}

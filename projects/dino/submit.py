@@ -142,10 +142,7 @@ def main() -> None:
             slurm_max_num_timeout=args.requeues,
         )
         executor.update_parameters(**options(args))
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # without SLURM; simulates several nodes on this machine
+    except (RuntimeError, ValueError) as error:  # no SLURM, or several nodes with --local
         sys.exit(f"{parser.prog}: {error}")
     job = executor.submit(Training(str(TRAIN_NET), args.words))
     print(f"job {job.job_id}: logs are {job.paths.stdout} and {job.paths.stderr}", flush=True)

@@ -50,10 +50,14 @@ Evaluate a checkpoint, of one's own or a published one; go on with an interrupte
 """
 
 
+# What a process that has looked at config and data hands on, beside the options.
+SEEN = {"job": None, "found": None, "registered": (), "early": ()}
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
     add_training_arguments(parser)
-    parser.set_defaults(job=None, found=None, registered=())  # of who has looked before
+    parser.set_defaults(**SEEN)
     return parser
 
 
@@ -260,9 +264,12 @@ def main(args: argparse.Namespace) -> None:
     """Train or evaluate in one process of `launch`, and write to the output folder."""
     data.register_again(args.registered)
     cfg, plan = args.job or load_job(args)
+    said = {x.getMessage() for x in EARLY.buffer}
+    EARLY.buffer[:0] = [x for x in args.early if x.getMessage() not in said]
     if not args.eval_only:  # before the log exists
         claim_folder(plan.output_dir, resume=args.resume, overwrite=args.overwrite)
-    default_setup(cfg, args)
+    own = {key: value for key, value in vars(args).items() if key not in SEEN}
+    default_setup(cfg, argparse.Namespace(**own))  # which logs them
     begin_log(plan.output_dir)
     if args.data:
         logger.info(args.found.line)
@@ -330,7 +337,7 @@ def invoke_main() -> None:
         check_gpus(args.num_gpus)
         args.job = check_all(args)
     if args.num_gpus * args.num_machines > 1 and not is_worker():  # they may not get all of it
-        args.job, args.registered = None, data.registered()
+        args.job, args.registered, args.early = None, data.registered(), list(EARLY.buffer)
     end = "" if args.eval_only else "; --resume goes on from the last checkpoint"
     try:
         launch(worker, args)
