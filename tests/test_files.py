@@ -278,7 +278,7 @@ class Called:
     """Is made by calling something of the builtins."""
 
     def __reduce__(self):
-        return builtins.exec, ("import test_checkpoint_io as t; t.ran.append('exec')",)
+        return builtins.exec, ("import test_files as t; t.ran.append('exec')",)
 
 
 class Commanded:
