@@ -32,7 +32,7 @@ demo: $(READY)
 	$(BIN)/python projects/dino/quickstart.py --output output/quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest --cov -n $(JOBS) --maxprocesses 8 --dist loadgroup -m "not nightly"
+	$(BIN)/python -m pytest --cov -n $(JOBS) --maxprocesses 8 -m "not nightly"
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

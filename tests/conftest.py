@@ -5,6 +5,7 @@ Fixtures named `make_*` are functions that build what they are named after.
 
 import gc
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from dino_d2.modeling.tokens import flatten
 from dino_d2.structures import Predictions, Target
 
 NUM_CLASSES = 3
+# Their tests take long and share little.
+ONE_BY_ONE = {"test_compile", "test_default_trainer", "test_run", "test_submit"}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -32,12 +35,18 @@ def pytest_configure(config):
         os.environ["OMP_NUM_THREADS"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Side by side, quick tests of a file go to one process at once, slow ones one by one."""
-    for item in items:
-        if not (item.get_closest_marker("slow") or item.get_closest_marker("xdist_group")):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file goes to one process at once, what takes long to make with it. Files with the most
+    tests begin, and those of `ONE_BY_ONE` end: nobody waits for long."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if Path(file).stem in ONE_BY_ONE else file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish():

@@ -284,6 +284,7 @@ def use(model, kind):
     return model
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 @EVERY
 def test_a_few_steps_of_training_lower_the_losses(make_dino, make_batch, kind):
@@ -313,6 +314,7 @@ def test_no_loss_waits_for_the_device(waits, make_dino, make_batch, kind, counts
     assert "costs.cpu()" in wait
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 @EVERY
 def test_every_loss_is_one_graph(kind, pairs):

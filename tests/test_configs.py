@@ -97,6 +97,7 @@ def test_the_readme_lists_every_config_of_a_folder(folder):
     assert stems and not [stem for stem in stems if not re.search(rf"\b{stem}\b", readme)]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", BUILT)
 def test_twins_build_the_same_model(name, on_meta_device):
     from_yaml, lazy = build_model(yaml_config(name)), instantiate(lazy_config(name).model)

@@ -34,7 +34,6 @@ import export as program  # noqa: E402
 import serve_onnx  # noqa: E402
 from onnx_detector import OnnxDetector  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("exported")
 SIZE = (48, 64)
 CLASSES = ["circle", "square", "star"]
 
@@ -335,7 +334,7 @@ def test_a_damaged_file_is_said_in_one_sentence(exported, tmp_path, kind, damage
         content[at - 200 : at] = bytes(200)
     path = tmp_path / f"model{kind}"
     path.write_bytes(content)
-    with pytest.raises(ExportError, match=f"model{kind}' is damaged, or no") as refused:
+    with pytest.raises(ExportError, match=f"model{kind}' is damaged or not an? ") as refused:
         Exported(path)
     assert "\n" not in str(refused.value) and not caplog.records
 

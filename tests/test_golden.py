@@ -46,7 +46,6 @@ NOISE_SEED = 1234
 pytestmark = [
     pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"there is no {GOLDEN}"),
     pytest.mark.slow,
-    pytest.mark.xdist_group("golden"),
 ]
 
 

@@ -112,6 +112,7 @@ def test_it_is_the_definition_forward_and_backward(kernels, kind):
     compare(kernels, make_inputs(kind, batch=2, heads=2))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
@@ -129,6 +130,7 @@ def test_any_sizes_are_fine(kernels, kind, sizes):
     compare(kernels, make_inputs(kind, **sizes))
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["locations", "boxes"])
 def test_queries_that_are_the_tokens_are_all_computed_whatever_the_squares(kernels, kind):
@@ -145,6 +147,7 @@ def test_programs_compute_squares_of_tokens_and_runs_of_other_queries():
     assert [grid for grid, _ in plans] == [(4 + 1, 2, 1), (6, 2, 1)]  # 162 queries by 32
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "dim", "kind"),
@@ -252,6 +255,7 @@ def shift_memory(x):
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("change", [shuffle_memory, shift_memory])
 @pytest.mark.slow
 def test_inputs_may_be_anywhere_in_memory(kernels, change):
