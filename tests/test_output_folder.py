@@ -53,7 +53,7 @@ def test_to_go_on_leaves_everything(tmp_path):
     assert files(tmp_path) == set(OF_A_TRAINING)
 
 
-@pytest.mark.parametrize("name", OF_A_TRAINING[:3])
+@pytest.mark.parametrize("name", OF_A_TRAINING[1:3])
 def test_a_checkpoint_that_nothing_goes_on_from_is_not_written_over(name, tmp_path):
     fill(tmp_path, [name, "metrics.json"])
     with pytest.raises(ValueError, match=f"'{name}', but no file 'last_checkpoint'.*--resume"):
@@ -61,6 +61,12 @@ def test_a_checkpoint_that_nothing_goes_on_from_is_not_written_over(name, tmp_pa
     (tmp_path / name).unlink()  # it ended before its first: a job that is restarted can begin
     claim_folder(str(tmp_path), resume=True)
     assert files(tmp_path) == {"metrics.json"}
+
+
+def test_a_training_that_was_killed_before_its_first_last_checkpoint_goes_on(tmp_path):
+    fill(tmp_path, ["model_0000001.pth", "metrics.json"])
+    claim_folder(str(tmp_path), resume=True)
+    assert files(tmp_path) == {"model_0000001.pth", "metrics.json"}
 
 
 def test_to_overwrite_removes_what_a_training_wrote_and_nothing_else(tmp_path):

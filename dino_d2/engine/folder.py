@@ -37,7 +37,8 @@ def check_folder(folder: str, *, resume: bool = False, overwrite: bool = False) 
         ValueError: there are results of an earlier training and neither option is given, or there
             are checkpoints without a `last_checkpoint` to resume from
     """
-    if overwrite or (resume and Path(folder, "last_checkpoint").is_file()):
+    # The first of a training may be there before `last_checkpoint` is: see Checkpointer.
+    if overwrite or (resume and any(_files(folder, ("last_checkpoint", CHECKPOINTS[0])))):
         return
     results = _files(folder, CHECKPOINTS if resume else RESULTS)
     found = next((x for x in results if x.stat().st_size), None)

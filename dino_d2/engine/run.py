@@ -5,6 +5,7 @@ import shutil
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -23,7 +24,7 @@ from ..modeling.detector import Detector
 from ..names import hint
 from ..weights.checkpointer import Checkpointer
 from .ema import EMA
-from .folder import claim_folder
+from .folder import CHECKPOINTS, claim_folder
 from .hooks import BestCheckpointer, EvalHook
 from .plan import Plan
 from .trainer import Trainer
@@ -108,6 +109,11 @@ def prepare(plan: Plan, model: nn.Module, seed: int, resume: bool) -> Training:
     checkpointer = make_checkpointer(model, plan.output_dir, plan.train_sets, **saved)
     check_room(plan, unwrap(model))
     goes_on = resume and checkpointer.has_checkpoint()
+    if resume and not goes_on and any(Path(plan.output_dir).glob(CHECKPOINTS[0])):
+        raise CheckpointError(
+            f"'{plan.output_dir}' has checkpoints, but no file 'last_checkpoint' with the name of "
+            "the one to resume from (--resume): write it, or choose another output folder"
+        )
     trainer.register_hooks(make_hooks(plan, trainer, checkpointer, ema))
     checkpointer.resume_or_load(plan.weights, resume=resume)
     if ema and not ema.updates:
