@@ -302,6 +302,7 @@ def test_a_few_steps_of_training_lower_the_losses(make_dino, make_batch, kind):
     assert history[-1] < 0.9 * history[0]
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("counts", [(3, 2), (0, 0)], ids=str)
 def test_no_loss_waits_for_the_device(waits, make_dino, make_batch, kind, counts):  # noqa: F811

@@ -505,6 +505,7 @@ def assert_a_finite_step(model, batch):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.words])
 def test_it_trains_a_finite_step_on_the_right_boxes(name, tmp_path, make_dino):
     data, model = Data(tmp_path), make_dino(num_queries=20)

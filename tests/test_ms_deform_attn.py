@@ -179,6 +179,7 @@ def test_no_queries_give_an_empty_output_and_zero_gradients(device):
     assert locations.grad.shape == locations.shape
 
 
+@pytest.mark.slow
 def test_gradcheck(device):
     value, locations, weights = make_inputs(device, torch.float64, queries=2, dim=2)
     torch.autograd.gradcheck(

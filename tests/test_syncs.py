@@ -236,6 +236,7 @@ VARIANTS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(3, 2), (0, 0), (30, 1)], ids=str)
 @VARIANTS
 def test_a_training_step_waits_once_for_the_costs(waits, make_dino, make_batch, build, counts):

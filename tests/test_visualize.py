@@ -227,6 +227,7 @@ def source_of(shapes, *words, style=".yaml"):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("style", "words"),
     [
