@@ -37,8 +37,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file goes to one process at once, what takes long to make with it. Files with the most
-    tests begin, and those of `ONE_BY_ONE` end: nobody waits for long."""
+    """Each file runs in one process, so that its fixtures are made once. Files with many tests run
+    first, and tests of `ONE_BY_ONE` last, so that all processes end at about the same time."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):

@@ -55,7 +55,7 @@ def read_config(file: str) -> CfgNode | DictConfig:
 
 
 def rename_keys(cfg: Config, file: str) -> Config:
-    """Gives values under keys of earlier versions, as saved configs have them, to those of now."""
+    """Move values of keys of earlier versions, as saved configs have them, to those of now."""
     for old, new in RENAMED.items():
         section, _, name = old.rpartition(".")
         values = get(cfg, section, None)
@@ -78,7 +78,7 @@ def _run_config(file: str) -> DictConfig:
         cause = error.__cause__  # Detectron2 parses the file without details of the error
         line = f", line {cause.lineno} ({cause.msg})" if isinstance(cause, SyntaxError) else ""
         raise ValueError(f"{error}{line}") from error
-    except Exception as error:  # a config may raise anything, also SystemExit
+    except Exception as error:  # a config is a program, and may raise anything
         lines = [x for x in extract_tb(error.__traceback__) if x.name == "<module>"]
         if not lines:
             raise ValueError(f"'{file}' cannot be read: {error}") from error
@@ -159,10 +159,10 @@ _KEYS = {
 
 
 class Keys(SimpleNamespace):
-    """Where a config of one style has what both have, by the names of the table above."""
+    """The keys of one style, by the names in the table above."""
 
     def change(self, key: str, value: str) -> str:
-        """How a change of a key stands on the command line."""
+        """A change of a key as it is written on the command line."""
         return f"{key} {value}" if self is YAML else f"{key}={value}"
 
 
@@ -180,6 +180,6 @@ def get(cfg: CfgNode | DictConfig, key: str, *default: Any) -> Any:
 
 
 def put(cfg: CfgNode | DictConfig, key: str, value: Any) -> None:
-    """Gives a key of a section that is there a value."""
+    """Set a key of an existing section."""
     section, _, name = key.rpartition(".")
     setattr(get(cfg, section) if section else cfg, name, value)

@@ -227,7 +227,7 @@ def _register_content(
 
 
 def register_again(datasets: Iterable[Registered]) -> None:
-    """Make Detectron2 know what `registered` has of another process, whose files are not read."""
+    """Register datasets that another process has read, see `registered`, without their files."""
     for one in datasets:
         _REGISTERED[one.name] = one
         DatasetCatalog.register(one.name, functools.partial(pickle.loads, one.records))
@@ -235,7 +235,7 @@ def register_again(datasets: Iterable[Registered]) -> None:
 
 
 def registered() -> list[Registered]:
-    """What `register` has read from files so far, for processes that are started now."""
+    """The datasets that `register` has read so far, to be handed to new processes."""
     return list(_REGISTERED.values())
 
 

@@ -37,7 +37,7 @@ def check_folder(folder: str, *, resume: bool = False, overwrite: bool = False) 
         ValueError: there are results of an earlier training and neither option is given, or there
             are checkpoints without a `last_checkpoint` to resume from
     """
-    # The first of a training may be there before `last_checkpoint` is: see Checkpointer.
+    # A training that was killed while saving may have its first checkpoint without this file.
     if overwrite or (resume and any(_files(folder, ("last_checkpoint", CHECKPOINTS[0])))):
         return
     results = _files(folder, CHECKPOINTS if resume else RESULTS)

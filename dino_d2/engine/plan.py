@@ -96,7 +96,7 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
     value = partial(get, cfg)
     fields = yaml_parts(cfg) if keys is YAML else lazy_parts(cfg)
     put(cfg, keys.batch, part_of_batch(value(keys.batch), value(keys.accumulate)))
-    alike = {*Plan._fields} - {"ema_decay"}  # read as they are, where keys have the same name
+    alike = {*Plan._fields} - {"ema_decay"}  # fields with the name of a key are its value
     fields |= {name: value(key) for name, key in vars(keys).items() if name in alike}
     plan = Plan(
         **fields,
@@ -110,7 +110,7 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
 
 
 def yaml_parts(cfg: CfgNode) -> dict[str, Any]:
-    """The fields of a plan that are made in a way of YAML configs, or are not in them."""
+    """The fields of a plan that YAML configs build in their own way, or do not have."""
     cfg.defrost()
     refuse(cfg, OF_DETECTRON2S_TRAINER, "here")
     if cfg.SOLVER.FSDP and not is_detector(cfg):
@@ -264,7 +264,7 @@ def require_sections(cfg: DictConfig) -> None:
 
 
 def lazy_parts(cfg: DictConfig) -> dict[str, Any]:
-    """The fields of a plan that are made in a way of LazyConfigs, or are in them alone."""
+    """The fields of a plan that LazyConfigs build in their own way, or that only they have."""
     for key in ("train", "test"):
         number = cfg.dataloader[key].get("num_workers", 0)
         require_whole(0, **{f"dataloader.{key}.num_workers": number})

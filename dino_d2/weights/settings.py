@@ -75,7 +75,7 @@ def check_settings(model: Detector, expected: dict, file: str, *, complete: bool
             continue
         message = (
             f"the weights of '{file}' go with {name} {value}, but the model has {found}: change "
-            f"{REMEDIES[name]}"
+            f"{REMEDIES.get(name, name)}"  # a Detector may have settings of its own
         )
         if complete or exact:
             raise CheckpointError(message)
