@@ -40,16 +40,16 @@ class OneToMany(nn.Module):
 
     def match(self, predictions, targets):
         counts = torch.tensor([len(x.labels) for x in targets])
-        repeated = [Target(x.labels.repeat(self.repeats), x.boxes.repeat(self.repeats, 1))
-                    for x in targets]  # fmt: skip
+        times = self.repeats
+        repeated = [Target(x.labels.repeat(times), x.boxes.repeat(times, 1)) for x in targets]
         images, queries, boxes = HungarianMatcher()(predictions, repeated)
         starts = counts.cumsum(0) - counts
-        inside = (boxes - self.repeats * starts[images]) % counts[images]
+        inside = (boxes - times * starts[images]) % counts[images]
         return Match(images, queries, starts[images] + inside)
 
 
 class Foreground(nn.Module):
-    """The tokens are classified, each as the box with the nearest centre; nothing is decoded."""
+    """The tokens are classified, without the decoder; box number i is matched with token i."""
 
     def __init__(self, *, embed_dim, num_classes):
         super().__init__()
@@ -96,7 +96,7 @@ def test_the_result_does_not_know_of_other_branches(branched, make_batch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_several_queries_stand_for_a_box_and_the_loss_is_a_mean_over_them(branched, make_batch):
+def test_several_queries_stand_for_a_box(branched, make_batch):
     targets = branched.prepare_targets(make_batch(2, 1))
     many = branched.branches[0]
     queries = torch.rand(1, 2, 12, 3), torch.rand(1, 2, 12, 4) / 2

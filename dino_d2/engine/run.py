@@ -198,9 +198,9 @@ def evaluate(plan: Plan, model: nn.Module, ema: EMA | None) -> dict:
 def make_checkpointer(
     model: nn.Module, output_dir: str, names: Sequence[str], *, complete: bool = False, **saved: Any
 ) -> DetectionCheckpointer:
-    """A checkpointer for the classes of data sets; for other models than DINO, Detectron2's.
+    """A checkpointer for the classes of data sets; for models that are no Detector, Detectron2's.
 
-    If `complete`, weights have to fill a DINO. What is `saved` goes with the model.
+    If `complete`, weights have to fill the model. What is `saved` goes with the model.
     """
     model = unwrap(model)
     if not isinstance(model, Detector):

@@ -133,7 +133,7 @@ class Trainer(SimpleTrainer):
     def shares(self, batches: list[Batch]) -> Tensor:
         """The weight of each batch in a step, so that it equals one with all images at once.
 
-        DINO divides losses by a number of boxes, which has to be that of the step. (Denoising
+        A Detector divides losses by a number of boxes, which has to be that of the step. (Denoising
         groups are still made per batch, as they are per worker.) Other models average over images.
         """
         model = unwrap(self.model)
