@@ -13,7 +13,8 @@ Boxes are (cx, cy, w, h) in [0, 1], relative to the image without its padding.
 Padding masks are True on padding, attention masks are True where attention is forbidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -45,6 +46,20 @@ class Predictions(NamedTuple):
     boxes: Tensor  # (B, Q, 4)
 
 
+class LayerOutput(NamedTuple):
+    """What a decoder layer gives for its queries: its predictions, and what they were made of."""
+
+    logits: Tensor  # (B, Q, K), before the sigmoid
+    boxes: Tensor  # (B, Q, 4)
+    features: Tensor  # (B, Q, C), what the heads see
+    anchors: Tensor  # (B, Q, 4) boxes, or (B, Q, 2) points, that the box head refined
+
+    @property
+    def predictions(self) -> Predictions:
+        """Those of the decoder's own heads."""
+        return Predictions(self.logits, self.boxes)
+
+
 class Target(NamedTuple):
     """Ground truth of one image."""
 
@@ -72,7 +87,7 @@ class Branch(NamedTuple):
     """
 
     name: str  # part of the names of its losses: "dn" makes loss_class_dn
-    queries: Queries | None  # Q of them; None: its predictions do not come from the decoder
+    queries: Queries | None  # Q of them; None: it has none of its own
     # (Q,), from -Q to Q, who attends to whom, see `group_attn_mask`; None: queries among themselves
     groups: Tensor | None = None
     # Known by construction, or what finds it of stacked predictions and targets; None: the matcher
@@ -80,6 +95,11 @@ class Branch(NamedTuple):
     match: "Match | Callable[[Predictions, list[Target]], Match] | None" = None
     repeats: int = 1  # queries that stand for each box; losses are divided by boxes * repeats
     weight: float = 1.0  # of all its losses
+    # Its predictions, of what the decoder layers give for its queries or, if it has none, for those
+    # of the result; None: those of the decoder's heads for its queries.
+    heads: Callable[[Sequence[LayerOutput]], Sequence[Predictions]] | None = None
+    # Weighted losses of heads with rules of their own, beside those of its layers and proposals.
+    losses: Mapping[str, Tensor] = MappingProxyType({})
     layers: Sequence[Predictions] = ()  # one per decoder layer, once there are
     proposals: Predictions | None = None  # the encoder's, None without query selection
 
@@ -108,11 +128,12 @@ def join_queries(parts: Sequence[Queries]) -> Queries:
     return Queries._make(joined)
 
 
-P = TypeVar("P", bound=NamedTuple)  # Predictions, Target, or those of another detector
+# Predictions, LayerOutput, Target, or those of another detector
+P = TypeVar("P", bound=NamedTuple)
 
 
 def split_predictions(predictions: P, sizes: Sequence[int]) -> list[P]:
-    """Split predictions (B, Q, .) by numbers of queries."""
+    """Split predictions, or outputs of a layer, (B, Q, .) by numbers of queries."""
     parts = zip(*(x.split(sizes, 1) for x in predictions), strict=True)
     return [predictions._make(part) for part in parts]
 

@@ -83,9 +83,11 @@ def trace(model: DINO, images: ImageList, targets: list[Target] | None = None) -
     with ExitStack() as hooks:
         recorder.watch(model, hooks)
         output = model.detect(images.tensor, padding_mask(images), targets)
-    # Of the queries of the result; those of other branches stand before them.
-    own = slice(sum(len(x.groups) for x in output.branches[1:] if x.groups is not None), None)
-    pairs = zip(recorder.attention, recorder.sampling, strict=True)
+    queries = output.result.queries
+    assert queries is not None
+    own = slice(-queries.content.shape[1], None)  # those of other branches stand before them
+    first = slice(len(model.decoder.layers))  # further passes come after
+    pairs = zip(recorder.attention[first], recorder.sampling[first], strict=True)
     layers = [
         LayerTrace(reference[:, own], attention[:, own, own], places[:, own], weights[:, own])
         for attention, (reference, places, weights) in pairs

@@ -1,6 +1,8 @@
 """What others add without touching the package: supervision for training, a decoder layer of
 another kind, another detector."""
 
+from functools import partial
+
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -15,6 +17,7 @@ from dino_d2.data import class_names, generate, register
 from dino_d2.engine import make_plan, run
 from dino_d2.layers import MLP, class_head
 from dino_d2.modeling import HungarianMatcher
+from dino_d2.modeling.branches import decode
 from dino_d2.modeling.detector import Detector
 from dino_d2.modeling.postprocess import postprocess
 from dino_d2.structures import Branch, Match, Predictions, Queries, Target
@@ -66,6 +69,41 @@ class Foreground(nn.Module):
         return Match(images, boxes % predictions.logits.shape[2], boxes)
 
 
+class SecondHead(nn.Module):
+    """A second class head for the queries of the result, and a loss of its own rule."""
+
+    def __init__(self, *, embed_dim, num_classes):
+        super().__init__()
+        self.head = class_head(embed_dim, num_classes)
+
+    def forward(self, targets, queries, memory):
+        losses = {"loss_mean": self.head(memory.tokens).square().mean()}
+        return Branch("again", None, heads=self.predict, losses=losses)
+
+    def predict(self, outputs):
+        return [Predictions(self.head(x.features), x.boxes) for x in outputs]
+
+
+class SecondPass(nn.Module):
+    """The decoder once more, with other feed-forward parts (as Mr. DETR, arXiv 2412.10028)."""
+
+    def __init__(self, *, embed_dim, num_layers):
+        super().__init__()
+        self.ffns = nn.ModuleList(MLP(embed_dim, 32, embed_dim) for _ in range(num_layers))
+
+    def forward(self, model, memory, result, others):
+        layers = [
+            lambda *args, layer=layer, ffn=ffn: layer(*args) + ffn(args[0])
+            for layer, ffn in zip(model.decoder.layers, self.ffns, strict=True)
+        ]
+        decoder = partial(model.decoder, layers=layers)
+        others = [x for x in others if x.name == "dn"]
+        return [
+            x._replace(name=f"second{x.name}", proposals=None)
+            for x in decode(decoder, memory, result, others)
+        ]
+
+
 @pytest.fixture
 def branched(make_dino):
     model = make_dino()
@@ -94,6 +132,21 @@ def test_the_result_does_not_know_of_other_branches(branched, make_batch):
     assert [x.name for x in alone.branches] == [""]
     for a, b in zip(together.result.layers, alone.result.layers, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_further_heads_and_passes_add_losses_and_learn(make_dino, make_batch, recompute):
+    model = make_dino()
+    model.decoder.recompute = recompute
+    model.branches.append(SecondHead(embed_dim=64, num_classes=3))
+    model.passes.append(SecondPass(embed_dim=64, num_layers=2))
+    losses = model.train()(make_batch(2, 0))
+    names = {name for name in losses if "class" not in name and "bbox" not in name}
+    kinds = ["", "_0", "_enc", "_dn", "_dn_0", "_again", "_again_0"]
+    kinds += ["_second", "_second_0", "_seconddn", "_seconddn_0"]
+    assert names == {f"loss_giou{kind}" for kind in kinds} | {"loss_mean_again"}
+    sum(losses.values()).backward()
+    assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
 
 
 def test_several_queries_stand_for_a_box(branched, make_batch):

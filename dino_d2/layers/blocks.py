@@ -1,6 +1,7 @@
 """Small building blocks shared by the stages."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -38,8 +39,8 @@ def box_head(embed_dim: int) -> nn.Module:
     return head
 
 
-def recompute(module: nn.Module, *args: Any) -> Any:
-    """Call `module` with activation checkpointing: recompute activations in the backward pass."""
+def recompute(module: Callable[..., Any], *args: Any) -> Any:
+    """Call with activation checkpointing: recompute activations in the backward pass."""
     return checkpoint(module, *args, use_reentrant=False)
 
 

@@ -2,7 +2,11 @@
 
 A training-only branch is a module that :class:`DINO` calls with the targets, the queries of the
 result and the encoder's memory, and that returns a :class:`Branch`, such as :class:`Denoising`. The
-criterion reads how to supervise it from its Branch.
+criterion reads how to supervise it from its Branch: by predictions of the decoder for further
+queries, of other heads for them or for those of the result, of no decoder at all, or by losses.
+
+A further pass through the decoder is a module that is called with the model, the memory, and the
+branches before decoding, and that returns branches as `decode` does, under other names.
 """
 
 from collections.abc import Sequence
@@ -10,28 +14,43 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..structures import Branch, FeaturePyramid, Queries, join_queries, split_predictions
+from ..structures import (
+    Branch,
+    FeaturePyramid,
+    LayerOutput,
+    Queries,
+    join_queries,
+    split_predictions,
+)
 
 
 def decode(
     decoder: nn.Module, memory: FeaturePyramid, result: Branch, others: Sequence[Branch] = ()
 ) -> list[Branch]:
-    """The branches with the predictions of every decoder layer, the result first.
+    """The branches with their predictions of every decoder layer, the result first.
 
-    Queries of `others` come before those of the result; branches without queries are not changed.
+    Queries of `others` come before those of the result.
     """
     first = [x for x in others if x.queries is not None]
     rest = [x for x in others if x.queries is None]
-    if not first:
-        return [result._replace(layers=decoder(result.queries, memory)), *rest]
     branches = [*first, result]
     queries = [x.queries for x in branches if x.queries is not None]
     sizes = [x.content.shape[1] for x in queries]
     groups = [groups_of(x, y) for x, y in zip(first, queries, strict=False)]  # not the result
-    layers = decoder(join_queries(queries), memory, group_attn_mask(join_groups(groups, sizes[-1])))
-    split = zip(*(split_predictions(layer, sizes) for layer in layers), strict=True)
-    *first, result = (x._replace(layers=list(y)) for x, y in zip(branches, split, strict=True))
-    return [result, *first, *rest]
+    mask = group_attn_mask(join_groups(groups, sizes[-1])) if first else None
+    layers = decoder(join_queries(queries), memory, mask)
+    *split, own = zip(*(split_predictions(layer, sizes) for layer in layers), strict=True)
+    return [
+        predict(result, own),
+        *(predict(x, outputs) for x, outputs in zip(first, split, strict=True)),
+        *(x if x.heads is None else predict(x, own) for x in rest),
+    ]
+
+
+def predict(branch: Branch, outputs: Sequence[LayerOutput]) -> Branch:
+    """A branch with its predictions, by its own heads if it has some."""
+    layers = branch.heads(outputs) if branch.heads else [x.predictions for x in outputs]
+    return branch._replace(layers=layers)
 
 
 def groups_of(branch: Branch, queries: Queries) -> Tensor:

@@ -79,7 +79,9 @@ class SetCriterion(nn.Module):
         num_boxes = average_over_workers(boxes.new_full((), len(boxes)))
         losses: dict[str, Tensor] = {}
         for branch in output.branches:
-            own = self.branch_losses(branch, targets, num_boxes)
+            own = {f"{name}_{branch.name}": x for name, x in branch.losses.items()}
+            if branch.layers or branch.proposals is not None:
+                own |= self.branch_losses(branch, targets, num_boxes)
             if twice := own.keys() & losses.keys():
                 raise ValueError(f"two branches have the loss {min(twice)}: name them differently")
             losses |= own

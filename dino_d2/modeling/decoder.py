@@ -1,6 +1,6 @@
 """Refines queries and their reference boxes, layer by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -8,9 +8,11 @@ from ..boxes import refine
 from ..layers import box_head, class_head
 from ..layers.blocks import recompute
 from ..ranges import require_share, require_whole
-from ..structures import FeaturePyramid, Predictions, Queries
+from ..structures import FeaturePyramid, LayerOutput, Queries
 from .decoder_layers import DecoderLayer
 from .positions import AnchorPosition
+
+Layer = Callable[..., Tensor]
 
 
 class Decoder(nn.Module):
@@ -86,34 +88,40 @@ class Decoder(nn.Module):
         nn.init.constant_(bias[2:], size_bias)
 
     def forward(
-        self, queries: Queries, memory: FeaturePyramid, attn_mask: Tensor | None = None
-    ) -> list[Predictions]:
+        self,
+        queries: Queries,
+        memory: FeaturePyramid,
+        attn_mask: Tensor | None = None,
+        layers: Sequence[Layer] | None = None,
+    ) -> list[LayerOutput]:
         """Predict classes and boxes in every layer.
 
         Args:
             queries: with references relative to the image without padding
             memory: of the encoder
             attn_mask: (Q, Q), True where self-attention is forbidden
+            layers: in place of the decoder's own, called as :class:`DecoderLayer` is
 
         Returns:
-            the predictions of every layer; the last is the result
+            what every layer gives; the predictions of the last are the result
         """
+        layers = layers or list(self.layers)
         x, reference, position = queries
         anchor = reference  # reference of the next prediction
-        predictions = []
-        call = recompute if self.recompute else nn.Module.__call__
-        for i, layer in enumerate(self.layers):
+        outputs = []
+        for i, layer in enumerate(layers):
             to_class, to_box = (
                 heads[min(i, len(heads) - 1)] for heads in (self.class_heads, self.box_heads)
             )
             where = self.position_head(Queries(x, reference, position), memory, i)
-            x = call(layer, x, where, reference, memory, attn_mask)
+            arguments = x, where, reference, memory, attn_mask
+            x = recompute(layer, *arguments) if self.recompute else layer(*arguments)
             y = self.norm(x)
             delta = to_box(y)
-            predictions.append(Predictions(to_class(y), refine(anchor, delta)))
-            if self.look_forward and layer is not self.layers[-1]:
+            outputs.append(LayerOutput(to_class(y), refine(anchor, delta), y, anchor))
+            if self.look_forward and i + 1 < len(layers):
                 # Without the norm, as the published weights were trained.
                 refined = refine(reference, delta if y is x else to_box(x))
                 reference = refined.detach()
                 anchor = refined if self.look_forward == 2 else reference
-        return predictions
+        return outputs

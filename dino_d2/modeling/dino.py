@@ -44,7 +44,8 @@ class DINO(Detector):
         decoder: maps queries and pyramid to the predictions of each layer
         criterion: maps a :class:`DetectorOutput` and targets to a dict of losses
         denoising: maps targets to a :class:`Branch`; None trains without
-        branches: other training-only branches, see `branches.py`
+        branches, passes: other training-only branches, and further passes through the decoder, see
+            `branches.py`
         num_classes: K
         max_detections: per image
         pixel_mean, pixel_std: per channel, in the order and range of the input images
@@ -67,6 +68,7 @@ class DINO(Detector):
         criterion: SetCriterion,
         denoising: nn.Module | None = None,
         branches: Sequence[nn.Module] = (),
+        passes: Sequence[nn.Module] = (),
         num_classes: int,
         max_detections: int = 300,
         pixel_mean: Sequence[float],
@@ -101,7 +103,7 @@ class DINO(Detector):
         self.query_selection = query_selection
         self.decoder = decoder
         self.denoising = denoising
-        self.branches = nn.ModuleList(branches)
+        self.branches, self.passes = nn.ModuleList(branches), nn.ModuleList(passes)
         self.criterion = criterion
         self.recompute_backbone = "backbone" in activation_checkpointing
         self.encoder.recompute = "encoder" in activation_checkpointing
@@ -171,15 +173,20 @@ class DINO(Detector):
         Args:
             pixels: (B, C, H, W), normalised, zero on padding
             padding: (B, H, W), True on padding
-            targets: for training, adds denoising and other branches
+            targets: for training, adds denoising, other branches and further passes
         """
         call = recompute if self.recompute_backbone else nn.Module.__call__
         memory = self.encoder(self.neck(call(self.backbone, pixels)), padding)
         queries, proposals = self.query_selection(memory)
         result = Branch("", queries, proposals=proposals)
-        training_only = [] if targets is None else [self.denoising, *self.branches]
-        others = [make(targets, queries, memory) for make in training_only if make is not None]
-        return DetectorOutput(decode(self.decoder, memory, result, others))
+        if targets is None:
+            return DetectorOutput(decode(self.decoder, memory, result))
+        parts = [x for x in (self.denoising, *self.branches) if x is not None]
+        others = [make(targets, queries, memory) for make in parts]
+        branches = decode(self.decoder, memory, result, others)
+        for once_more in self.passes:
+            branches += once_more(self, memory, result, others)
+        return DetectorOutput(branches)
 
     def preprocess_images(self, batched_inputs: Batch) -> ImageList:
         """Normalise and pad images; a ValueError for no image or wrong numbers of channels."""
