@@ -292,6 +292,34 @@ def test_there_are_as_many_detections_as_asked_for(make_dino, make_batch):
     assert len(scores) == 7
 
 
+def test_nms_splits_the_detections_of_each_image(make_dino, make_batch, randomise):
+    model, batch = randomise(make_dino(), std=0.1).eval(), make_batch(0, 0, 0, sizes=SIZES[:3])
+    model.decoder.box_heads[0].layers[-1].bias.data[2:] = 1.5  # boxes large enough to overlap
+    plain = model(batch)
+    model.nms = 0.5
+    for before, after in zip(plain, model(batch), strict=True):
+        parts = [before["instances"], after["instances"], after["suppressed"]]
+        whole, kept, suppressed = parts
+        assert len(kept) and len(suppressed)
+        scores, order = torch.cat([kept.scores, suppressed.scores]).sort(descending=True)
+        assert torch.equal(scores, whole.scores)
+        boxes = torch.cat([kept.pred_boxes.tensor, suppressed.pred_boxes.tensor])[order]
+        torch.testing.assert_close(boxes, whole.pred_boxes.tensor)
+        # Of the kept ones no two of a class overlap more, and one of them overlaps each other one.
+        ious = [pairwise_iou(x.pred_boxes, kept.pred_boxes) for x in (kept, suppressed)]
+        for x, iou in zip((kept, suppressed), ious, strict=True):
+            iou[x.pred_classes[:, None] != kept.pred_classes] = 0
+        assert ious[0].fill_diagonal_(0).max() <= 0.5 < ious[1].amax(1).min()
+        assert all(x.image_size == whole.image_size for x in parts)
+
+
+@pytest.mark.parametrize("nms", [0, -0.1, 1.5, "0.8", True])
+def test_nms_is_a_share_of_the_boxes(small_cfg, nms):
+    small_cfg.TEST.NMS = nms
+    with pytest.raises(ValueError, match="nms .TEST.NMS, model.nms. is .*; it has to be a"):
+        build_model(small_cfg)
+
+
 def test_small_images_have_fewer_queries(make_dino, make_batch):
     # 32 x 32 have 16 + 4 + 1 + 1 tokens, of three classes each
     model = make_dino(num_queries=100)

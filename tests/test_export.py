@@ -306,6 +306,20 @@ def test_a_file_gives_what_the_model_gives_for_any_number_of_images(
 
 @pytest.mark.slow
 @KINDS
+def test_nms_is_in_the_file(model, images, image_sizes, tmp_path, kind):
+    model.nms = 0.02
+    path = tmp_path / f"model{kind}"
+    save(export(model, SIZE), path, About(CLASSES, SIZE, "RGB", None))
+    expected, actual = detect(model, images, image_sizes), Exported(path)(images, image_sizes)
+    boxes, scores = compare(expected, actual, 1e-6)
+    assert boxes.max() < 1e-3 and scores.max() < 1e-5
+    assert 0 < (actual.scores == 0).sum() and (actual.scores.diff() <= 0).all()
+    (alone,) = model([{"image": images[0]}])
+    assert len(alone["instances"]) == (actual.scores[0] > 0).sum()
+
+
+@pytest.mark.slow
+@KINDS
 def test_a_file_says_what_images_it_takes(load, images, image_sizes, kind):
     file = load(kind)
     sentence = r"should be \(3, 3, 48, 64\) of uint8: resized and padded to 48 x 64"

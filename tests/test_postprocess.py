@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torchvision.ops import batched_nms
 
-from dino_d2.modeling.postprocess import postprocess
+from dino_d2.modeling.postprocess import Detections, non_maximum_suppression, postprocess
 from dino_d2.structures import Predictions
 
 # two queries, three classes
@@ -50,3 +51,25 @@ def test_predictions_are_left_as_they_were(predictions):
     before = [x.clone() for x in predictions]
     postprocess(predictions, [(100, 200)], 4)
     assert all(torch.equal(a, b) for a, b in zip(predictions, before, strict=True))
+
+
+def test_nms_keeps_the_best_of_each_class_and_image():
+    # Boxes 0 and 1 overlap by 0.8 (widths 10 and 8 of one left upper corner), box 2 is elsewhere.
+    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 8, 10], [20, 20, 30, 30.0]]).expand(2, 3, 4) / 40
+    labels = torch.tensor([[1, 1, 1], [0, 1, 1]])  # in the second image they are of two classes
+    detections = Detections(boxes, torch.tensor([[0.9, 0.8, 0.7]] * 2), labels)
+    kept = non_maximum_suppression(detections, 0.79)
+    assert kept.tolist() == [[True, False, True], [True, True, True]]
+    assert non_maximum_suppression(detections, 0.81).all()
+
+
+def test_nms_is_torchvisions_of_each_image():
+    boxes = torch.rand(3, 200, 4, generator=torch.Generator().manual_seed(0))
+    corners = torch.cat([boxes[..., :2] / 2, boxes[..., :2] / 2 + boxes[..., 2:] / 2], -1)
+    scores = torch.rand(3, 200, generator=torch.Generator().manual_seed(1))
+    labels = (scores * 1e4).long() % 5
+    kept = non_maximum_suppression(Detections(corners, scores, labels), 0.3)
+    assert 0.1 < kept.float().mean() < 0.9
+    for image, found in zip(zip(corners, scores, labels, strict=True), kept, strict=True):
+        expected = batched_nms(*image, 0.3)
+        assert sorted(found.nonzero()[:, 0].tolist()) == sorted(expected.tolist())

@@ -72,6 +72,8 @@ def add_dino_config(cfg: CN) -> None:
     cfg.SOLVER.EPOCHS = None  # length of the training; None: MAX_ITER
     # Project of Weights & Biases for logging; "" disables it. See engine/writers.py.
     cfg.WANDB = CN({"PROJECT": ""})
+    # Class-wise NMS of detections: the largest IoU of two of a class that are kept; None: no NMS.
+    cfg.TEST.NMS = None
     cfg.TEST.BEST_METRIC = "bbox/AP"  # metric that selects model_best.pth; "" disables it
 
     # Keys of the latest Detectron2; that of 2024 has the samplers, but not their keys.

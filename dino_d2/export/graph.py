@@ -16,7 +16,7 @@ from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
 from ..modeling.dino import DINO
-from ..modeling.postprocess import Detections, best_pairs
+from ..modeling.postprocess import Detections, best_pairs, non_maximum_suppression
 from ..ops import reference
 from .runtime import ABOUT, INPUTS, About, ExportError, kind_of, needs
 
@@ -40,15 +40,25 @@ class Exportable(nn.Module):
 
         Returns:
             the fields of `Detections`, as a tuple, so that files do not depend on this package;
-            boxes (x0, y0, x1, y1) in pixels of the input, inside the image
+            boxes (x0, y0, x1, y1) in pixels of the input, inside the image. With NMS, those that it
+            suppresses come last, with a score of 0
         """
         model = self.model
         padding = padding_of(images, image_sizes)
         pixels = (images.float() - model.pixel_mean) / model.pixel_std
         output = model.detect(pixels.masked_fill(padding[:, None], 0), padding)
-        boxes, scores, labels = best_pairs(output.result.layers[-1], model.max_detections)
+        found = best_pairs(output.result.layers[-1], model.max_detections)
+        boxes, scores, labels = found if model.nms is None else distinct_first(found, model.nms)
         limit = image_sizes.flip(1).tile(2)[:, None].to(boxes.dtype)
         return (boxes * limit).clamp(min=0).minimum(limit), scores, labels
+
+
+def distinct_first(found: Detections, nms: float) -> Detections:
+    """Detections in descending order of score, which is 0 for those that NMS suppresses."""
+    scores = found.scores.masked_fill(~non_maximum_suppression(found, nms), 0)
+    scores, order = scores.topk(scores.shape[1], dim=1)
+    boxes = found.boxes.gather(1, order[..., None].expand(-1, -1, 4))
+    return Detections(boxes, scores, found.labels.gather(1, order))
 
 
 def padding_of(images: Tensor, image_sizes: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ..layers.blocks import recompute
 from ..layouts.dino import detect_format
 from ..layouts.renaming import CheckpointError
 from ..names import hint, plural
-from ..ranges import require_positive, require_whole
+from ..ranges import require_positive, require_share, require_whole
 from ..structures import Branch, DetectorOutput, Target, send_to_device
 from .branches import decode
 from .build import build_parts
@@ -23,8 +23,9 @@ from .criterion import SetCriterion
 from .decoder import Decoder
 from .detector import Batch, Detector
 from .encoder import Encoder
-from .postprocess import postprocess
+from .postprocess import best_pairs, non_maximum_suppression, to_instances
 
+NMS = "nms (TEST.NMS, model.nms)"
 WRONG_CHANNELS = (
     "images have {}, but the model has means and deviations of {}: change INPUT.FORMAT "
     "(image_format of the mappers), or MODEL.PIXEL_MEAN and MODEL.PIXEL_STD (model.pixel_mean and "
@@ -48,6 +49,8 @@ class DINO(Detector):
             `branches.py`
         num_classes: K
         max_detections: per image
+        nms: largest IoU of two detections of a class, in (0, 1]; the one of the lower score is
+            suppressed. None, as in the paper: no suppression
         pixel_mean, pixel_std: per channel, in the order and range of the input images
         activation_checkpointing: stages, of "backbone", "encoder" and "decoder", whose activations
             are recomputed in the backward pass: less memory, more time
@@ -71,6 +74,7 @@ class DINO(Detector):
         passes: Sequence[nn.Module] = (),
         num_classes: int,
         max_detections: int = 300,
+        nms: float | None = None,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         activation_checkpointing: Sequence[str] = (),
@@ -89,6 +93,9 @@ class DINO(Detector):
                 "give both for each channel of an image"
             )
         require_whole(num_classes=num_classes, max_detections=max_detections)
+        if nms is not None:
+            require_positive(**{NMS: nms})
+            require_share(**{NMS: nms})
         require_positive(**{f"pixel_std[{i}]": x for i, x in enumerate(pixel_std)})
         # Fastest for convolutions on CPUs and in half precision on GPUs; values do not change.
         super().__init__(
@@ -108,7 +115,7 @@ class DINO(Detector):
         self.recompute_backbone = "backbone" in activation_checkpointing
         self.encoder.recompute = "encoder" in activation_checkpointing
         self.decoder.recompute = "decoder" in activation_checkpointing
-        self.max_detections = max_detections
+        self.max_detections, self.nms = max_detections, nms
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
     @classmethod
@@ -118,6 +125,7 @@ class DINO(Detector):
             "backbone": backbone,
             **build_parts(cfg, backbone.output_shape()),
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "nms": cfg.TEST.NMS,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "activation_checkpointing": cfg.MODEL.DINO.ACTIVATION_CHECKPOINTING,
@@ -139,7 +147,8 @@ class DINO(Detector):
                 results
 
         Returns:
-            in training a dict of weighted losses, otherwise a dict with "instances" per image
+            in training a dict of weighted losses, otherwise a dict with "instances" per image and,
+            with NMS, the "suppressed" ones
         """
         if not self.training:
             return self.inference(batched_inputs)
@@ -160,9 +169,14 @@ class DINO(Detector):
         for indices in same_size.values():
             images = self.preprocess_images([batched_inputs[i] for i in indices])
             predictions = self.detect(images.tensor, padding_mask(images)).result.layers[-1]
-            detections = postprocess(predictions, images.image_sizes, self.max_detections)
-            for i, instances in zip(indices, detections, strict=True):
-                results[i] = {"instances": rescale(instances, batched_inputs[i])}
+            found = best_pairs(predictions, self.max_detections)
+            kept = None if self.nms is None else non_maximum_suppression(found, self.nms)
+            for j, instances in enumerate(to_instances(found, images.image_sizes)):
+                parts = {"instances": instances}
+                if kept is not None:
+                    parts = {"instances": instances[kept[j]], "suppressed": instances[~kept[j]]}
+                x = batched_inputs[indices[j]]
+                results[indices[j]] = {name: rescale(part, x) for name, part in parts.items()}
         return results
 
     def detect(

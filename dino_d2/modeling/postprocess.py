@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torchvision.ops import nms
 
 from ..boxes import cxcywh_to_xyxy
 from ..structures import Predictions
@@ -38,6 +39,39 @@ def best_pairs(predictions: Predictions, max_detections: int) -> Detections:
     return Detections(corners.gather(1, queries[..., None].expand(-1, -1, 4)), scores, labels)
 
 
+def non_maximum_suppression(detections: Detections, iou: float) -> Tensor:
+    """Which detections have no better one of their class and image that overlaps them by more.
+
+    In one call for all images and classes, which are moved apart: those of a class by a column, and
+    those of an image by a row.
+
+    Args:
+        iou: largest overlap of two detections of a class, in (0, 1]
+
+    Returns:
+        (B, N) bool
+    """
+    boxes, scores, labels = detections
+    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand_as(labels)
+    apart = 2 * torch.stack([labels, images], -1).tile(2)
+    inside = boxes.float().clamp(0, 1)  # the image, to which detections are cut
+    kept = nms((inside + apart).flatten(0, 1), scores.flatten(), iou)
+    mask = torch.zeros_like(labels, dtype=torch.bool).flatten()
+    return mask.scatter(0, kept, True).view_as(labels)
+
+
+def to_instances(detections: Detections, image_sizes: list[tuple[int, int]]) -> list[Instances]:
+    """Detections of each image (height, width) as instances, with boxes in its pixels."""
+    results = []
+    for box, score, label, (height, width) in zip(*detections, image_sizes, strict=True):
+        boxes = Boxes(box.clone())  # scaling is in place
+        boxes.scale(scale_x=width, scale_y=height)
+        results.append(
+            Instances((height, width), pred_boxes=boxes, scores=score, pred_classes=label)
+        )
+    return results
+
+
 def postprocess(
     predictions: Predictions, image_sizes: list[tuple[int, int]], max_detections: int
 ) -> list[Instances]:
@@ -56,13 +90,4 @@ def postprocess(
     Returns:
         instances with pred_boxes, scores in descending order, and pred_classes
     """
-    results = []
-    for box, score, label, (height, width) in zip(
-        *best_pairs(predictions, max_detections), image_sizes, strict=True
-    ):
-        boxes = Boxes(box.clone())  # scaling is in place
-        boxes.scale(scale_x=width, scale_y=height)
-        results.append(
-            Instances((height, width), pred_boxes=boxes, scores=score, pred_classes=label)
-        )
-    return results
+    return to_instances(best_pairs(predictions, max_detections), image_sizes)

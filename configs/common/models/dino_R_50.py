@@ -80,6 +80,7 @@ model = L(DINO)(
     # As many as the training data has; a plain number says otherwise.
     num_classes=L(num_classes)(names="${dataloader.train.dataset.names}"),
     max_detections=300,
+    nms=None,
     pixel_mean=[123.675, 116.280, 103.530],
     pixel_std=[58.395, 57.120, 57.375],
     activation_checkpointing=[],
