@@ -7,7 +7,7 @@ import math
 import pytest
 from detectron2.engine import TrainerBase
 
-from dino_d2.engine.hooks import BestCheckpointer, EvalHook
+from dino_d2.engine.hooks import BestCheckpointer, EarlyStop, EvalHook
 
 
 class Saver:
@@ -25,10 +25,10 @@ class Loop(TrainerBase):
         pass
 
 
-def train(scores, *, period=1, start=0, stop=None, best=None, metric="bbox/AP"):
+def train(scores, *, period=1, start=0, stop=None, best=None, metric="bbox/AP", patience=0):
     """A training whose evaluations give `scores`, and the hook after it."""
     results = iter(scores)
-    hook = BestCheckpointer(period, Saver(), metric)
+    hook = BestCheckpointer(period, Saver(), metric, patience)
     if best:
         hook.load_state_dict(copy.deepcopy(best.state_dict()))
     loop = Loop()
@@ -69,6 +69,23 @@ def test_the_evaluation_of_what_a_training_goes_on_from_is_made_up_for():
     """It is saved before it is evaluated, and may have been stopped in between."""
     hook = train([7.0, 6.0], period=3, start=3, stop=6)
     assert hook.checkpointer.saved == [("model_best", 2)] and hook.best == 7
+
+
+def test_patience_ends_a_training_that_gets_no_better(caplog):
+    with pytest.raises(EarlyStop, match="2 evaluations in a row had no better bbox/AP than 3.00"):
+        train([1.0, 3.0, 3.0, math.nan, 4.0], patience=2)
+    assert "Exception" not in caplog.text  # Detectron2's loop logs errors
+    assert train([3.0, 2.0, 4.0, 2.0, 5.0], patience=2).best == 5
+
+
+def test_patience_is_counted_through_a_resume():
+    first = train([3.0, 1.0], patience=2)
+    with pytest.raises(EarlyStop):
+        train([2.0, 4.0], start=2, stop=4, best=first, patience=2)
+
+
+def test_the_end_of_a_training_is_no_early_stop():
+    assert train([3.0, 1.0, 2.0], patience=2).worse == 2
 
 
 def test_what_was_best_by_another_metric_says_nothing():

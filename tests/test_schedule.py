@@ -3,10 +3,12 @@
 import copy
 
 import pytest
+import torch
 from detectron2.config import LazyConfig, instantiate
 
 from dino_d2.config.styles import get
 from dino_d2.data import generate
+from dino_d2.engine.plan import yaml_scheduler
 from dino_d2.engine.schedule import scale_schedule
 from dino_d2.weights import model_zoo
 
@@ -35,6 +37,22 @@ def test_a_config_for_its_own_batch_stays_as_it_is(style):
     before = copy.deepcopy(cfg)
     scale_schedule(cfg)
     assert cfg == before
+
+
+def test_a_flat_rate_falls_by_a_cosine_in_yaml():
+    cfg = config("yaml", {"SOLVER.LR_SCHEDULER_NAME": "WarmupFlatCosineLR"})
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.FLAT_SHARE = 100, 10, 0.4
+    cfg.SOLVER.WARMUP_FACTOR, cfg.SOLVER.BASE_LR_END = 0.5, 0.2 * cfg.SOLVER.BASE_LR
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.SOLVER.BASE_LR)
+    scheduler, rates = yaml_scheduler(cfg, optimizer), []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"] / cfg.SOLVER.BASE_LR)
+        optimizer.step()
+        scheduler.step()
+    # warm-up from 0.5 to 1 in 10 steps; half of the cosine, from 1 to 0.2, at 40 + 60 / 2
+    assert rates[0] == 0.5 and rates[5] == pytest.approx(0.75)
+    assert rates[10:41] == [1] * 31
+    assert rates[70] == pytest.approx(0.6) and 0.2 < rates[99] < 0.21
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -649,6 +649,16 @@ WRONG = {
         (["SOLVER.WARMUP_METHOD", "slow"], "WARMUP_METHOD is 'slow'; there are: linear, constant"),
         (["INPUT.FORMAT", "XYZ"], "the image format is 'XYZ', not one of 8 bits per channel"),
         (["INPUT.RANDOM_FLIP", "both"], "'both'"),
+        (
+            ["TEST.NMS", "1.2"],
+            "nms (TEST.NMS, model.nms) is 1.2; it has to be a number from 0 to 1",
+        ),
+        (["TEST.PATIENCE", "3", "TEST.EVAL_PERIOD", "0"], "by evaluations of a test set: set TEST"),
+        (["SOLVER.FLAT_SHARE", "0.7"], "no effect without SOLVER.LR_SCHEDULER_NAME WarmupFlat"),
+        (
+            ["SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR", "SOLVER.FLAT_SHARE", "70"],
+            "flat (SOLVER.FLAT_SHARE) is 70.0; it has to be a number from 0 to 1",
+        ),
         (["TEST.BEST_METRIC", "bbox/mAP"], "the nearest: bbox/AP"),
         (["TEST.BEST_METRIC", "ema/bbox/AP"], "EMA adds 'ema/' by itself"),
         (["DATALOADER.NUM_WORKERS", "-1"], "DATALOADER.NUM_WORKERS is -1"),
@@ -661,6 +671,7 @@ WRONG = {
         (["lr_multiplier.warmup_length=abc"], "'lr_multiplier.warmup_length' takes values such as"),
         (["lr_multiplier.scheduler=3"], "the schedule of the learning rate cannot be built"),
         (["dataloader.train.mapper.augmentations.flip=both"], "'both'"),
+        (["train.patience=-1"], "patience (TEST.PATIENCE, train.patience) is -1"),
         (["train.best_metric=bbox/AP-cirkle"], "the nearest: bbox/AP-circle"),
         (["model.num_classes=x"], "num_classes is 'x'"),
         (

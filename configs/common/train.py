@@ -15,6 +15,7 @@ train = dict(
     checkpointer=dict(period=7393, max_to_keep=100),
     eval_period=7393,
     best_metric="bbox/AP",
+    patience=0,
     log_period=20,
     wandb_project="",
     device="cuda",

@@ -64,6 +64,7 @@ def add_dino_config(cfg: CN) -> None:
     cfg.SOLVER.AMP.DTYPE = "bfloat16"  # of AMP; float16 comes with a gradient scaler
     cfg.SOLVER.ACCUMULATE = 1  # gradient accumulation: batches that IMS_PER_BATCH is divided into
     cfg.SOLVER.NON_FINITE = "stop"  # on a loss that is not finite; or "skip" the step
+    cfg.SOLVER.FLAT_SHARE = 0.5  # of the training, before the cosine of WarmupFlatCosineLR
     cfg.SOLVER.EMA = CN({"ENABLED": False, "DECAY": 0.9999})  # moving average of the weights
     cfg.SOLVER.FSDP = False  # shards parameters, gradients and optimizer over the workers
     # The batch size that BASE_LR and numbers of iterations are for; 0: IMS_PER_BATCH, whatever it
@@ -75,6 +76,7 @@ def add_dino_config(cfg: CN) -> None:
     # Class-wise NMS of detections: the largest IoU of two of a class that are kept; None: no NMS.
     cfg.TEST.NMS = None
     cfg.TEST.BEST_METRIC = "bbox/AP"  # metric that selects model_best.pth; "" disables it
+    cfg.TEST.PATIENCE = 0  # evaluations in a row without a better one that end a training; 0: none
 
     # Keys of the latest Detectron2; that of 2024 has the samplers, but not their keys.
     cfg.DATALOADER.setdefault("RANDOM_SUBSET_RATIO", 1.0)

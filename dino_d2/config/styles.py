@@ -148,6 +148,7 @@ _KEYS = {
     "eval_period": ("TEST.EVAL_PERIOD", "train.eval_period"),
     "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period"),
     "best_metric": ("TEST.BEST_METRIC", "train.best_metric"),
+    "patience": ("TEST.PATIENCE", "train.patience"),
     "wandb_project": ("WANDB.PROJECT", "train.wandb_project"),
     "amp_enabled": ("SOLVER.AMP.ENABLED", "train.amp.enabled"),
     "amp_dtype": ("SOLVER.AMP.DTYPE", "train.amp.dtype"),

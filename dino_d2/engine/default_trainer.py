@@ -13,7 +13,14 @@ from torch import nn
 from .. import data
 from .hooks import BestCheckpointer
 from .keys import OF_OUR_TRAINER, check_keys, refuse
-from .plan import precision_of, yaml_evaluator, yaml_optimizer, yaml_test_loader, yaml_train_loader
+from .plan import (
+    precision_of,
+    yaml_evaluator,
+    yaml_optimizer,
+    yaml_scheduler,
+    yaml_test_loader,
+    yaml_train_loader,
+)
 from .run import make_checkpointer
 
 
@@ -64,6 +71,10 @@ class DefaultTrainer(engine.DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return yaml_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        return yaml_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

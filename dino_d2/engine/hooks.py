@@ -7,9 +7,14 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.utils import comm
 
+from ..names import plural
 from ..weights.checkpointer import BEST
 
 logger = logging.getLogger(__name__)
+
+
+class EarlyStop(BaseException):
+    """Ends a training before its last iteration; no error, which Detectron2's loop would log."""
 
 
 class EvalHook(hooks.EvalHook):
@@ -50,20 +55,27 @@ class BestCheckpointer(HookBase):
         period: iterations between evaluations; 0: only at the end
         checkpointer: saves the model
         metric: higher is better, such as "bbox/AP"
+        patience: evaluations in a row without a better one that end the training, by an
+            :class:`EarlyStop`; 0: none does
     """
 
-    def __init__(self, period: int, checkpointer: DetectionCheckpointer, metric: str):
+    def __init__(
+        self, period: int, checkpointer: DetectionCheckpointer, metric: str, patience: int = 0
+    ):
         self.period, self.checkpointer, self.metric = period, checkpointer, metric
-        self.best = -math.inf
+        self.patience = patience
+        self.best, self.worse = -math.inf, 0  # its metric, and how many were not better since
 
     def before_train(self) -> None:
         if is_due(self.trainer, self.period):
             self.save_if_best(self.trainer.start_iter - 1)
+            self.stop_early()
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if self.period and done % self.period == 0 and done != self.trainer.max_iter:
             self.save_if_best(self.trainer.iter)
+            self.stop_early()
 
     def after_train(self) -> None:
         if is_complete(self.trainer):
@@ -75,15 +87,27 @@ class BestCheckpointer(HookBase):
         if comm.is_main_process() and self.metric not in metrics:
             logger.warning(f"no best checkpoint is saved: evaluation has no {self.metric}")
         value, when = comm.all_gather(metrics.get(self.metric, (-math.inf, -1)))[0]
-        if when != self.trainer.iter or not value > self.best:  # also if it is NaN
+        if when != self.trainer.iter:
             return
-        self.best = value
+        if not value > self.best:  # also if it is NaN
+            self.worse += 1
+            return
+        self.best, self.worse = value, 0
         self.checkpointer.save(BEST, iteration=iteration)
         logger.info(f"{self.metric} is {value:.2f}, the best so far: saved as {BEST}.pth")
 
+    def stop_early(self) -> None:
+        """Raise an EarlyStop, on every worker, if the last evaluations were not better."""
+        if self.patience and self.worse >= self.patience:
+            raise EarlyStop(
+                f"the training ends early: {plural(self.worse, 'evaluation')} in a row had no "
+                f"better {self.metric} than {self.best:.2f}, that of {BEST}.pth (TEST.PATIENCE, "
+                "train.patience)"
+            )
+
     def state_dict(self) -> dict:
-        return {"metric": self.metric, "best": self.best}
+        return {"metric": self.metric, "best": self.best, "worse": self.worse}
 
     def load_state_dict(self, state: dict) -> None:
         if state["metric"] == self.metric:
-            self.best = state["best"]
+            self.best, self.worse = state["best"], state.get("worse", 0)

@@ -18,7 +18,10 @@ from ..weights import model_zoo
 # refused. All other keys work as in Detectron2.
 NOWHERE = ("VERSION", "GLOBAL", "TEST.AUG")
 OF_DETECTRON2S_TRAINER = ("TEST.EXPECTED_RESULTS", "TEST.PRECISE_BN")
-OF_OUR_TRAINER = ("SOLVER.ACCUMULATE", "SOLVER.EMA", "SOLVER.FSDP", "SOLVER.NON_FINITE", "WANDB")
+OF_OUR_TRAINER = (
+    *("SOLVER.ACCUMULATE", "SOLVER.EMA", "SOLVER.FSDP", "SOLVER.NON_FINITE", "TEST.PATIENCE"),
+    "WANDB",
+)
 OF_OTHER_MODELS = (
     *("MODEL.ANCHOR_GENERATOR", "MODEL.PANOPTIC_FPN", "MODEL.PROPOSAL_GENERATOR"),
     *("MODEL.RETINANET", "MODEL.RPN", "MODEL.SEM_SEG_HEAD"),
@@ -29,6 +32,7 @@ OF_OTHER_MODELS = (
     *("DATASETS.PROPOSAL_FILES_TEST", "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST"),
     *("TEST.KEYPOINT_OKS_SIGMAS", "VIS_PERIOD"),
 )
+OF_OURS = ("INPUT.CROP.MIN_SIZE_TRAIN", "TEST.NMS")
 OF_ADAMW = ("SOLVER.BACKBONE_MULTIPLIER", "SOLVER.OFFSETS_MULTIPLIER")
 OF_SGD = ("SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.CLIP_GRADIENTS.NORM_TYPE")
 # By the backbone that ignores them; unknown backbones may use any key.
@@ -60,11 +64,13 @@ def check_keys(cfg: CfgNode | DictConfig) -> None:
         return
     check_optimizer(cfg)
     is_ours, backbone, optimizer = is_detector(cfg), cfg.MODEL.BACKBONE.NAME, cfg.SOLVER.OPTIMIZER
-    by_model = OF_OTHER_MODELS if is_ours else ("INPUT.CROP.MIN_SIZE_TRAIN",)
+    by_model = OF_OTHER_MODELS if is_ours else OF_OURS
     refuse(cfg, NOWHERE, "here")
     refuse(cfg, by_model, f"on a {cfg.MODEL.META_ARCHITECTURE}")
     refuse(cfg, OF_OTHER_BACKBONES.get(backbone, ()), f"on the backbone {backbone}")
     by_optimizer = OF_ADAMW if optimizer == "SGD" else OF_SGD
+    if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupFlatCosineLR":
+        refuse(cfg, ("SOLVER.FLAT_SHARE",), "without SOLVER.LR_SCHEDULER_NAME WarmupFlatCosineLR")
     refuse(cfg, by_optimizer, f"with SOLVER.OPTIMIZER {optimizer}")
 
 

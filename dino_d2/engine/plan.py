@@ -18,7 +18,12 @@ from detectron2.data import (
 )
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import (
+    LRMultiplier,
+    WarmupParamScheduler,
+    build_lr_scheduler,
+    build_optimizer,
+)
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -35,9 +40,12 @@ from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
 from .evaluator import ErrorAnalysisEvaluator
 from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_detector, refuse
+from .schedule import flat_cosine, share_of
 from .writers import plain_config
 
-SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+SCHEDULERS = (
+    *("WarmupMultiStepLR", "WarmupCosineLR", "WarmupFlatCosineLR", "WarmupStepWithFixedGammaLR"),
+)
 WARM_UPS = ("linear", "constant")
 # Sections of a LazyConfig, outer ones first.
 SECTIONS = (
@@ -72,6 +80,7 @@ class Plan(NamedTuple):
     wandb_project: str  # "": none
     config: dict  # all of it as it was given, for people
     best_metric: str
+    patience: int  # evaluations without a better metric that end the training; 0: none does
     precision: torch.dtype | None  # of autocast; None: float32 everywhere
     accumulate: int
     skip_non_finite: bool
@@ -139,6 +148,12 @@ def check_plan(plan: Plan) -> None:
         raise ValueError(f"the seed is {plan.seed!r}; it has to be a whole number")
     if plan.seed >= 2**32:
         raise ValueError(f"the seed is {plan.seed}; it has to be below 2**32")
+    require_whole(0, **{"patience (TEST.PATIENCE, train.patience)": plan.patience})
+    if plan.patience and not (plan.eval_period and plan.best_metric and plan.test_sets):
+        raise ValueError(
+            "a training ends early (TEST.PATIENCE, train.patience) by evaluations of a test set: "
+            "set TEST.EVAL_PERIOD and TEST.BEST_METRIC (train.eval_period, train.best_metric) too"
+        )
     if plan.ema_decay is not None:
         check_decay(plan.ema_decay)
     options = [name for name, value in plan.ddp.items() if value]
@@ -177,7 +192,20 @@ def yaml_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
         if (name := cfg.SOLVER[key]) not in names:
             raise ValueError(f"SOLVER.{key} is {name!r}; {hint(str(name), names)}")
     require_share(**{f"SOLVER.{key}": cfg.SOLVER[key] for key in ("GAMMA", "WARMUP_FACTOR")})
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupFlatCosineLR":
+        return flat_cosine_scheduler(cfg, optimizer)
     return build_lr_scheduler(cfg, optimizer)
+
+
+def flat_cosine_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+    solver = cfg.SOLVER
+    schedule = WarmupParamScheduler(
+        flat_cosine(solver.FLAT_SHARE, solver.BASE_LR_END / solver.BASE_LR),
+        solver.WARMUP_FACTOR,
+        share_of(solver.WARMUP_ITERS, solver.MAX_ITER),
+        solver.WARMUP_METHOD,
+    )
+    return LRMultiplier(optimizer, schedule, solver.MAX_ITER)
 
 
 def yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

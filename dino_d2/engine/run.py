@@ -25,7 +25,7 @@ from ..names import hint
 from ..weights.checkpointer import Checkpointer
 from .ema import EMA
 from .folder import CHECKPOINTS, claim_folder
-from .hooks import BestCheckpointer, EvalHook
+from .hooks import BestCheckpointer, EarlyStop, EvalHook
 from .plan import Plan
 from .trainer import Trainer
 from .writers import WandbWriter, require_wandb
@@ -97,7 +97,10 @@ def train(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
     if comm.is_main_process():  # only now, so that W&B gets no run for a training that cannot start
         writers = make_writers(plan, goes_on)
         trainer.register_hooks([hooks.PeriodicWriter(writers, plan.log_period or plan.max_iter)])
-    trainer.train(first, plan.max_iter)
+    try:
+        trainer.train(first, plan.max_iter)
+    except EarlyStop as reason:
+        logger.info(reason)
 
 
 def prepare(plan: Plan, model: nn.Module, seed: int, resume: bool) -> Training:
@@ -221,7 +224,7 @@ def make_hooks(
         plan.checkpoint_period or plan.max_iter,
         max_to_keep=plan.max_to_keep if is_main else None,
     )
-    best = BestCheckpointer(plan.eval_period, checkpointer, metric)
+    best = BestCheckpointer(plan.eval_period, checkpointer, metric, plan.patience)
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(trainer.optimizer, plan.build_scheduler(trainer.optimizer)),

@@ -4,10 +4,16 @@ from collections.abc import Collection
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import get_detection_dataset_dicts
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    ParamScheduler,
+)
 from omegaconf import DictConfig
 
 from ..config.styles import Keys, get, keys_for, put
-from ..ranges import require_positive, require_whole
+from ..ranges import require_positive, require_share, require_whole
 
 LONGEST_WARM_UP = 0.05  # share of a training, as in Goyal et al.: 5 of 90 epochs
 
@@ -77,6 +83,29 @@ def count_images(cfg: CfgNode | DictConfig) -> int:
         return len(instantiate(cfg.dataloader.train.dataset))
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     return len(get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty))
+
+
+def flat_cosine(flat: float = 0.5, end: float = 0.0) -> ParamScheduler:
+    """A factor of the learning rate: 1 for a share of the training, then half a cosine.
+
+    >>> schedule = flat_cosine(flat=0.5)
+    >>> [round(schedule(where), 6) for where in (0, 0.25, 0.5, 0.75)]
+    [1.0, 1.0, 1.0, 0.5]
+
+    Args:
+        flat: share of the training, in [0, 1]
+        end: the factor at its end, in [0, 1]
+
+    Raises:
+        ValueError: a number is out of range
+    """
+    require_share(**{"flat (SOLVER.FLAT_SHARE)": flat, "end (SOLVER.BASE_LR_END / BASE_LR)": end})
+    falling, parts = CosineParamScheduler(1.0, end), ["fixed", "rescaled"]
+    if flat in (0, 1):
+        return ConstantParamScheduler(1.0) if flat else falling
+    return CompositeParamScheduler(
+        [ConstantParamScheduler(1.0), falling], lengths=[flat, 1 - flat], interval_scaling=parts
+    )
 
 
 def share_of(iterations: int, max_iter: int) -> float:
