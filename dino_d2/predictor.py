@@ -1,7 +1,8 @@
 """Detection in one call: `dino_d2.load(...)(image)`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from .layouts.renaming import CheckpointError
 from .modeling.detector import Detector
 from .modeling.dino import WRONG_CHANNELS
 from .modeling.fold_norms import fold_norms
-from .names import plural
+from .names import hint, plural
+from .ranges import require_share
 from .weights import model_zoo
 from .weights.checkpointer import Checkpointer
 from .weights.fitting import OpenedWeights, open_weights
@@ -36,11 +38,13 @@ class Predictor:
         classes: names of its classes
         augmentations: resize an image as in evaluation
         image_format: of the model: "RGB", "BGR", "L" (grey values)
+        thresholds: least scores of detections, by class name; 0 where there is none
         dtype: of autocast; bfloat16 more than doubles the speed of hardware that supports it, and
             changes scores slightly
 
     Raises:
-        ValueError: the dtype is not one of `DTYPES`, or the format is unknown or not the model's
+        ValueError: the dtype is not one of `DTYPES`, the format is unknown or not the model's, or a
+            threshold is of no class or not in [0, 1]
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Predictor:
         classes: Sequence[str],
         augmentations: Sequence[T.Augmentation],
         image_format: str,
+        thresholds: Mapping[str, float] = MappingProxyType({}),
         dtype: torch.dtype = torch.float32,
     ):
         if dtype not in DTYPES:
@@ -60,6 +65,11 @@ class Predictor:
         self.model, self.classes = model, list(classes)
         self.augmentation = T.AugmentationList(augmentations)
         self.image_format, self.dtype = image_format, dtype
+        for name in thresholds:
+            if name not in self.classes:
+                raise ValueError(f"there is a threshold for {name!r}; {hint(name, self.classes)}")
+        require_share(**{f"the threshold of {name}": x for name, x in thresholds.items()})
+        self.thresholds = dict(thresholds)
 
     @torch.inference_mode()
     def __call__(self, images: Picture | list | tuple) -> Instances | list[Instances]:
@@ -71,7 +81,8 @@ class Predictor:
                 transparency is dropped
 
         Returns:
-            for each image, pred_boxes in pixels, scores in descending order, and pred_classes
+            for each image, pred_boxes in pixels, scores in descending order and from the threshold
+            of the class on, and pred_classes
 
         Raises:
             ValueError: the input is none of these
@@ -81,7 +92,9 @@ class Predictor:
             narrow = self.dtype != torch.float32
             with torch.autocast(self.model.device.type, self.dtype, enabled=narrow):
                 results = self.model([self.prepare(image) for image in images])
-            return [x["instances"].to("cpu") for x in results]
+            least = torch.tensor([self.thresholds.get(name, 0.0) for name in self.classes])
+            found = [x["instances"].to("cpu") for x in results]
+            return [x[x.scores >= least[x.pred_classes]] for x in found]
         return self([images])[0]
 
     def prepare(self, image: Picture) -> dict:
@@ -122,6 +135,7 @@ def load(
     device: str | None = None,
     overrides: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
+    thresholds: float | Mapping[str, float] | None = None,
 ) -> Predictor:
     """Load a model with its weights.
 
@@ -134,11 +148,14 @@ def load(
         device: default: the GPU if there is one
         overrides: of the config, see `apply_overrides`
         dtype: of autocast, see `Predictor`
+        thresholds: least score of detections, for all classes or by class name ("" for the others);
+            default: those of the best F1 in the evaluation that the weights had in their training,
+            otherwise 0
 
     Raises:
         FileNotFoundError: no such config or, without weights, no such published checkpoint
-        ValueError: an invalid device, dtype, override or name, or a config of another model or of
-            images with other channels
+        ValueError: an invalid device, dtype, override, name or threshold, or a config of another
+            model or of images with other channels
         CheckpointError: the weights cannot be found, or are not complete
     """
     config, weights = _name("config", config), _name("weights", weights or "")
@@ -158,8 +175,32 @@ def load(
         classes=classes,
         augmentations=augmentations,
         image_format=get(cfg, keys_for(cfg).image_format),
+        thresholds=merge_thresholds(opened.settings.get("thresholds", {}), thresholds, classes),
         dtype=dtype,
     )
+
+
+def merge_thresholds(
+    found: Mapping[str, float], given: float | Mapping[str, float] | None, classes: Sequence[str]
+) -> dict[str, float]:
+    """Thresholds by class: those that an evaluation found, replaced by those that are given.
+
+    >>> merge_thresholds({"": 0.3, "cat": 0.4}, {"dog": 0.5}, ["cat", "dog", "bird"])
+    {'cat': 0.4, 'dog': 0.5, 'bird': 0.3}
+
+    Args:
+        found, given: for all classes, or by name, with "" for classes that are not named
+        classes: names
+    """
+    merged: dict[str, float] = {}
+    known = {name: x for name, x in found.items() if name in ("", *classes)}
+    for part in (
+        known,
+        given if isinstance(given, Mapping) else {} if given is None else {"": given},
+    ):
+        merged |= dict.fromkeys(classes, part[""]) if "" in part else {}
+        merged |= {name: x for name, x in part.items() if name}
+    return merged
 
 
 def _name(argument: str, value: str | os.PathLike) -> str:

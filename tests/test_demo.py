@@ -19,6 +19,7 @@ import dino_d2
 from dino_d2.data import DatasetError, coco_writer, read_results
 from dino_d2.data.coco_classes import COCO_80
 from dino_d2.data.normalise import read_annotations
+from dino_d2.predictor import merge_thresholds
 from dino_d2.weights.checkpointer import Checkpointer
 from dino_d2.weights.model_zoo import get_config
 
@@ -64,7 +65,13 @@ def detector(make_dino, monkeypatch):
         augmentations=[T.ResizeShortestEdge(64, 1333)],
         image_format="RGB",
     )
-    monkeypatch.setattr(dino_d2, "load", lambda *args: asked.append(args) or predictor)
+
+    def load(*args):
+        asked.append(args)
+        predictor.thresholds = merge_thresholds({}, args[-1], CLASSES)
+        return predictor
+
+    monkeypatch.setattr(dino_d2, "load", load)
     return asked
 
 
@@ -153,7 +160,7 @@ def test_what_is_asked_for_is_what_is_loaded(folder, detector, tmp_path, monkeyp
     words = (*words, "--input", folder, "--json", tmp_path / "out.json")
     run_demo(monkeypatch, *options(*words), "--opts", "TEST.DETECTIONS_PER_IMAGE", "7")
     opts = ["TEST.DETECTIONS_PER_IMAGE", "7"]
-    assert detector == [("quickstart", "a.pth", "cpu", opts, torch.bfloat16)]
+    assert detector == [("quickstart", "a.pth", "cpu", opts, torch.bfloat16, {"": 0.0})]
 
 
 def test_the_threshold_of_the_demo_is_kept(folder, detector, tmp_path, monkeypatch):
@@ -209,7 +216,7 @@ def annotator(make_dino, tmp_path):
         make_dino(max_detections=5).eval(), classes=CLASSES, augmentations=[], image_format="RGB"
     )
     return demo_annotate.Annotator(
-        predictor, output=tmp_path, threshold=0.0, batch_size=1, categories=None, taken=[]
+        predictor, output=tmp_path, batch_size=1, categories=None, taken=[]
     )
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 from detectron2.engine import TrainerBase
 
-from dino_d2.engine.hooks import BestCheckpointer, EarlyStop, EvalHook
+from dino_d2.engine.hooks import BestCheckpointer, EarlyStop, EvalHook, ThresholdSaver
 
 
 class Saver:
@@ -86,6 +86,30 @@ def test_patience_is_counted_through_a_resume():
 
 def test_the_end_of_a_training_is_no_early_stop():
     assert train([3.0, 1.0, 2.0], patience=2).worse == 2
+
+
+class Checkpoints(Saver):
+    """Saves again what it saved last."""
+
+    def save_again(self, iteration):
+        self.saved.append((self.thresholds, iteration))
+
+
+def test_thresholds_of_an_evaluation_are_saved_with_its_weights():
+    found = iter([0.1, 0.2])
+
+    def evaluate():
+        one = {"F1": {"threshold": next(found), "threshold-a/b": 0.5}}
+        return {"x": one, "y": {"F1": {"threshold": 0.9}}, "ema": {"x": {"F1": {"threshold": 0.3}}}}
+
+    loop, checkpointer = Loop(), Checkpoints()
+    loop.register_hooks([EvalHook(2, evaluate), ThresholdSaver(2, checkpointer, "x/")])
+    loop.train(0, 4)
+    average = {"": 0.3}
+    assert checkpointer.saved == [
+        ({"thresholds": {"": x, "a/b": 0.5}, "ema_thresholds": average}, iteration)
+        for x, iteration in ((0.1, 1), (0.2, 3))
+    ]
 
 
 def test_what_was_best_by_another_metric_says_nothing():

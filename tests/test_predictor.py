@@ -69,6 +69,53 @@ def test_a_narrow_dtype_computes_by_autocast_and_finds_the_same(make_predictor, 
     torch.testing.assert_close(narrow.scores[:5], exact.scores[:5], rtol=0.1, atol=0.02)
 
 
+def test_detections_below_the_threshold_of_their_class_are_left_out(make_predictor, image):
+    predictor = make_predictor()
+    everything = predictor(image)
+    middle = everything.scores.median().item()
+    predictor.thresholds = {"circle": middle, "square": 1.0}
+    found = predictor(image)
+    circle, square, _ = (everything.pred_classes == i for i in range(3))
+    kept = ~square & ~(circle & (everything.scores < middle))
+    assert torch.equal(found.scores, everything.scores[kept]) and 0 < len(found) < len(everything)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, [0.3, 0.4, 0.3]),
+        (0.0, [0.0, 0.0, 0.0]),
+        ({"circle": 0.7}, [0.7, 0.4, 0.3]),
+        ({"": 0.1, "square": 0.2}, [0.1, 0.2, 0.1]),
+    ],
+)
+def test_thresholds_of_the_best_f1_are_saved_with_weights(trained, tmp_path, given, expected):
+    checkpoint = torch.load(trained)
+    checkpoint["dino_d2"]["thresholds"] = {"": 0.3, "square": 0.4}
+    checkpoint["dino_d2"]["ema_thresholds"] = {"": 0.9}
+    checkpoint["ema"] = {"weights": checkpoint["model"], "updates": 1}
+    file, average = tmp_path / "model.pth", tmp_path / "average.pth"
+    write(checkpoint, str(file))
+    predictor = dino_d2.load("quickstart", file, "cpu", thresholds=given)
+    assert [predictor.thresholds[x] for x in CLASSES] == expected
+    if given is None:
+        write(convert_checkpoint.convert(str(file), "dino_d2", ema=True), str(average))
+        assert set(dino_d2.load("quickstart", average, "cpu").thresholds.values()) == {0.9}
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"squares": 0.5}, "threshold for 'squares'; the nearest: square"),
+        ({"square": 50}, "the threshold of square is 50; it has to be a number from 0 to 1"),
+        (-1, "the threshold of circle is -1"),
+    ],
+)
+def test_a_threshold_that_is_wrong_is_one_sentence(trained, given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dino_d2.load("quickstart", trained, "cpu", thresholds=given)
+
+
 def test_detections_are_in_pixels_of_the_image(make_predictor, image):
     instances = make_predictor(size=32)(image)
     assert instances.image_size == (60, 90)

@@ -1,4 +1,4 @@
-"""Hooks for evaluation and the best checkpoint."""
+"""Hooks for evaluation and what follows from it."""
 
 import logging
 import math
@@ -8,7 +8,7 @@ from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.utils import comm
 
 from ..names import plural
-from ..weights.checkpointer import BEST
+from ..weights.checkpointer import BEST, Checkpointer
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,71 @@ def is_complete(trainer: TrainerBase) -> bool:
     return trainer.iter >= trainer.max_iter
 
 
-class BestCheckpointer(HookBase):
+class AfterEvaluation(HookBase):
+    """Does something after each evaluation, on every worker. Register it after :class:`EvalHook`.
+
+    Args:
+        period: iterations between evaluations; 0: only at the end
+    """
+
+    def __init__(self, period: int):
+        self.period = period
+
+    def before_train(self) -> None:
+        if is_due(self.trainer, self.period):
+            self.evaluated(self.trainer.start_iter - 1)
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self.period and done % self.period == 0 and done != self.trainer.max_iter:
+            self.evaluated(self.trainer.iter)
+
+    def after_train(self) -> None:
+        if is_complete(self.trainer):
+            self.evaluated(self.trainer.max_iter - 1)
+
+    def evaluated(self, iteration: int) -> None:
+        """Called after the evaluation that follows an iteration; results are in the storage."""
+        raise NotImplementedError
+
+
+class ThresholdSaver(AfterEvaluation):
+    """Saves the score thresholds of the best F1 with the checkpoint that was evaluated.
+
+    It was saved before, so that no training is lost when its evaluation fails.
+
+    Args:
+        period: iterations between evaluations; 0: only at the end
+        checkpointer: saves the model
+        prefix: of the results of the test set that decides; "" if there is only one
+    """
+
+    def __init__(self, period: int, checkpointer: Checkpointer, prefix: str = ""):
+        super().__init__(period)
+        self.checkpointer, self.prefix = checkpointer, prefix
+
+    def evaluated(self, iteration: int) -> None:
+        metrics = self.trainer.storage.latest()
+        found = {}
+        for kind in ("", "ema/"):
+            start = f"{kind}{self.prefix}F1/threshold"
+            found[kind] = {
+                name.removeprefix(start).removeprefix("-"): value
+                for name, (value, when) in metrics.items()
+                if name.startswith(start) and when == self.trainer.iter
+            }
+        thresholds = comm.all_gather(found)[0]
+        self.checkpointer.thresholds = {
+            f"{kind.replace('/', '_')}thresholds": x for kind, x in thresholds.items() if x
+        }
+        self.checkpointer.save_again(iteration)
+
+
+class BestCheckpointer(AfterEvaluation):
     """Keeps the checkpoint with the best evaluation as `model_best.pth`.
 
     Like Detectron2's, but survives a resume, and runs on every worker because saving shards is
-    collective. Register it after :class:`EvalHook`.
+    collective.
 
     Args:
         period: iterations between evaluations; 0: only at the end
@@ -62,24 +122,14 @@ class BestCheckpointer(HookBase):
     def __init__(
         self, period: int, checkpointer: DetectionCheckpointer, metric: str, patience: int = 0
     ):
-        self.period, self.checkpointer, self.metric = period, checkpointer, metric
-        self.patience = patience
+        super().__init__(period)
+        self.checkpointer, self.metric, self.patience = checkpointer, metric, patience
         self.best, self.worse = -math.inf, 0  # its metric, and how many were not better since
 
-    def before_train(self) -> None:
-        if is_due(self.trainer, self.period):
-            self.save_if_best(self.trainer.start_iter - 1)
+    def evaluated(self, iteration: int) -> None:
+        self.save_if_best(iteration)
+        if not is_complete(self.trainer):
             self.stop_early()
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if self.period and done % self.period == 0 and done != self.trainer.max_iter:
-            self.save_if_best(self.trainer.iter)
-            self.stop_early()
-
-    def after_train(self) -> None:
-        if is_complete(self.trainer):
-            self.save_if_best(self.trainer.max_iter - 1)
 
     def save_if_best(self, iteration: int) -> None:
         """Save the model if the evaluation after an iteration, on the main worker, is the best."""

@@ -25,7 +25,7 @@ from ..names import hint
 from ..weights.checkpointer import Checkpointer
 from .ema import EMA
 from .folder import CHECKPOINTS, claim_folder
-from .hooks import BestCheckpointer, EarlyStop, EvalHook
+from .hooks import BestCheckpointer, EarlyStop, EvalHook, ThresholdSaver
 from .plan import Plan
 from .trainer import Trainer
 from .writers import WandbWriter, require_wandb
@@ -225,12 +225,17 @@ def make_hooks(
         max_to_keep=plan.max_to_keep if is_main else None,
     )
     best = BestCheckpointer(plan.eval_period, checkpointer, metric, plan.patience)
+    thresholds = None
+    if isinstance(checkpointer, Checkpointer) and plan.test_sets:
+        prefix = f"{plan.test_sets[0]}/" if len(plan.test_sets) > 1 else ""
+        thresholds = ThresholdSaver(plan.eval_period, checkpointer, prefix)
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(trainer.optimizer, plan.build_scheduler(trainer.optimizer)),
         average,
         save if is_main or plan.fsdp else None,  # saving a sharded model is collective
         EvalHook(plan.eval_period, lambda: evaluate(plan, trainer.model, ema)),
+        thresholds,
         best if plan.best_metric and plan.test_sets else None,
     ]
 

@@ -61,10 +61,14 @@ class Checkpointer(DetectionCheckpointer):
         self.names = classes or coco_classes(number)
         self.classes = self.names or [f"class {i}" for i in range(number)]
         self.complete = complete
+        self.thresholds: dict[str, dict[str, float]] = {}  # see `ThresholdSaver`; saved with all
+        self.saved: tuple[str, dict[str, Any]] | None = None  # the last of the numbered checkpoints
         self.opened: OpenedWeights | None = None  # while it is loaded
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save atomically; collective for a sharded model, where one worker writes."""
+        if name != BEST:
+            self.saved = name, kwargs
         state = {key: x.state_dict() for key, x in self.checkpointables.items()}
         state = gather({"model": self.model.state_dict(), **state})
         if not self.save_dir or not self.save_to_disk:
@@ -74,6 +78,12 @@ class Checkpointer(DetectionCheckpointer):
         write({**state, **self.description(), **kwargs}, path)
         if name != BEST:  # kept, as a training resumes from the latest one
             self.tag_last_checkpoint(os.path.basename(path))
+
+    def save_again(self, iteration: int) -> None:
+        """Save the checkpoint of an iteration once more, with the thresholds, if it is the last."""
+        if self.saved and self.saved[1].get("iteration") == iteration:
+            name, kwargs = self.saved
+            self.save(name, **kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
@@ -93,8 +103,9 @@ class Checkpointer(DetectionCheckpointer):
         return path
 
     def description(self) -> dict:
-        """What is saved with the weights, to be checked by `load`."""
-        return {"dino_d2": self.model.settings() | {"classes": self.names and list(self.names)}}
+        """What is saved with the weights: to be checked by `load`, and for the predictor."""
+        classes = {"classes": self.names and list(self.names)}
+        return {"dino_d2": self.model.settings() | classes | self.thresholds}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """Load the last intact checkpoint of a training, or else the weights at `path`.

@@ -64,6 +64,10 @@ def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> Op
         form = "dino_d2"
     convert = DETECTORS.get(form, dict)
     settings = checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(file)
+    thresholds = settings.get("ema_thresholds"), settings.get("thresholds")
+    settings = {k: x for k, x in settings.items() if not k.endswith("thresholds")}
+    if own := thresholds[0 if averaged else 1]:
+        settings["thresholds"] = own
     return OpenedWeights(file, form, convert(state), settings, checkpoint, note)
 
 

@@ -87,7 +87,6 @@ class Annotator:
     Args:
         predictor: the detector
         output: folder for annotated files; None: none are written
-        threshold: lowest score of a detection
         batch_size: images per batch
         categories: the id of each class in `results`; None: no results are kept
         taken: files that annotated ones must not replace, such as the inputs
@@ -100,7 +99,6 @@ class Annotator:
         predictor: dino_d2.Predictor,
         *,
         output: Path | None,
-        threshold: float,
         batch_size: int,
         categories: Sequence[int] | None,
         taken: Iterable[Path],
@@ -109,7 +107,7 @@ class Annotator:
     ):
         self.predictor, self.output, self.window = predictor, output, window
         self.passed_over = passed_over
-        self.threshold, self.batch_size, self.categories = threshold, batch_size, categories
+        self.batch_size, self.categories = batch_size, categories
         self.taken = {path.resolve() for path in taken}
         self.results: list[dict] = []  # of all images, in COCO's format
         self.detections = self.images = self.frames = self.videos = self.left_out = 0
@@ -171,7 +169,6 @@ class Annotator:
         while batch := list(islice(shots, self.batch_size)):
             found = self.predictor([shot.picture for shot in batch])
             for shot, instances in zip(batch, found, strict=True):
-                instances = instances[instances.scores >= self.threshold]
                 if self.categories:
                     self.results += to_results(
                         shot.names, instances, self.predictor.classes, self.categories
