@@ -132,14 +132,19 @@ def test_every_augmentation_can_be_printed():
     assert "RandomFlip" in text and "RandomApply" in text and "max_size=1333" in text
 
 
-@pytest.mark.parametrize("flip", ["horizontal", "vertical", "none"])
+@pytest.mark.parametrize("flip", ["horizontal", "vertical", "none", "both"])
 def test_flips_are_those_of_the_config(flip):
     image = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    expected = {"horizontal": image[:, ::-1], "vertical": image[::-1], "none": image}[flip]
+    expected = {
+        "horizontal": [image[:, ::-1]],
+        "vertical": [image[::-1]],
+        "none": [],
+        "both": [image[:, ::-1], image[::-1], image[::-1, ::-1]],
+    }[flip]
     flips = detr_augmentation(crop_size=None, flip=flip)[:-1]
-    outcomes = [T.AugmentationList(flips)(T.AugInput(image.copy())) for _ in range(20)]
+    outcomes = [T.AugmentationList(flips)(T.AugInput(image.copy())) for _ in range(40)]
     pictures = {outcome.apply_image(image).tobytes() for outcome in outcomes}
-    assert pictures == {image.tobytes(), np.ascontiguousarray(expected).tobytes()}
+    assert pictures == {x.tobytes() for x in (image, *expected)}
 
 
 def test_an_unknown_flip_is_refused():
@@ -147,9 +152,56 @@ def test_an_unknown_flip_is_refused():
         detr_augmentation(flip="sideways")
 
 
+def changed(image, augmentations):
+    data = T.AugInput(image)
+    T.AugmentationList(augmentations)(data)
+    return data.image
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_change_by_factors_around_one(channels):
+    *_, brightness, contrast, saturation = detr_augmentation(photometric=0.25)
+    image = np.full((4, 4, channels), 100, dtype=np.uint8)
+    image[:2] = 60
+    brightest = [changed(image, [brightness]).max() for _ in range(200)]
+    assert 75 <= min(brightest) < 80 and 120 < max(brightest) <= 125
+    ranges = [np.ptp(changed(image, [contrast]).astype(int)) for _ in range(200)]
+    assert 29 <= min(ranges) < 32 and 48 < max(ranges) <= 51  # 40 between the halves
+    grays = [changed(image, [saturation]) for _ in range(20)]  # no colours: rounding alone
+    assert max(abs(gray.astype(int) - image).max() for gray in grays) <= 1
+
+
+def test_the_saturation_does_not_depend_on_the_order_of_the_colours():
+    *_, saturation = detr_augmentation(photometric=0.5)
+    image = np.array([[[30, 60, 120]]], dtype=np.uint8)
+    for seed in range(10):
+        np.random.seed(seed)
+        forwards = changed(image, [saturation])
+        np.random.seed(seed)
+        backwards = changed(image[..., ::-1], [saturation])
+        np.testing.assert_array_equal(forwards, backwards[..., ::-1])
+        factor = (forwards[0, 0, 2] - 70) / 50  # the mean is 70
+        assert 0.48 <= factor <= 1.52
+        np.testing.assert_allclose(forwards[0, 0], 70 + factor * np.array([-40, -10, 50]), atol=2)
+
+
+def test_scale_jitter_is_in_place_of_the_last_resize():
+    augmentations = detr_augmentation(max_size=100, crop_size=None, scale_jitter=(0.5, 2.0))
+    sizes = np.array(sizes_after(augmentations, 20, 40, times=300))
+    assert sizes.max() == 100  # what is larger is cropped
+    scaled = sizes[sizes[:, 1] < 100]
+    assert scaled[:, 1].min() in (50, 51, 52)
+    np.testing.assert_allclose(scaled[:, 0], scaled[:, 1] / 2, atol=0.5)
+    assert 65 < len(scaled) < 135  # a third: factors below 1 of those from 0.5 to 2
+    assert set(sizes_after(augmentations, 1, 10_000, times=5)) <= {(1, x) for x in range(101)}
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
+        ({"scale_jitter": (2.0, 0.1)}, r"the scale jitter is \[2.0, 0.1\]; give two factors"),
+        ({"scale_jitter": (0, 1)}, "a factor of the scale jitter is 0"),
+        ({"photometric": 20}, "photometric augmentation is 20; it has to be a number from 0 to 1"),
         ({"sampling": "any"}, "sampling is 'any'; it can be choice, range"),
         ({"crop_type": "round"}, "crop_type is 'round'; it can be absolute_range, absolute, rel"),
         ({"sampling": "range", "min_sizes": (1, 2, 3)}, r"a range of \[1, 2, 3\]; give two sizes"),

@@ -128,6 +128,30 @@ def test_boxes_of_whole_numbers_are_not_rounded(picture, tmp_path, box):
     torch.testing.assert_close(found["instances"].gt_boxes.tensor, corners)
 
 
+@pytest.mark.parametrize(
+    ("share", "kept"), [(0.0, [0, 1, 2]), (0.4, [1, 2]), (0.5, [1, 2]), (0.6, [2])]
+)
+def test_boxes_of_which_a_crop_leaves_too_little_are_dropped_if_asked(
+    picture, tmp_path, share, kept
+):
+    picture.save(tmp_path / "a.png")
+    given = record(tmp_path / "a.png")
+    # the crop begins at x = 10: of boxes 10 wide 1, 5 and 10 columns are left, then doubled
+    boxes = [(1, 3, 10, 9), (5, 3, 10, 9), (12, 3, 10, 9)]
+    given["annotations"] = [
+        given["annotations"][0] | {"bbox": list(box), "category_id": i}
+        for i, box in enumerate(boxes)
+    ]
+    augmentations = [T.CropTransform(10, 0, 30, 30), T.Resize((60, 60))]
+    mapper = Mapper(
+        is_train=True, augmentations=augmentations, image_format="RGB", min_visible=share
+    )
+    found = mapper(given)["instances"]
+    assert found.gt_classes.tolist() == kept
+    corners = {0: [0, 6, 2, 24], 1: [0, 6, 10, 24], 2: [4, 6, 24, 24]}
+    assert found.gt_boxes.tensor.tolist() == [corners[i] for i in kept]
+
+
 # From a config
 
 

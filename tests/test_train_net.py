@@ -648,7 +648,7 @@ WRONG = {
         (["SOLVER.WEIGHT_DECAY", "-1"], "weight_decay is -1.0"),
         (["SOLVER.WARMUP_METHOD", "slow"], "WARMUP_METHOD is 'slow'; there are: linear, constant"),
         (["INPUT.FORMAT", "XYZ"], "the image format is 'XYZ', not one of 8 bits per channel"),
-        (["INPUT.RANDOM_FLIP", "both"], "'both'"),
+        (["INPUT.RANDOM_FLIP", "sideways"], "'sideways'"),
         (
             ["TEST.NMS", "1.2"],
             "nms (TEST.NMS, model.nms) is 1.2; it has to be a number from 0 to 1",
@@ -670,7 +670,7 @@ WRONG = {
         (["model.encoder.num_heads=7"], "is not a multiple of num_heads 7"),
         (["lr_multiplier.warmup_length=abc"], "'lr_multiplier.warmup_length' takes values such as"),
         (["lr_multiplier.scheduler=3"], "the schedule of the learning rate cannot be built"),
-        (["dataloader.train.mapper.augmentations.flip=both"], "'both'"),
+        (["dataloader.train.mapper.augmentations.flip=sideways"], "'sideways'"),
         (["train.patience=-1"], "patience (TEST.PATIENCE, train.patience) is -1"),
         (["train.best_metric=bbox/AP-cirkle"], "the nearest: bbox/AP-circle"),
         (["model.num_classes=x"], "num_classes is 'x'"),

@@ -4,6 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from detectron2.data import transforms as T
+from detectron2.structures import Boxes
+from torch import Tensor
+
+from ..ranges import require_positive, require_share
 
 MIN_SIZES = tuple(range(480, 801, 32))
 # Long side in pixels before a crop: resizing a strip of 1 x 10,000 would take gigabytes.
@@ -14,10 +18,23 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
     """Detectron2's, but no side becomes 0: a strip of 1 x 10,000 is resized to 1 x 1333."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        resize = super().get_transform(image)
-        if isinstance(resize, T.ResizeTransform):  # a short side of 0 stands for no resize
-            resize.new_h, resize.new_w = max(resize.new_h, 1), max(resize.new_w, 1)
-        return resize
+        return _at_least_a_pixel(super().get_transform(image))
+
+
+class ResizeScale(T.ResizeScale):
+    """Detectron2's, but no side becomes 0."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        return _at_least_a_pixel(super().get_transform(image))
+
+
+class RandomSaturation(T.RandomSaturation):
+    """Detectron2's, for channels of any number and order: gray is their mean."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        weight = np.random.uniform(self.intensity_min, self.intensity_max)
+        gray = image.mean(axis=2, keepdims=True)
+        return T.BlendTransform(src_image=gray, src_weight=1 - weight, dst_weight=weight)
 
 
 def detr_augmentation(
@@ -29,6 +46,8 @@ def detr_augmentation(
     flip: str = "horizontal",
     sampling: str = "choice",
     crop_type: str = "absolute_range",
+    scale_jitter: Sequence[float] = (),
+    photometric: float = 0.0,
 ) -> list[T.Augmentation]:
     """Flip; with probability ``crop_prob`` resize and crop; resize. For ``Mapper``.
 
@@ -43,13 +62,19 @@ def detr_augmentation(
         crop_size: smallest and largest side of the crop, in pixels unless `crop_type` says
             otherwise; None never crops
         crop_prob: probability of the crop
-        flip: "horizontal", "vertical" or "none", as INPUT.RANDOM_FLIP
+        flip: "horizontal", "vertical", "both" (each half of the time) or "none", as
+            INPUT.RANDOM_FLIP
         sampling: "choice" of one of `min_sizes`, or "range" between two, as
             INPUT.MIN_SIZE_TRAIN_SAMPLING
         crop_type: as INPUT.CROP.TYPE, see Detectron2's `RandomCrop`
+        scale_jitter: empty, or smallest and largest factor: in place of the last resize, the long
+            side becomes `max_size` times a factor, and what exceeds `max_size` is cropped
+            (large-scale jitter, Simple Copy-Paste, https://arxiv.org/abs/2012.07177, sec. 3)
+        photometric: brightness, contrast and saturation are multiplied by a factor each, which
+            deviates from 1 by this at most; 0: unchanged
 
     Raises:
-        ValueError: an unknown kind of flip, sampling or crop, or sizes that do not go with it
+        ValueError: an unknown kind of flip, sampling or crop, or numbers that do not go with it
     """
     _check_kinds(flip, sampling, crop_type)
     if sampling == "range" and len(min_sizes) != 2:
@@ -69,18 +94,51 @@ def detr_augmentation(
         ),
         prob=crop_prob,
     )
-    resize = ResizeShortestEdge(tuple(min_sizes), max_size, sampling)
+    if scale_jitter:
+        resize = _jitter_scale(scale_jitter, max_size)
+    else:
+        resize = [ResizeShortestEdge(tuple(min_sizes), max_size, sampling)]
     flips = {
         "horizontal": [T.RandomFlip(horizontal=True)],
         "vertical": [T.RandomFlip(horizontal=False, vertical=True)],
         "none": [],
     }
-    return [*flips[flip], *([crop] if crop else []), resize]
+    flips["both"] = flips["horizontal"] + flips["vertical"]
+    # Colours come last, as photographs are larger before the resize.
+    return [*flips[flip], *([crop] if crop else []), *resize, *_change_colours(photometric)]
+
+
+def _jitter_scale(scales: Sequence[float], size: int) -> list[T.Augmentation]:
+    if len(scales) != 2 or scales[0] > scales[1]:
+        raise ValueError(
+            f"the scale jitter is {list(scales)}; give two factors, the smallest and the largest"
+        )
+    require_positive(**{"a factor of the scale jitter": scales[0]})
+    return [ResizeScale(*scales, size, size), T.RandomCrop("absolute", (size, size))]
+
+
+def _change_colours(strength: float) -> list[T.Augmentation]:
+    require_share(**{"the strength of photometric augmentation": strength})
+    kinds = T.RandomBrightness, T.RandomContrast, RandomSaturation
+    return [kind(1 - strength, 1 + strength) for kind in kinds] if strength else []
+
+
+def _at_least_a_pixel(resize: T.Transform) -> T.Transform:
+    if isinstance(resize, T.ResizeTransform):  # a short side of 0 stands for no resize
+        resize.new_h, resize.new_w = max(resize.new_h, 1), max(resize.new_w, 1)
+    return resize
+
+
+def visible(boxes: Boxes, size: tuple[int, int], share: float) -> Tensor:
+    """Which boxes (N) have at least a share of their area inside an image of size (H, W)."""
+    inside = boxes.clone()
+    inside.clip(size)
+    return inside.area() >= share * boxes.area()
 
 
 def _check_kinds(flip: str, sampling: str, crop_type: str) -> None:
     for name, value, known in (
-        ("flip", flip, ("horizontal", "vertical", "none")),
+        ("flip", flip, ("horizontal", "vertical", "none", "both")),
         ("sampling", sampling, ("choice", "range")),
         ("crop_type", crop_type, ("absolute_range", "absolute", "relative", "relative_range")),
     ):

@@ -3,17 +3,21 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from detectron2.config import CfgNode
+import torch
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
+from detectron2.structures import Boxes, BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, ImageMode, UnidentifiedImageError
 from torch import Tensor
 
 from ..names import hint
-from .augmentation import ResizeShortestEdge
+from ..ranges import require_share
+from .augmentation import ResizeShortestEdge, visible
 from .coco_json import DatasetError
 
 # Photographs, scans and drawings. Pillow also opens .pcd, .h5 or .mpg, which may be anything.
@@ -26,16 +30,36 @@ class Mapper(DatasetMapper):
     """Detectron2's mapper, with a clear error for an image that cannot be used.
 
     Takes the same arguments, or a config. From a config for evaluation, it resizes with our
-    `ResizeShortestEdge`. Pixels equal Detectron2's. Unlike Detectron2, integer boxes are not
-    rounded on resize. Errors that the image did not cause are passed on.
+    `ResizeShortestEdge`; for training, INPUT.RANDOM_FLIP may be "both", too. Pixels equal
+    Detectron2's. Unlike Detectron2, integer boxes are not rounded on resize. Errors that the image
+    did not cause are passed on.
+
+    Args:
+        is_train: whether annotations become "instances"
+        min_visible: boxes of which augmentation leaves a smaller share of the area in the image
+            are dropped; 0 keeps all that are not empty, as Detectron2
+        arguments: of Detectron2's `DatasetMapper`
     """
+
+    @configurable
+    def __init__(self, is_train: bool, *, min_visible: float = 0.0, **arguments: Any):
+        super().__init__(is_train, **arguments)
+        require_share(min_visible=min_visible)
+        self.min_visible = min_visible
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        both = cfg.INPUT.RANDOM_FLIP == "both"
+        if both:  # Detectron2 makes one kind of flip
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.INPUT.RANDOM_FLIP = "horizontal"
         arguments = super().from_config(cfg, is_train)
         if not is_train:
             resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
             arguments["augmentations"] = [resize]
+        elif both:
+            arguments["augmentations"].append(T.RandomFlip(horizontal=False, vertical=True))
         return arguments
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -71,7 +95,20 @@ class Mapper(DatasetMapper):
                     f"image '{dataset_dict['file_name']}' has a box {annotation['bbox']}: "
                     "give finite numbers, in pixels"
                 )
+        if self.min_visible:
+            dataset_dict["annotations"] = [
+                annotation
+                for annotation in dataset_dict["annotations"]
+                if self._is_visible(annotation, transforms, image_shape)
+            ]
         super()._transform_annotations(dataset_dict, transforms, image_shape)
+
+    def _is_visible(
+        self, annotation: dict, transforms: T.TransformList, image_shape: tuple[int, int]
+    ) -> bool:
+        box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        moved = torch.as_tensor(transforms.apply_box(np.array([box])))
+        return bool(visible(Boxes(moved), image_shape, self.min_visible))
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:
