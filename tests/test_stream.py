@@ -30,12 +30,21 @@ def loader(**options):
     return build_detection_train_loader(records(), **(settings | options))
 
 
-def take(count, *, seed=3, start=0, build=loader):
-    training = TrainingStream(build, seed)
+def mix(dataset, index):
+    """A mixing that takes a second image, and says which."""
+    return dataset[index] | {"other": dataset[np.random.randint(SIZE)]["index"]}
+
+
+def take(count, *, seed=3, start=0, build=loader, mixed=range(0)):
+    training = TrainingStream(build, seed, mix if mixed else None, mixed)
     training.start = start
     batches = iter(training)
     taken = [next(batches) for _ in range(count)]
-    return [[(x["index"], x["drawn"]) for x in batch] for batch in taken]
+    return [[(x["index"], x["drawn"], *others(x)) for x in batch] for batch in taken]
+
+
+def others(sample):
+    return [sample["other"]] if "other" in sample else []
 
 
 @pytest.mark.parametrize("start", [1, 4, 9])
@@ -44,7 +53,7 @@ def test_a_stream_that_is_taken_up_yields_what_it_would_have(start):
 
 
 def test_an_epoch_has_every_image_once_and_the_next_has_another_order():
-    indices = [index for batch in take(SIZE) for index, _ in batch]
+    indices = [index for batch in take(SIZE) for index, *_ in batch]
     epochs = indices[:SIZE], indices[SIZE:]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(SIZE))
     assert epochs[0] != epochs[1]
@@ -70,16 +79,38 @@ def test_what_was_drawn_elsewhere_before_changes_nothing():
     assert take(3) == expected
 
 
+# Steps 2 to 4 of two images.
+MIXED = range(4, 10)
+
+
+def test_images_are_mixed_at_their_places_alone():
+    plain, mixed = take(7), take(7, mixed=MIXED)
+    for step in range(7):
+        is_mixed = 2 <= step < 5
+        assert [len(x) for x in mixed[step]] == [3 if is_mixed else 2] * 2
+        # the first image is the one that would be there, augmented alike
+        assert [x[:2] for x in mixed[step]] == plain[step]
+    partners = [x[2] for step in mixed[2:5] for x in step]
+    assert len(set(partners)) > 2 and set(partners) <= set(range(SIZE))
+
+
+def test_mixed_images_can_be_taken_up_anywhere():
+    whole = take(7, mixed=MIXED)
+    for start in range(1, 6):
+        assert take(2, start=start, mixed=MIXED) == whole[start : start + 2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 3])
 def test_the_number_of_loading_processes_changes_nothing(start):
-    expected = take(5, start=start)
-    assert take(5, start=start, build=lambda: loader(num_workers=2)) == expected
-    assert take(5, start=start, build=lambda: loader(num_workers=3)) == expected
+    expected = take(5, start=start, mixed=MIXED)
+    for number in (2, 3):
+        found = take(5, start=start, mixed=MIXED, build=lambda n=number: loader(num_workers=n))
+        assert found == expected
 
 
 def test_the_number_of_workers_changes_nothing(monkeypatch):
-    alone = take(4, start=2)
+    alone = take(4, start=2, mixed=MIXED)
 
     def worker(rank):
         for module in (stream.comm, __import__("detectron2.utils.comm", fromlist=["comm"])):
@@ -87,7 +118,7 @@ def test_the_number_of_workers_changes_nothing(monkeypatch):
             monkeypatch.setattr(module, "get_world_size", lambda: 2)
         monkeypatch.setattr("detectron2.data.build.get_world_size", lambda: 2)
         monkeypatch.setattr(stream.comm, "all_gather", lambda x: [x, x])
-        return take(4, start=2)
+        return take(4, start=2, mixed=MIXED)
 
     shares = [worker(rank) for rank in (0, 1)]
     for step, batch in enumerate(alone):
@@ -113,6 +144,11 @@ def test_loaders_that_cannot_be_taken_up_say_so(caplog):
         assert not caplog.records
         take(2, start=1, build=build)
     assert "aspect ratio grouping" in caplog.text
+
+
+def test_loaders_that_do_not_know_places_cannot_mix_images():
+    with pytest.raises(ValueError, match="mosaic and mixup need .*ASPECT_RATIO_GROUPING False"):
+        take(1, build=lambda: loader(aspect_ratio_grouping=True), mixed=MIXED)
 
 
 def test_seeds_are_seeds_and_differ():

@@ -15,6 +15,7 @@ from .coco_json import DatasetError
 from .coco_results import read_results
 from .folder import find_folder
 from .mapper import Mapper, read_image
+from .mixing import Mixing
 from .shapes import generate
 from .voc import from_voc
 from .yolo import from_yolo

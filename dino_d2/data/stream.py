@@ -11,6 +11,8 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .mixing import Mixing
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,20 +39,34 @@ class TrainingStream:
     Args:
         build: makes the loader with detectron2's `build_detection_train_loader`
         seed: of order and augmentation, the same on every worker
+        mixing: combines images, or None
+        mixed: the places in the training of the images that it combines
+
+    Raises:
+        ValueError: images are to be mixed, but their places are unknown, see `require_places`
     """
 
-    def __init__(self, build: Callable[[], Any], seed: int):
+    def __init__(
+        self,
+        build: Callable[[], Any],
+        seed: int,
+        mixing: Mixing | None = None,
+        mixed: range = range(0),
+    ):
         self.build, self.seed = build, seed
+        self.mixing, self.mixed = mixing, mixed
         self.start = 0  # batches to skip
 
     def __iter__(self) -> Iterator[list[dict]]:
         seed_all_rng(seed_for(self.seed))  # Detectron2's samplers draw their seed from these
         loader = self.build()
-        if isinstance(loader, DataLoader) and isinstance(loader.dataset, ToIterableDataset):
+        if self.mixing:
+            require_places(loader)
+        if has_places(loader):
             samples = loader.dataset
             size, seen = len(samples.dataset), self.start * (loader.batch_size or 1)
             samples.sampler = Places(samples.sampler, seen, size)
-            samples.dataset = SeededDataset(samples.dataset, self.seed)
+            samples.dataset = SeededDataset(samples.dataset, self.seed, self.mixing, self.mixed)
         elif self.start:
             seed_all_rng(seed_for(self.seed, 0, self.start))  # not the same images once more
             loader = self.build()
@@ -59,6 +75,21 @@ class TrainingStream:
                 "ratio grouping can be resumed"
             )
         return iter(loader)
+
+
+def has_places(loader: Any) -> bool:
+    """Whether the place of each image in the training is known, as of Detectron2's loaders."""
+    return isinstance(loader, DataLoader) and isinstance(loader.dataset, ToIterableDataset)
+
+
+def require_places(loader: Any) -> None:
+    """Raise a ValueError for a loader that cannot mix images, as their places are unknown."""
+    if not has_places(loader):
+        raise ValueError(
+            "mosaic and mixup need Detectron2's loader of a list of images, without aspect ratio "
+            "grouping: set DATALOADER.ASPECT_RATIO_GROUPING False "
+            "(dataloader.train.aspect_ratio_grouping)"
+        )
 
 
 class Places(Sampler):
@@ -82,12 +113,18 @@ class Places(Sampler):
 
 
 class SeededDataset(Dataset):
-    """A data set that seeds random numbers with a sample's place before loading it."""
+    """A data set that seeds random numbers with a sample's place before loading it.
 
-    def __init__(self, dataset: Sequence[Any], seed: int):
+    At the places in `mixed`, it is mixed with others.
+    """
+
+    def __init__(self, dataset: Sequence[Any], seed: int, mixing: Mixing | None, mixed: range):
         self.dataset, self.seed = dataset, seed
+        self.mixing, self.mixed = mixing, mixed
 
     def __getitem__(self, place_and_index: int) -> Any:
         place, index = divmod(place_and_index, len(self.dataset))
         seed_all_rng(seed_for(self.seed, place))
+        if self.mixing and place in self.mixed:
+            return self.mixing(self.dataset, index)
         return self.dataset[index]

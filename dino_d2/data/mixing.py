@@ -1,0 +1,158 @@
+"""Mosaic and mixup: training images made of several."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ranges import require_share
+from .augmentation import visible
+
+# The numbers of DEIM, https://arxiv.org/abs/2412.04234: the size of a mosaic relative to the image
+# that it fills, how far its middle is moved (relative to the image), and the weight in mixup.
+SCALES = (0.5, 1.5)
+SHIFT = 0.1
+WEIGHTS = (0.45, 0.55)
+BACKGROUND = 114  # a gray near the mean of photographs, where a mosaic has nothing
+MIN_SIDE = 1.0  # pixels; boxes that are less wide or high after scaling and clipping are dropped
+
+
+class Mixing:
+    """Combines an augmented training image with others of the data set, as in DEIM.
+
+    A mosaic (YOLOv4, https://arxiv.org/abs/2004.10934) has four images around a point near the
+    middle. Mixup (https://arxiv.org/abs/1710.09412) blends two images, which may be mosaics, and
+    keeps the boxes of both. The result has the size of the first image. The others are drawn from
+    the whole data set with equal probability, and augmented as the first.
+
+    Args:
+        mosaic: probability that an image becomes a mosaic
+        mixup: probability that an image is blended with another
+        span: the part of a training in which images are mixed, as shares of its iterations
+        min_visible: boxes of which a smaller share of the area is left in a mosaic are dropped
+
+    Raises:
+        ValueError: a number is not from 0 to 1, or the span is not two such numbers in order
+    """
+
+    def __init__(
+        self,
+        mosaic: float = 0.5,
+        mixup: float = 0.5,
+        span: Sequence[float] = (0.05, 0.5),
+        min_visible: float = 0.0,
+    ):
+        require_share(mosaic=mosaic, mixup=mixup, min_visible=min_visible)
+        if len(span) != 2 or not 0 <= span[0] <= span[1] <= 1:
+            raise ValueError(
+                f"the span of mosaic and mixup is {list(span)}; give two shares of the training "
+                "from 0 to 1, where they begin and where they end"
+            )
+        self.mosaic, self.mixup, self.span = mosaic, mixup, tuple(span)
+        self.min_visible = min_visible
+
+    def places(self, max_iter: int, images: int) -> range:
+        """The images to mix, counted from the first of a training with `images` an iteration."""
+        first, last = (round(share * max_iter) * images for share in self.span)
+        return range(first, last)
+
+    def __call__(self, dataset: Sequence[dict], index: int) -> dict:
+        """The image of an index, mixed with others; all random numbers are NumPy's.
+
+        Args:
+            dataset: of what `Mapper` returns; nothing of it is changed
+
+        Returns:
+            the same with another "image" (C, H, W) and other "instances", and the names of the
+            other images as "mixed_with"; the rest is that of the first image
+        """
+        sample = self.perhaps_mosaic(dataset, index)
+        if np.random.rand() < self.mixup:
+            sample = mixup(sample, self.perhaps_mosaic(dataset, draw(dataset)))
+        return sample
+
+    def perhaps_mosaic(self, dataset: Sequence[dict], index: int) -> dict:
+        sample = dataset[index]
+        if np.random.rand() < self.mosaic:
+            others = [dataset[draw(dataset)] for _ in range(3)]
+            sample = mosaic([sample, *others], self.min_visible)
+        return sample
+
+
+def draw(dataset: Sequence[Any]) -> int:
+    return int(np.random.randint(len(dataset)))
+
+
+def mosaic(samples: Sequence[dict], min_visible: float = 0.0) -> dict:
+    """Four images around a point, each scaled to a quarter of the first and by a common factor."""
+    image = torch.full_like(samples[0]["image"], BACKGROUND)
+    _, height, width = image.shape
+    scale = np.random.uniform(*SCALES)
+    shift_x, shift_y = np.random.uniform(0.5 - SHIFT, 0.5 + SHIFT, 2)
+    middle_x, middle_y = round(shift_x * width), round(shift_y * height)
+    all_boxes = []
+    for number, sample in enumerate(samples):
+        tile, boxes = resized(sample, scale * fit(sample, height / 2, width / 2))
+        # its corner in the mosaic, which may be outside
+        x = middle_x - (0 if number % 2 else tile.shape[2])
+        y = middle_y - (0 if number // 2 else tile.shape[1])
+        tile = tile[:, max(-y, 0) : height - y, max(-x, 0) : width - x]
+        _, rows, columns = tile.shape
+        top, left = max(y, 0), max(x, 0)
+        image[:, top : top + rows, left : left + columns] = tile
+        all_boxes.append(boxes + torch.tensor([x, y, x, y]))
+    classes = torch.cat([sample["instances"].gt_classes for sample in samples])
+    instances = remaining(torch.cat(all_boxes), classes, (height, width), min_visible)
+    return mixed(samples, image, instances)
+
+
+def mixup(first: dict, second: dict) -> dict:
+    """A blend of two images; the second is scaled to fit into the first, at its upper left."""
+    _, height, width = first["image"].shape
+    weight = np.random.uniform(*WEIGHTS)
+    other, boxes = resized(second, fit(second, height, width))
+    _, rows, columns = other.shape
+    image = first["image"].clone()
+    part = image[:, :rows, :columns]
+    part[:] = (weight * part + (1 - weight) * other).round()
+    added = remaining(boxes, second["instances"].gt_classes, (height, width))
+    return mixed([first, second], image, Instances.cat([first["instances"], added]))
+
+
+def fit(sample: dict, height: float, width: float) -> float:
+    """The factor that scales an image to fit into a size."""
+    return min(height / sample["image"].shape[1], width / sample["image"].shape[2])
+
+
+def resized(sample: dict, factor: float) -> tuple[Tensor, Tensor]:
+    """The image of a sample scaled by a factor, and its boxes (N, 4), in pixels."""
+    image = sample["image"]
+    before = image.shape[1:]
+    height, width = after = [max(round(factor * side), 1) for side in before]
+    ratios = torch.tensor([width / before[1], height / before[0]]).repeat(2)
+    # As floats: PyTorch fails on some strips of bytes.
+    scaled = F.interpolate(image[None].float(), after, mode="bilinear", antialias=True)[0]
+    return scaled.round().to(image.dtype), sample["instances"].gt_boxes.tensor * ratios
+
+
+def remaining(
+    boxes: Tensor, classes: Tensor, size: tuple[int, int], min_visible: float = 0.0
+) -> Instances:
+    """The boxes (N, 4) in an image of size (H, W), clipped, without those too small to remain."""
+    instances = Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes)
+    kept = visible(instances.gt_boxes, size, min_visible)
+    instances.gt_boxes.clip(size)
+    sides = instances.gt_boxes.tensor[:, 2:] - instances.gt_boxes.tensor[:, :2]
+    return instances[kept & (sides >= MIN_SIDE).all(dim=1)]
+
+
+def mixed(samples: Sequence[dict], image: Tensor, instances: Instances) -> dict:
+    first, *others = samples
+    names = list(first.get("mixed_with", ()))
+    for other in others:
+        names += [other["file_name"], *other.get("mixed_with", ())]
+    return first | {"image": image, "instances": instances, "mixed_with": names}
