@@ -145,6 +145,11 @@ def test_twins_feed_the_same_data(name):
     assert list(cfg.INPUT.MIN_SIZE_TRAIN) == list(augmentation.min_sizes)
     assert cfg.INPUT.MAX_SIZE_TRAIN == augmentation.max_size
     assert cfg.INPUT.RANDOM_FLIP == augmentation.flip
+    assert list(cfg.INPUT.SCALE_JITTER) == list(augmentation.scale_jitter)
+    assert cfg.INPUT.PHOTOMETRIC == augmentation.photometric
+    assert cfg.INPUT.CROP.MIN_VISIBLE == lazy.train.mapper.min_visible == lazy.mixing.min_visible
+    keys, mixing = cfg.INPUT.MIXING, lazy.mixing
+    assert [keys.MOSAIC, keys.MIXUP, *keys.SPAN] == [mixing.mosaic, mixing.mixup, *mixing.span]
     assert cfg.INPUT.CROP.ENABLED == (augmentation.crop_size is not None)
     if cfg.INPUT.CROP.ENABLED:
         assert list(cfg.INPUT.CROP.SIZE) == list(augmentation.crop_size)

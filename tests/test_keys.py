@@ -11,9 +11,9 @@ from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from dino_d2.config.keys import add_dino_config
-from dino_d2.config.overrides import keys_of
+from dino_d2.config.overrides import apply_overrides, keys_of
 from dino_d2.config.styles import get
-from dino_d2.data import generate, register
+from dino_d2.data import ResizeShortestEdge, generate, register
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine import keys
 from dino_d2.engine.plan import make_plan, yaml_evaluator, yaml_mapper, yaml_train_loader
@@ -97,7 +97,7 @@ def test_every_key_of_detectron2_is_heeded_or_refused():
 def test_every_table_names_keys_that_there_are():
     cfg = get_cfg()
     add_dino_config(cfg)
-    tables = (FOR_DINO, keys.OF_OUR_TRAINER, keys.OF_ADAMW, keys.OF_SGD)
+    tables = (FOR_DINO, keys.OF_OUR_MODELS, keys.OF_OUR_TRAINER, keys.OF_ADAMW, keys.OF_SGD)
     for name in (name for table in (*tables, *keys.OF_OTHER_BACKBONES.values()) for name in table):
         assert name in keys_of(cfg)
 
@@ -157,7 +157,7 @@ def test_other_models_have_their_own_keys(name):
     cfg.merge_from_file(detectron2_zoo.get_config_file(f"{name}.yaml"))
     cfg.merge_from_list(["SOLVER.OPTIMIZER", "SGD", "VIS_PERIOD", 20, "SOLVER.MOMENTUM", 0.8])
     make_plan(cfg)
-    for key in ("SOLVER.BACKBONE_MULTIPLIER", "INPUT.CROP.MIN_SIZE_TRAIN"):
+    for key in ("SOLVER.BACKBONE_MULTIPLIER", *keys.leaves(cfg, keys.OF_OUR_MODELS)):
         changed = cfg.clone()
         changed.merge_from_list([key, other(get(cfg, key))])
         with pytest.raises(ValueError, match=f"{key} has no effect"):
@@ -213,11 +213,46 @@ def test_crops_are_of_the_type_that_is_asked_for(kind, size):
         assert all(lowest[i] <= x[i] <= highest[i] for x in drawn for i in (0, 1))
 
 
-@pytest.mark.parametrize("flip", ["horizontal", "vertical", "none"])
-def test_flips_are_of_the_kind_that_is_asked_for(flip):
-    flips = [x for x in augmentations("INPUT.RANDOM_FLIP", flip) if type(x) is T.RandomFlip]
+@pytest.mark.parametrize("model", ["DINO", "RetinaNet"])
+@pytest.mark.parametrize("flip", ["horizontal", "vertical", "none", "both"])
+def test_flips_are_of_the_kind_that_is_asked_for(flip, model):
+    options = ("INPUT.RANDOM_FLIP", flip, "MODEL.META_ARCHITECTURE", model)
+    flips = [x for x in augmentations(*options) if type(x) is T.RandomFlip]
     kinds = [(x.horizontal, x.vertical) for x in flips]
-    assert kinds == {"horizontal": [(True, False)], "vertical": [(False, True)], "none": []}[flip]
+    expected = {"horizontal": [(True, False)], "vertical": [(False, True)], "none": []}
+    expected["both"] = expected["horizontal"] + expected["vertical"]
+    assert kinds == expected[flip]
+
+
+def test_augmentations_of_data_of_ones_own_are_off_and_can_be_asked_for():
+    usual = [type(x) for x in augmentations()]
+    assert usual == [T.RandomFlip, ResizeShortestEdge]
+    options = ("INPUT.PHOTOMETRIC", 0.2, "INPUT.SCALE_JITTER", (0.1, 2.0))
+    mapper = yaml_mapper(config(*options, "INPUT.CROP.MIN_VISIBLE", 0.4))
+    assert mapper.min_visible == 0.4
+    kinds = [type(x).__name__ for x in mapper.augmentations.augs]
+    colours = ["RandomBrightness", "RandomContrast", "RandomSaturation"]
+    assert kinds == ["RandomFlip", "ResizeScale", "RandomCrop", *colours]
+
+
+@pytest.mark.parametrize("style", [".yaml", ".py"])
+def test_images_are_mixed_in_a_part_of_the_training(style):
+    cfg = model_zoo.get_config(f"quickstart{style}")
+    assert make_plan(cfg).mixing is None
+    changes = {
+        ".yaml": [
+            *("INPUT.MIXING.MOSAIC", "0.5", "INPUT.MIXING.SPAN", "(0.25,0.5)"),
+            *("INPUT.CROP.MIN_VISIBLE", "0.4", "SOLVER.ACCUMULATE", "2"),
+        ],
+        ".py": [
+            *("dataloader.mixing.mosaic=0.5", "dataloader.mixing.span=[0.25,0.5]"),
+            *("dataloader.mixing.min_visible=0.4", "train.accumulate=2"),
+        ],
+    }
+    apply_overrides(cfg, changes[style])
+    plan = make_plan(cfg)
+    assert (plan.mixing.mosaic, plan.mixing.mixup, plan.mixing.min_visible) == (0.5, 0.0, 0.4)
+    assert plan.mixed == range(500 * 4, 1000 * 4)  # of 2000 iterations of 4 images, 2 at a time
 
 
 def test_other_models_are_fed_as_by_detectron2():

@@ -659,6 +659,7 @@ WRONG = {
             ["SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR", "SOLVER.FLAT_SHARE", "70"],
             "flat (SOLVER.FLAT_SHARE) is 70.0; it has to be a number from 0 to 1",
         ),
+        (["INPUT.MIXING.SPAN", "(0.5,)"], "give two shares of the training"),
         (["TEST.BEST_METRIC", "bbox/mAP"], "the nearest: bbox/AP"),
         (["TEST.BEST_METRIC", "ema/bbox/AP"], "EMA adds 'ema/' by itself"),
         (["DATALOADER.NUM_WORKERS", "-1"], "DATALOADER.NUM_WORKERS is -1"),
@@ -672,6 +673,7 @@ WRONG = {
         (["lr_multiplier.scheduler=3"], "the schedule of the learning rate cannot be built"),
         (["dataloader.train.mapper.augmentations.flip=sideways"], "'sideways'"),
         (["train.patience=-1"], "patience (TEST.PATIENCE, train.patience) is -1"),
+        (["dataloader.mixing.mosaic=2"], "mosaic is 2"),
         (["train.best_metric=bbox/AP-cirkle"], "the nearest: bbox/AP-circle"),
         (["model.num_classes=x"], "num_classes is 'x'"),
         (

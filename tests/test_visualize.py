@@ -306,6 +306,26 @@ def test_images_of_other_channels_are_shown(shapes, image_format):
     assert np.median(abs(grey - np.asarray(expected))) <= 2  # beside the boxes
 
 
+@pytest.mark.parametrize(
+    ("style", "words"),
+    [
+        (".yaml", ("INPUT.MIXING.MOSAIC", "1", "INPUT.MIXING.SPAN", "(0.5,0.6)")),
+        (".py", ("dataloader.mixing.mosaic=1", "dataloader.mixing.span=[0.5,0.6]")),
+    ],
+)
+def test_mosaics_are_shown_where_training_has_them(shapes, style, words):
+    source = source_of(shapes, *words, style=style)
+    for iteration, others in ((999, ""), (1000, " + 3"), (1199, " + 3"), (1200, "")):  # of 2000
+        sample = next(visualize_data.samples(source, iteration))
+        _, caption = visualize_data.draw(sample, source, None)
+        assert caption.startswith(f"{Path(sample['file_name']).name}{others}  ")
+
+
+def test_an_unknown_strength_of_an_augmentation_is_one_sentence(shapes, tmp_path, monkeypatch):
+    words = look(shapes, tmp_path, "INPUT.PHOTOMETRIC", "20")
+    assert "photometric augmentation is 20" in complaint(monkeypatch, visualize_data, *words)
+
+
 def test_an_unknown_format_of_images_is_one_sentence(shapes, tmp_path, monkeypatch):
     words = look(shapes, tmp_path, "INPUT.FORMAT", "BRG")
     said = complaint(monkeypatch, visualize_data, *words)

@@ -6,7 +6,7 @@ from detectron2.data import (
 )
 from omegaconf import OmegaConf
 
-from dino_d2.data import Mapper, ResizeShortestEdge, detr_augmentation
+from dino_d2.data import Mapper, Mixing, ResizeShortestEdge, detr_augmentation
 from dino_d2.engine.evaluator import ErrorAnalysisEvaluator
 
 dataloader = OmegaConf.create()
@@ -21,13 +21,18 @@ dataloader.train = L(build_detection_train_loader)(
             crop_min_sizes=[400, 500, 600],
             crop_size=[384, 600],
             flip="horizontal",
+            scale_jitter=[],
+            photometric=0.0,
         ),
+        min_visible=0.0,
         image_format="RGB",
     ),
     total_batch_size=16,
     aspect_ratio_grouping=False,
     num_workers=4,
 )
+
+dataloader.mixing = L(Mixing)(mosaic=0.0, mixup=0.0, span=[0.05, 0.5], min_visible=0.0)
 
 dataloader.test = L(build_detection_test_loader)(
     dataset=L(get_detection_dataset_dicts)(names=["coco_2017_val"], filter_empty=False),

@@ -84,3 +84,9 @@ def add_dino_config(cfg: CN) -> None:
 
     # Short sides before the crop of DETR's augmentation; see dino_d2/data/augmentation.py.
     cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
+    cfg.INPUT.CROP.MIN_VISIBLE = 0.0  # boxes of which less of the area is left are dropped
+    # For data of one's own, all off; see projects/dino/DATA.md. RANDOM_FLIP may be "both", too.
+    cfg.INPUT.PHOTOMETRIC = 0.0  # largest change of brightness, contrast and saturation
+    cfg.INPUT.SCALE_JITTER = ()  # or two factors of MAX_SIZE_TRAIN, in place of MIN_SIZE_TRAIN
+    # Probabilities of mosaic and mixup, and their part of the training; see dino_d2/data/mixing.py.
+    cfg.INPUT.MIXING = CN({"MOSAIC": 0.0, "MIXUP": 0.0, "SPAN": (0.05, 0.5)})

@@ -19,8 +19,12 @@ from ..weights import model_zoo
 NOWHERE = ("VERSION", "GLOBAL", "TEST.AUG")
 OF_DETECTRON2S_TRAINER = ("TEST.EXPECTED_RESULTS", "TEST.PRECISE_BN")
 OF_OUR_TRAINER = (
-    *("SOLVER.ACCUMULATE", "SOLVER.EMA", "SOLVER.FSDP", "SOLVER.NON_FINITE", "TEST.PATIENCE"),
-    "WANDB",
+    *("INPUT.MIXING", "SOLVER.ACCUMULATE", "SOLVER.EMA", "SOLVER.FSDP", "SOLVER.NON_FINITE"),
+    *("TEST.PATIENCE", "WANDB"),
+)
+OF_OUR_MODELS = (
+    *("INPUT.CROP.MIN_SIZE_TRAIN", "INPUT.CROP.MIN_VISIBLE", "INPUT.MIXING", "INPUT.PHOTOMETRIC"),
+    *("INPUT.SCALE_JITTER", "TEST.NMS"),
 )
 OF_OTHER_MODELS = (
     *("MODEL.ANCHOR_GENERATOR", "MODEL.PANOPTIC_FPN", "MODEL.PROPOSAL_GENERATOR"),
@@ -32,7 +36,6 @@ OF_OTHER_MODELS = (
     *("DATASETS.PROPOSAL_FILES_TEST", "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST"),
     *("TEST.KEYPOINT_OKS_SIGMAS", "VIS_PERIOD"),
 )
-OF_OURS = ("INPUT.CROP.MIN_SIZE_TRAIN", "TEST.NMS")
 OF_ADAMW = ("SOLVER.BACKBONE_MULTIPLIER", "SOLVER.OFFSETS_MULTIPLIER")
 OF_SGD = ("SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.CLIP_GRADIENTS.NORM_TYPE")
 # By the backbone that ignores them; unknown backbones may use any key.
@@ -64,7 +67,7 @@ def check_keys(cfg: CfgNode | DictConfig) -> None:
         return
     check_optimizer(cfg)
     is_ours, backbone, optimizer = is_detector(cfg), cfg.MODEL.BACKBONE.NAME, cfg.SOLVER.OPTIMIZER
-    by_model = OF_OTHER_MODELS if is_ours else OF_OURS
+    by_model = OF_OTHER_MODELS if is_ours else OF_OUR_MODELS
     refuse(cfg, NOWHERE, "here")
     refuse(cfg, by_model, f"on a {cfg.MODEL.META_ARCHITECTURE}")
     refuse(cfg, OF_OTHER_BACKBONES.get(backbone, ()), f"on the backbone {backbone}")

@@ -65,6 +65,8 @@ class Plan(NamedTuple):
     build_scheduler: Callable[[torch.optim.Optimizer], Any]  # for Detectron2's hook
     build_loader: Callable[..., Any]  # of the training sets, or of a list of records
     build_mapper: Callable[[bool], Any]  # for training or not; turns a record into an input
+    mixing: data.Mixing | None  # of training images
+    mixed: range  # the places in the training of images that it mixes
     evaluate: Callable[..., dict]  # of a model and, for its files, a folder in "inference"
     train_sets: Sequence[str]
     test_sets: Sequence[str]
@@ -104,11 +106,13 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
     keys, for_people, cfg = keys_for(cfg), plain_config(cfg), copy.deepcopy(cfg)
     value = partial(get, cfg)
     fields = yaml_parts(cfg) if keys is YAML else lazy_parts(cfg)
-    put(cfg, keys.batch, part_of_batch(value(keys.batch), value(keys.accumulate)))
+    mixing, images = fields["mixing"], value(keys.batch)
+    put(cfg, keys.batch, part_of_batch(images, value(keys.accumulate)))
     alike = {*Plan._fields} - {"ema_decay"}  # fields with the name of a key are its value
     fields |= {name: value(key) for name, key in vars(keys).items() if name in alike}
     plan = Plan(
         **fields,
+        mixed=mixing.places(value(keys.max_iter), images) if mixing else range(0),
         config=for_people,
         precision=precision_of(value(keys.amp_dtype)) if value(keys.amp_enabled) else None,
         skip_non_finite=skips(value(keys.non_finite)),
@@ -131,6 +135,7 @@ def yaml_parts(cfg: CfgNode) -> dict[str, Any]:
         "build_scheduler": partial(built, "schedule of the learning rate", yaml_scheduler, cfg),
         "build_loader": partial(built, "loader of training data", yaml_train_loader, cfg),
         "build_mapper": partial(built, "augmentation", yaml_mapper, cfg),
+        "mixing": built("augmentation", yaml_mixing, cfg),
         "evaluate": partial(yaml_evaluate, cfg),
         "metrics": metrics_of(cfg.DATASETS.TEST) if is_detector(cfg) else (),
         "max_to_keep": None,
@@ -236,7 +241,7 @@ def yaml_train_loader(cfg: CfgNode, dataset: list[dict] | None = None) -> Any:
 
 def yaml_mapper(cfg: CfgNode, is_train: bool = True) -> data.Mapper:
     """A mapper, in training with the augmentation of DETR or, for other models, of Detectron2."""
-    options = {}
+    options: dict[str, Any] = {}
     if is_detector(cfg) and is_train:
         options["augmentations"] = data.detr_augmentation(
             min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
@@ -246,8 +251,17 @@ def yaml_mapper(cfg: CfgNode, is_train: bool = True) -> data.Mapper:
             crop_type=cfg.INPUT.CROP.TYPE,
             crop_size=cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else None,
             flip=cfg.INPUT.RANDOM_FLIP,
+            scale_jitter=cfg.INPUT.SCALE_JITTER,
+            photometric=cfg.INPUT.PHOTOMETRIC,
         )
+        options["min_visible"] = cfg.INPUT.CROP.MIN_VISIBLE
     return data.Mapper(cfg, is_train=is_train, **options)
+
+
+def yaml_mixing(cfg: CfgNode) -> data.Mixing | None:
+    keys = cfg.INPUT.MIXING
+    mixing = data.Mixing(keys.MOSAIC, keys.MIXUP, keys.SPAN, cfg.INPUT.CROP.MIN_VISIBLE)
+    return mixing if keys.MOSAIC or keys.MIXUP else None
 
 
 def yaml_evaluate(cfg: CfgNode, model: nn.Module, folder: str = "") -> dict:
@@ -302,6 +316,7 @@ def lazy_parts(cfg: DictConfig) -> dict[str, Any]:
         "build_scheduler": partial(built, "schedule of the learning rate", lazy_scheduler, cfg),
         "build_loader": partial(built, "loader of training data", lazy_train_loader, cfg),
         "build_mapper": partial(built, "augmentation", lazy_mapper, cfg),
+        "mixing": built("augmentation", lazy_mixing, cfg),
         "evaluate": partial(lazy_evaluate, cfg),
         "metrics": lazy_metrics(cfg),
         "max_to_keep": cfg.train.checkpointer.max_to_keep,
@@ -326,6 +341,11 @@ def lazy_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 def lazy_mapper(cfg: DictConfig, is_train: bool) -> Any:
     return instantiate(cfg.dataloader["train" if is_train else "test"].mapper)
+
+
+def lazy_mixing(cfg: DictConfig) -> data.Mixing | None:
+    mixing = instantiate(cfg.dataloader.get("mixing"))  # others' configs do not have it
+    return mixing if mixing and (mixing.mosaic or mixing.mixup) else None
 
 
 def lazy_train_loader(cfg: DictConfig, dataset: list[dict] | None = None) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import data
 from ..data.mapper import channels_of
-from ..data.stream import TrainingStream
+from ..data.stream import TrainingStream, require_places
 from ..distributed.sharing import distribute, share_buffers, unsharded, unwrap
 from ..layouts.renaming import CheckpointError
 from ..modeling.detector import Detector
@@ -56,7 +56,9 @@ def check(plan: Plan, *, resume: bool = False, eval_only: bool = False) -> None:
         if eval_only:
             load_for_test(plan, model, resume)
         else:
-            plan.build_loader(RECORDS)
+            loader = plan.build_loader(RECORDS)
+            if plan.mixing:
+                require_places(loader)
             check_metric(plan)
             prepare(plan, model, 0, resume)
 
@@ -127,7 +129,7 @@ def prepare(plan: Plan, model: nn.Module, seed: int, resume: bool) -> Training:
 def make_trainer(plan: Plan, model: nn.Module, seed: int) -> Trainer:
     return Trainer(
         model,
-        TrainingStream(plan.build_loader, seed),
+        TrainingStream(plan.build_loader, seed, plan.mixing, plan.mixed),
         plan.build_optimizer(unwrap(model)),
         precision=plan.precision,
         accumulate=plan.accumulate,

@@ -153,7 +153,9 @@ class Trainer(SimpleTrainer):
         names = [name for name, value in means.items() if not math.isfinite(value)]
         names = [name for name in names if name != "total_loss"] or names
         guilty = any(not own[name].isfinite() for name in names if name != "grad_norm")
-        files = [x.get("file_name", "an image") for batch in batches for x in batch]
+        samples = [x for batch in batches for x in batch]
+        files = [x.get("file_name", "an image") for x in samples]
+        files += [name for x in samples for name in x.get("mixed_with", ())]
         everyone = comm.all_gather((guilty, files))
         some = any(guilty for guilty, _ in everyone)
         images = ", ".join(x for guilty, files in everyone if guilty or not some for x in files)

@@ -124,10 +124,12 @@ def samples(source: Source, iteration: int) -> Iterator[dict]:
     """Images of the loader from an iteration on, one by one.
 
     Raises:
-        DatasetError: an image cannot be used
+        ValueError: the loader cannot be built from the config; on reading, a DatasetError: an image
+            cannot be used
     """
-    stream = TrainingStream(source.plan.build_loader, source.seed)
-    stream.start = iteration * source.plan.accumulate
+    plan = source.plan
+    stream = TrainingStream(plan.build_loader, source.seed, plan.mixing, plan.mixed)
+    stream.start = iteration * plan.accumulate
     return chain.from_iterable(stream)
 
 
@@ -135,6 +137,8 @@ def draw(sample: dict, source: Source, side: int | None) -> tuple[Image.Image, s
     """The picture with a long side of `side` pixels (None: unchanged), and its caption."""
     picture = to_picture(sample["image"].permute(1, 2, 0), source.image_format)
     name = Path(sample["file_name"]).name
+    if others := sample.get("mixed_with"):
+        name += f" + {len(others)}"
     instances = sample["instances"]
     caption = f"{name}  {picture.width} x {picture.height}, {plural(len(instances), 'box')}"
     picture, scale = resize_long_side(picture, side or max(picture.size))
@@ -146,15 +150,14 @@ def draw(sample: dict, source: Source, side: int | None) -> tuple[Image.Image, s
     return draw_marks(picture, marks), caption
 
 
-def run(source: Source, args: argparse.Namespace) -> Counter:
+def run(stream: Iterator[dict], source: Source, args: argparse.Namespace) -> Counter:
     """Write the sheets; returns the number of boxes of each class in them.
 
     Raises:
         DatasetError: an image cannot be used
     """
     counts = Counter()
-    stream = islice(samples(source, args.iteration), args.num_images)
-    stream = progress(stream, "image", total=args.num_images)
+    stream = progress(islice(stream, args.num_images), "image", total=args.num_images)
     number = 0
     while batch := list(islice(stream, args.per_sheet)):
         for sample in batch:
@@ -177,9 +180,10 @@ def main() -> None:
 def work(prog: str, args: argparse.Namespace) -> None:
     with one_sentence(prog):
         source = load(args)
+        stream = samples(source, args.iteration)
         make_folder(args.output, "--output")
     try:
-        counts = run(source, args)
+        counts = run(stream, source, args)
     except DatasetError as error:
         sys.exit(f"{prog}: {error}")
     empty = counts.pop("empty")
