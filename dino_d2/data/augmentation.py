@@ -1,4 +1,4 @@
-"""The augmentation of DETR and its descendants, from Detectron2's own transforms."""
+"""The augmentation of DETR and its descendants, and more, from Detectron2's own transforms."""
 
 from collections.abc import Sequence
 
@@ -49,7 +49,7 @@ def detr_augmentation(
     scale_jitter: Sequence[float] = (),
     photometric: float = 0.0,
 ) -> list[T.Augmentation]:
-    """Flip; with probability ``crop_prob`` resize and crop; resize. For ``Mapper``.
+    """Flip; with probability ``crop_prob`` resize and crop; resize; colours. For ``Mapper``.
 
     As in DETR, ``max_size`` does not limit the resize before the crop. Unlike in DETR,
     `MAX_SIZE_BEFORE_CROP` does, which only strips reach, and an image smaller than the crop is

@@ -88,7 +88,7 @@ def draw(dataset: Sequence[Any]) -> int:
 
 
 def mosaic(samples: Sequence[dict], min_visible: float = 0.0) -> dict:
-    """Four images around a point, each scaled to a quarter of the first and by a common factor."""
+    """Four images around a point, scaled to fit a quarter of the first, and by a common factor."""
     image = torch.full_like(samples[0]["image"], BACKGROUND)
     _, height, width = image.shape
     scale = np.random.uniform(*SCALES)
