@@ -79,7 +79,9 @@ def data_config(shapes, *options):
 
 
 def other(value):
-    """Another value of the same type."""
+    """Another value of the same type, or a number in place of None."""
+    if value is None:
+        return 0.5
     if isinstance(value, (tuple, list)):
         return type(value)([*value, 1])
     if isinstance(value, bool):
