@@ -1,48 +1,142 @@
-"""Writes the error analysis of an evaluation as tables (CSV) and pictures."""
+"""Evaluates boxes, and writes the error analysis as tables (CSV) and pictures."""
 
 import csv
+import json
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from pycocotools.cocoeval import COCOeval
 
-from ..evaluation.analysis import IOU_50, IOU_75, Analysis, analyse, evaluate_boxes
+from ..evaluation.analysis import (
+    IOU_50,
+    IOU_75,
+    Analysis,
+    analyse,
+    evaluate_boxes,
+    match_images,
+    thresholds,
+)
+from ..evaluation.costs import COSTS, box_scores, outcomes_of
+from ..evaluation.matching import without_duplicates
 from ..progress import alive
 from ..visualize import draw_error_plots
 
 BACKGROUND = "(background)"
+NMS_IOU = 0.8
+logger = logging.getLogger(__name__)
 
 
 class ErrorAnalysisEvaluator(COCOEvaluator):
-    """Detectron2's evaluator, which also writes the error analysis of boxes to its output folder.
+    """Detectron2's evaluator, which also analyses the errors of boxes.
+
+    Beside "bbox" it returns as "dAP" what each kind of error costs, see `evaluation.costs.Costs`,
+    and as "with_nms" AP, AP50 and AP75 of what class-wise NMS at IoU 0.8 leaves. If the model has
+    applied NMS itself, and gives what it removed as "suppressed" instances beside its "instances",
+    that is instead "without_nms", of all together. Tables, pictures and thresholds.json go to the
+    output folder, if there is one.
 
     By default it converts registered records again each time, as cached ones of an earlier run may
     be of other data.
+
+    Attributes:
+        thresholds: after `evaluate`, on the main worker, what `analysis.thresholds` returns
     """
+
+    thresholds: dict[str, Any] | None = None
 
     def __init__(self, *args: Any, allow_cached_coco: bool = False, **options: Any):
         super().__init__(*args, allow_cached_coco=allow_cached_coco, **options)
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        for image, output in zip(inputs, outputs, strict=True):
+            super().process([image], [output])
+            if "suppressed" in output:
+                rest = output["suppressed"].to(self._cpu_device)
+                self._predictions[-1]["suppressed"] = instances_to_coco_json(
+                    rest, image["image_id"]
+                )
+
+    def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
+        super()._eval_predictions(predictions, img_ids)  # gives results the data set's category ids
+        if "bbox" not in self._results:
+            return
+        self._results["dAP"] = self._costs
+        results = [x for prediction in predictions for x in prediction["instances"]]
+        name = "without_nms" if any("suppressed" in x for x in predictions) else "with_nms"
+        if name == "with_nms":
+            results = without_duplicates(results, NMS_IOU)
+        else:
+            results += self._suppressed(predictions)
+        self._results[name] = self._scores(results)
+        told = advice(self._results)
+        if told:
+            logger.info(told)
+
+    def _suppressed(self, predictions: list[dict]) -> list[dict]:
+        """What NMS removed, with the category ids of the data set."""
+        contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        ids = {index: id for id, index in contiguous.items()}
+        rest = [x for prediction in predictions for x in prediction.get("suppressed", [])]
+        return [x | {"category_id": ids.get(x["category_id"], x["category_id"])} for x in rest]
+
+    def _scores(self, results: list[dict]) -> dict[str, float]:
+        of_image = defaultdict(list)
+        for result in results:
+            of_image[result["image_id"]].append(result)
+        images = match_images(self._coco_api, of_image, self._max_dets_per_image[-1])
+        return box_scores(outcomes_of(images, sorted(self._coco_api.cats)))
 
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
     ) -> dict[str, float]:
         # The only method that gets Detectron2's COCOeval; None if there are no detections.
-        if iou_type == "bbox" and self._output_dir:
-            dataset = self._coco_api.dataset
+        if iou_type == "bbox":
             with alive("the error analysis"):
-                write_analysis(analyse(coco_eval or evaluate_boxes(dataset, [])), self._output_dir)
+                analysis = analyse(coco_eval or evaluate_boxes(self._coco_api.dataset, []))
+                self._costs, self.thresholds = analysis.costs.mean, thresholds(analysis)
+                if self._output_dir:
+                    write_analysis(analysis, self._output_dir)
+                    path = Path(self._output_dir, "thresholds.json")
+                    path.write_text(json.dumps(self.thresholds, indent=2), encoding="utf-8")
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+
+def advice(results: Mapping[str, Mapping[str, float]]) -> str:
+    """A sentence on the error that costs most AP, or on duplicates; "" if nothing costs any.
+
+    Args:
+        results: of `ErrorAnalysisEvaluator`, "bbox", "dAP" and "with_nms" or "without_nms"
+    """
+    costs = {kind: cost for kind, cost in results["dAP"].items() if cost > 0}  # and not NaN
+    if not costs:
+        return ""
+    ap, has_nms = results["bbox"]["AP"], "without_nms" in results
+    other = results["without_nms" if has_nms else "with_nms"]["AP"]
+    both = f"AP is {ap:.1f}, and {other:.1f} {'without NMS' if has_nms else f'with NMS {NMS_IOU}'}"
+    if costs.get("duplicate", 0) < 1:
+        kind = max(costs, key=lambda kind: costs[kind])
+        return f"of all kinds of errors, '{kind}' costs most: {costs[kind]:.1f} AP ({both})"
+    remedy = "train longer"
+    if has_nms:
+        remedy += ", or lower TEST.NMS (model.nms)"
+    elif other > ap:
+        remedy += f", or evaluate with TEST.NMS {NMS_IOU} (model.nms={NMS_IOU})"
+    return f"duplicates cost {costs['duplicate']:.1f} AP ({both}): {remedy}"
 
 
 def write_analysis(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:
     """Write five tables (CSV) and pictures (PNG) to a folder; returns the paths of the pictures.
 
     per_class, ap_by_size, precision_recall (at IoU 0.5 and 0.75, a row per class and recall with
-    the score that reaches it), confusion_matrix and errors. Cells without a value are empty.
+    the score that reaches it), confusion_matrix and errors (their number, and as dAP their cost in
+    AP). Cells without a value are empty.
     """
     for name, rows in _tables(analysis).items():
         path = Path(folder, f"{name}.csv")
@@ -55,10 +149,14 @@ def _tables(analysis: Analysis) -> dict[str, Iterable]:
     """Rows by the name of the table, starting with its header."""
     names = [*(x.name for x in analysis.classes), BACKGROUND]
     confusion = zip(names, analysis.confusion.tolist(), strict=True)
+    by_class = analysis.costs.classes.T.tolist()
     return {
         "per_class": [analysis.classes[0]._fields, *analysis.classes],
         "ap_by_size": [analysis.sizes[0]._fields, *analysis.sizes],
-        "errors": [analysis.errors[0]._fields, *analysis.errors],
+        "errors": [
+            (*analysis.errors[0]._fields, *(f"dAP_{kind}" for kind in COSTS)),
+            *((*counts, *costs) for counts, costs in zip(analysis.errors, by_class, strict=True)),
+        ],
         "precision_recall": _curves(analysis),
         "confusion_matrix": [["true class", *names], *([name, *row] for name, row in confusion)],
     }

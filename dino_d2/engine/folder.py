@@ -16,6 +16,7 @@ OTHERS = (
 # In "inference", and in its folders for several data sets and averaged weights.
 EVALUATION = (
     *("coco_instances_results.json", "instances_predictions.pth", "box_proposals.pkl"),
+    "thresholds.json",
     *(
         f"{name}.{suffix}"
         for name in ("per_class", "ap_by_size", "precision_recall", "confusion_matrix", "errors")

@@ -70,7 +70,7 @@ class Plan(NamedTuple):
     evaluate: Callable[..., dict]  # of a model and, for its files, a folder in "inference"
     train_sets: Sequence[str]
     test_sets: Sequence[str]
-    metrics: Sequence[str]  # that the evaluation gives; empty: not known
+    metrics: Sequence[str]  # by which a checkpoint can be the best; empty: not known
     output_dir: str
     weights: str  # to begin with; "": none
     seed: int  # negative: a random one
@@ -376,9 +376,10 @@ def lazy_metrics(cfg: DictConfig) -> Sequence[str]:
 
 
 def metrics_of(names: Sequence[str]) -> list[str]:
-    """The metrics that Detectron2's evaluation of boxes returns for data sets of these names.
+    """The metrics of a model's boxes for data sets of these names, of which higher is better.
 
-    Empty if they are not registered, or have no class names.
+    So without the costs of errors, and without AP with or without NMS, which is for comparison.
+    Empty if the data sets are not registered, or have no class names.
     """
     found = []
     for name in names:

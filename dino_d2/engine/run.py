@@ -252,7 +252,7 @@ def make_writers(plan: Plan, goes_on: bool) -> list[EventWriter]:
 
 
 def check_metric(plan: Plan) -> None:
-    """Raise a ValueError if no evaluation returns the plan's best metric."""
+    """Raise a ValueError if no checkpoint can be the best by the plan's best metric."""
     if not plan.metrics or not plan.best_metric:
         return
     if plan.best_metric not in plan.metrics:
@@ -260,7 +260,7 @@ def check_metric(plan: Plan) -> None:
         end = "EMA adds 'ema/' by itself" if ema else hint(plan.best_metric, plan.metrics)
         raise ValueError(
             f"the metric to keep the best checkpoint by (TEST.BEST_METRIC, train.best_metric) is "
-            f"{plan.best_metric!r}, which evaluation does not return; {end}"
+            f"{plan.best_metric!r}, by which none can be chosen; {end}"
         )
 
 

@@ -1,31 +1,50 @@
 """Error analysis of a detector, in numbers.
 
 AP, AR and curves come from COCO's evaluation; confusions and kinds of errors count detections
-above a score threshold.
+above a score threshold; what the kinds cost in AP is of all detections.
 """
 
 import contextlib
 import io
-from collections import Counter, defaultdict
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.evaluation.coco_evaluation import COCOeval_opt
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .matching import ImageMatches, confusions, detection_kinds, false_positives, match_image
+from .costs import IOU_50, IOU_75, Costs, Outcomes, costs_of, outcomes_of
+from .matching import (
+    OUTCOMES,
+    ImageMatches,
+    confusions,
+    detection_kinds,
+    false_positives,
+    match_image,
+)
 
 THRESHOLD = 0.5  # lowest score of a detection, as in demo.py
 SIZES = ("all", "small", "medium", "large")  # COCO's, in the order of its evaluation
-IOU_50, IOU_75 = 0, 5  # indices into the IoU thresholds 0.50, 0.55 ... 0.95
+
+
+class BestThreshold(NamedTuple):
+    """The score threshold with the highest F1 at IoU 0.5, and what holds at it, in percent.
+
+    NaN if no box is annotated or found.
+    """
+
+    threshold: float
+    precision: float
+    recall: float
+    F1: float
 
 
 class ClassScores(NamedTuple):
     """AP and AR of a class in percent; NaN if it has no box (of a size).
 
-    `best_threshold` is the score threshold with the highest F1 at IoU 0.5, and `precision`,
-    `recall` and `F1` (in percent) are those at this threshold.
+    `best_threshold`, `precision`, `recall` and `F1` are a `BestThreshold`.
     """
 
     category_id: int
@@ -80,8 +99,21 @@ class Analysis(NamedTuple):
     scores: np.ndarray  # (I, R, K) score that reaches a recall, 0 if none does
     errors: list[ErrorCounts]
     confusion: np.ndarray  # (K + 1, K + 1) counts: true class by detected one, background last
-    threshold: float
+    threshold: float  # least score in `errors` and `confusion`, and of what is drawn
+    of_class: dict[int, float]  # those of classes that have one of their own, by category id
     images: list[ImageMatches]  # all detections
+    costs: Costs  # of all detections
+    overall: BestThreshold  # of the detections of all classes
+
+    @property
+    def limit(self) -> str:
+        """In words, which detections are counted and drawn."""
+        return f"score ≥ {'that of best F1' if self.of_class else f'{self.threshold:g}'}"
+
+    @property
+    def shown(self) -> list[ImageMatches]:
+        """The images with the detections that are counted and drawn."""
+        return [image.above(self.threshold, self.of_class) for image in self.images]
 
 
 def evaluate_boxes(dataset: dict[str, list], results: list[dict]) -> COCOeval:
@@ -108,36 +140,76 @@ def evaluate_boxes(dataset: dict[str, list], results: list[dict]) -> COCOeval:
     return evaluation
 
 
-def analyse(evaluation: COCOeval, threshold: float = THRESHOLD) -> Analysis:
+def analyse(evaluation: COCOeval, threshold: float | None = THRESHOLD) -> Analysis:
     """Compute all tables of the error analysis.
 
     Args:
         evaluation: of boxes, accumulated, COCO's or Detectron2's
-        threshold: lowest score of detections in the confusion matrix and the kinds of errors
+        threshold: least score of detections in the confusion matrix and the kinds of errors; None:
+            the best of each class, see `ClassScores`, for a class without one that of all classes,
+            and 0.5 if nothing is found at all
     """
-    truth, detections = evaluation.cocoGt, evaluation.cocoDt
-    limit = evaluation.params.maxDets[-1]
-    images = [
-        match_image(record, truth.imgToAnns.get(id, []), detections.imgToAnns.get(id, []), limit)
-        for id, record in sorted(truth.imgs.items())
-    ]
-    shown = [image.above(threshold) for image in images]
-    categories = truth.loadCats(evaluation.params.catIds)
+    categories = evaluation.cocoGt.loadCats(evaluation.params.catIds)
+    ids = [x["id"] for x in categories]
+    images = match_images(
+        evaluation.cocoGt, evaluation.cocoDt.imgToAnns, evaluation.params.maxDets[-1]
+    )
+    outcomes = outcomes_of(images, ids)
+    classes, overall = class_scores(evaluation, categories, outcomes), pooled_threshold(outcomes)
+    of_class = {}
+    if threshold is None:
+        threshold = THRESHOLD if np.isnan(overall.threshold) else overall.threshold
+        own = {x.category_id: x.best_threshold for x in classes}
+        of_class = {id: value for id, value in own.items() if not np.isnan(value)}
     precision = np.where(evaluation.eval["precision"] < 0, np.nan, evaluation.eval["precision"])
+    shown = [image.above(threshold, of_class) for image in images]
     return Analysis(
-        classes=class_scores(evaluation, categories, images),
+        classes=classes,
         sizes=size_scores(evaluation),
         precision=precision[..., 0, -1],
         scores=evaluation.eval["scores"][..., 0, -1],
         errors=error_counts(shown, categories),
-        confusion=confusion_matrix(shown, [x["id"] for x in categories]),
+        confusion=confusion_matrix(shown, ids),
         threshold=threshold,
+        of_class=of_class,
         images=images,
+        costs=costs_of(outcomes),
+        overall=overall,
     )
 
 
+def match_images(
+    truth: COCO, results: Mapping[int | str, list[dict]], max_detections: int
+) -> list[ImageMatches]:
+    """Match the boxes of all images, in the order of their ids.
+
+    Args:
+        truth: the annotations
+        results: in COCO's format, by the id of their image
+        max_detections: per image and class
+    """
+    return [
+        match_image(record, truth.imgToAnns.get(id, []), results.get(id, []), max_detections)
+        for id, record in sorted(truth.imgs.items())
+    ]
+
+
+def thresholds(analysis: Analysis) -> dict[str, Any]:
+    """The score thresholds with the highest F1 at IoU 0.5, for whoever applies the model.
+
+    Returns:
+        "all": that of the detections of all classes together, None if nothing is found; "classes":
+        those of single classes by name, without classes that have none
+    """
+    own = {x.name: x.best_threshold for x in analysis.classes}
+    return {
+        "all": None if np.isnan(analysis.overall.threshold) else analysis.overall.threshold,
+        "classes": {name: value for name, value in own.items() if not np.isnan(value)},
+    }
+
+
 def class_scores(
-    evaluation: COCOeval, categories: list[dict], images: list[ImageMatches]
+    evaluation: COCOeval, categories: list[dict], outcomes: Outcomes
 ) -> list[ClassScores]:
     precision, recall = (
         100 * np.where(evaluation.eval[key] < 0, np.nan, evaluation.eval[key])[..., -1]
@@ -146,48 +218,45 @@ def class_scores(
     # A class without boxes of a size is NaN at every IoU and recall, so plain means are right.
     ap, ar = precision.mean(axis=(0, 1)), recall.mean(axis=0)[:, 0]
     ap50, ap75 = precision[[IOU_50, IOU_75]].mean(axis=1)
-    outcomes = defaultdict(list)
-    for image in images:
-        found = zip(image.detections, image.matches >= 0, image.ignored, strict=True)
-        for detection, is_found, ignored in found:
-            if not ignored:
-                outcomes[detection["category_id"]].append((detection["score"], is_found))
-    boxes = Counter(
-        annotation["category_id"]
-        for image in images
-        for annotation, crowd in zip(image.truth, image.crowd, strict=True)
-        if not crowd
-    )
     return [
         ClassScores(
-            *(category["id"], category["name"], boxes[category["id"]]),
+            *(category["id"], category["name"], int(outcomes.boxes[k])),
             *(ap[k, 0], ap50[k, 0], ap75[k, 0], ap[k, 1], ap[k, 2], ap[k, 3], ar[k]),
-            *best_threshold(outcomes[category["id"]], boxes[category["id"]]),
+            *pooled_threshold(outcomes, [k]),
         )
         for k, category in enumerate(categories)
     ]
 
 
-def best_threshold(
-    outcomes: list[tuple[float, bool]], boxes: int
-) -> tuple[float, float, float, float]:
-    """The score threshold with the highest F1, and its precision, recall and F1 in percent.
+def pooled_threshold(outcomes: Outcomes, classes: Sequence[int] | None = None) -> BestThreshold:
+    """The best threshold for the detections of some classes together, by index; None: of all."""
+    chosen = np.arange(len(outcomes.boxes)) if classes is None else np.array(classes)
+    at_50 = outcomes.outcomes[IOU_50]
+    counted = np.isin(outcomes.labels, chosen) & (at_50 != OUTCOMES.index("ignored"))
+    found = at_50[counted] == OUTCOMES.index("correct")
+    pairs = np.column_stack([outcomes.scores[counted], found])
+    return best_threshold(pairs, outcomes.boxes[chosen].sum())
 
-    NaN if no box is annotated or found.
+
+def best_threshold(
+    outcomes: np.ndarray | Sequence[tuple[float, bool]], boxes: int
+) -> BestThreshold:
+    """The score threshold with the highest F1.
 
     Args:
-        outcomes: score of each detection of a class, and whether it finds a box
+        outcomes: (D, 2), score of each detection, and whether it finds a box
         boxes: number of annotated boxes
     """
-    if not boxes or not any(found for _, found in outcomes):
-        return (np.nan,) * 4
-    scores, found = (np.array(x) for x in zip(*sorted(outcomes, reverse=True), strict=True))
-    correct, count = found.cumsum(), np.arange(1, len(found) + 1)
+    scores, found = np.array(outcomes, dtype=float).reshape(-1, 2).T
+    if not boxes or not found.any():
+        return BestThreshold(*(np.nan,) * 4)
+    order = np.argsort(-scores)
+    scores, correct, count = scores[order], found[order].cumsum(), np.arange(1, len(found) + 1)
     f1 = 2 * correct / (count + boxes)
     last_of_its_score = np.append(scores[1:] != scores[:-1], True)
     best = np.where(last_of_its_score, f1, 0).argmax()
     shares = correct[best] / count[best], correct[best] / boxes, f1[best]
-    return scores[best], *(100 * x for x in shares)
+    return BestThreshold(float(scores[best]), *(float(100 * x) for x in shares))
 
 
 def size_scores(evaluation: COCOeval) -> list[SizeScores]:
@@ -246,12 +315,12 @@ def confusion_matrix(images: list[ImageMatches], category_ids: list[int]) -> np.
 
 
 def worst_first(analysis: Analysis) -> list[tuple[float, ImageMatches]]:
-    """Images with their detections above the threshold, in descending order of badness.
+    """Images with the detections that are drawn, in descending order of badness.
 
     The badness is the number of missed boxes plus the scores of false positives.
     """
     rated = []
-    for image in (x.above(analysis.threshold) for x in analysis.images):
+    for image in analysis.shown:
         mistakes = sum(x["score"] for x in false_positives(image))
         rated.append((mistakes + int(image.missed.sum()), image))
     return sorted(rated, key=lambda pair: -pair[0])

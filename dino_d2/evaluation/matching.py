@@ -1,17 +1,22 @@
 """Matches the D detections and T annotated boxes of an image, and classifies errors."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from pycocotools import mask
+from torchvision.ops import batched_nms
 
-MIN_IOU = 0.5  # between a detection and the object that it finds
+IOUS = np.linspace(0.5, 0.95, 10)  # COCO's, between a detection and the object that it finds
+MIN_IOU = 0.5  # the first of them, at which errors are counted
 NEAR = 0.1  # IoU below which a detection is unrelated to an object, as in TIDE
 
 # What a detection can be; all but the first are false positives.
 ERRORS = ("classification", "localisation", "both", "duplicate", "background")
 KINDS = ("correct", *ERRORS)
+OUTCOMES = ("ignored", *KINDS)  # ignored: on a crowd region
 
 
 class ImageMatches(NamedTuple):
@@ -45,12 +50,21 @@ class ImageMatches(NamedTuple):
         missed[self.matches[self.matches >= 0]] = False
         return missed
 
-    def above(self, threshold: float) -> "ImageMatches":
-        """Keep the detections of at least a score; the others do not affect their matches."""
-        count = sum(x["score"] >= threshold for x in self.detections)
-        return self._replace(
-            detections=self.detections[:count], iou=self.iou[:count], matches=self.matches[:count]
-        )
+    def above(
+        self, threshold: float, of_class: Mapping[int, float] | None = None
+    ) -> "ImageMatches":
+        """Keep the detections of at least a score; the others do not affect their matches.
+
+        Args:
+            threshold: the least score
+            of_class: other ones of some classes, by category id
+        """
+        limits = of_class or {}
+        least = [limits.get(x["category_id"], threshold) for x in self.detections]
+        pairs = enumerate(zip(self.detections, least, strict=True))
+        kept = np.array([index for index, (x, score) in pairs if x["score"] >= score], dtype=int)
+        detections = [self.detections[index] for index in kept]
+        return self._replace(detections=detections, iou=self.iou[kept], matches=self.matches[kept])
 
 
 def match_image(
@@ -74,8 +88,12 @@ def match_image(
         iou = mask.iou(*boxes, crowd.astype(int).tolist())
     unmatched = np.full(len(detections), -1)
     matching = ImageMatches(image, truth, detections, iou, crowd, unmatched)
-    matches = assign_boxes(np.where(matching.same_class, iou, 0), crowd)
-    return matching._replace(matches=matches)
+    return matching._replace(matches=matches_at(matching, [MIN_IOU])[0])
+
+
+def matches_at(matching: ImageMatches, ious: Sequence[float] | np.ndarray) -> np.ndarray:
+    """(I, D) index of the box that each detection finds at each of I least IoUs, or -1."""
+    return assign_boxes(np.where(matching.same_class, matching.iou, 0), matching.crowd, ious)
 
 
 def highest_scoring(detections: list[dict], count: int) -> list[dict]:
@@ -89,22 +107,27 @@ def highest_scoring(detections: list[dict], count: int) -> list[dict]:
     return kept
 
 
-def assign_boxes(iou: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """(D,) index of the box that each detection takes, or -1.
+def assign_boxes(
+    iou: np.ndarray, crowd: np.ndarray, ious: Sequence[float] | np.ndarray
+) -> np.ndarray:
+    """(I, D) index of the box that each detection takes at each of I least IoUs, or -1.
 
     Args:
         iou: (D, T), 0 for pairs that must not be matched
         crowd: (T,) bool, boxes that many detections can take if no other is free
+        ious: the least IoUs, above 0
     """
-    matches = np.full(len(iou), -1)
-    free = ~crowd
-    for index in np.flatnonzero((iou >= MIN_IOU).any(axis=1)):
-        for candidates in (free, crowd):
-            overlaps = np.where(candidates, iou[index], 0)
-            best = len(overlaps) - 1 - overlaps[::-1].argmax()  # the last of equals, as in COCO
-            if overlaps[best] >= MIN_IOU:
-                matches[index], free[best] = best, False
-                break
+    least = np.asarray(ious)[:, None]
+    levels, last = np.arange(len(least)), iou.shape[1] - 1
+    matches = np.full((len(least), len(iou)), -1)
+    free = np.ones((len(least), iou.shape[1]), dtype=bool)
+    preference = np.where(crowd, iou - 2, iou)  # any other box before a crowd region
+    for index in np.flatnonzero((iou >= least.min()).any(axis=1)):
+        options = np.where(free & (iou[index] >= least), preference[index], -np.inf)
+        best = last - options[:, ::-1].argmax(axis=1)  # the last of equals, as in COCO
+        taken = np.isfinite(options[levels, best])
+        matches[taken, index] = best[taken]
+        free[taken, best[taken]] = crowd[best[taken]]
     return matches
 
 
@@ -114,32 +137,68 @@ def confusions(matching: ImageMatches) -> np.ndarray:
     Only detections and boxes that `match_image` left unmatched take part.
     """
     left = np.outer(matching.matches < 0, matching.missed)
-    return assign_boxes(np.where(left, matching.iou, 0), np.zeros_like(matching.crowd))
+    nowhere = np.zeros_like(matching.crowd)
+    return assign_boxes(np.where(left, matching.iou, 0), nowhere, [MIN_IOU])[0]
 
 
 def detection_kinds(matching: ImageMatches) -> list[str]:
-    """The kind of each detection: one of `KINDS`, or "ignored" on a crowd region.
+    """The kind of each detection at IoU 0.5: one of `OUTCOMES`, see `outcomes_at`."""
+    (outcomes,) = outcomes_at(matching, matching.matches[None], [MIN_IOU])
+    return [OUTCOMES[index] for index in outcomes]
+
+
+def outcomes_at(
+    matching: ImageMatches, matches: np.ndarray, ious: Sequence[float] | np.ndarray
+) -> np.ndarray:
+    """(I, D) index into `OUTCOMES`: what each detection is at each of I least IoUs.
 
     The errors are those of TIDE (arXiv 2008.08115, sec. 2.2): on an object of another class
     (classification), next to one of its class (localisation) or of another (both), on one that a
     detection of a higher score finds (duplicate), or near none (background). If several apply, the
     object of the larger IoU counts, and of equal ones that of the same class.
+
+    Args:
+        matching: of an image
+        matches: (I, D), of `matches_at`
+        ious: the least IoUs
     """
+    least = np.asarray(ious)[:, None]
     iou = np.where(matching.crowd, 0, matching.iou)
     same = np.where(matching.same_class, iou, 0).max(axis=1, initial=0)
     other = np.where(matching.same_class, 0, iou).max(axis=1, initial=0)
     cases = {
-        "ignored": matching.ignored,
-        "correct": matching.matches >= 0,
-        "duplicate": (same >= MIN_IOU) & (same >= other),
-        "classification": other >= MIN_IOU,
-        "localisation": (same >= NEAR) & (same >= other),
-        "both": other >= NEAR,
+        "ignored": np.append(matching.crowd, False)[matches],
+        "correct": matches >= 0,
+        "duplicate": (same >= least) & (same >= other),
+        "classification": other >= least,
+        "localisation": np.broadcast_to((same >= NEAR) & (same >= other), matches.shape),
+        "both": np.broadcast_to(other >= NEAR, matches.shape),
     }
-    return np.select(list(cases.values()), list(cases), default="background").tolist()
+    indices = [np.int8(OUTCOMES.index(case)) for case in cases]
+    return np.select(list(cases.values()), indices, np.int8(OUTCOMES.index("background")))
 
 
 def false_positives(matching: ImageMatches) -> list[dict]:
     """The detections that are errors of any kind."""
     pairs = zip(matching.detections, detection_kinds(matching), strict=True)
     return [detection for detection, kind in pairs if kind in ERRORS]
+
+
+def without_duplicates(results: list[dict], iou: float) -> list[dict]:
+    """What class-wise non-maximum suppression leaves of the detections of each image.
+
+    Args:
+        results: in COCO's format
+        iou: above which a detection falls to one of its class with a higher score
+    """
+    of_image = defaultdict(list)
+    for result in results:
+        of_image[result["image_id"]].append(result)
+    kept = []
+    for found in of_image.values():
+        boxes = torch.tensor([x["bbox"] for x in found], dtype=torch.float64)
+        boxes[:, 2:] += boxes[:, :2]
+        scores = torch.tensor([x["score"] for x in found], dtype=torch.float64)
+        classes = torch.tensor([x["category_id"] for x in found])
+        kept += [found[index] for index in batched_nms(boxes, scores, classes, iou).tolist()]
+    return kept

@@ -2,13 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation.analysis import IOU_50, Analysis, SizeScores
+from ..evaluation.analysis import IOU_50, Analysis, BestThreshold, SizeScores
+from ..evaluation.costs import COSTS
 from ..evaluation.matching import MIN_IOU, NEAR
 from ..names import plural
 from .style import BLUE, DPI, GREY, ORANGE, PALETTE, SKY, VERMILION, YELLOW, escape_name
@@ -117,10 +119,15 @@ def _precision_recall(analysis: Analysis) -> Figure:
     named.sort(key=lambda k: -analysis.classes[k].AP50)
     for k, colour, line in zip(named, PALETTE, LINES, strict=False):
         scores = analysis.classes[k]
+        best = BestThreshold(*scores[-4:])
         # The name comes last, as Matplotlib hides labels that begin with an underscore.
-        label = f"AP50 {scores.AP50:.1f}: {escape_name(scores.name)}"
+        label = f"AP50 {scores.AP50:.1f}{_at(best)}: {escape_name(scores.name)}"
         curve = analysis.precision[IOU_50, :, k]
         left.plot(recall, curve, color=colour, linestyle=line, lw=2, label=label)
+        _mark(left, best, color=colour)
+    if len(there) > 1 and not np.isnan(analysis.overall.F1):
+        label = f"all classes together{_at(analysis.overall)}"
+        _mark(left, analysis.overall, color="black", label=label)
     ious = range(0, len(analysis.precision), 2) if there else ()
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(ious)))
     for index, colour in zip(ious, colours, strict=True):
@@ -137,6 +144,16 @@ def _precision_recall(analysis: Analysis) -> Figure:
     return figure
 
 
+def _at(best: BestThreshold) -> str:
+    return "" if np.isnan(best.F1) else f", best F1 {best.F1:.1f} at score {best.threshold:.2f}"
+
+
+def _mark(axes: Axes, best: BestThreshold, **style: Any) -> None:
+    """A dot where the best threshold is among precisions and recalls."""
+    place = best.recall / 100, best.precision / 100
+    axes.scatter(*place, s=45, ec="black", clip_on=False, zorder=3, **style)
+
+
 def _confusion_matrix(analysis: Analysis) -> Figure:
     names, counts, title = _confused(analysis)
     totals = counts.sum(axis=1, keepdims=True)
@@ -144,7 +161,7 @@ def _confusion_matrix(analysis: Analysis) -> Figure:
     side = 3.2 + 0.36 * len(names)
     figure, axes = _axes(
         *(side + 1.2, side),
-        f"{title}\nat score ≥ {analysis.threshold:g}, IoU ≥ {MIN_IOU}: counts, colours by row",
+        f"{title}: counts, colours by row\nat {analysis.limit}, IoU ≥ {MIN_IOU}",
         xlabel="detected as",
         ylabel="annotated as",
     )
@@ -184,17 +201,29 @@ def _errors(analysis: Analysis) -> Figure:
     totals = {kind: sum(getattr(x, kind) for x in analysis.errors) for kind in EXPLAINED}
     boxes = sum(x.boxes for x in analysis.classes)
     found = sum(number for kind, number in totals.items() if kind != "missed")
-    title = (
-        f"Kinds of {plural(found, 'detection')} of score ≥ {analysis.threshold:g} and of "
-        f"{plural(boxes, 'annotated box')}"
-    )
-    figure, axes = _axes(9, 4.2, title, xlabel="number")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     colours = [SKY, *(len(totals) - 2) * [VERMILION], YELLOW]
-    bars = axes.barh(range(len(totals)), list(totals.values()), color=colours, ec="black", lw=0.5)
-    axes.bar_label(bars, [f"{x:,}" for x in totals.values()], padding=3, fontsize=9)
-    axes.set_yticks(range(len(totals)), [f"{kind}\n{text}" for kind, text in EXPLAINED.items()])
-    axes.tick_params(axis="y", labelsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.1)
-    axes.grid(axis="x", alpha=0.3)
+    bars = left.barh(range(len(totals)), list(totals.values()), color=colours, ec="black", lw=0.5)
+    left.bar_label(bars, [f"{x:,}" for x in totals.values()], padding=3, fontsize=9)
+    left.set_title(
+        f"{plural(found, 'detection')} of {analysis.limit}, {plural(boxes, 'annotated box')}",
+        loc="left",
+        fontsize=11,
+    )
+    left.set_yticks(range(len(totals)), [f"{kind}\n{text}" for kind, text in EXPLAINED.items()])
+    left.tick_params(axis="y", labelsize=8)
+    left.invert_yaxis()
+    costs = [analysis.costs.mean[kind] for kind in COSTS]
+    places = [list(totals).index(kind) for kind in COSTS]
+    bars = right.barh(places, np.nan_to_num(costs), color=GREY, ec="black", lw=0.5)
+    texts = ["–" if np.isnan(x) else f"{x:.1f}" for x in costs]
+    right.bar_label(bars, texts, padding=3, fontsize=9)
+    right.set_title("their cost in AP: all scores, IoU 0.5 to 0.95", loc="left", fontsize=11)
+    right.set_xlim(0, max(1, 1.15 * np.nan_to_num(costs).max()))
+    for axes, text in ((left, "number"), (right, "AP")):
+        axes.set(xlabel=text)
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", alpha=0.3)
+    left.margins(x=0.1)
     return figure

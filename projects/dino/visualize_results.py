@@ -3,8 +3,8 @@
 
 The badness of an image is its number of missed boxes plus the scores of its false positives.
 index.html is self-contained: sheets of the worst images with annotations left and detections right,
-and tables (CSV) and pictures (PNG) of AP by class and size, precision and recall, confusion and
-kinds of errors. All of these are written as files, too.
+and tables (CSV) and pictures (PNG) of AP by class and size, precision and recall, confusion, kinds
+of errors and what each costs in AP. All of these are written as files, too.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from program import (
     score,
 )
 
-THRESHOLD = 0.5  # lowest score, as in demo.py
 EPILOG = """
 Examples, after `make demo`:
 
@@ -51,11 +50,10 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
     parser.add_argument("--num-images", type=int, default=12, help="of the worst; default: 12")
     parser.add_argument(
-        "--confidence-threshold",
+        *("--threshold", "--confidence-threshold"),
         type=score,
-        default=THRESHOLD,
         help="least score of what is drawn, confused and counted as error; AP takes all "
-        f"detections; default: {THRESHOLD}",
+        "detections; default: for each class that of its best F1 at IoU 0.5",
     )
     return parser
 
@@ -103,12 +101,16 @@ CAPTIONS = {
     "per_class": "AP of each class, as in COCO's evaluation; markers are AP at IoU 0.50 and 0.75.",
     "ap_by_size": "AP and average recall of small, medium and large boxes.",
     "precision_recall": "Precision over recall, of each class and at several IoUs. A curve that "
-    "drops to 0 early belongs to a class with boxes that are never found.",
+    "drops to 0 early belongs to a class with boxes that are never found. A dot is where F1, the "
+    "harmonic mean of both, is best.",
     "confusion_matrix": "What annotated boxes (rows) are detected as (columns), above the "
     "threshold. Missed are here the boxes that are detected as no class at all.",
-    "errors": "Kinds of errors above the threshold, as in TIDE (arXiv 2008.08115). Missed are here "
-    "all boxes that no detection of their class finds, also those detected as another class; TIDE "
-    "leaves out those beside other errors.",
+    "errors": "Left, kinds of errors above the threshold, as in TIDE (arXiv 2008.08115). Missed "
+    "are here all boxes that no detection of their class finds, also those detected as another "
+    "class; TIDE leaves out those beside other errors. Right, TIDE's dAP: by how much AP would rise "
+    "if this kind alone were put right, in detections of any score. It is a mean over COCO's ten "
+    "IoUs, most of which call boxes wrong that are right at 0.5; and as in TIDE, missed are only "
+    "boxes that nothing would find with another class or place. errors.csv has both by class.",
 }
 
 
@@ -120,7 +122,7 @@ def load(args: argparse.Namespace) -> Analysis:
     dataset = annotations_of(name)
     results = read_results(args.results, dataset)
     with alive("the error analysis"):
-        return analyse(evaluate_boxes(dataset, results), args.confidence_threshold)
+        return analyse(evaluate_boxes(dataset, results), args.threshold)
 
 
 def draw_worst(analysis: Analysis, args: argparse.Namespace) -> list[Path]:
@@ -148,7 +150,7 @@ def draw_worst(analysis: Analysis, args: argparse.Namespace) -> list[Path]:
     sheets = []
     for start in range(0, len(pictures), PER_SHEET):
         sheets.append(args.output / f"worst_{start // PER_SHEET:03}.png")
-        title = f"The worst images: annotated, and detected with score ≥ {analysis.threshold:g}"
+        title = f"The worst images: annotated, and detected with {analysis.limit}"
         contact_sheet(pictures[start : start + PER_SHEET], 1, title, LEGEND).save(sheets[-1])
     return sheets
 
@@ -167,6 +169,21 @@ def summary(analysis: Analysis, rows: int = 20) -> str:
     return "\n".join(lines)
 
 
+def thresholds_used(analysis: Analysis, most: int = 20) -> str:
+    """Which detections are counted and drawn."""
+    text = f"Detections of score ≥ {analysis.threshold:.3g}"
+    if not analysis.of_class:
+        return f"{text} are counted as errors and drawn."
+    names = {x.category_id: x.name for x in analysis.classes}
+    own = [f"{short_name(names[id])} {value:.3g}" for id, value in analysis.of_class.items()]
+    more = f" and {len(own) - most} more, see per_class.csv" if len(own) > most else ""
+    return (
+        f"Detections are counted as errors and drawn from the score on that gives their class the "
+        f"best F1 at IoU 0.5: {', '.join(own[:most])}{more}. Of all classes together the best is "
+        f"{analysis.threshold:.3g}."
+    )
+
+
 def _row(name: str, boxes: int, values: list[float]) -> str:
     return f"{short_name(name):24} {boxes:7,} " + " ".join(f"{value:6.1f}" for value in values)
 
@@ -180,6 +197,7 @@ def index_page(analysis: Analysis, pictures: list[Path], sheets: list[Path] | No
     """
     tables = "".join(_link(x.with_suffix(".csv")) for x in pictures)
     body = f"<pre>{escape(summary(analysis, 80))}</pre>\n<ul>\n{tables}</ul>\n"
+    body += f"<p>{escape(thresholds_used(analysis))}</p>\n"
     for x in pictures:
         data = data_uri(x.read_bytes(), "image/png")
         body += html_figure(data, CAPTIONS[x.stem], CAPTIONS[x.stem])
@@ -220,6 +238,7 @@ def work(prog: str, args: argparse.Namespace) -> None:
     page = index_page(analysis, pictures, sheets if args.num_images else None)
     index.write_text(page, encoding="utf-8")
     print(summary(analysis))
+    print(thresholds_used(analysis))
     print(f"Everything is in '{index}', {len(page) / 1e6:.1f} MB that need no other file")
 
 
