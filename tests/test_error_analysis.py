@@ -14,8 +14,14 @@ from pycocotools.cocoeval import COCOeval
 from torch import tensor
 
 from dino_d2.data import DatasetError, read_results, register
-from dino_d2.engine.evaluator import ErrorAnalysisEvaluator, write_analysis
-from dino_d2.evaluation.analysis import analyse, best_threshold, evaluate_boxes, worst_first
+from dino_d2.engine.evaluator import ErrorAnalysisEvaluator, advice, write_analysis
+from dino_d2.evaluation.analysis import (
+    analyse,
+    best_threshold,
+    evaluate_boxes,
+    thresholds,
+    worst_first,
+)
 from dino_d2.evaluation.matching import ImageMatches, confusions, detection_kinds, match_image
 from dino_d2.visualize import draw_error_plots, draw_image_errors, error_plots
 from dino_d2.visualize.style import GREY, SKY, VERMILION, YELLOW
@@ -70,7 +76,7 @@ def matched(annotations, detections):
 @pytest.mark.parametrize("seed", range(12))
 def test_what_finds_what_is_as_in_coco_evaluation(seed, monkeypatch):
     # The fast evaluation of Detectron2 does not say what it matched.
-    monkeypatch.setattr("dino_d2.evaluation.errors.COCOeval_opt", COCOeval)
+    monkeypatch.setattr("dino_d2.evaluation.analysis.COCOeval_opt", COCOeval)
     data, found = random_case(seed)
     evaluation = evaluate_boxes(data, found)
     images = {x.image["id"]: x for x in analyse(evaluation).images}
@@ -222,6 +228,43 @@ def test_there_is_no_best_threshold_where_nothing_is_found(outcomes, boxes):
     assert np.isnan(best_threshold(outcomes, boxes)).all()
 
 
+def two_scales():
+    """Cats are found with scores from 0.4 on, dogs with scores from 0.8 on; others are wrong."""
+    a, b, c, nothing = [0, 0, 20, 20], [30, 0, 20, 20], [60, 0, 20, 20], [60, 50, 9, 9]
+    data = dataset(annotation(a), annotation(b, id=2), annotation(c, DOG, id=3))
+    scored = ((a, CAT, 0.6), (b, CAT, 0.4), (nothing, CAT, 0.2), (c, DOG, 0.8), (nothing, DOG, 0.5))
+    return data, [detection(*one) for one in scored]
+
+
+def test_a_class_has_its_threshold_and_all_together_have_one():
+    # Together, F1 at 0.8, 0.6, 0.5 and 0.4 is 2/4, 4/5, 4/6 and 6/7; 6/8 at 0.2.
+    analysis = analyse(evaluate_boxes(*two_scales()))
+    assert thresholds(analysis) == {"all": 0.4, "classes": {"cat": 0.4, "dog": 0.8}}
+    assert analysis.overall == pytest.approx((0.4, 75, 100, 100 * 6 / 7))
+    nothing = analyse(evaluate_boxes(dataset(annotation([0, 0, 9, 9])), []))
+    assert thresholds(nothing) == {"all": None, "classes": {}}
+
+
+def test_detections_are_counted_from_the_threshold_of_their_class_on():
+    data, found = two_scales()
+    names = {"ids": (CAT, DOG, 9), "names": ("cat", "dog", "bird")}
+    data = dataset(*data["annotations"], **names)
+    found += [detection([60, 50, 9, 9], 9, score) for score in (0.35, 0.65)]  # no bird is annotated
+    evaluation = evaluate_boxes(data, found)
+    at_best, at_half = analyse(evaluation, None), analyse(evaluation, 0.5)
+    assert [x[2:] for x in at_best.errors] == [
+        (2, 0, 0, 0, 0, 0, 0),
+        (1, 0, 0, 0, 0, 0, 0),
+        (0, 0, 0, 0, 0, 1, 0),  # from the threshold of all on, which is 0.4
+    ]
+    assert [x.correct for x in at_half.errors] == [1, 1, 0]
+    assert [x.background for x in at_half.errors] == [0, 1, 1]
+    scores = [x["score"] for image in at_best.shown for x in image.detections]
+    assert scores == [0.8, 0.65, 0.6, 0.4]
+    assert (at_best.limit, at_half.limit) == ("score ≥ that of best F1", "score ≥ 0.5")
+    assert analyse(evaluate_boxes(data, []), None).limit == "score ≥ 0.5"
+
+
 def test_confusions_are_counted_by_true_and_detected_class():
     truth = [
         annotation([0, 0, 20, 20]),
@@ -302,7 +345,7 @@ def tables(tmp_path_factory):
     """Their folder; pictures are left out, which take a second."""
     folder = tmp_path_factory.mktemp("tables")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dino_d2.evaluation.evaluator.draw_error_plots", lambda analysis, folder: [])
+        patch.setattr("dino_d2.engine.evaluator.draw_error_plots", lambda analysis, folder: [])
         write_analysis(two_classes(), folder)
     return folder
 
@@ -356,6 +399,32 @@ def test_curves_have_a_row_for_every_recall(tables):
     assert len(curves) == 2 * 2 * 101  # classes, IoUs, recalls
     assert curves[100][2:] == ["0.5", "1", "1", "0.9"] and curves[101][2:4] == ["0.75", "0"]
     assert curves[-1][4] == ""
+
+
+def test_errors_have_their_number_and_their_cost(tables):
+    head, cat, dog = (row[2:] for row in rows(tables / "errors.csv"))
+    kinds = ["classification", "localisation", "both", "duplicate", "background", "missed"]
+    assert head == ["correct", *kinds, *(f"dAP_{x}" for x in kinds)]
+    assert cat == ["1", *6 * ["0"], *6 * ["0"]]
+    assert dog == ["0", *4 * ["0"], "1", "0", *6 * [""]]  # without boxes AP has no value
+
+
+def test_best_thresholds_are_marked_where_precision_and_recall_are():
+    left = error_plots._precision_recall(analyse(evaluate_boxes(*two_scales()))).axes[0]
+    marks = [tuple(x.get_offsets()[0]) for x in left.collections]
+    assert marks == [(1, 1), (1, 1), (1, 0.75)]
+    labels = [x.get_text() for x in left.get_legend().get_texts()]
+    assert labels[0] == "AP50 100.0, best F1 100.0 at score 0.40: cat"
+    assert labels[-1] == "all classes together, best F1 85.7 at score 0.40"
+
+
+def test_the_picture_of_errors_has_numbers_and_costs():
+    data = dataset(annotation([10, 10, 20, 20]))
+    twice = [detection([10, 10, 20, 20], score=score) for score in (0.9, 0.8)]
+    found = [*twice, detection([60, 50, 9, 9], score=0.95)]
+    left, right = error_plots._errors(analyse(evaluate_boxes(data, found))).axes
+    numbers, costs = ([round(x.get_width(), 1) for x in axes.patches] for axes in (left, right))
+    assert numbers == [1, 0, 0, 0, 1, 1, 0] and costs == [0, 0, 0, 0, 50, 0]
 
 
 @pytest.mark.slow
@@ -442,11 +511,12 @@ def test_a_crowd_region_is_drawn_in_grey():
 
 
 def instances(*boxes):
+    """Detections of the first class, in descending order of score, from 0.9."""
     result = Instances(
         (80, 100),
         pred_boxes=Boxes(tensor([[x, y, x + w, y + h] for x, y, w, h in boxes]).reshape(-1, 4)),
     )
-    result.scores = tensor([0.9] * len(boxes))
+    result.scores = tensor([0.9 - 0.1 * i for i in range(len(boxes))])
     result.pred_classes = tensor([0] * len(boxes))
     return result
 
@@ -454,9 +524,7 @@ def instances(*boxes):
 @pytest.fixture
 def registered(tmp_path, monkeypatch):
     """A data set of one box; pictures of its analysis are left out, which take a second."""
-    monkeypatch.setattr(
-        "dino_d2.evaluation.evaluator.draw_error_plots", lambda analysis, folder: []
-    )
+    monkeypatch.setattr("dino_d2.engine.evaluator.draw_error_plots", lambda analysis, folder: [])
     Image.new("RGB", (100, 80)).save(tmp_path / "4.png")
     (tmp_path / "val.json").write_text(json.dumps(dataset(annotation([10, 10, 20, 20]))))
     name = f"{tmp_path}/val.json@{tmp_path}"
@@ -475,6 +543,82 @@ def test_the_evaluator_finds_what_detectron2_does_and_leaves_the_analysis(regist
     np.testing.assert_equal(*results.values())
     table = rows(tmp_path / "ErrorAnalysisEvaluator" / "per_class.csv")
     assert table[1][3] == "100" and results[ErrorAnalysisEvaluator]["AP-cat"] == pytest.approx(100)
+
+
+A, NEARLY_A, B = [10, 10, 20, 20], [10, 10, 20, 19], [50, 10, 20, 20]
+
+
+def evaluated(name, outputs, images=(4,), **options):
+    evaluator = ErrorAnalysisEvaluator(name, **options)
+    evaluator.reset()
+    evaluator.process([{"image_id": image} for image in images], outputs)
+    return evaluator, evaluator.evaluate()
+
+
+def test_ap_with_nms_is_that_of_a_model_that_applies_it(registered, caplog):
+    """The box is found by the second: AP 50, and 100 without the first, which NMS does not take."""
+    caplog.set_level("INFO")
+    found = [B, A, NEARLY_A]
+    _, results = evaluated(registered, [{"instances": instances(*found)}])
+    assert list(results) == ["bbox", "dAP", "with_nms"]
+    assert results["with_nms"] == pytest.approx({"AP": 50, "AP50": 50, "AP75": 50})
+    assert results["dAP"]["background"] == pytest.approx(50)
+    (told,) = (x.message for x in caplog.records if "costs most" in x.message)
+    assert told.endswith("'background' costs most: 50.0 AP (AP is 50.0, and 50.0 with NMS 0.8)")
+
+
+def test_ap_without_nms_is_that_of_what_was_kept_and_removed(registered, tmp_path):
+    """Of the same score the one that was kept comes first, so the box is found by the second."""
+    outputs = [{"instances": instances(B), "suppressed": instances(A, NEARLY_A)}]
+    _, results = evaluated(registered, outputs, output_dir=str(tmp_path / "out"))
+    assert list(results) == ["bbox", "dAP", "without_nms"]
+    assert results["bbox"]["AP"] == 0 and results["dAP"]["duplicate"] == 0
+    assert results["without_nms"] == pytest.approx({"AP": 50, "AP50": 50, "AP75": 50})
+    kept = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert [(x["bbox"], x["category_id"]) for x in kept] == [(B, CAT)]
+
+
+def test_thresholds_are_left_for_who_applies_the_model(registered, tmp_path):
+    outputs = [{"instances": instances(A)}]
+    evaluator, _ = evaluated(registered, outputs, output_dir=str(tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "thresholds.json").read_text())
+    assert (
+        written
+        == evaluator.thresholds
+        == {"all": pytest.approx(0.9), "classes": written["classes"]}
+    )
+    assert list(written["classes"]) == ["cat"]
+    evaluator.reset()
+    assert evaluator.thresholds is None
+
+
+@pytest.mark.parametrize("rest", [{}, {"suppressed": instances()}])
+def test_without_detections_there_is_nothing_to_say(registered, rest, caplog):
+    caplog.set_level("INFO")
+    evaluator, results = evaluated(registered, [{"instances": instances()} | rest])
+    other = results["without_nms" if rest else "with_nms"]
+    assert np.isnan(results["bbox"]["AP"]) and other == {"AP": 0, "AP50": 0, "AP75": 0}
+    assert evaluator.thresholds == {"all": None, "classes": {}}
+    assert not [x for x in caplog.records if x.name == "dino_d2.engine.evaluator"]
+
+
+@pytest.mark.parametrize(
+    ("duplicate", "ap", "other", "has_nms", "sentence"),
+    [
+        (7.94, 39.8, 49.6, False, "duplicates cost 7.9 AP (AP is 39.8, and 49.6 with NMS 0.8): "
+         "train longer, or evaluate with TEST.NMS 0.8 (model.nms=0.8)"),
+        (1.2, 39.8, 39.5, False, "duplicates cost 1.2 AP (AP is 39.8, and 39.5 with NMS 0.8): "
+         "train longer"),
+        (1.2, 39.8, 35.5, True, "duplicates cost 1.2 AP (AP is 39.8, and 35.5 without NMS): "
+         "train longer, or lower TEST.NMS (model.nms)"),
+        (0.9, 39.8, 40.1, False, "of all kinds of errors, 'localisation' costs most: 5.0 AP (AP is "
+         "39.8, and 40.1 with NMS 0.8)"),
+    ],
+)  # fmt: skip
+def test_one_sentence_says_what_to_do(duplicate, ap, other, has_nms, sentence):
+    costs = {"localisation": 5.0, "duplicate": duplicate, "missed": float("nan")}
+    name = "without_nms" if has_nms else "with_nms"
+    assert advice({"bbox": {"AP": ap}, "dAP": costs, name: {"AP": other}}) == sentence
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_train_stop_resume_evaluate(data, tmp_path):
     weights = tmp_path / "model_final.pth"
     options = overrides(".py", output=tmp_path / "evaluation", weights=weights)
     evaluation = run_program(*common, "--eval-only", *options)
-    (scores,) = re.findall(r"copypaste: (\d.*)", evaluation)
+    scores, *_ = re.findall(r"copypaste: (\d.*)", evaluation)  # of the boxes, the first table
     assert float(scores.split(",")[0]) == pytest.approx(metrics[-1]["bbox/AP"], abs=1e-3)
 
 
@@ -662,6 +662,7 @@ WRONG = {
         (["INPUT.MIXING.SPAN", "(0.5,)"], "give two shares of the training"),
         (["TEST.BEST_METRIC", "bbox/mAP"], "the nearest: bbox/AP"),
         (["TEST.BEST_METRIC", "ema/bbox/AP"], "EMA adds 'ema/' by itself"),
+        (["TEST.BEST_METRIC", "dAP/missed"], "by which none can be chosen; there are: bbox/AP,"),
         (["DATALOADER.NUM_WORKERS", "-1"], "DATALOADER.NUM_WORKERS is -1"),
     ],
     ".py": [

@@ -455,14 +455,12 @@ def test_the_page_shows_all_that_was_written(results, tmp_path, monkeypatch, cap
 @pytest.fixture
 def without_plots(monkeypatch):
     """Pictures of tables, which take a second, are left out."""
-    monkeypatch.setattr(
-        "dino_d2.evaluation.evaluator.draw_error_plots", lambda analysis, folder: []
-    )
+    monkeypatch.setattr("dino_d2.engine.evaluator.draw_error_plots", lambda analysis, folder: [])
 
 
 @pytest.mark.slow
 def test_images_without_a_mistake_are_not_among_the_worst(
-    results, tmp_path, monkeypatch, without_plots
+    results, tmp_path, monkeypatch, without_plots, capsys
 ):
     captions = []
 
@@ -471,9 +469,14 @@ def test_images_without_a_mistake_are_not_among_the_worst(
         return contact_sheet(pictures, *rest)
 
     monkeypatch.setattr(visualize_results, "contact_sheet", sheet)
-    run(monkeypatch, visualize_results, *results)
+    run(monkeypatch, visualize_results, *results, "--threshold", 0.8)
     (caption,) = captions
     assert caption.startswith("1. val_00005.jpg") and "false positives 1" in caption
+    assert "detections of score ≥ 0.8." in capsys.readouterr().out
+    run(monkeypatch, visualize_results, *results)  # F1 is best without what is invented
+    assert "false positives 0" in captions[1]
+    said = "is best, at IoU 0.5: square 0.9, triangle 0.9, star 0.9. For all"
+    assert said in capsys.readouterr().out and said in (tmp_path / "out/index.html").read_text()
 
 
 @pytest.mark.slow

@@ -49,10 +49,13 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
         thresholds: after `evaluate`, on the main worker, what `analysis.thresholds` returns
     """
 
-    thresholds: dict[str, Any] | None = None
-
     def __init__(self, *args: Any, allow_cached_coco: bool = False, **options: Any):
         super().__init__(*args, allow_cached_coco=allow_cached_coco, **options)
+        self.thresholds: dict[str, Any] | None = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.thresholds = None
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs, strict=True):

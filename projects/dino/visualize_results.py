@@ -107,7 +107,7 @@ CAPTIONS = {
     "threshold. Missed are here the boxes that are detected as no class at all.",
     "errors": "Left, kinds of errors above the threshold, as in TIDE (arXiv 2008.08115). Missed "
     "are here all boxes that no detection of their class finds, also those detected as another "
-    "class; TIDE leaves out those beside other errors. Right, TIDE's dAP: by how much AP would rise "
+    "class; TIDE leaves out those beside other errors. Right, TIDE's dAP: how much AP would rise "
     "if this kind alone were put right, in detections of any score. It is a mean over COCO's ten "
     "IoUs, most of which call boxes wrong that are right at 0.5; and as in TIDE, missed are only "
     "boxes that nothing would find with another class or place. errors.csv has both by class.",
@@ -171,15 +171,14 @@ def summary(analysis: Analysis, rows: int = 20) -> str:
 
 def thresholds_used(analysis: Analysis, most: int = 20) -> str:
     """Which detections are counted and drawn."""
-    text = f"Detections of score ≥ {analysis.threshold:.3g}"
     if not analysis.of_class:
-        return f"{text} are counted as errors and drawn."
+        return f"Counted as errors and drawn are detections of score ≥ {analysis.threshold:.3g}."
     names = {x.category_id: x.name for x in analysis.classes}
     own = [f"{short_name(names[id])} {value:.3g}" for id, value in analysis.of_class.items()]
     more = f" and {len(own) - most} more, see per_class.csv" if len(own) > most else ""
     return (
-        f"Detections are counted as errors and drawn from the score on that gives their class the "
-        f"best F1 at IoU 0.5: {', '.join(own[:most])}{more}. Of all classes together the best is "
+        "Counted as errors and drawn are detections from the score on at which F1 of their class is "
+        f"best, at IoU 0.5: {', '.join(own[:most])}{more}. For all classes together it is "
         f"{analysis.threshold:.3g}."
     )
 
