@@ -6,6 +6,7 @@ padding plays no role.
 """
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -17,12 +18,15 @@ import pytest
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from PIL import Image
 from torch import distributed, multiprocessing, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dino_d2.data import register
 from dino_d2.distributed.launch import WORKER_VARIABLES, launch, world_size
 from dino_d2.distributed.sharing import (
     distribute,
@@ -37,6 +41,7 @@ from dino_d2.distributed.sharing import (
     unwrap,
 )
 from dino_d2.engine import EMA, NonFiniteLoss, Trainer
+from dino_d2.engine.evaluator import ErrorAnalysisEvaluator
 from dino_d2.modeling import ChannelMapper, ContrastiveDenoising, HungarianMatcher
 from dino_d2.modeling.criterion import BoxesOnly, average_over_workers
 from dino_d2.modeling.swin import SwinTransformer
@@ -621,6 +626,38 @@ def statistics(rank):
 @pytest.mark.slow
 def test_workers_evaluate_with_the_statistics_that_are_saved(run):
     assert run(statistics) == [torch.ones(1)] * 2
+
+
+def evaluated(rank, name):
+    """A worker has an image each: NMS has kept what is wrong and removed what is right."""
+    register(name)
+    evaluator = ErrorAnalysisEvaluator(name)
+    evaluator.reset()
+    parts = {}
+    for part, x, score in (("instances", 50, 0.9), ("suppressed", 10, 0.8)):
+        boxes = Boxes(torch.tensor([[x, 10.0, x + 20, 30]]))
+        parts[part] = Instances((80, 100), pred_boxes=boxes, scores=torch.tensor([score]))
+        parts[part].pred_classes = torch.tensor([1])
+    evaluator.process([{"image_id": rank}], [parts])
+    return evaluator.evaluate(), evaluator.thresholds
+
+
+@pytest.mark.slow
+def test_what_nms_removed_comes_from_all_workers(run, tmp_path):
+    images = [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 80} for i in range(WORLD)]
+    box = {"category_id": 7, "bbox": [10, 10, 20, 20], "area": 400, "iscrowd": 0}
+    boxes = [box | {"id": 1 + i, "image_id": i} for i in range(WORLD)]
+    names = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+    (tmp_path / "val.json").write_text(
+        json.dumps({"images": images, "annotations": boxes, "categories": names})
+    )
+    for i in range(WORLD):
+        Image.new("RGB", (100, 80)).save(tmp_path / f"{i}.png")
+    (results, thresholds), other = run(evaluated, name=f"{tmp_path}/val.json@{tmp_path}")
+    assert results["bbox"]["AP"] == 0 and thresholds == {"all": None, "classes": {}}
+    # Both boxes are found, after what is wrong in both images: precision is 2/4 at every recall.
+    assert results["without_nms"]["AP"] == pytest.approx(50)
+    assert other == ({}, None)
 
 
 # ---- starting workers

@@ -1,1 +1,1 @@
-"""Error analysis: `matching` of boxes, `analysis` in numbers; `engine.evaluator` writes files."""
+"""Error analysis: `matching` of boxes, their `costs`, `analysis`; `engine.evaluator` writes it."""

@@ -135,7 +135,7 @@ def average_precision(correct: np.ndarray, boxes: int) -> float:
     found = np.arange(1, len(ranks) + 1)
     precision = np.maximum.accumulate((found / ranks)[::-1])[::-1]  # the best at a higher recall
     reached = np.searchsorted(found / boxes, RECALLS)
-    return np.append(precision, 0)[reached].mean()
+    return float(np.append(precision, 0)[reached].mean())
 
 
 def costs_of(outcomes: Outcomes) -> Costs:

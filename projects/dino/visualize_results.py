@@ -177,8 +177,8 @@ def thresholds_used(analysis: Analysis, most: int = 20) -> str:
     own = [f"{short_name(names[id])} {value:.3g}" for id, value in analysis.of_class.items()]
     more = f" and {len(own) - most} more, see per_class.csv" if len(own) > most else ""
     return (
-        "Counted as errors and drawn are detections from the score on at which F1 of their class is "
-        f"best, at IoU 0.5: {', '.join(own[:most])}{more}. For all classes together it is "
+        "Counted as errors and drawn are detections from the score on at which F1 of their class "
+        f"is best, at IoU 0.5: {', '.join(own[:most])}{more}. For all classes together it is "
         f"{analysis.threshold:.3g}."
     )
 
