@@ -560,7 +560,7 @@ def test_ap_with_nms_is_that_of_a_model_that_applies_it(registered, caplog):
     caplog.set_level("INFO")
     found = [B, A, NEARLY_A]
     _, results = evaluated(registered, [{"instances": instances(*found)}])
-    assert list(results) == ["bbox", "dAP", "with_nms"]
+    assert list(results) == ["bbox", "dAP", "with_nms", "F1"]
     assert results["with_nms"] == pytest.approx({"AP": 50, "AP50": 50, "AP75": 50})
     assert results["dAP"]["background"] == pytest.approx(50)
     (told,) = (x.message for x in caplog.records if "costs most" in x.message)
@@ -571,7 +571,7 @@ def test_ap_without_nms_is_that_of_what_was_kept_and_removed(registered, tmp_pat
     """Of the same score the one that was kept comes first, so the box is found by the second."""
     outputs = [{"instances": instances(B), "suppressed": instances(A, NEARLY_A)}]
     _, results = evaluated(registered, outputs, output_dir=str(tmp_path / "out"))
-    assert list(results) == ["bbox", "dAP", "without_nms"]
+    assert list(results) == ["bbox", "dAP", "without_nms"]  # and no threshold, as nothing is found
     assert results["bbox"]["AP"] == 0 and results["dAP"]["duplicate"] == 0
     assert results["without_nms"] == pytest.approx({"AP": 50, "AP50": 50, "AP75": 50})
     kept = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
@@ -580,25 +580,19 @@ def test_ap_without_nms_is_that_of_what_was_kept_and_removed(registered, tmp_pat
 
 def test_thresholds_are_left_for_who_applies_the_model(registered, tmp_path):
     outputs = [{"instances": instances(A)}]
-    evaluator, _ = evaluated(registered, outputs, output_dir=str(tmp_path / "out"))
+    _, results = evaluated(registered, outputs, output_dir=str(tmp_path / "out"))
     written = json.loads((tmp_path / "out" / "thresholds.json").read_text())
-    assert (
-        written
-        == evaluator.thresholds
-        == {"all": pytest.approx(0.9), "classes": written["classes"]}
-    )
-    assert list(written["classes"]) == ["cat"]
-    evaluator.reset()
-    assert evaluator.thresholds is None
+    assert written == {"all": pytest.approx(0.9), "classes": {"cat": pytest.approx(0.9)}}
+    assert results["F1"] == {"threshold": written["all"], "threshold-cat": written["all"]}
 
 
 @pytest.mark.parametrize("rest", [{}, {"suppressed": instances()}])
 def test_without_detections_there_is_nothing_to_say(registered, rest, caplog):
     caplog.set_level("INFO")
-    evaluator, results = evaluated(registered, [{"instances": instances()} | rest])
+    _, results = evaluated(registered, [{"instances": instances()} | rest])
     other = results["without_nms" if rest else "with_nms"]
     assert np.isnan(results["bbox"]["AP"]) and other == {"AP": 0, "AP50": 0, "AP75": 0}
-    assert evaluator.thresholds == {"all": None, "classes": {}}
+    assert "F1" not in results
     assert not [x for x in caplog.records if x.name == "dino_d2.engine.evaluator"]
 
 

@@ -469,7 +469,7 @@ def test_images_without_a_mistake_are_not_among_the_worst(
         return contact_sheet(pictures, *rest)
 
     monkeypatch.setattr(visualize_results, "contact_sheet", sheet)
-    run(monkeypatch, visualize_results, *results, "--threshold", 0.8)
+    run(monkeypatch, visualize_results, *results, "--confidence-threshold", 0.8)
     (caption,) = captions
     assert caption.startswith("1. val_00005.jpg") and "false positives 1" in caption
     assert "detections of score ≥ 0.8." in capsys.readouterr().out

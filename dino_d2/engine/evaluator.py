@@ -39,23 +39,16 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
     Beside "bbox" it returns as "dAP" what each kind of error costs, see `evaluation.costs.Costs`,
     and as "with_nms" AP, AP50 and AP75 of what class-wise NMS at IoU 0.8 leaves. If the model has
     applied NMS itself, and gives what it removed as "suppressed" instances beside its "instances",
-    that is instead "without_nms", of all together. Tables, pictures and thresholds.json go to the
-    output folder, if there is one.
+    that is instead "without_nms", of all together. "F1" has the score threshold with the highest F1
+    at IoU 0.5, over all classes and, as "threshold-NAME", of each. Tables, pictures and
+    thresholds.json go to the output folder, if there is one.
 
     By default it converts registered records again each time, as cached ones of an earlier run may
     be of other data.
-
-    Attributes:
-        thresholds: after `evaluate`, on the main worker, what `analysis.thresholds` returns
     """
 
     def __init__(self, *args: Any, allow_cached_coco: bool = False, **options: Any):
         super().__init__(*args, allow_cached_coco=allow_cached_coco, **options)
-        self.thresholds: dict[str, Any] | None = None
-
-    def reset(self) -> None:
-        super().reset()
-        self.thresholds = None
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
@@ -78,6 +71,8 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
         else:
             results += self._suppressed(predictions)
         self._results[name] = self._scores(results)
+        if found := threshold_metrics(self._thresholds):
+            self._results["F1"] = found
         told = advice(self._results)
         if told:
             logger.info(told)
@@ -103,12 +98,18 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
         if iou_type == "bbox":
             with alive("the error analysis"):
                 analysis = analyse(coco_eval or evaluate_boxes(self._coco_api.dataset, []))
-                self._costs, self.thresholds = analysis.costs.mean, thresholds(analysis)
+                self._costs, self._thresholds = analysis.costs.mean, thresholds(analysis)
                 if self._output_dir:
                     write_analysis(analysis, self._output_dir)
                     path = Path(self._output_dir, "thresholds.json")
-                    path.write_text(json.dumps(self.thresholds, indent=2), encoding="utf-8")
+                    path.write_text(json.dumps(self._thresholds, indent=2), encoding="utf-8")
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+
+def threshold_metrics(thresholds: Mapping[str, Any]) -> dict[str, float]:
+    """The result of `analysis.thresholds` by name, as Detectron2 names AP and AP-NAME."""
+    own = {f"threshold-{name}": x for name, x in thresholds["classes"].items()}
+    return own if thresholds["all"] is None else {"threshold": thresholds["all"]} | own
 
 
 def advice(results: Mapping[str, Mapping[str, float]]) -> str:

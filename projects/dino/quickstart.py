@@ -34,7 +34,7 @@ from PIL import Image
 from dino_d2.data import generate, read_results
 from dino_d2.data.normalise import read_annotations
 from dino_d2.engine.folder import check_folder
-from dino_d2.evaluation.analysis import THRESHOLD, analyse, evaluate_boxes
+from dino_d2.evaluation.analysis import analyse, evaluate_boxes
 from dino_d2.visualize import LEGEND, contact_sheet, draw_curves, draw_image_errors
 
 SHOWN = 12  # images
@@ -45,11 +45,12 @@ def draw_detections(data: Path, results: Path, output: Path) -> None:
     dataset = read_annotations(str(data / "val.json"))
     names = {x["id"]: x["name"] for x in dataset["categories"]}
     pictures = []
-    for matches in analyse(evaluate_boxes(dataset, read_results(results, dataset))).images[:SHOWN]:
+    analysis = analyse(evaluate_boxes(dataset, read_results(results, dataset)), threshold=None)
+    for matches in analysis.shown[:SHOWN]:
         image = Image.open(data / "images" / matches.image["file_name"])
-        pair = draw_image_errors(image, matches.above(THRESHOLD), names, side=300)
+        pair = draw_image_errors(image, matches, names, side=300)
         pictures.append((pair, matches.image["file_name"]))
-    title = f"Validation images: annotated, and detected with score ≥ {THRESHOLD:g}"
+    title = f"Validation images: annotated, and detected with {analysis.limit}"
     contact_sheet(pictures, 3, title, LEGEND).save(output)
 
 

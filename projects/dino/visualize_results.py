@@ -50,7 +50,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
     parser.add_argument("--num-images", type=int, default=12, help="of the worst; default: 12")
     parser.add_argument(
-        *("--threshold", "--confidence-threshold"),
+        "--confidence-threshold",
         type=score,
         help="least score of what is drawn, confused and counted as error; AP takes all "
         "detections; default: for each class that of its best F1 at IoU 0.5",
@@ -122,7 +122,7 @@ def load(args: argparse.Namespace) -> Analysis:
     dataset = annotations_of(name)
     results = read_results(args.results, dataset)
     with alive("the error analysis"):
-        return analyse(evaluate_boxes(dataset, results), args.threshold)
+        return analyse(evaluate_boxes(dataset, results), args.confidence_threshold)
 
 
 def draw_worst(analysis: Analysis, args: argparse.Namespace) -> list[Path]:
