@@ -113,12 +113,13 @@ def threshold_metrics(thresholds: Mapping[str, Any]) -> dict[str, float]:
 
 
 def advice(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A sentence on the error that costs most AP, or on duplicates; "" if nothing costs any.
+    """A sentence on duplicates if they cost 1 AP or more, else on what costs most, if anything.
 
     Args:
         results: of `ErrorAnalysisEvaluator`, "bbox", "dAP" and "with_nms" or "without_nms"
     """
-    costs = {kind: cost for kind, cost in results["dAP"].items() if cost > 0}  # and not NaN
+    # Those that are not written as 0.0, nor NaN.
+    costs = {kind: cost for kind, cost in results["dAP"].items() if cost >= 0.05}
     if not costs:
         return ""
     ap, has_nms = results["bbox"]["AP"], "without_nms" in results
