@@ -77,7 +77,7 @@ class Match(NamedTuple):
 
     images: Tensor  # (n,)
     queries: Tensor  # (n,) or (N, n)
-    targets: Tensor  # (n,) or (N, n)
+    targets: Tensor  # (n,) or (N, n); -1 is no match, so that stages may have fewer than others
 
 
 class Branch(NamedTuple):
@@ -95,6 +95,8 @@ class Branch(NamedTuple):
     match: "Match | Callable[[Predictions, list[Target]], Match] | None" = None
     repeats: int = 1  # queries that stand for each box; losses are divided by boxes * repeats
     weight: float = 1.0  # of all its losses
+    class_weight: float = 1.0  # of its class losses, besides
+    denoising: bool = False  # whether class loss and class weight are those of denoising
     # Its predictions, of what the decoder layers give for its queries or, if it has none, for those
     # of the result; None: those of the decoder's heads for its queries.
     heads: Callable[[Sequence[LayerOutput]], Sequence[Predictions]] | None = None

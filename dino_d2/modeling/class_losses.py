@@ -52,7 +52,13 @@ class ClassLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, gamma={self.gamma}"
 
-    def forward(self, logits: Tensor, matched: tuple[Tensor, ...], iou: Tensor) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        matched: tuple[Tensor, ...],
+        iou: Tensor,
+        weights: Tensor | float = 1.0,
+    ) -> Tensor:
         """Sum over all logits of each of N stages: (N,).
 
         Args:
@@ -60,10 +66,12 @@ class ClassLoss(nn.Module):
             matched: indices into the logits (stage, image, query, class) of n pairs per stage; (N,
                 n) when broadcast
             iou: (N, n), of the predicted and the true box of each pair, in [0, 1]; without gradient
+            weights: (n,) or (N, n), of the pairs; 0 makes one background
         """
         own = logits[matched]
         absent = self.background * BackgroundLoss.apply(logits, self.gamma)
-        return absent + (self.object_loss(own, iou) - self.background_loss(own)).sum(1)
+        change = self.object_loss(own, iou) - self.background_loss(own)
+        return absent + (weights * change).sum(1)
 
     def background_loss(self, logits: Tensor) -> Tensor:
         """The loss of the logits (N, n) of pairs as background."""
@@ -113,11 +121,17 @@ class PositionSupervisedLoss(ClassLoss):
     def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0):
         super().__init__(alpha=alpha, gamma=gamma, background=1 - alpha)
 
-    def forward(self, logits: Tensor, matched: tuple[Tensor, ...], iou: Tensor) -> Tensor:
-        images = matched[1].expand_as(iou)
+    def forward(
+        self,
+        logits: Tensor,
+        matched: tuple[Tensor, ...],
+        iou: Tensor,
+        weights: Tensor | float = 1.0,
+    ) -> Tensor:
+        images, iou = matched[1].expand_as(iou), iou * (weights > 0)
         best = iou.new_zeros(logits.shape[:2]).scatter_reduce(1, images, iou, "amax")
         best = best.gather(1, images).clamp(min=torch.finfo(iou.dtype).tiny)
-        return super().forward(logits, matched, iou / best)
+        return super().forward(logits, matched, iou / best, weights)
 
     def object_loss(self, logits: Tensor, iou: Tensor) -> Tensor:
         target = iou**2

@@ -101,11 +101,11 @@ class SetCriterion(nn.Module):
         if not branch.name:
             log_instability(match, len(truth.labels), proposals_last=branch.proposals is not None)
         match = Match(*(send_to_device(x, like=predictions.logits) for x in match))
-        is_denoising = branch.name == "dn"
-        class_loss = self.denoising_class_loss if is_denoising else self.class_loss
-        weights = self.denoising_weights if is_denoising else self.weights
+        class_loss = self.denoising_class_loss if branch.denoising else self.class_loss
+        weights = self.denoising_weights if branch.denoising else self.weights
         sums = self.sums(predictions, match, truth, class_loss)
         weights = {name: branch.weight * weight for name, weight in weights.items()}
+        weights["loss_class"] *= branch.class_weight
         return weigh(sums, weights, num_boxes * branch.repeats, suffixes)
 
     def sums(
@@ -122,12 +122,13 @@ class SetCriterion(nn.Module):
         predicted, expected = boxes[matched], truth.boxes[match.targets]
         corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected)
         matched_logits = *matched, truth.labels[match.targets]
+        weights = (match.targets >= 0).to(logits.dtype)
         # NaN if a box is not finite, matched or not, otherwise 0.
         broken = 0 * (boxes.detach().sum((1, 2, 3)) + truth.boxes.sum())
         return {
-            "loss_class": class_loss(logits, matched_logits, iou(*corners).detach()),
-            "loss_bbox": (predicted - expected).abs().sum((1, 2)) + broken,
-            "loss_giou": (1 - generalized_iou(*corners)).sum(1),
+            "loss_class": class_loss(logits, matched_logits, iou(*corners).detach(), weights),
+            "loss_bbox": (weights * (predicted - expected).abs().sum(2)).sum(1) + broken,
+            "loss_giou": (weights * (1 - generalized_iou(*corners))).sum(1),
         }
 
 
@@ -200,7 +201,7 @@ class BoxesOnly(SetCriterion):
     def branch_losses(
         self, branch: Branch, targets: list[Target], num_boxes: Tensor
     ) -> dict[str, Tensor]:
-        if branch.name == "dn":
+        if branch.denoising:
             assert isinstance(branch.match, Match)  # known by construction
             images, queries, _ = branch.match
             logits = branch.layers[0].logits

@@ -105,6 +105,7 @@ class Denoising(nn.Module):
             match=self.match(index, counts, num_groups),
             repeats=num_groups,
             weight=float(any(counts)),
+            denoising=True,
         )
 
     def choose(self, targets: list[Target], slots: int) -> Tensor:

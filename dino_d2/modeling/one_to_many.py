@@ -1,0 +1,104 @@
+"""Assignment of several queries to each box, for supervision that exists in training only."""
+
+import torch
+from torch import Tensor
+
+from ..boxes import cxcywh_to_xyxy, iou
+from ..ranges import require_share, require_whole
+from ..structures import Match, Predictions, Target
+from .matcher import HungarianMatcher, in_parts
+
+
+class OneToManyMatcher:
+    """The queries that fit a box best, up to a number; a plain callable without parameters.
+
+    The score of a query for a box is `iou_weight * IoU + (1 - iou_weight) * p`, with the
+    probability p of the box's class. A query belongs to the box for which its score is highest, and
+    stands for it if that is at least `threshold`, or if no other query scores higher for some box,
+    but only if it is among the `max_queries` best that do (as in MS-DETR, arXiv 2401.03989, after
+    the anchors of Faster R-CNN). So no query stands for two boxes, and a box whose best queries
+    belong to others has none.
+
+    Everything is computed on the device, without waiting for it.
+
+    Args:
+        iou_weight: in [0, 1]; the rest is the weight of the class
+        threshold: in [0, 1]
+        max_queries: for a box, at least 1
+
+    Raises:
+        ValueError: a number is out of range
+    """
+
+    def __init__(self, *, iou_weight: float = 0.7, threshold: float = 0.4, max_queries: int = 6):
+        require_share(iou_weight=iou_weight, threshold=threshold)
+        require_whole(max_queries=max_queries)
+        self.iou_weight, self.threshold = iou_weight, threshold
+        self.max_queries = max_queries
+
+    @torch.no_grad()
+    def __call__(self, predictions: Predictions, targets: list[Target]) -> Match:
+        """Match every stage and image; the targets of matches that a box does not have are -1.
+
+        Args:
+            predictions: of N stages, (N, B, Q, .)
+            targets: of B images
+        """
+        none = predictions.boxes.new_zeros(0, dtype=torch.int64)
+        by_stage = none.expand(len(predictions.boxes), 0)
+        parts, start = [Match(none, by_stage, by_stage)], 0
+        for image, target in enumerate(targets):
+            if count := len(target.labels):
+                own = Predictions(*(x[:, image] for x in predictions))
+                queries, is_match = self.assign(self.scores(own, target))
+                boxes = torch.arange(start, start + count, device=none.device)
+                found = boxes.where(is_match, -1).flatten(1)
+                parts.append(Match(torch.full_like(found[0], image), queries.flatten(1), found))
+            start += count
+        return Match(*(torch.cat(x, -1) for x in zip(*parts, strict=True)))
+
+    def scores(self, predictions: Predictions, target: Target) -> Tensor:
+        """Scores (N, Q, M) in [0, 1] of the queries of an image, (N, Q, .), for its boxes."""
+        corners = cxcywh_to_xyxy(predictions.boxes)[..., None, :]
+        scores = predictions.logits.new_empty(*predictions.boxes.shape[:2], len(target.labels))
+        for part, labels, boxes in in_parts(scores, target):
+            fit = iou(corners, cxcywh_to_xyxy(boxes))
+            probability = predictions.logits[..., labels].sigmoid()
+            part.copy_(self.iou_weight * fit + (1 - self.iou_weight) * probability)
+        return scores
+
+    def assign(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The best k queries of each box, and whether they stand for it: (N, k, M) each, of scores
+        (N, Q, M) with M > 0."""
+        best, box = scores.max(-1)
+        positive = best >= self.threshold
+        positive = positive.scatter(1, scores.argmax(1), True)
+        boxes = torch.arange(scores.shape[-1], device=scores.device)
+        is_match = positive[..., None] & (box[..., None] == boxes)
+        ranked, queries = scores.where(is_match, -1).topk(min(self.max_queries, len(best[0])), 1)
+        return queries, ranked >= 0
+
+
+class RepeatedMatcher:
+    """Optimal matching with every box `repeats` times (H-DETR, arXiv 2207.13080, section 3.2).
+
+    Args:
+        matcher: one to one, as :class:`HungarianMatcher`
+        repeats: queries for a box, at least 1
+    """
+
+    def __init__(self, matcher: HungarianMatcher, *, repeats: int):
+        require_whole(repeats=repeats)
+        self.matcher, self.repeats = matcher, repeats
+
+    def __call__(self, predictions: Predictions, targets: list[Target]) -> Match:
+        """Match every stage and image; waits for the device as the matcher does."""
+        times, starts, start = self.repeats, [], 0
+        for target in targets:
+            starts.append(start)
+            start += len(target.labels)
+        repeated = [Target(x.labels.repeat(times), x.boxes.repeat(times, 1)) for x in targets]
+        images, queries, boxes = self.matcher(predictions, repeated)
+        counts = torch.tensor([len(x.labels) for x in targets])[images]
+        first = torch.tensor(starts)[images]
+        return Match(images, queries, first + (boxes - times * first) % counts)
