@@ -11,6 +11,7 @@ from dino_d2.modeling import (
     AlignLoss,
     FocalLoss,
     HungarianMatcher,
+    MatchabilityAwareLoss,
     PositionModulatedMatcher,
     PositionSupervisedLoss,
     SetCriterion,
@@ -19,9 +20,16 @@ from dino_d2.modeling import (
 from dino_d2.modeling.class_losses import ClassLoss
 from dino_d2.structures import Target
 
-LOSSES = [FocalLoss, VarifocalLoss, PositionSupervisedLoss, AlignLoss]
+LOSSES = [FocalLoss, VarifocalLoss, PositionSupervisedLoss, AlignLoss, MatchabilityAwareLoss]
 EVERY = pytest.mark.parametrize("kind", LOSSES, ids=lambda kind: kind.__name__)
-BACKGROUND = {FocalLoss: 0.75, VarifocalLoss: 0.75, PositionSupervisedLoss: 0.75, AlignLoss: 1.0}
+BACKGROUND = {
+    FocalLoss: 0.75,
+    VarifocalLoss: 0.75,
+    PositionSupervisedLoss: 0.75,
+    AlignLoss: 1.0,
+    MatchabilityAwareLoss: 1.0,
+}
+GAMMA = dict.fromkeys(LOSSES, 2.0) | {MatchabilityAwareLoss: 1.5}
 
 
 @pytest.fixture
@@ -50,6 +58,8 @@ def of_pair(kind, x, iou, best):
     if kind is PositionSupervisedLoss:
         target = iou**2 / best**2
         return 0.25 * (target - p) ** 2 * cross_entropy(target)
+    if kind is MatchabilityAwareLoss:
+        return cross_entropy(iou**1.5)
     return cross_entropy(max(p.detach() ** 0.25 * iou**0.75, 0.01))
 
 
@@ -70,7 +80,7 @@ def slow_loss(kind, logits, matched, iou):
                     pair = objects.get((image, query, k))
                     if pair is None:
                         p = 1 / (1 + (-x).exp())
-                        total = total - BACKGROUND[kind] * p**2 * (1 - p).log()
+                        total = total - BACKGROUND[kind] * p ** GAMMA[kind] * (1 - p).log()
                     else:
                         total = total + of_pair(kind, x, iou[stage, pair].item(), max(own))
         sums.append(total)
@@ -103,6 +113,10 @@ def one_pair(kind, x, iou, **options):
         (PositionSupervisedLoss, log(3), 0.0, 0.25 * 0.75**2 * -log(0.25)),
         # p = 1/16, the fourth root is 1/2; IoU 1/16, 1/8 of it remains: the target is 1/16
         (AlignLoss, -log(15), 1 / 16, -1 / 16 * log(1 / 16) - 15 / 16 * log(15 / 16)),
+        # IoU 1/4: the target is 1/8
+        (MatchabilityAwareLoss, log(3), 0.25, -0.125 * log(0.75) - 0.875 * log(0.25)),
+        # a box that misses is background: p^1.5 * -log(1 - p)
+        (MatchabilityAwareLoss, log(3), 0.0, 0.75**1.5 * log(4)),
         # 0.01 at least
         (AlignLoss, log(3), 0.0, -0.01 * log(0.75) - 0.99 * log(0.25)),
     ],
@@ -118,6 +132,8 @@ def test_a_pair_costs_what_the_paper_says(kind, x, iou, expected):
         # 0.3 is the weight of background: the pair itself does not know of it
         (VarifocalLoss, {"alpha": 0.3}, 0.5 * (-0.5 * log(0.75) - 0.5 * log(0.25))),
         (PositionSupervisedLoss, {"alpha": 0.6, "gamma": 1.0}, 0.6 * 0.25 * -log(0.75)),
+        # gamma is that of the target, too
+        (MatchabilityAwareLoss, {"alpha": 3.0, "gamma": 2.0}, -0.25 * log(0.75) - 0.75 * log(0.25)),
         (AlignLoss, {"alpha": 0.0}, -0.5 * log(0.75) - 0.5 * log(0.25)),  # the IoU alone
         (AlignLoss, {"alpha": 1.0}, -0.75 * log(0.75) - 0.25 * log(0.25)),  # p alone
     ],
@@ -138,6 +154,8 @@ def test_alpha_and_gamma_are_those_of_the_paper(kind, options, expected):
         (PositionSupervisedLoss, {"alpha": 0.6}, 0.4),
         (AlignLoss, {}, 1.0),
         (AlignLoss, {"alpha": 0.6}, 1.0),
+        (MatchabilityAwareLoss, {}, 1.0),
+        (MatchabilityAwareLoss, {"alpha": 1.5}, 1.5),
     ],
 )
 @pytest.mark.parametrize("gamma", [1.0, 2.0])
@@ -178,6 +196,16 @@ def test_values_and_gradients_are_those_of_a_loop_over_all_logits(kind, pairs):
         results.append((sums.detach(), gradient))
     # fvcore's focal loss is computed in float32
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@EVERY
+def test_a_pair_without_weight_is_background_and_no_best_of_its_image(kind, pairs):
+    logits, (stages, images, queries, classes), iou = pairs
+    iou[:, 4] = 1.0
+    kept = (stages, images[:4], queries[:, :4], classes[:, :4]), iou[:, :4]
+    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    weighted = kind()(logits, (stages, images, queries, classes), iou, weights)
+    torch.testing.assert_close(weighted, kind()(logits, *kept))
 
 
 @EVERY
@@ -253,7 +281,7 @@ def test_the_criterion_passes_the_iou_of_matched_boxes(make_predictions, kind):
     prediction.boxes[:] = torch.tensor([0.5, 0.5, 0.2, 0.4])  # half of the target, inside it
     criterion = SetCriterion(matcher=HungarianMatcher(), class_loss=kind())
     losses = criterion(detector_output([prediction], None, [], None), [target])
-    background = BACKGROUND[kind] * 0.75**2 * log(4)
+    background = BACKGROUND[kind] * 0.75 ** GAMMA[kind] * log(4)
     expected = one_pair(kind, log(3), 0.5) + background
     assert losses["loss_class"].item() == pytest.approx(expected, rel=1e-5)
 
@@ -275,7 +303,7 @@ def test_without_boxes_everything_is_background(make_predictions, make_targets, 
     criterion = SetCriterion(matcher=HungarianMatcher(), class_loss=kind())
     loss = criterion(detector_output([stage], None, [], None), targets)["loss_class"]
     p = stage.logits.sigmoid()
-    torch.testing.assert_close(loss, BACKGROUND[kind] * (p**2 * -(1 - p).log()).sum())
+    torch.testing.assert_close(loss, BACKGROUND[kind] * (p ** GAMMA[kind] * -(1 - p).log()).sum())
 
 
 def use(model, kind):

@@ -19,6 +19,7 @@ from dino_d2.modeling import (
     Denoising,
     FocalLoss,
     HungarianMatcher,
+    MatchabilityAwareLoss,
     PositionModulatedMatcher,
     PositionSupervisedLoss,
     PureQuerySelection,
@@ -245,6 +246,13 @@ def test_an_ablation_changes_one_key(name):
             AlignLoss,
             (1, 1),
         ),
+        (
+            "IoUAware/dino_R_50_4scale_12ep_matchability",
+            HungarianMatcher,
+            MatchabilityAwareLoss,
+            MatchabilityAwareLoss,
+            (1, 1),
+        ),
     ],
 )
 def test_a_config_names_the_class_loss_and_the_matcher(
@@ -278,7 +286,7 @@ def test_the_improved_recipe_is_that_of_detrex_and_mmdetection(on_meta_device):
     [
         ("LOSS.CLASS_LOSS", "VariFocalLoss", "the nearest: VarifocalLoss"),
         ("LOSS.DENOISING_CLASS_LOSS", "Focal", "the nearest: FocalLoss"),
-        ("LOSS.CLASS_LOSS", "", "there are: AlignLoss, FocalLoss, PositionSupervisedLoss, Var"),
+        ("LOSS.CLASS_LOSS", "", "there are: AlignLoss, FocalLoss, MatchabilityAwareLoss, Pos"),
         ("MATCHER.NAME", "PositionModulated", "the nearest: PositionModulatedMatcher"),
         ("QUERY_SELECTION", "MixedSelection", "the nearest: MixedQuerySelection"),
         ("DENOISING.NAME", "ContrastiveDenoise", "the nearest: ContrastiveDenoising"),

@@ -49,7 +49,8 @@ def add_dino_config(cfg: CN) -> None:
     c.MATCHER = CN({"CLASS_COST": 2.0, "BBOX_COST": 5.0, "GIOU_COST": 2.0})
     c.MATCHER.NAME = "HungarianMatcher"  # or PositionModulatedMatcher
     c.LOSS = CN({"CLASS_WEIGHT": 1.0, "BBOX_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0})
-    c.LOSS.CLASS_LOSS = "FocalLoss"  # or VarifocalLoss, PositionSupervisedLoss, AlignLoss
+    c.LOSS.CLASS_LOSS = "FocalLoss"  # or VarifocalLoss, PositionSupervisedLoss, AlignLoss,
+    # MatchabilityAwareLoss
     # For denoising queries; None: as for the others.
     c.LOSS.DENOISING_CLASS_LOSS = None
     c.LOSS.DENOISING_CLASS_WEIGHT = None

@@ -5,6 +5,7 @@ from .class_losses import (
     CLASS_LOSS_REGISTRY,
     AlignLoss,
     FocalLoss,
+    MatchabilityAwareLoss,
     PositionSupervisedLoss,
     VarifocalLoss,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Encoder",
     "FocalLoss",
     "HungarianMatcher",
+    "MatchabilityAwareLoss",
     "MixedQuerySelection",
     "PositionModulatedMatcher",
     "PositionSupervisedLoss",

@@ -4,6 +4,7 @@
     VarifocalLoss           VarifocalNet, arXiv 2008.13367, equation 2
     PositionSupervisedLoss  Stable-DINO, arXiv 2304.04742
     AlignLoss               Align-DETR, arXiv 2304.07527
+    MatchabilityAwareLoss   DEIM, arXiv 2412.04234
 
 Where nothing is, they differ by a weight alone. Where an object is, FocalLoss asks for a
 probability of 1, the others for one that says how well the predicted box fits, so that the best
@@ -153,6 +154,23 @@ class AlignLoss(ClassLoss):
         probability = logits.detach().sigmoid()
         target = (probability**self.alpha * iou ** (1 - self.alpha)).clamp(min=0.01)
         return cross_entropy(logits, target)
+
+
+@CLASS_LOSS_REGISTRY.register()
+class MatchabilityAwareLoss(ClassLoss):
+    """The target is IoU^gamma, also of boxes that hardly fit; alpha weighs background.
+
+    A box that misses its object (IoU 0) is background.
+    """
+
+    max_alpha = math.inf
+
+    def __init__(self, *, alpha: float = 1.0, gamma: float = 1.5):
+        super().__init__(alpha=alpha, gamma=gamma, background=alpha)
+
+    def object_loss(self, logits: Tensor, iou: Tensor) -> Tensor:
+        found = cross_entropy(logits, iou**self.gamma)
+        return torch.where(iou > 0, found, self.background_loss(logits))
 
 
 class BackgroundLoss(torch.autograd.Function):
