@@ -19,8 +19,9 @@ from dino_d2.layers import MLP, class_head
 from dino_d2.modeling import HungarianMatcher
 from dino_d2.modeling.branches import decode
 from dino_d2.modeling.detector import Detector
+from dino_d2.modeling.one_to_many import RepeatedMatcher
 from dino_d2.modeling.postprocess import postprocess
-from dino_d2.structures import Branch, Match, Predictions, Queries, Target
+from dino_d2.structures import Branch, Match, Predictions, Queries
 from dino_d2.weights import model_zoo
 from dino_d2.weights.checkpointer import Checkpointer
 
@@ -34,21 +35,13 @@ class OneToMany(nn.Module):
         super().__init__()
         self.content = nn.Embedding(num_queries, embed_dim)
         self.anchors = nn.Embedding(num_queries, 4)
-        self.repeats = repeats
+        self.matcher = RepeatedMatcher(HungarianMatcher(), repeats=repeats)
 
     def forward(self, targets, queries, memory):
         parts = self.content.weight, self.anchors.weight.sigmoid()
         own = Queries(*(x.expand(len(targets), -1, -1) for x in parts))
-        return Branch("many", own, match=self.match, repeats=self.repeats, weight=0.5)
-
-    def match(self, predictions, targets):
-        counts = torch.tensor([len(x.labels) for x in targets])
-        times = self.repeats
-        repeated = [Target(x.labels.repeat(times), x.boxes.repeat(times, 1)) for x in targets]
-        images, queries, boxes = HungarianMatcher()(predictions, repeated)
-        starts = counts.cumsum(0) - counts
-        inside = (boxes - times * starts[images]) % counts[images]
-        return Match(images, queries, starts[images] + inside)
+        matcher = self.matcher
+        return Branch("many", own, match=matcher, repeats=matcher.repeats, weight=0.5)
 
 
 class Foreground(nn.Module):
@@ -97,7 +90,7 @@ class SecondPass(nn.Module):
             for layer, ffn in zip(model.decoder.layers, self.ffns, strict=True)
         ]
         decoder = partial(model.decoder, layers=layers)
-        others = [x for x in others if x.name == "dn"]
+        others = [x for x in others if x.denoising]
         return [
             x._replace(name=f"second{x.name}", proposals=None)
             for x in decode(decoder, memory, result, others)
@@ -147,15 +140,6 @@ def test_further_heads_and_passes_add_losses_and_learn(make_dino, make_batch, re
     assert names == {f"loss_giou{kind}" for kind in kinds} | {"loss_mean_again"}
     sum(losses.values()).backward()
     assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
-
-
-def test_several_queries_stand_for_a_box(branched, make_batch):
-    targets = branched.prepare_targets(make_batch(2, 1))
-    many = branched.branches[0]
-    queries = torch.rand(1, 2, 12, 3), torch.rand(1, 2, 12, 4) / 2
-    match = many.match(Predictions(*queries), targets)
-    assert torch.bincount(match.targets[0]).tolist() == [3, 3, 3]
-    assert torch.equal((match.targets[0] == 2).int(), (match.images == 1).int())
 
 
 def test_two_branches_of_one_name_are_refused(branched, make_batch):

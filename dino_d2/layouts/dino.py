@@ -14,7 +14,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from .adapt import CLASS_BIAS, HEAD, LABELS
+from .adapt import CLASS_BIAS, HEAD, LABELS, TRAINING_ONLY
 from .backbones import convnext_of_timm, resnet_names
 from .renaming import CheckpointError, State, move, rename
 
@@ -157,7 +157,11 @@ def from_mmdet(state: State) -> State:
 
 
 def to_official(state: State) -> State:
-    """Convert our state dict to official DINO's, with heads for all layers and its aliases."""
+    """Convert our state dict to official DINO's, with heads for all layers and its aliases.
+
+    Branches and passes that only training has are left out.
+    """
+    state = {key: x for key, x in state.items() if not key.startswith(TRAINING_ONLY)}
     state = rename(state, _OFFICIAL, back=True)
     levels = {_level(key) for key in state if re.match(r"input_proj\.\d", key)}
     for key in [key for key in state if key.startswith("input_proj.extra.")]:

@@ -1,6 +1,7 @@
 """The stages of the detector; `dino.py` joins them to a Detectron2 meta-architecture."""
 
 from .backbones import BackboneError, TimmBackbone, ViTDet
+from .branches import BRANCH_REGISTRY, PASS_REGISTRY
 from .class_losses import (
     CLASS_LOSS_REGISTRY,
     AlignLoss,
@@ -15,6 +16,7 @@ from .denoising import DENOISING_REGISTRY, ContrastiveDenoising, Denoising
 from .encoder import Encoder
 from .matcher import MATCHER_REGISTRY, HungarianMatcher, PositionModulatedMatcher
 from .neck import ChannelMapper
+from .one_to_many import OneToManyHead, OneToManyMatcher, OneToManyQueries
 from .query_selection import (
     QUERY_SELECTION_REGISTRY,
     MixedQuerySelection,
@@ -23,9 +25,11 @@ from .query_selection import (
 )
 
 __all__ = [
+    "BRANCH_REGISTRY",
     "CLASS_LOSS_REGISTRY",
     "DENOISING_REGISTRY",
     "MATCHER_REGISTRY",
+    "PASS_REGISTRY",
     "QUERY_SELECTION_REGISTRY",
     "AlignLoss",
     "BackboneError",
@@ -38,6 +42,9 @@ __all__ = [
     "HungarianMatcher",
     "MatchabilityAwareLoss",
     "MixedQuerySelection",
+    "OneToManyHead",
+    "OneToManyMatcher",
+    "OneToManyQueries",
     "PositionModulatedMatcher",
     "PositionSupervisedLoss",
     "PureQuerySelection",

@@ -9,10 +9,11 @@ A further pass through the decoder is a module that is called with the model, th
 branches before decoding, and that returns branches as `decode` does, under other names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from detectron2.utils.registry import Registry
+from torch import Tensor
 
 from ..structures import (
     Branch,
@@ -23,9 +24,15 @@ from ..structures import (
     split_predictions,
 )
 
+BRANCH_REGISTRY = Registry("BRANCH")
+PASS_REGISTRY = Registry("PASS")
+
 
 def decode(
-    decoder: nn.Module, memory: FeaturePyramid, result: Branch, others: Sequence[Branch] = ()
+    decoder: Callable[..., list[LayerOutput]],
+    memory: FeaturePyramid,
+    result: Branch,
+    others: Sequence[Branch] = (),
 ) -> list[Branch]:
     """The branches with their predictions of every decoder layer, the result first.
 

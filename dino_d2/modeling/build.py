@@ -7,9 +7,11 @@ from detectron2.utils.registry import Registry
 from ..data import num_classes
 from ..names import hint
 from . import (
+    BRANCH_REGISTRY,
     CLASS_LOSS_REGISTRY,
     DENOISING_REGISTRY,
     MATCHER_REGISTRY,
+    PASS_REGISTRY,
     QUERY_SELECTION_REGISTRY,
     ChannelMapper,
     Decoder,
@@ -57,6 +59,12 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, obje
             **transformer,
         ),
         "denoising": denoising(cfg, classes) if denoising else None,
+        "branches": [
+            named(BRANCH_REGISTRY, name, "MODEL.DINO.BRANCHES")(cfg, classes) for name in c.BRANCHES
+        ],
+        "passes": [
+            named(PASS_REGISTRY, name, "MODEL.DINO.PASSES")(cfg, classes) for name in c.PASSES
+        ],
         "criterion": build_criterion(c),
     }
 

@@ -1,12 +1,26 @@
-"""Assignment of several queries to each box, for supervision that exists in training only."""
+"""Several queries for each box, which only training needs.
+
+OneToManyMatcher   assigns queries by a score of their box and their class
+RepeatedMatcher    assigns them optimally, as if every box were there several times
+OneToManyHead      MS-DETR: another class head for the queries of the result
+OneToManyQueries   H-DETR: further queries
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
 
 from ..boxes import cxcywh_to_xyxy, iou
+from ..layers import class_head
 from ..ranges import require_share, require_whole
-from ..structures import Match, Predictions, Target
+from ..structures import Branch, FeaturePyramid, LayerOutput, Match, Predictions, Queries, Target
+from .branches import BRANCH_REGISTRY
 from .matcher import HungarianMatcher, in_parts
+from .query_selection import MixedQuerySelection
+
+Matcher = Callable[[Predictions, list[Target]], Match]
 
 
 class OneToManyMatcher:
@@ -83,11 +97,11 @@ class RepeatedMatcher:
     """Optimal matching with every box `repeats` times (H-DETR, arXiv 2207.13080, section 3.2).
 
     Args:
-        matcher: one to one, as :class:`HungarianMatcher`
+        matcher: one to one
         repeats: queries for a box, at least 1
     """
 
-    def __init__(self, matcher: HungarianMatcher, *, repeats: int):
+    def __init__(self, matcher: Matcher, *, repeats: int):
         require_whole(repeats=repeats)
         self.matcher, self.repeats = matcher, repeats
 
@@ -102,3 +116,102 @@ class RepeatedMatcher:
         counts = torch.tensor([len(x.labels) for x in targets])[images]
         first = torch.tensor(starts)[images]
         return Match(images, queries, first + (boxes - times * first) % counts)
+
+
+@BRANCH_REGISTRY.register()
+class OneToManyHead(nn.Module):
+    """Another class head for the queries of the result, supervised one to many (MS-DETR, arXiv
+    2401.03989, variant (a)).
+
+    The boxes are those of the result. There is one head for all layers, as the decoder has it.
+
+    Args:
+        num_classes: K
+        embed_dim: C
+        class_weight: of its class losses, relative to those of the result
+        matcher: None: :class:`OneToManyMatcher`
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        embed_dim: int = 256,
+        class_weight: float = 2.0,
+        matcher: Matcher | None = None,
+    ):
+        super().__init__()
+        self.class_head = class_head(embed_dim, num_classes)
+        self.class_weight = class_weight
+        self.matcher = matcher or OneToManyMatcher()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
+        return {"num_classes": num_classes, "embed_dim": cfg.MODEL.DINO.EMBED_DIM}
+
+    def forward(self, targets: list[Target], queries: Queries, memory: FeaturePyramid) -> Branch:
+        return Branch(
+            "many", None, match=self.matcher, class_weight=self.class_weight, heads=self.predict
+        )
+
+    def predict(self, outputs: Sequence[LayerOutput]) -> list[Predictions]:
+        """The predictions of every layer."""
+        return [Predictions(self.class_head(x.features), x.boxes) for x in outputs]
+
+
+@BRANCH_REGISTRY.register()
+class OneToManyQueries(nn.Module):
+    """Further queries, of which several stand for each box (hybrid branch of H-DETR, arXiv
+    2207.13080).
+
+    Their proposals are supervised in the same way. In the published code the result and these
+    queries take different proposals of the same heads; here they have heads of their own.
+
+    Args:
+        num_classes: K
+        embed_dim: C
+        num_queries: beside those of the result
+        repeats: queries for each box
+        weight: of all its losses
+        matcher: one to one; None: :class:`HungarianMatcher`
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        embed_dim: int = 256,
+        num_queries: int = 1500,
+        repeats: int = 6,
+        weight: float = 1.0,
+        matcher: Matcher | None = None,
+    ):
+        super().__init__()
+        self.query_selection = MixedQuerySelection(
+            num_queries=num_queries, embed_dim=embed_dim, num_classes=num_classes
+        )
+        self.matcher = RepeatedMatcher(matcher or HungarianMatcher(), repeats=repeats)
+        self.weight = weight
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
+        c = cfg.MODEL.DINO
+        matcher = HungarianMatcher(
+            class_cost=c.MATCHER.CLASS_COST,
+            bbox_cost=c.MATCHER.BBOX_COST,
+            giou_cost=c.MATCHER.GIOU_COST,
+        )
+        return {"num_classes": num_classes, "embed_dim": c.EMBED_DIM, "matcher": matcher}
+
+    def forward(self, targets: list[Target], queries: Queries, memory: FeaturePyramid) -> Branch:
+        own, proposals = self.query_selection(memory)
+        return Branch(
+            "hybrid",
+            own,
+            match=self.matcher,
+            repeats=self.matcher.repeats,
+            weight=self.weight,
+            proposals=proposals,
+        )

@@ -9,7 +9,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from ..atomic import replacing
 from ..distributed.sharing import gather, scatter
-from ..layouts.adapt import ClassNames
+from ..layouts.adapt import TRAINING_ONLY, ClassNames
 from ..layouts.renaming import CheckpointError, State
 from ..modeling.detector import Detector
 from .files import DamagedCheckpoint, write
@@ -20,6 +20,7 @@ from .fitting import (
     fit_heads,
     fit_names,
     fit_windows,
+    leave_training_only,
     open_weights,
 )
 from .report import report_loaded, report_new_classes, require_loaded
@@ -168,6 +169,7 @@ class Checkpointer(DetectionCheckpointer):
         opened: OpenedWeights = checkpoint.pop("opened")
         state = checkpoint.pop("model")
         checkpoint.pop("matching_heuristics", None)  # has been done
+        own = self.model.state_dict()
         new_classes: list[str] = []
         if is_detector := self.model.count_classes(state) is not None:
             check_settings(self.model, opened.settings, opened.file, complete=self.complete)
@@ -175,8 +177,10 @@ class Checkpointer(DetectionCheckpointer):
         is_ours = "dino_d2" in checkpoint  # "ema" of other tools has another format
         if is_ours and "ema" in self.checkpointables and "ema" in checkpoint:
             average, _ = self.fit(checkpoint["ema"]["weights"], opened)
+            only = {k: x for k, x in own.items() if k.startswith(TRAINING_ONLY)}
+            average = gather(only) | average
             checkpoint["ema"] = checkpoint["ema"] | {"weights": average}
-        own = self.model.state_dict()
+        state = leave_training_only(state, own, opened.file)
         state = fit_windows(state, own, opened.file, complete=self.complete)
         loaded = {key for key, x in state.items() if key in own and x.shape == own[key].shape}
         incompatible = super()._load_model(checkpoint | {"model": scatter(state, own)})
@@ -192,6 +196,8 @@ class Checkpointer(DetectionCheckpointer):
             check_settings(self.model, pixels, opened.file, complete=self.complete)
         # Detectron2 lists what is returned; names of another model would not help.
         unfit = incompatible._replace(incorrect_shapes=[])
+        if self.complete:  # nothing that is missing is needed
+            unfit = unfit._replace(missing_keys=[])
         return unfit if fits else unfit._replace(missing_keys=[], unexpected_keys=[])
 
     def fit(self, state: State, opened: OpenedWeights) -> tuple[State, list[str]]:

@@ -98,6 +98,17 @@ def fit_names(opened: OpenedWeights, model: Detector, *, complete: bool) -> Stat
         return state
 
 
+def leave_training_only(state: State, initial: State, file: str) -> State:
+    """Leave out tensors of branches and passes that the model does not have."""
+    left = {key for key in state if key.startswith(adapt.TRAINING_ONLY) and key not in initial}
+    if left:
+        logger.info(
+            f"{plural(len(left), 'tensor')} of '{file}' only served its training (branches, "
+            "passes); the model does without"
+        )
+    return {key: x for key, x in state.items() if key not in left}
+
+
 def fit_windows(state: State, initial: State, file: str, *, complete: bool) -> State:
     """Interpolate position biases to the windows of the model's Swin transformer.
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from ..layouts.adapt import TRAINING_ONLY
 from ..layouts.renaming import CheckpointError
 from .fitting import OpenedWeights
 
@@ -61,7 +62,8 @@ def require_loaded(
     left = [
         key
         for key in missing
-        if not key.startswith("denoising.") and not key.endswith(".num_batches_tracked")
+        if not key.startswith(("denoising.", *TRAINING_ONLY))
+        and not key.endswith(".num_batches_tracked")
     ]
     if complete and (new_classes or left):
         what = f"the class {new_classes[0]}" if new_classes else f"tensors such as {left[0]}"

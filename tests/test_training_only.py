@@ -1,0 +1,158 @@
+"""What supervises a training, and nothing else: every part of the registries, alike."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from outputs import run_detector
+
+from dino_d2.engine.ema import EMA
+from dino_d2.layouts.dino import to_official
+from dino_d2.modeling import BRANCH_REGISTRY, PASS_REGISTRY
+from dino_d2.names import plural
+from dino_d2.weights.checkpointer import Checkpointer
+
+SIZES = {"num_classes": 3, "embed_dim": 64}
+OPTIONS = {
+    "OneToManyHead": SIZES,
+    "OneToManyQueries": SIZES | {"num_queries": 30},
+}
+PARTS = [name for registry in (BRANCH_REGISTRY, PASS_REGISTRY) for name, _ in registry]
+EVERY = pytest.mark.parametrize("name", PARTS)
+
+
+def add(model, name):
+    is_pass = name in PASS_REGISTRY
+    kind = (PASS_REGISTRY if is_pass else BRANCH_REGISTRY).get(name)
+    (model.passes if is_pass else model.branches).append(kind(**OPTIONS[name]))
+    return model
+
+
+@EVERY
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", [(2, 3), (0, 1), (0, 0), (25, 1)], ids=str)
+def test_every_parameter_learns(make_dino, make_batch, name, counts, precision):
+    model = add(make_dino(), name).train()
+    model.decoder.recompute = counts == (2, 3)
+    batch = make_batch(*counts, sizes=[(64, 64), (48, 80)])
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+        losses = model(batch)
+    assert all(x.isfinite() and x.shape == () for x in losses.values())
+    sum(losses.values()).backward()
+    missing = [n for n, x in model.named_parameters() if x.requires_grad and x.grad is None]
+    assert not missing
+    assert all(x.grad.isfinite().all() for x in model.parameters() if x.requires_grad)
+    moved = [x.grad.any() for part in (model.branches, model.passes) for x in part.parameters()]
+    assert any(moved)
+
+
+@EVERY
+def test_the_result_and_its_losses_do_not_know_of_it(make_dino, make_batch, randomise, name):
+    plain = randomise(make_dino(), std=0.1)
+    model = add(copy.deepcopy(plain), name)
+    batch = make_batch(2, 3)
+    losses = []
+    for x in (plain, model):
+        torch.manual_seed(1)
+        x.denoising.noise_boxes = lambda boxes, copy: boxes  # nothing is drawn
+        x.denoising.label_noise = 0.0
+        losses.append(x.train()(batch))
+    given, found = losses
+    assert found.keys() > given.keys()
+    for key, loss in given.items():
+        torch.testing.assert_close(found[key], loss, rtol=1e-4, atol=1e-5)
+    images = plain.preprocess_images(batch)
+    with torch.no_grad():
+        (alone,), (together,) = (run_detector(x.eval(), images).branches for x in (plain, model))
+    for a, b in zip(alone.layers, together.layers, strict=True):
+        assert torch.equal(a.logits, b.logits) and torch.equal(a.boxes, b.boxes)
+
+
+@EVERY
+@pytest.mark.parametrize("broken", ["weights", "boxes"])
+def test_what_is_not_finite_breaks_the_loss_and_nothing_else(make_dino, make_batch, name, broken):
+    model, batch = add(make_dino(), name).train(), make_batch(3, 2)
+    if broken == "weights":
+        torch.nn.init.constant_(model.encoder.level_embed.weight, torch.nan)
+    else:
+        batch[1]["instances"].gt_boxes.tensor[0, 2] = torch.nan
+    losses = model(batch)
+    assert not sum(losses.values()).isfinite()
+    sum(losses.values()).backward()
+    assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
+
+
+# ---- checkpoints
+
+
+@pytest.fixture
+def messages(caplog, monkeypatch):
+    """What is said while weights are loaded, with its level; a function."""
+    for name in ("dino_d2", "detectron2", "fvcore"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return lambda: [(x.levelname, x.getMessage()) for x in caplog.get_records("call")]
+
+
+def load(model, state, tmp_path):
+    path = str(tmp_path / "weights.pth")
+    checkpoint = {"model": state, "dino_d2": model.settings() | {"classes": ["a", "b", "c"]}}
+    torch.save(checkpoint, path)
+    return Checkpointer(model, classes=["a", "b", "c"], complete=True).load(path)
+
+
+@EVERY
+def test_weights_without_it_are_complete(make_dino, randomise, tmp_path, messages, name):
+    plain, model = randomise(make_dino()), add(make_dino(), name)
+    load(model, plain.state_dict(), tmp_path)
+    state = model.state_dict()
+    assert all(torch.equal(state[key], x) for key, x in plain.state_dict().items())
+    assert [text for level, text in messages() if level == "WARNING"] == []
+
+
+@EVERY
+def test_weights_with_it_serve_a_model_without(make_dino, randomise, tmp_path, messages, name):
+    model, plain = add(randomise(make_dino()), name), make_dino()
+    load(plain, model.state_dict(), tmp_path)
+    state = plain.state_dict()
+    assert all(torch.equal(model.state_dict()[key], x) for key, x in state.items())
+    assert [text for level, text in messages() if level == "WARNING"] == []
+    number = len(model.state_dict()) - len(state)
+    said = [text for _, text in messages() if "only served its training" in text]
+    assert len(said) == 1 and said[0].startswith(plural(number, "tensor"))
+
+
+@EVERY
+def test_weights_are_saved_and_loaded_with_it(make_dino, randomise, tmp_path, name):
+    trained, model = randomise(add(make_dino(), name)), add(make_dino(), name)
+    load(model, trained.state_dict(), tmp_path)
+    assert model.state_dict().keys() == trained.state_dict().keys()
+    torch.testing.assert_close(model.state_dict(), trained.state_dict())
+
+
+def test_averaged_weights_without_it_are_evaluated(make_dino, randomise, tmp_path):
+    plain, model = randomise(make_dino()), add(make_dino(), "OneToManyHead")
+    saved = EMA(plain, 0.9)
+    saved.update()
+    Checkpointer(plain, str(tmp_path), ema=saved).save("model")
+    average = EMA(model, 0.9)
+    Checkpointer(model, complete=True, ema=average).load(str(tmp_path / "model.pth"))
+    assert all(torch.equal(average.weights[key], x) for key, x in saved.weights.items())
+
+
+def test_class_heads_keep_the_rows_of_classes_of_the_same_name(make_dino, randomise, tmp_path):
+    trained = randomise(add(make_dino(), "OneToManyHead"))
+    model, path = copy.deepcopy(randomise(trained)), str(tmp_path / "model.pth")
+    Checkpointer(trained, str(tmp_path), classes=["a", "b", "c"]).save("model")
+    Checkpointer(model, classes=["c", "a", "b"]).load(path)
+    for part, of_trained in zip(
+        (*model.branches, *model.passes), (*trained.branches, *trained.passes), strict=True
+    ):
+        assert torch.equal(part.class_head.weight, of_trained.class_head.weight[[2, 0, 1]])
+
+
+def test_official_weights_are_without_it(make_dino):
+    model = make_dino()
+    state = to_official(model.state_dict())
+    assert to_official(add(model, "OneToManyHead").state_dict()).keys() == state.keys()
