@@ -22,6 +22,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from PIL import Image
+from test_training_only import PARTS, add
 from torch import distributed, multiprocessing, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -101,6 +102,21 @@ def make_deterministic(make_dino, randomise):
     return make
 
 
+@pytest.fixture
+def make_supervised(make_deterministic, randomise):
+    """With every part that only training has, but for auxiliary detectors, unless they are asked
+    for: these draw what they learn from, and divide by it."""
+
+    def make(auxiliary=False, **options):
+        model = make_deterministic(**options)
+        for name in PARTS:
+            if auxiliary or not name.startswith("Auxiliary"):
+                add(model, name)
+        return randomise(model, std=0.1)
+
+    return make
+
+
 def step(model, batch):
     """Losses and gradients, on every worker those of all."""
     model.zero_grad()
@@ -139,7 +155,7 @@ def replicated_steps(rank, cases):
 
 @pytest.mark.slow
 def test_two_workers_with_an_image_each_do_what_one_does_with_both(
-    run, make_deterministic, make_batch
+    run, make_deterministic, make_supervised, make_batch
 ):
     # Empty slots of denoising are supervised as background, and a worker has as many as its own
     # images need: with other numbers of boxes the sum is the same without denoising or, if no
@@ -153,6 +169,7 @@ def test_two_workers_with_an_image_each_do_what_one_does_with_both(
         "boxes on one, no denoising": (make_deterministic(denoising=False), make_batch(2, 0)),
         "more on one, no denoising": (make_deterministic(denoising=False), make_batch(3, 1)),
         "no boxes": (make_deterministic(), make_batch(0, 0)),
+        "more on one, further supervision": (make_supervised(denoising=False), make_batch(3, 1)),
     }
     results = zip(*run(replicated_steps, cases=list(cases.values())), strict=True)
     for (name, (model, batch)), workers in zip(cases.items(), results, strict=True):
@@ -298,6 +315,13 @@ def inputs(make_deterministic, make_batch):
 
 @pytest.mark.slow
 def test_a_sharded_model_learns_what_a_replicated_one_does(run, inputs):
+    replicated, sharded = (run(trained, **inputs, fsdp=x, steps=2) for x in (False, True))
+    assert_same_training(sharded, replicated)
+
+
+@pytest.mark.slow
+def test_further_supervision_is_sharded_as_it_is_replicated(run, make_supervised, make_batch):
+    inputs = {"model": make_supervised(auxiliary=True), "batch": make_batch(2, 2)}
     replicated, sharded = (run(trained, **inputs, fsdp=x, steps=2) for x in (False, True))
     assert_same_training(sharded, replicated)
 

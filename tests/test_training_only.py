@@ -9,7 +9,8 @@ from outputs import run_detector
 
 from dino_d2.engine.ema import EMA
 from dino_d2.layouts.dino import to_official
-from dino_d2.modeling import BRANCH_REGISTRY, PASS_REGISTRY
+from dino_d2.modeling import BRANCH_REGISTRY, PASS_REGISTRY, StaticQueries
+from dino_d2.modeling.passes import Instruction
 from dino_d2.names import plural
 from dino_d2.weights.checkpointer import Checkpointer
 
@@ -17,6 +18,8 @@ SIZES = {"num_classes": 3, "embed_dim": 64}
 OPTIONS = {
     "OneToManyHead": SIZES,
     "OneToManyQueries": SIZES | {"num_queries": 30},
+    "SeparatePass": {"num_layers": 2, "embed_dim": 64, "ffn_dim": 32},
+    "InstructedPass": SIZES | {"num_layers": 2},
 }
 PARTS = [name for registry in (BRANCH_REGISTRY, PASS_REGISTRY) for name, _ in registry]
 EVERY = pytest.mark.parametrize("name", PARTS)
@@ -142,7 +145,7 @@ def test_averaged_weights_without_it_are_evaluated(make_dino, randomise, tmp_pat
 
 
 def test_class_heads_keep_the_rows_of_classes_of_the_same_name(make_dino, randomise, tmp_path):
-    trained = randomise(add(make_dino(), "OneToManyHead"))
+    trained = randomise(add(add(make_dino(), "OneToManyHead"), "InstructedPass"))
     model, path = copy.deepcopy(randomise(trained)), str(tmp_path / "model.pth")
     Checkpointer(trained, str(tmp_path), classes=["a", "b", "c"]).save("model")
     Checkpointer(model, classes=["c", "a", "b"]).load(path)
@@ -156,3 +159,45 @@ def test_official_weights_are_without_it(make_dino):
     model = make_dino()
     state = to_official(model.state_dict())
     assert to_official(add(model, "OneToManyHead").state_dict()).keys() == state.keys()
+
+
+# ---- each of its own
+
+
+def test_a_pass_is_for_a_number_of_layers_and_for_proposals(make_dino, make_batch):
+    model = add(make_dino(num_layers=3), "SeparatePass")
+    with pytest.raises(ValueError, match="decoder of 2 layers, but that of the model has 3"):
+        model(make_batch(1))
+    model = add(make_dino(StaticQueries), "InstructedPass")
+    with pytest.raises(ValueError, match="proposals, which StaticQueries does not make"):
+        model(make_batch(1))
+
+
+def test_only_the_matching_queries_see_the_tokens(make_dino):
+    """Against self-attention with every token and query spelled out."""
+    layer = make_dino().decoder.layers[0]
+    instruction = Instruction(3, 64)
+    x, position, noised = torch.randn(2, 9, 64), torch.randn(2, 9, 64), 4
+    mask = torch.zeros(9, 9, dtype=torch.bool)
+    mask[noised:, :noised] = True
+    found = instruction(9 - noised, layer, x, position, mask)
+    tokens = [y.weight.expand(2, -1, -1) for y in (instruction.content, instruction.position)]
+    for rows, seen in ((slice(noised), x), (slice(noised, 9), torch.cat([tokens[0], x[:, 4:]], 1))):
+        where = position if seen is x else torch.cat([tokens[1], position[:, noised:]], 1)
+        q, keys = (x + position)[:, rows], seen + where
+        y = x[:, rows] + layer.self_attn(q, keys, seen, need_weights=False)[0]
+        torch.testing.assert_close(found[:, rows], instruction.norm(y))
+
+
+def test_a_separate_pass_of_the_decoders_own_parts_is_the_first_one_again(make_dino, make_batch):
+    model = add(make_dino(), "SeparatePass").eval()
+    model.passes[0].parts = torch.nn.ModuleList(x.ffn for x in model.decoder.layers)
+    batch = make_batch(2, 1)
+    images, targets = model.preprocess_images(batch), model.prepare_targets(batch)
+    output = run_detector(model, images, targets)
+    for first, second in (("", "separate"), ("dn", "separate_dn")):
+        pair = zip(output.named(first).layers, output.named(second).layers, strict=True)
+        for a, b in pair:
+            torch.testing.assert_close(a, b)
+    losses = model.criterion(output, targets)
+    assert losses["loss_giou_separate_dn"] == losses["loss_giou_dn"]

@@ -17,6 +17,7 @@ from .encoder import Encoder
 from .matcher import MATCHER_REGISTRY, HungarianMatcher, PositionModulatedMatcher
 from .neck import ChannelMapper
 from .one_to_many import OneToManyHead, OneToManyMatcher, OneToManyQueries
+from .passes import InstructedPass, SeparatePass
 from .query_selection import (
     QUERY_SELECTION_REGISTRY,
     MixedQuerySelection,
@@ -40,6 +41,7 @@ __all__ = [
     "Encoder",
     "FocalLoss",
     "HungarianMatcher",
+    "InstructedPass",
     "MatchabilityAwareLoss",
     "MixedQuerySelection",
     "OneToManyHead",
@@ -48,6 +50,7 @@ __all__ = [
     "PositionModulatedMatcher",
     "PositionSupervisedLoss",
     "PureQuerySelection",
+    "SeparatePass",
     "SetCriterion",
     "StaticQueries",
     "TimmBackbone",

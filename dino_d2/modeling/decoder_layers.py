@@ -1,5 +1,7 @@
 """The layers of the decoder."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from ..layers import MLP, DeformableAttention
@@ -42,6 +44,9 @@ class DecoderLayer(nn.Module):
         reference: Tensor,
         memory: FeaturePyramid,
         attn_mask: Tensor | None = None,
+        *,
+        attend: Callable[..., Tensor] | None = None,
+        ffn: nn.Module | None = None,
     ) -> Tensor:
         """Update the content of the queries; returns (B, Q, C).
 
@@ -51,11 +56,21 @@ class DecoderLayer(nn.Module):
             reference: (B, Q, 4) boxes or (B, Q, 2) points, where to look
             memory: of the encoder
             attn_mask: (Q, Q), True where self-attention is forbidden
+            attend: in place of `attend`, called with the layer before the arguments; this and the
+                next are for further passes through the decoder
+            ffn: in place of the feed-forward part
         """
-        q = x + position
-        y = self.self_attn(q, q, x, attn_mask=attn_mask, need_weights=False)[0]
-        x = self.norm1(x + self.dropout(y))
+        x = (attend or type(self).attend)(self, x, position, attn_mask)
         scaled = scale_to_levels(reference, memory.valid_ratios)
         y = self.cross_attn(x + position, scaled, memory)
         x = self.norm2(x + self.dropout(y))
-        return self.norm3(x + self.dropout(self.ffn(x)))
+        return self.norm3(x + self.dropout((ffn or self.ffn)(x)))
+
+    def attend(
+        self, x: Tensor, position: Tensor, attn_mask: Tensor | None, norm: nn.Module | None = None
+    ) -> Tensor:
+        """Self-attention among queries with its residual connection and norm, by default its own;
+        arguments and result are as of `forward`."""
+        q = x + position
+        y = self.self_attn(q, q, x, attn_mask=attn_mask, need_weights=False)[0]
+        return (norm or self.norm1)(x + self.dropout(y))

@@ -76,19 +76,31 @@ class PureQuerySelection(nn.Module):
         return selection_from_config(cfg, num_classes)
 
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, Predictions]:
-        tokens, anchors, logits = self.candidates(memory)
+        return self.select(memory, self.class_head, self.box_head)
+
+    def select(
+        self, memory: FeaturePyramid, class_head: nn.Module, box_head: nn.Module
+    ) -> tuple[Queries, Predictions]:
+        """Queries and proposals by heads that need not be its own."""
+        tokens, anchors = self.features(memory)
+        logits = class_head(tokens)
         best = self.best(logits.amax(-1))
         tokens, anchors, logits = (take_tokens(x, best) for x in (tokens, anchors, logits))
-        boxes = (self.box_head(tokens) + anchors).sigmoid()
+        boxes = (box_head(tokens) + anchors).sigmoid()
         return Queries(self.content_of(tokens), boxes.detach()), Predictions(logits, boxes)
 
     def candidates(self, memory: FeaturePyramid) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every token its feature (B, S, C), its anchor (B, S, 4) before the sigmoid, inf where
-        no object is expected, and its class logits (B, S, K)."""
+        """Of every token its feature and its anchor, see `features`, and its logits (B, S, K)."""
+        tokens, anchors = self.features(memory)
+        return tokens, anchors, self.class_head(tokens)
+
+    def features(self, memory: FeaturePyramid) -> tuple[Tensor, Tensor]:
+        """Of every token its feature (B, S, C) and its anchor (B, S, 4) before the sigmoid, inf
+        where no object is expected."""
         anchors = proposal_anchors(memory)
         invalid = anchors[..., :1].isinf()
         tokens = self.memory_norm(self.memory_proj(memory.tokens.masked_fill(invalid, 0)))
-        return tokens, anchors, self.class_head(tokens)
+        return tokens, anchors
 
     def best(self, scores: Tensor) -> Tensor:
         """The tokens (B, Q) of the highest scores (B, S)."""
