@@ -10,14 +10,20 @@ from outputs import run_detector
 from dino_d2.engine.ema import EMA
 from dino_d2.layouts.dino import to_official
 from dino_d2.modeling import BRANCH_REGISTRY, PASS_REGISTRY, StaticQueries
+from dino_d2.modeling.auxiliary import Levels, image_sizes, to_instances
 from dino_d2.modeling.passes import Instruction
 from dino_d2.names import plural
+from dino_d2.structures import Target
 from dino_d2.weights.checkpointer import Checkpointer
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of Detectron2's anchors
 
 SIZES = {"num_classes": 3, "embed_dim": 64}
 OPTIONS = {
     "OneToManyHead": SIZES,
     "OneToManyQueries": SIZES | {"num_queries": 30},
+    "AuxiliaryFCOS": SIZES,
+    "AuxiliaryFasterRCNN": SIZES | {"fc_dim": 32},
     "SeparatePass": {"num_layers": 2, "embed_dim": 64, "ffn_dim": 32},
     "InstructedPass": SIZES | {"num_layers": 2},
 }
@@ -201,3 +207,19 @@ def test_a_separate_pass_of_the_decoders_own_parts_is_the_first_one_again(make_d
             torch.testing.assert_close(a, b)
     losses = model.criterion(output, targets)
     assert losses["loss_giou_separate_dn"] == losses["loss_giou_dn"]
+
+
+def test_auxiliary_boxes_and_maps_are_where_the_image_is(make_memory):
+    # Of 48 x 40 pixels the second image has the upper left 24 x 32: 3 x 4 of 6 x 5 tokens.
+    padding = torch.zeros(2, 48, 40, dtype=torch.bool)
+    padding[1, 24:] = padding[1, :, 32:] = True
+    memory = make_memory(padding=padding)
+    assert image_sizes(memory) == [(48, 40), (24, 32)]
+    fine, coarse = Levels(embed_dim=32, num_levels=2)(memory).values()
+    assert fine.shape == (2, 32, 6, 5) and coarse.shape == (2, 32, 3, 3)
+    assert torch.equal(fine[0, :, 2, 3], memory.tokens[0, 2 * 5 + 3])
+    assert not fine[1, :, 3:].any() and not fine[1, :, :, 4:].any() and fine[1, :, :3, :4].all()
+    boxes = [[0.5, 0.5, 0.5, 1.0], [0.5, 0.5, 0.0, 1.0], [torch.nan, 0.5, 0.1, 0.1]]
+    instances = to_instances(Target(torch.tensor([2, 1, 0]), torch.tensor(boxes)), (24, 32))
+    assert instances.gt_boxes.tensor.tolist() == [[8.0, 0.0, 24.0, 24.0]]
+    assert instances.gt_classes.tolist() == [2]

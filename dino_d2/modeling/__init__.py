@@ -1,5 +1,6 @@
 """The stages of the detector; `dino.py` joins them to a Detectron2 meta-architecture."""
 
+from .auxiliary import AuxiliaryFasterRCNN, AuxiliaryFCOS
 from .backbones import BackboneError, TimmBackbone, ViTDet
 from .branches import BRANCH_REGISTRY, PASS_REGISTRY
 from .class_losses import (
@@ -33,6 +34,8 @@ __all__ = [
     "PASS_REGISTRY",
     "QUERY_SELECTION_REGISTRY",
     "AlignLoss",
+    "AuxiliaryFCOS",
+    "AuxiliaryFasterRCNN",
     "BackboneError",
     "ChannelMapper",
     "ContrastiveDenoising",
