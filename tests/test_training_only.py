@@ -8,12 +8,14 @@ import torch
 from outputs import run_detector
 
 from dino_d2.engine.ema import EMA
+from dino_d2.export.graph import Exportable
 from dino_d2.layouts.dino import to_official
 from dino_d2.modeling import BRANCH_REGISTRY, PASS_REGISTRY, StaticQueries
 from dino_d2.modeling.auxiliary import Levels, image_sizes, to_instances
 from dino_d2.modeling.passes import Instruction
 from dino_d2.names import plural
 from dino_d2.structures import Target
+from dino_d2.trace import trace
 from dino_d2.weights.checkpointer import Checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of Detectron2's anchors
@@ -90,6 +92,34 @@ def test_what_is_not_finite_breaks_the_loss_and_nothing_else(make_dino, make_bat
     assert not sum(losses.values()).isfinite()
     sum(losses.values()).backward()
     assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
+
+
+def test_what_is_seen_inside_is_the_same_with_all_of_it(make_dino, make_batch):
+    plain = make_dino().eval()
+    model = copy.deepcopy(plain)
+    for name in PARTS:
+        add(model, name).eval()
+    batch = make_batch(2, 1)
+    images, targets = model.preprocess_images(batch), model.prepare_targets(batch)
+    alone, together = (trace(x, images, targets) for x in (plain, model))
+    torch.testing.assert_close(together.selection._asdict(), alone.selection._asdict())
+    for a, b in zip(alone.layers, together.layers, strict=True):
+        torch.testing.assert_close(b._asdict(), a._asdict())
+
+
+def test_an_exported_file_has_nothing_that_only_training_needs(make_dino):
+    plain = make_dino().eval()
+    model = copy.deepcopy(plain)
+    for name in PARTS:
+        add(model, name).eval()
+    given = Exportable(model).state_dict()
+    expected = {f"model.{k}" for k in plain.state_dict() if not k.startswith("denoising.")}
+    assert given.keys() == expected
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]])
+    with torch.no_grad():
+        for a, b in zip(Exportable(model)(*images), Exportable(plain)(*images), strict=True):
+            assert torch.equal(a, b)
+    assert len(model.branches) == 4 and model.denoising is not None  # it is only shared
 
 
 # ---- checkpoints

@@ -7,6 +7,7 @@ are fixed on export, the number of images is not.
 import ast
 import json
 import warnings
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ class Exportable(nn.Module):
 
     def __init__(self, model: DINO):
         super().__init__()
-        self.model = model
+        self.model = copy(model)  # of the same parameters, but for those that only training needs
+        training = "denoising", "branches", "passes"
+        self.model._modules = {k: x for k, x in model._modules.items() if k not in training}
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Detect in padded images.
