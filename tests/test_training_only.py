@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from outputs import run_detector
 
 from dino_d2.engine.ema import EMA
@@ -16,6 +17,7 @@ from dino_d2.modeling.passes import Instruction
 from dino_d2.names import plural
 from dino_d2.structures import Target
 from dino_d2.trace import trace
+from dino_d2.weights import model_zoo
 from dino_d2.weights.checkpointer import Checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of Detectron2's anchors
@@ -198,6 +200,18 @@ def test_official_weights_are_without_it(make_dino):
 
 
 # ---- each of its own
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "nearest"),
+    [("BRANCHES", "OneToManyHeads", "OneToManyHead"), ("PASSES", "Separate", "SeparatePass")],
+)
+def test_an_unknown_part_is_answered_with_the_nearest(key, name, nearest):
+    cfg = model_zoo.get_config("quickstart")
+    cfg.MODEL.DINO[key], cfg.MODEL.DEVICE = [name], "meta"
+    message = f"MODEL.DINO.{key} is '{name}', which is unknown; the nearest: {nearest}"
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        build_model(cfg)
 
 
 def test_a_pass_is_for_a_number_of_layers_and_for_proposals(make_dino, make_batch):

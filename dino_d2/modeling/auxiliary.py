@@ -61,16 +61,15 @@ class AuxiliaryDetector(nn.Module):
     by the number of boxes averaged over workers. They wait for the device several times.
 
     Args:
-        name: of its branch
         embed_dim: C
         num_levels: L
         weight: of all its losses; Co-DETR has 2 for each of six decoder layers
     """
 
-    def __init__(self, name: str, *, embed_dim: int, num_levels: int, weight: float):
+    def __init__(self, *, embed_dim: int, num_levels: int, weight: float):
         super().__init__()
         require_not_negative(weight=weight)
-        self.name, self.weight = name, weight
+        self.weight = weight
         self.levels = Levels(embed_dim=embed_dim, num_levels=num_levels)
 
     @classmethod
@@ -84,7 +83,7 @@ class AuxiliaryDetector(nn.Module):
         # Detectron2's heads log what they sample, and fail where nothing is there to log to.
         with nullcontext() if has_event_storage() else EventStorage():
             losses = self.losses(ImageList(memory.tokens, sizes), self.levels(memory), truth)
-        return Branch(self.name, None, losses={k: self.weight * x for k, x in losses.items()})
+        return Branch("aux", None, losses={k: self.weight * x for k, x in losses.items()})
 
     def losses(
         self, images: ImageList, features: dict[str, Tensor], targets: list[Instances]
@@ -130,7 +129,7 @@ class AuxiliaryFCOS(AuxiliaryDetector):
     def __init__(
         self, *, num_classes: int, embed_dim: int = 256, num_levels: int = 4, weight: float = 12.0
     ):
-        super().__init__("fcos", embed_dim=embed_dim, num_levels=num_levels, weight=weight)
+        super().__init__(embed_dim=embed_dim, num_levels=num_levels, weight=weight)
         shapes = self.levels.output_shape()
         self.detector = FCOS(
             backbone=self.levels,
@@ -178,7 +177,7 @@ class AuxiliaryFasterRCNN(AuxiliaryDetector):
         fc_dim: int = 1024,
         weight: float = 12.0,
     ):
-        super().__init__("rcnn", embed_dim=embed_dim, num_levels=num_levels, weight=weight)
+        super().__init__(embed_dim=embed_dim, num_levels=num_levels, weight=weight)
         names = list(self.levels.shapes)
         strides = [x.stride for x in self.levels.shapes.values()]
         ratios = [0.5, 1.0, 2.0]
