@@ -177,7 +177,8 @@ def table(
         return [name.replace("_", " "), *counts, *map(cell, costs)]
 
     rows = [row(x, getattr(model, x), flops.stages[x], kept[x]) for x in stages_of(model)]
-    rows.append(row("rest", nn.Identity(), 0, kept["rest"]))
+    rest = [x for name, x in model.named_children() if name not in stages_of(model)]
+    rows.append(row("rest", nn.ModuleList(rest), 0, kept["rest"]))
     rows.append(row("total", model, total, kept.total()))
     columns = ["stage", "parameters", "trained", "GFLOPs", "share", "time, ms"]
     columns += ["memory, MiB", "kept for backward, MiB"]
