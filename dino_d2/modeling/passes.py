@@ -9,7 +9,7 @@ All else is that of the decoder, which so learns from both, and which alone is u
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -24,6 +24,9 @@ from ..structures import Branch, FeaturePyramid, Predictions, Queries
 from .branches import PASS_REGISTRY, decode
 from .one_to_many import Matcher, OneToManyMatcher
 from .query_selection import PureQuerySelection
+
+if TYPE_CHECKING:
+    from .dino import DINO
 
 
 class FurtherPass(nn.Module):
@@ -56,7 +59,7 @@ class FurtherPass(nn.Module):
         self.matcher = matcher or OneToManyMatcher(iou_weight=0.8)
 
     def forward(
-        self, model: Any, memory: FeaturePyramid, result: Branch, others: list[Branch]
+        self, model: "DINO", memory: FeaturePyramid, result: Branch, others: list[Branch]
     ) -> list[Branch]:
         """Its branches, with predictions; a ValueError if the decoder has other layers.
 
@@ -85,7 +88,7 @@ class FurtherPass(nn.Module):
         return decode(partial(model.decoder, layers=layers), memory, own, noised)
 
     def select(
-        self, model: Any, memory: FeaturePyramid, result: Branch
+        self, model: "DINO", memory: FeaturePyramid, result: Branch
     ) -> tuple[Queries, Predictions | None]:
         """Its queries, by default those of the result, and proposals, if there are further ones."""
         assert result.queries is not None
@@ -179,7 +182,7 @@ class InstructedPass(FurtherPass):
         }
 
     def select(
-        self, model: Any, memory: FeaturePyramid, result: Branch
+        self, model: "DINO", memory: FeaturePyramid, result: Branch
     ) -> tuple[Queries, Predictions | None]:
         selection = model.query_selection
         if not isinstance(selection, PureQuerySelection):
