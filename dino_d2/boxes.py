@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import nms
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -23,8 +24,7 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
     """Finite logit of `x` in [0, 1]: both `x` and `1 - x` are clamped to at least `eps`."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))
 
 
 def refine(reference: Tensor, delta: Tensor) -> Tensor:
@@ -71,3 +71,32 @@ def overlap_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
     overlap = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
     return overlap, (a_high - a_low).prod(-1) + (b_high - b_low).prod(-1) - overlap
+
+
+@torch.no_grad()
+def distinct(
+    corners: Tensor, scores: Tensor, threshold: float, labels: Tensor | None = None
+) -> Tensor:
+    """Which boxes non-maximum suppression keeps, in each image and of each label: (B, Q) bool.
+
+    From the highest score down, a box is kept unless its IoU with a kept one is above `threshold`.
+    In float32, and in one call for all images and labels, as graphs of any number of images need
+    it: those of an image are moved down, and those of a label to the right. Waits for the device
+    once, for how many are kept.
+
+    >>> corners = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.5, 0.6], [0.8, 0.8, 0.9, 0.9]]])
+    >>> distinct(corners, torch.tensor([[0.7, 0.9, 0.1]]), 0.8)  # an IoU of 5/6
+    tensor([[False,  True,  True]])
+
+    Args:
+        corners: (B, Q, 4), relative to their image, from -0.5 to 1.5
+        scores: (B, Q)
+        threshold: in [0, 1]
+        labels: (B, Q), int64 from 0 on; None: all boxes have the same
+    """
+    images = torch.arange(corners.shape[0], device=corners.device)[:, None].expand_as(scores)
+    right = torch.zeros_like(images) if labels is None else labels
+    apart = 2 * torch.stack([right, images], -1).tile(2)
+    kept = nms((corners.float() + apart).flatten(0, 1), scores.float().flatten(), threshold)
+    nothing = torch.zeros_like(scores, dtype=torch.bool)
+    return nothing.flatten().index_fill(0, kept, True).view_as(scores)

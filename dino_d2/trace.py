@@ -145,10 +145,10 @@ def sampling_points(
 
 def selection_of(selection: PureQuerySelection, memory: FeaturePyramid, boxes: Tensor) -> Selection:
     """Repeat the query selection, as it does not return the selected tokens."""
-    _, _, logits = selection.candidates(memory)
+    tokens, anchors, logits = selection.candidates(memory)
+    tokens = selection.choose(tokens, anchors, logits, selection.box_head)
     one_class = isinstance(selection, ProposalQueries)  # the first stands for any object
     scores = logits[..., 0] if one_class else logits.amax(-1)
-    tokens = selection.best(scores)
     sizes = torch.tensor([height * width for height, width in memory.shapes], device=tokens.device)
     return Selection(
         scores=scores.gather(1, tokens).sigmoid(),

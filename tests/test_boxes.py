@@ -6,6 +6,7 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 from dino_d2.boxes import (
     cxcywh_to_xyxy,
+    distinct,
     generalized_iou,
     inverse_sigmoid,
     iou,
@@ -116,3 +117,28 @@ def test_boxes_without_area_have_no_iou_and_equal_ones_have_one():
     box, point = torch.tensor([0.1, 0.2, 0.4, 0.9]), torch.tensor([0.3, 0.3, 0.3, 0.3])
     assert iou(point, point) == 0 and iou(box, point) == 0
     assert iou(box, box) == 1
+
+
+def suppress(corners, scores, threshold):
+    """Non-maximum suppression of one image, box by box: the kept, best first."""
+    kept = []
+    for i in scores.argsort(descending=True).tolist():
+        if all(iou(corners[i], corners[j]) <= threshold for j in kept):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.8])
+def test_distinct_boxes_are_those_that_suppression_keeps_in_each_image(threshold):
+    corners = cxcywh_to_xyxy(0.4 + 0.2 * torch.rand(3, 40, 4))
+    scores = torch.rand(3, 40)
+    keep = distinct(corners, scores, threshold)
+    assert keep.dtype == torch.bool and 3 < keep.sum() < 117
+    for image in range(3):
+        kept = suppress(corners[image], scores[image], threshold)
+        assert keep[image].nonzero().flatten().tolist() == sorted(kept)
+
+
+def test_boxes_without_area_and_half_precision_are_distinct_too():
+    boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 1.0, 1.0]]])
+    assert distinct(boxes.bfloat16(), torch.zeros(1, 3).bfloat16(), 0.8).all()

@@ -88,11 +88,12 @@ def test_there_is_a_config_for_every_promise():
     others = {"dino_R_101_4scale_12ep", "dino_R_50_4scale_12ep_improved", "quickstart"}
     assert promised | others <= set(NAMES)
     assert sum(name.startswith("Ablations/") for name in NAMES) == 4
+    assert sum(name.startswith("Relations/") for name in NAMES) == 2
     assert sum(name.startswith("IoUAware/") for name in NAMES) == 4
     assert sum(name.startswith("TrainingOnly/") for name in NAMES) == 4
 
 
-@pytest.mark.parametrize("folder", ["Ablations", "IoUAware", "Predecessors"])
+@pytest.mark.parametrize("folder", ["Ablations", "IoUAware", "Predecessors", "Relations"])
 def test_the_readme_lists_every_config_of_a_folder(folder):
     readme = (CONFIGS / "README.md").read_text()
     stems = {path.stem for path in (CONFIGS / folder).glob("*.py")}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,18 @@ from conftest import TinyBackbone
 from detectron2.structures import ImageList
 from outputs import run_detector
 from PIL import Image
+from torch.export import Dim
 from torch.nn import functional as F
 
 import dino_d2
+from dino_d2 import modeling
+from dino_d2.boxes import refine
 from dino_d2.export import Exportable, check, export, save
-from dino_d2.export.graph import nearest
+from dino_d2.export.graph import nearest, to_onnx
 from dino_d2.export.runtime import About, Detections, Exported, ExportError, compare, fit
 from dino_d2.modeling.postprocess import postprocess
+from dino_d2.modeling.relations import SUPPRESSED
+from dino_d2.structures import FeaturePyramid, LayerOutput
 
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
 sys.path.insert(0, str(PROGRAMS))
@@ -288,6 +294,51 @@ def load(exported, done):
 
 # PyTorch's exporter of ONNX takes twice as long when it is measured what is run.
 KINDS = pytest.mark.parametrize("kind", [".pt2", pytest.param(".onnx", marks=pytest.mark.no_cover)])
+
+
+class Related(torch.nn.Module):
+    """Selection of queries, and attention between them with what a relation makes for it."""
+
+    def __init__(self, relation):
+        super().__init__()
+        self.selection = modeling.DistinctQuerySelection(
+            num_queries=12, embed_dim=8, num_classes=3, iou_threshold=0.5
+        )
+        self.relation = relation(num_heads=2)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, tokens, padding):
+        ratios = torch.ones_like(tokens[:, :1, :2])
+        queries, (logits, boxes) = self.selection(
+            FeaturePyramid(tokens, tokens, padding, ratios, ((4, 5),))
+        )
+        x = queries.content
+        output = LayerOutput(logits, refine(boxes, x[..., :4] / 4), x, boxes)
+        output, mask = self.relation(output, None, last=False)
+        return self.attention(x, x, x + 1, attn_mask=mask, need_weights=False)[0], output.logits
+
+
+@pytest.mark.slow
+@pytest.mark.no_cover
+@pytest.mark.parametrize(
+    "relation",
+    [partial(modeling.DistinctQueries, iou_threshold=0.3), modeling.PositionRelation],
+    ids=["distinct", "position"],
+)
+def test_onnx_has_distinct_queries_and_the_position_relation(randomise, relation):
+    module = randomise(Related(relation)).eval()
+    module.selection.box_head.layers[-1].bias.data[2:] = 3.5  # so that boxes overlap
+    inputs = torch.randn(3, 20, 8), torch.zeros(3, 20, dtype=torch.bool)
+    axes = {0: Dim("batch", min=1)}
+    with torch.no_grad():
+        expected = module(*inputs)
+        graph = torch.export.export(module, inputs, dynamic_shapes=(axes, axes))
+    suppressed = (expected[1] == SUPPRESSED).all(-1).sum(1)
+    assert ((suppressed > 0) == isinstance(module.relation, modeling.DistinctQueries)).all()
+    file = to_onnx(graph)
+    for count in (1, 3):
+        for a, b in zip(file(*(x[:count] for x in inputs)), expected, strict=True):
+            torch.testing.assert_close(a, b[:count], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,11 +1,20 @@
+from functools import partial
+
 import pytest
 import torch
 
-from dino_d2.modeling import MixedQuerySelection, PureQuerySelection, StaticQueries
+from dino_d2.boxes import cxcywh_to_xyxy, iou
+from dino_d2.modeling import (
+    DistinctQuerySelection,
+    MixedQuerySelection,
+    PureQuerySelection,
+    StaticQueries,
+)
 from dino_d2.modeling.query_selection import proposal_anchors
 
 NUM_CLASSES = 3
 SELECTIONS = [PureQuerySelection, MixedQuerySelection]
+ALL = [*SELECTIONS, DistinctQuerySelection]
 
 
 def make_selection(kind, num_queries=6):
@@ -89,7 +98,7 @@ def test_the_best_tokens_by_largest_logit_are_selected_best_first(kind, memory):
         torch.testing.assert_close(queries.reference[image], anchors[image, best])
 
 
-@pytest.mark.parametrize("kind", SELECTIONS)
+@pytest.mark.parametrize("kind", ALL)
 def test_the_box_head_moves_the_anchor(kind, memory):
     selection = make_selection(kind)
     before, _ = selection(memory)
@@ -99,7 +108,7 @@ def test_the_box_head_moves_the_anchor(kind, memory):
     torch.testing.assert_close(after.reference.logit(), moved, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", SELECTIONS)
+@pytest.mark.parametrize("kind", ALL)
 def test_proposals_are_the_queries_and_only_they_are_differentiable(kind, memory, randomise):
     queries, proposals = randomise(make_selection(kind))(memory)
     assert torch.equal(queries.reference, proposals.boxes)
@@ -107,7 +116,7 @@ def test_proposals_are_the_queries_and_only_they_are_differentiable(kind, memory
     assert proposals.boxes.requires_grad and proposals.logits.requires_grad
 
 
-@pytest.mark.parametrize("kind", SELECTIONS)
+@pytest.mark.parametrize("kind", ALL)
 def test_fewer_tokens_than_queries_give_as_many_queries_as_tokens(kind, memory):
     queries, proposals = make_selection(kind, num_queries=100)(memory)
     for x in (*queries[:2], *proposals):
@@ -136,10 +145,68 @@ def test_mixed_content_is_learned_and_the_same_for_all_images(memory):
     assert torch.equal(selection.content.weight.grad, torch.full((6, 32), 2.0))  # two images
 
 
-@pytest.mark.parametrize("kind", SELECTIONS)
+@pytest.mark.parametrize("kind", ALL)
 def test_what_is_on_the_padding_does_not_matter(kind, memory, randomise):
     selection = randomise(make_selection(kind))
     noise = 100 * torch.randn_like(memory.tokens) * memory.padding[..., None]
     noisy = memory._replace(tokens=memory.tokens + noise)
     for a, b in zip(selection(memory), selection(noisy), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:2], b[:2], strict=True))
+
+
+# ---- distinct queries
+
+
+def selected(selection, memory, logits):
+    """The tokens that become queries, of the given logits."""
+    tokens, anchors, _ = selection.candidates(memory)
+    return selection.choose(tokens, anchors, logits, selection.box_head)
+
+
+def test_the_best_distinct_tokens_come_first_and_the_best_of_the_others_follow(make_memory):
+    memory = make_memory()
+    make = partial(DistinctQuerySelection, iou_threshold=0.3)
+    selection = make_selection(make, num_queries=30)  # of 30 + 9 tokens
+    torch.nn.init.constant_(selection.box_head.layers[-1].bias[2:], 3.0)
+    logits = torch.randn(2, 39, NUM_CLASSES)
+    corners = cxcywh_to_xyxy((proposal_anchors(memory) + torch.tensor([0, 0, 3.0, 3.0])).sigmoid())
+    found = selected(selection, memory, logits)
+    for image in range(2):
+        kept, others = [], []
+        for token in logits[image].amax(-1).argsort(descending=True).tolist():
+            near = any(iou(corners[image, token], corners[image, x]) > 0.3 for x in kept)
+            (others if near else kept).append(token)
+        assert 5 < len(kept) < 30
+        assert found[image].tolist() == (kept + others)[:30]
+
+
+def test_queries_are_chosen_among_four_times_as_many_tokens(memory):
+    selection = make_selection(DistinctQuerySelection, num_queries=2)
+    torch.nn.init.constant_(selection.box_head.layers[-1].bias, 20.0)  # boxes are the same
+    logits = torch.randn(2, 45, NUM_CLASSES)
+    logits[:, -8:] += 10
+    assert (selected(selection, memory, logits) >= 37).all()
+
+
+def test_distinct_content_is_a_map_of_the_token_that_does_not_train_it(memory):
+    memory.tokens.requires_grad_()
+    selection = make_selection(DistinctQuerySelection)
+    queries, _ = selection(memory)
+    tokens, anchors, logits = selection.candidates(memory)
+    best = selection.choose(tokens, anchors, logits, selection.box_head)
+    for image in range(2):
+        expected = selection.content_proj(tokens[image, best[image]])
+        torch.testing.assert_close(queries.content[image], expected)
+    queries.content.sum().backward()
+    assert selection.content_proj.weight.grad.any()
+    assert memory.tokens.grad is None and selection.memory_proj.weight.grad is None
+
+
+def test_images_of_a_batch_select_on_their_own(memory, randomise):
+    selection = randomise(make_selection(DistinctQuerySelection))
+    together, _ = selection(memory)
+    for i in range(2):
+        alone = memory._replace(
+            **{k: v[i : i + 1] for k, v in memory._asdict().items() if k != "shapes"}
+        )
+        torch.testing.assert_close(together.reference[i], selection(alone)[0].reference[0])

@@ -40,6 +40,7 @@ QUESTIONS = {
     "aten::repeat_interleave",
     "aten::unique_consecutive",
     "aten::unique_dim",
+    "torchvision::nms",
 }
 COPIES = {"aten::_to_copy", "aten::copy_"}
 INDEXING = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}
@@ -287,6 +288,24 @@ def test_inference_waits_for_nothing(waits, make_dino, make_batch, build):
         detections = postprocess(last, images.image_sizes, 50)
     assert not waits
     assert all(len(x) == 50 and x.scores.is_cuda for x in detections)
+
+
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_distinct_queries_wait_once_per_image_for_each_selection(
+    waits, make_dino, make_batch, with_targets
+):
+    with torch.device("cuda"):
+        model = make_dino(
+            modeling.DistinctQuerySelection, relation=modeling.DistinctQueries, num_layers=3
+        ).eval()
+    batch = make_batch(1, 2)
+    images = model.preprocess_images(batch)
+    targets = model.prepare_targets(batch) if with_targets else None
+    waits.clear()
+    run_detector(model, images, targets)
+    selections = [x for x in waits if "nms" in x]
+    assert len(selections) == 2 * (1 + 3)
+    assert len(waits) - len(selections) == (3 if with_targets else 0)  # who the result is
 
 
 def test_what_is_sent_arrives(waits):

@@ -26,6 +26,7 @@ SIZES = {"num_classes": 3, "embed_dim": 64}
 OPTIONS = {
     "OneToManyHead": SIZES,
     "OneToManyQueries": SIZES | {"num_queries": 30},
+    "DenseQueries": SIZES | {"num_queries": 30},
     "AuxiliaryFCOS": SIZES,
     "AuxiliaryFasterRCNN": SIZES | {"fc_dim": 32},
     "SeparatePass": {"num_layers": 2, "embed_dim": 64, "ffn_dim": 32},
@@ -121,7 +122,7 @@ def test_an_exported_file_has_nothing_that_only_training_needs(make_dino):
     with torch.no_grad():
         for a, b in zip(Exportable(model)(*images), Exportable(plain)(*images), strict=True):
             assert torch.equal(a, b)
-    assert len(model.branches) == 4 and model.denoising is not None  # it is only shared
+    assert len(model.branches) == 5 and model.denoising is not None  # it is only shared
 
 
 # ---- checkpoints
@@ -237,6 +238,11 @@ def test_only_the_matching_queries_see_the_tokens(make_dino):
         q, keys = (x + position)[:, rows], seen + where
         y = x[:, rows] + layer.self_attn(q, keys, seen, need_weights=False)[0]
         torch.testing.assert_close(found[:, rows], instruction.norm(y))
+    of_heads = mask.expand(2 * layer.self_attn.num_heads, 9, 9)  # as those of relations
+    bias = torch.zeros_like(of_heads, dtype=torch.float32).masked_fill(of_heads, -torch.inf)
+    for same in (of_heads, bias):
+        again = instruction(9 - noised, layer, x, position, same)
+        torch.testing.assert_close(again, found)
 
 
 def test_a_separate_pass_of_the_decoders_own_parts_is_the_first_one_again(make_dino, make_batch):

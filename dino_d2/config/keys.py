@@ -30,9 +30,13 @@ def add_dino_config(cfg: CN) -> None:
     c.ENCODER_LAYERS = 6
     c.DECODER_LAYERS = 6
 
-    c.QUERY_SELECTION = "MixedQuerySelection"  # or PureQuerySelection, StaticQueries
+    # Or PureQuerySelection, StaticQueries, DistinctQuerySelection.
+    c.QUERY_SELECTION = "MixedQuerySelection"
     c.NUM_QUERIES = 900
     c.LOOK_FORWARD = 2  # 2: look forward twice, 1: once, 0: boxes are not refined
+    # Of queries to each other, in all decoder layers but the first: DistinctQueries or
+    # PositionRelation, or "" for none.
+    c.RELATION = ""
     c.SHARED_HEADS = True  # all decoder layers share one class head and one box head
 
     # Stages, of "backbone", "encoder" and "decoder", whose activations are recomputed in the
@@ -47,7 +51,7 @@ def add_dino_config(cfg: CN) -> None:
     c.DENOISING.BOX_NOISE = 1.0
 
     # What else supervises the training, and no more exists at inference: OneToManyHead,
-    # OneToManyQueries, AuxiliaryFCOS, AuxiliaryFasterRCNN.
+    # OneToManyQueries, DenseQueries, AuxiliaryFCOS, AuxiliaryFasterRCNN.
     c.BRANCHES = []
     c.PASSES = []  # further passes through the decoder: InstructedPass, SeparatePass
 

@@ -170,14 +170,15 @@ def save(program: ExportedProgram, path: Path, about: About) -> None:
 def to_onnx(program: ExportedProgram) -> "torch.onnx.ONNXProgram":
     """Convert to ONNX with standard operators, all in one file."""
     needs("onnxscript")
-    exported = torch.onnx.export(
-        program,
-        input_names=INPUTS,
-        output_names=Detections._fields,
-        opset_version=OPSET,
-        external_data=False,
-        verbose=False,
-    )
+    with torch.no_grad():  # with gradients PyTorch computes attention with a bias in another way
+        exported = torch.onnx.export(
+            program,
+            input_names=INPUTS,
+            output_names=Detections._fields,
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+        )
     assert exported is not None
     return exported
 

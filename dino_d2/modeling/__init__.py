@@ -17,14 +17,16 @@ from .denoising import DENOISING_REGISTRY, ContrastiveDenoising, Denoising
 from .encoder import Encoder
 from .matcher import MATCHER_REGISTRY, HungarianMatcher, PositionModulatedMatcher
 from .neck import ChannelMapper
-from .one_to_many import OneToManyHead, OneToManyMatcher, OneToManyQueries
+from .one_to_many import DenseQueries, OneToManyHead, OneToManyMatcher, OneToManyQueries
 from .passes import InstructedPass, SeparatePass
 from .query_selection import (
     QUERY_SELECTION_REGISTRY,
+    DistinctQuerySelection,
     MixedQuerySelection,
     PureQuerySelection,
     StaticQueries,
 )
+from .relations import RELATION_REGISTRY, DistinctQueries, PositionRelation
 
 __all__ = [
     "BRANCH_REGISTRY",
@@ -33,6 +35,7 @@ __all__ = [
     "MATCHER_REGISTRY",
     "PASS_REGISTRY",
     "QUERY_SELECTION_REGISTRY",
+    "RELATION_REGISTRY",
     "AlignLoss",
     "AuxiliaryFCOS",
     "AuxiliaryFasterRCNN",
@@ -41,6 +44,9 @@ __all__ = [
     "ContrastiveDenoising",
     "Decoder",
     "Denoising",
+    "DenseQueries",
+    "DistinctQueries",
+    "DistinctQuerySelection",
     "Encoder",
     "FocalLoss",
     "HungarianMatcher",
@@ -51,6 +57,7 @@ __all__ = [
     "OneToManyMatcher",
     "OneToManyQueries",
     "PositionModulatedMatcher",
+    "PositionRelation",
     "PositionSupervisedLoss",
     "PureQuerySelection",
     "SeparatePass",

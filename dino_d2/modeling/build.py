@@ -13,6 +13,7 @@ from . import (
     MATCHER_REGISTRY,
     PASS_REGISTRY,
     QUERY_SELECTION_REGISTRY,
+    RELATION_REGISTRY,
     ChannelMapper,
     Decoder,
     Encoder,
@@ -33,6 +34,7 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, obje
         "num_points": c.NUM_POINTS,
     }
     select = named(QUERY_SELECTION_REGISTRY, c.QUERY_SELECTION, "MODEL.DINO.QUERY_SELECTION")
+    relation = c.RELATION and named(RELATION_REGISTRY, c.RELATION, "MODEL.DINO.RELATION")
     denoising = c.DENOISING.NAME and named(
         DENOISING_REGISTRY, c.DENOISING.NAME, "MODEL.DINO.DENOISING.NAME"
     )
@@ -56,6 +58,7 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, obje
             num_layers=c.DECODER_LAYERS,
             shared_heads=c.SHARED_HEADS,
             look_forward=c.LOOK_FORWARD,
+            relation=relation or None,
             **transformer,
         ),
         "denoising": denoising(cfg, classes) if denoising else None,

@@ -35,6 +35,9 @@ class Decoder(nn.Module):
         layer: makes each layer of the numbers above; it takes what it needs of them
         position_head: makes the positional part of the queries; None: :class:`AnchorPosition`
         final_norm: whether predictions see the queries through a norm (Deformable DETR: no)
+        relation: makes, of `num_heads`, what is called after every layer and says what is left of
+            its predictions and who sees whom in the next, such as :class:`DistinctQueries` and
+            :class:`PositionRelation`; None: everything, and as `attn_mask` says
         size_bias: where the first box head starts with width and height, before the sigmoid
     """
 
@@ -57,6 +60,7 @@ class Decoder(nn.Module):
         position_head: nn.Module | None = None,
         final_norm: bool = True,
         size_bias: float = 0.0,
+        relation: Callable[..., nn.Module] | None = None,
     ):
         super().__init__()
         require_whole(**{"num_layers of the decoder": num_layers})
@@ -81,6 +85,7 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
         self.position_head = position_head or AnchorPosition(embed_dim=embed_dim)
+        self.relation = relation and relation(num_heads=num_heads)
         copies = 1 if shared_heads else num_layers
         self.class_heads = nn.ModuleList(class_head(embed_dim, num_classes) for _ in range(copies))
         self.box_heads = nn.ModuleList(box_head(embed_dim) for _ in range(copies))
@@ -108,18 +113,22 @@ class Decoder(nn.Module):
         layers = layers or list(self.layers)
         x, reference, position = queries
         anchor = reference  # reference of the next prediction
-        outputs = []
+        outputs, mask = [], attn_mask
+        call = recompute if self.recompute else lambda module, *args: module(*args)
         for i, layer in enumerate(layers):
             to_class, to_box = (
                 heads[min(i, len(heads) - 1)] for heads in (self.class_heads, self.box_heads)
             )
             where = self.position_head(Queries(x, reference, position), memory, i)
-            arguments = x, where, reference, memory, attn_mask
-            x = recompute(layer, *arguments) if self.recompute else layer(*arguments)
+            x = call(layer, x, where, reference, memory, mask)
             y = self.norm(x)
             delta = to_box(y)
-            outputs.append(LayerOutput(to_class(y), refine(anchor, delta), y, anchor))
-            if self.look_forward and i + 1 < len(layers):
+            output = LayerOutput(to_class(y), refine(anchor, delta), y, anchor)
+            last = i + 1 == len(layers)
+            if self.relation is not None:
+                output, mask = call(self.relation, output, attn_mask, last)
+            outputs.append(output)
+            if self.look_forward and not last:
                 # Without the norm, as the published weights were trained.
                 refined = refine(reference, delta if y is x else to_box(x))
                 reference = refined.detach()

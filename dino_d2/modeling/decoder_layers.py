@@ -55,7 +55,8 @@ class DecoderLayer(nn.Module):
             position: (B, Q, C), added to it wherever attention is computed
             reference: (B, Q, 4) boxes or (B, Q, 2) points, where to look
             memory: of the encoder
-            attn_mask: (Q, Q), True where self-attention is forbidden
+            attn_mask: (Q, Q) or (B * H, Q, Q), True where self-attention is forbidden, or numbers
+                that are added to its logits
             attend: in place of `attend`, called with the layer before the arguments; this and the
                 next are for further passes through the decoder
             ffn: in place of the feed-forward part

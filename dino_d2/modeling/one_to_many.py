@@ -4,6 +4,7 @@ OneToManyMatcher   assigns queries by a score of their box and their class
 RepeatedMatcher    assigns them optimally, as if every box were there several times
 OneToManyHead      MS-DETR: another class head for the queries of the result
 OneToManyQueries   H-DETR: further queries
+DenseQueries       DDQ DETR: further queries, with heads of their own
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +13,13 @@ import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from ..boxes import cxcywh_to_xyxy, iou
-from ..layers import class_head
+from ..boxes import cxcywh_to_xyxy, iou, refine
+from ..layers import box_head, class_head
 from ..ranges import require_share, require_whole
 from ..structures import Branch, FeaturePyramid, LayerOutput, Match, Predictions, Queries, Target
 from .branches import BRANCH_REGISTRY
 from .matcher import HungarianMatcher, in_parts
-from .query_selection import MixedQuerySelection
+from .query_selection import MixedQuerySelection, PureQuerySelection
 
 Matcher = Callable[[Predictions, list[Target]], Match]
 
@@ -215,3 +216,65 @@ class OneToManyQueries(nn.Module):
             weight=self.weight,
             proposals=proposals,
         )
+
+
+@BRANCH_REGISTRY.register()
+class DenseQueries(nn.Module):
+    """Further queries, from the best tokens whether they are distinct or not (dense branch of DDQ
+    DETR, arXiv 2303.12776).
+
+    Their content is a linear map of the token. They and the result do not see each other, and they
+    have class and box heads of their own, one for all layers and one for the proposals. Between the
+    layers their boxes are refined by the decoder's heads. (In the published code the heads differ
+    between layers and refine the boxes, and several queries are assigned to a box otherwise.)
+
+    Args:
+        num_classes: K
+        embed_dim: C
+        num_queries: beside those of the result, published as 1.5 times as many
+        matcher: None: :class:`OneToManyMatcher`
+    """
+
+    repeats = 3  # of at most 6 queries that a box has, as Mr. DETR divides the losses
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        embed_dim: int = 256,
+        num_queries: int = 1350,
+        matcher: Matcher | None = None,
+    ):
+        super().__init__()
+        self.query_selection = PureQuerySelection(
+            num_queries=num_queries, embed_dim=embed_dim, num_classes=num_classes
+        )
+        self.content_proj = nn.Linear(embed_dim, embed_dim)
+        self.class_head = class_head(embed_dim, num_classes)
+        self.box_head = box_head(embed_dim)
+        self.matcher = matcher or OneToManyMatcher()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
+        c = cfg.MODEL.DINO
+        count = 3 * c.NUM_QUERIES // 2
+        return {"num_classes": num_classes, "embed_dim": c.EMBED_DIM, "num_queries": count}
+
+    def forward(self, targets: list[Target], queries: Queries, memory: FeaturePyramid) -> Branch:
+        own, proposals = self.query_selection(memory)
+        return Branch(
+            "dense",
+            own._replace(content=self.content_proj(own.content)),
+            match=self.matcher,
+            repeats=self.repeats,
+            heads=self.predict,
+            proposals=proposals,
+        )
+
+    def predict(self, outputs: Sequence[LayerOutput]) -> list[Predictions]:
+        """The predictions of every layer."""
+        return [
+            Predictions(self.class_head(x.features), refine(x.anchors, self.box_head(x.features)))
+            for x in outputs
+        ]

@@ -7,6 +7,7 @@
 All else is that of the decoder, which so learns from both, and which alone is used at inference.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -225,8 +226,10 @@ class Instruction(nn.Module):
         count, noised = self.content.num_embeddings, x.shape[1] - num_queries
         if mask is not None:
             mask = F.pad(mask, (count, 0, count, 0))
-            mask[count : count + noised, :count] = True
-            mask[:count, count : count + noised] = True
+            # A mask of a relation is of every image and head, and may be a bias.
+            forbidden = True if mask.dtype == torch.bool else -math.inf
+            mask[..., count : count + noised, :count] = forbidden
+            mask[..., :count, count : count + noised] = forbidden
         x, position = (
             torch.cat([tokens.weight.expand(len(y), -1, -1), y], 1)
             for tokens, y in ((self.content, x), (self.position, position))

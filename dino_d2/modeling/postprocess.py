@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
-from torchvision.ops import nms
 
-from ..boxes import cxcywh_to_xyxy
+from ..boxes import cxcywh_to_xyxy, distinct
 from ..structures import Predictions
 
 
@@ -42,9 +41,6 @@ def best_pairs(predictions: Predictions, max_detections: int) -> Detections:
 def non_maximum_suppression(detections: Detections, iou: float) -> Tensor:
     """Which detections have no better one of their class and image that overlaps them by more.
 
-    In one call for all images and classes, which are moved apart: those of a class by a column, and
-    those of an image by a row.
-
     Args:
         iou: largest overlap of two detections of a class, in (0, 1]
 
@@ -52,12 +48,7 @@ def non_maximum_suppression(detections: Detections, iou: float) -> Tensor:
         (B, N) bool
     """
     boxes, scores, labels = detections
-    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand_as(labels)
-    apart = 2 * torch.stack([labels, images], -1).tile(2)
-    inside = boxes.float().clamp(0, 1)  # the image, to which detections are cut
-    kept = nms((inside + apart).flatten(0, 1), scores.flatten(), iou)
-    mask = torch.zeros_like(labels, dtype=torch.bool).flatten()
-    return mask.scatter(0, kept, True).view_as(labels)
+    return distinct(boxes.clamp(0, 1), scores, iou, labels)  # detections are cut to the image
 
 
 def to_instances(detections: Detections, image_sizes: list[tuple[int, int]]) -> list[Instances]:

@@ -3,6 +3,7 @@
     StaticQueries         learned content, learned anchors   (DAB- and DN-Deformable-DETR)
     PureQuerySelection    both from the encoder's best tokens (Deformable DETR's two stages)
     MixedQuerySelection   learned content, anchors from the encoder's best tokens (DINO)
+    DistinctQuerySelection  both from the best tokens whose boxes differ (DDQ DETR)
 
 All map the encoder's FeaturePyramid to (Queries, Predictions or None): the predictions, if any,
 are the encoder's proposals that became queries, and are supervised like a decoder layer.
@@ -16,11 +17,11 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..boxes import inverse_sigmoid
+from ..boxes import cxcywh_to_xyxy, distinct, inverse_sigmoid
 from ..layers import box_head, class_head
 from ..layers.blocks import xavier_uniform_
 from ..layers.position import encode
-from ..ranges import require_whole
+from ..ranges import require_share, require_whole
 from ..structures import FeaturePyramid, Predictions, Queries
 from .tokens import token_centers
 
@@ -84,7 +85,7 @@ class PureQuerySelection(nn.Module):
         """Queries and proposals by heads that need not be its own."""
         tokens, anchors = self.features(memory)
         logits = class_head(tokens)
-        best = self.best(logits.amax(-1))
+        best = self.choose(tokens, anchors, logits, box_head)
         tokens, anchors, logits = (take_tokens(x, best) for x in (tokens, anchors, logits))
         boxes = (box_head(tokens) + anchors).sigmoid()
         return Queries(self.content_of(tokens), boxes.detach()), Predictions(logits, boxes)
@@ -101,6 +102,12 @@ class PureQuerySelection(nn.Module):
         invalid = anchors[..., :1].isinf()
         tokens = self.memory_norm(self.memory_proj(memory.tokens.masked_fill(invalid, 0)))
         return tokens, anchors
+
+    def choose(
+        self, tokens: Tensor, anchors: Tensor, logits: Tensor, box_head: nn.Module
+    ) -> Tensor:
+        """Which of the candidates become queries, best first: (B, Q)."""
+        return self.best(logits.amax(-1))
 
     def best(self, scores: Tensor) -> Tensor:
         """The tokens (B, Q) of the highest scores (B, S)."""
@@ -128,13 +135,52 @@ class MixedQuerySelection(PureQuerySelection):
         return self.content.weight[: tokens.shape[1]].expand(tokens.shape[0], -1, -1)
 
 
+@QUERY_SELECTION_REGISTRY.register()
+class DistinctQuerySelection(PureQuerySelection):
+    """The best tokens whose boxes differ (DDQ DETR, arXiv 2303.12776): queries are distinct.
+
+    Of the tokens' boxes, non-maximum suppression by the largest class score, whatever the class,
+    keeps those whose IoU with a better one that is kept is at most `iou_threshold`. If fewer than
+    `num_queries` are left, the best of the others follow. Content is a linear map of the token.
+
+    Suppression takes the best `num_queries * 4` tokens, as its time grows with their square. The
+    others cannot suppress any of them, so they change the queries only if fewer than
+    `num_queries` of these are distinct.
+    """
+
+    @configurable
+    def __init__(
+        self, *, num_queries: int, embed_dim: int, num_classes: int, iou_threshold: float = 0.8
+    ):
+        super().__init__(num_queries=num_queries, embed_dim=embed_dim, num_classes=num_classes)
+        require_share(iou_threshold=iou_threshold)
+        self.iou_threshold = iou_threshold
+        self.content_proj = nn.Linear(embed_dim, embed_dim)
+
+    @torch.no_grad()
+    def choose(
+        self, tokens: Tensor, anchors: Tensor, logits: Tensor, box_head: nn.Module
+    ) -> Tensor:
+        count = min(4 * self.num_queries, logits.shape[1])
+        scores, order = logits.amax(-1).topk(count, dim=1)
+        tokens, anchors = take_tokens(tokens, order), take_tokens(anchors, order)
+        corners = cxcywh_to_xyxy((box_head(tokens) + anchors).float().sigmoid())
+        keep = distinct(corners, scores, self.iou_threshold)
+        rank = torch.arange(count, device=keep.device) + count * ~keep
+        first = rank.topk(min(self.num_queries, count), dim=1, largest=False).indices
+        return order.gather(1, first)
+
+    def content_of(self, tokens: Tensor) -> Tensor:
+        return self.content_proj(tokens.detach())
+
+
 def take_tokens(x: Tensor, indices: Tensor) -> Tensor:
     """The tokens `indices` (B, Q) of `x` (B, S, .)."""
     return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def selection_from_config(cfg: CfgNode, num_classes: int) -> dict[str, object]:
-    """The arguments that all three have in common."""
+    """The arguments that all of them have in common."""
     return {
         "num_queries": cfg.MODEL.DINO.NUM_QUERIES,
         "embed_dim": cfg.MODEL.DINO.EMBED_DIM,
@@ -203,10 +249,15 @@ class ProposalQueries(PureQuerySelection):
         """Select queries; the predictions are those of all S tokens."""
         tokens, anchors, logits = self.candidates(memory)
         boxes = (self.box_head(tokens) + anchors).sigmoid()
-        reference = take_tokens(boxes, self.best(logits[..., 0])).detach()
+        reference = take_tokens(boxes, self.choose(tokens, anchors, logits, self.box_head)).detach()
         encoding = encode(reference, self.embed_dim // 2, temperature=10000.0).flatten(-2)
         position, content = self.box_norm(self.box_proj(encoding)).chunk(2, dim=-1)
         return Queries(content, reference, position), Predictions(logits, boxes)
+
+    def choose(
+        self, tokens: Tensor, anchors: Tensor, logits: Tensor, box_head: nn.Module
+    ) -> Tensor:
+        return self.best(logits[..., 0])
 
 
 class IndicatorQueries(StaticQueries):
