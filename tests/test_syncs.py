@@ -291,9 +291,7 @@ def test_inference_waits_for_nothing(waits, make_dino, make_batch, build):
 
 
 @pytest.mark.parametrize("with_targets", [False, True])
-def test_distinct_queries_wait_once_for_each_selection(
-    waits, make_dino, make_batch, with_targets
-):
+def test_distinct_queries_wait_once_for_each_selection(waits, make_dino, make_batch, with_targets):
     with torch.device("cuda"):
         model = make_dino(
             modeling.DistinctQuerySelection, relation=modeling.DistinctQueries, num_layers=3

@@ -8,8 +8,11 @@ from detectron2.structures import Instances
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..evaluation.costs import COSTS
 from .marks import Mark, class_colour, draw_marks
 from .style import DPI
+
+BESIDE = ("bbox/", "with_nms/", "without_nms/")  # there is one of the last two
 
 
 def draw_instances(image: Image.Image, instances: Instances, classes: Sequence[str]) -> Image.Image:
@@ -29,19 +32,22 @@ def draw_instances(image: Image.Image, instances: Instances, classes: Sequence[s
 
 
 def draw_curves(metrics: Path, output: Path) -> None:
-    """Plot loss and AP of a training, from its `metrics.json` to a PNG."""
+    """Plot loss, AP, and what errors cost, of a training, from its `metrics.json` to a PNG."""
     rows = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    loss, precision = figure.subplots(1, 2)
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    loss, precision, costs = figure.subplots(1, 3)
     for axes, keys, label in (
         (loss, ["total_loss"], "total loss"),
-        (precision, ["bbox/AP50", "bbox/AP"], "AP on the validation set, %"),
+        (precision, [f"{x}AP" for x in BESIDE] + ["bbox/AP50"], "AP on the validation set, %"),
+        (costs, [f"dAP/{kind}" for kind in COSTS], "what a kind of error costs, AP"),
     ):
         for key in keys:
-            there = [row for row in rows if key in row]
-            x, y = ([row[name] for row in there] for name in ("iteration", key))
-            axes.plot(x, y, marker="." if len(there) < 50 else "", label=key)
+            if there := [row for row in rows if key in row]:
+                x, y = ([row[name] for row in there] for name in ("iteration", key))
+                axes.plot(x, y, marker="." if len(there) < 50 else "", label=key)
         axes.set(xlabel="iteration", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
-    precision.legend()
+    for axes in (precision, costs):
+        if axes.lines:
+            axes.legend()
     figure.savefig(output, dpi=DPI)
