@@ -80,9 +80,10 @@ def distinct(
     """Which boxes non-maximum suppression keeps, in each image and of each label: (B, Q) bool.
 
     From the highest score down, a box is kept unless its IoU with a kept one is above `threshold`.
-    In float32, and in one call for all images and labels, as graphs of any number of images need
-    it: those of an image are moved down, and those of a label to the right. Waits for the device
-    once, for how many are kept.
+    In one call for all images and labels, as graphs of any number of images need it: those of an
+    image are moved down, and those of a label to the right. In float64, or the label and the image
+    would round boxes; in exported graphs and on MPS, which do not have it, in float32. Waits for
+    the device once, for how many are kept.
 
     >>> corners = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.5, 0.6], [0.8, 0.8, 0.9, 0.9]]])
     >>> distinct(corners, torch.tensor([[0.7, 0.9, 0.1]]), 0.8)  # an IoU of 5/6
@@ -97,6 +98,8 @@ def distinct(
     images = torch.arange(corners.shape[0], device=corners.device)[:, None].expand_as(scores)
     right = torch.zeros_like(images) if labels is None else labels
     apart = 2 * torch.stack([right, images], -1).tile(2)
-    kept = nms((corners.float() + apart).flatten(0, 1), scores.float().flatten(), threshold)
+    narrow = torch.compiler.is_exporting() or corners.device.type == "mps"
+    dtype = torch.float32 if narrow else torch.float64
+    kept = nms((corners.to(dtype) + apart).flatten(0, 1), scores.to(dtype).flatten(), threshold)
     nothing = torch.zeros_like(scores, dtype=torch.bool)
     return nothing.flatten().index_fill(0, kept, True).view_as(scores)

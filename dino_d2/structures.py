@@ -125,7 +125,10 @@ def join_queries(parts: Sequence[Queries]) -> Queries:
     """Concatenate queries; a ValueError if they mix boxes and points, or kinds of positions."""
     widths = {x.reference.shape[-1] for x in parts}
     if len(widths) > 1 or len({x.position is None for x in parts}) > 1:
-        raise ValueError("denoising needs queries made of boxes: train points without denoising")
+        raise ValueError(
+            "denoising and other branches need queries made of boxes, but those of this model are "
+            "points: train it without them"
+        )
     joined = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))
     return Queries._make(joined)
 

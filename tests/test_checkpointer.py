@@ -1084,3 +1084,26 @@ def test_a_training_is_found_without_the_note_which_file_is_the_last(trained, ma
     progress = Progress()
     Checkpointer(make_model(), str(trained), trainer=progress).resume_or_load("")
     assert progress.iteration == (1 if place == "model_0000003.pth" else 3)
+
+
+def test_thresholds_are_saved_with_the_weights_that_they_are_of(make_model, tmp_path):
+    def saved():
+        files = {x.stem: torch.load(x)["dino_d2"] for x in tmp_path.glob("*.pth")}
+        return {name: x.get("thresholds") for name, x in files.items()}
+
+    model, first, second = make_model(), {"thresholds": {"": 0.1}}, {"thresholds": {"": 0.2}}
+    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer.save("model_0000001", iteration=1)
+    checkpointer.add_thresholds(1, first)
+    checkpointer.save("model_0000002", iteration=2)
+    for name in ("model_0000003", "model_final"):
+        checkpointer.save(name, iteration=3)
+    expected = {"model_0000001": {"": 0.1}} | dict.fromkeys(["model_0000002", "model_0000003"])
+    assert saved() == expected | {"model_final": None}
+    again = Checkpointer(model, str(tmp_path))  # the evaluation is made up for
+    again.resume_or_load("", resume=True)
+    again.add_thresholds(3, second)
+    again.save(BEST, iteration=3)
+    assert saved() == expected | {"model_final": {"": 0.2}, BEST: {"": 0.2}}
+    checkpointer.add_thresholds(3, second)
+    assert saved() == expected | dict.fromkeys(["model_0000003", "model_final", BEST], {"": 0.2})

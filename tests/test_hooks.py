@@ -72,8 +72,9 @@ def test_the_evaluation_of_what_a_training_goes_on_from_is_made_up_for():
 
 
 def test_patience_ends_a_training_that_gets_no_better(caplog):
+    scores = [math.nan, math.nan, 1.0, 3.0, 3.0, math.nan, 4.0]  # the first two say nothing
     with pytest.raises(EarlyStop, match="2 evaluations in a row had no better bbox/AP than 3.00"):
-        train([1.0, 3.0, 3.0, math.nan, 4.0], patience=2)
+        train(scores, patience=2)
     assert "Exception" not in caplog.text  # Detectron2's loop logs errors
     assert train([3.0, 2.0, 4.0, 2.0, 5.0], patience=2).best == 5
 
@@ -89,10 +90,8 @@ def test_the_end_of_a_training_is_no_early_stop():
 
 
 class Checkpoints(Saver):
-    """Saves again what it saved last."""
-
-    def save_again(self, iteration):
-        self.saved.append((self.thresholds, iteration))
+    def add_thresholds(self, iteration, thresholds):
+        self.saved.append((thresholds, iteration))
 
 
 def test_thresholds_of_an_evaluation_are_saved_with_its_weights():

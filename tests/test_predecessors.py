@@ -202,7 +202,7 @@ def test_losses_of_every_stage_are_there(make_batch, name):
 def test_models_built_of_points_refuse_denoising(make_batch):
     cfg = load(PLAIN, *SMALL)
     cfg.denoising = LazyCall(Denoising)(num_classes=NUM_CLASSES, embed_dim=64)
-    with pytest.raises(ValueError, match="train points without denoising"):
+    with pytest.raises(ValueError, match="those of this model are points"):
         instantiate(cfg)(make_batch(2, 1))
 
 

@@ -8,7 +8,14 @@ import torch
 from outputs import run_detector
 
 from dino_d2.boxes import cxcywh_to_xyxy, iou
-from dino_d2.modeling import DistinctQueries, DistinctQuerySelection, PositionRelation
+from dino_d2.layouts.dino import to_official
+from dino_d2.layouts.renaming import CheckpointError
+from dino_d2.modeling import (
+    DistinctQueries,
+    DistinctQuerySelection,
+    MixedQuerySelection,
+    PositionRelation,
+)
 from dino_d2.modeling.branches import group_attn_mask
 from dino_d2.modeling.relations import SUPPRESSED, position_relation
 from dino_d2.structures import LayerOutput
@@ -248,3 +255,16 @@ def test_a_trace_has_the_attention_that_there_was(make_model, make_batch, relati
         torch.testing.assert_close(attention.sum(1), torch.ones(20))
         unseen = mask.view(HEADS, 20, 20)[0] if mask.dtype == torch.bool else torch.zeros(1)
         assert not attention[unseen.bool().expand(20, 20)].any()
+
+
+def test_a_relation_of_one_layer_would_not_learn(make_dino):
+    with pytest.raises(ValueError, match="PositionRelation tells later layers .* has 1 layer"):
+        make_dino(relation=PositionRelation, num_layers=1)
+
+
+@pytest.mark.parametrize("part", ["decoder.relation", "query_selection.content_proj"])
+def test_official_dino_has_no_place_for_relations(make_dino, part):
+    options = {"relation": PositionRelation} if "relation" in part else {}
+    selection = DistinctQuerySelection if "content" in part else MixedQuerySelection
+    with pytest.raises(CheckpointError, match=f"official DINO has no {part}, "):
+        to_official(make_dino(selection, **options).state_dict())

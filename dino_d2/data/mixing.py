@@ -58,6 +58,11 @@ class Mixing:
     def places(self, max_iter: int, images: int) -> range:
         """The images to mix, counted from the first of a training with `images` an iteration."""
         first, last = (round(share * max_iter) * images for share in self.span)
+        if first == last:
+            raise ValueError(
+                f"the span of mosaic and mixup, {self.span}, has no iteration of {max_iter}: give "
+                "a longer one (INPUT.MIXING.SPAN, dataloader.mixing.span), or set both to 0"
+            )
         return range(first, last)
 
     def __call__(self, dataset: Sequence[dict], index: int) -> dict:

@@ -99,10 +99,8 @@ class ThresholdSaver(AfterEvaluation):
                 if name.startswith(start) and when == self.trainer.iter
             }
         thresholds = comm.all_gather(found)[0]
-        self.checkpointer.thresholds = {
-            f"{kind.replace('/', '_')}thresholds": x for kind, x in thresholds.items() if x
-        }
-        self.checkpointer.save_again(iteration)
+        own = {f"{kind.replace('/', '_')}thresholds": x for kind, x in thresholds.items() if x}
+        self.checkpointer.add_thresholds(iteration, own)
 
 
 class BestCheckpointer(AfterEvaluation):
@@ -129,7 +127,7 @@ class BestCheckpointer(AfterEvaluation):
     def evaluated(self, iteration: int) -> None:
         self.save_if_best(iteration)
         if not is_complete(self.trainer):
-            self.stop_early()
+            self.stop_early(iteration)
 
     def save_if_best(self, iteration: int) -> None:
         """Save the model if the evaluation after an iteration, on the main worker, is the best."""
@@ -140,15 +138,17 @@ class BestCheckpointer(AfterEvaluation):
         if when != self.trainer.iter:
             return
         if not value > self.best:  # also if it is NaN
-            self.worse += 1
+            self.worse += self.best > -math.inf
             return
         self.best, self.worse = value, 0
         self.checkpointer.save(BEST, iteration=iteration)
         logger.info(f"{self.metric} is {value:.2f}, the best so far: saved as {BEST}.pth")
 
-    def stop_early(self) -> None:
-        """Raise an EarlyStop, on every worker, if the last evaluations were not better."""
+    def stop_early(self, iteration: int) -> None:
+        """If the last evaluations were not better, save `model_final` and raise an EarlyStop, on
+        every worker."""
         if self.patience and self.worse >= self.patience:
+            self.checkpointer.save("model_final", iteration=iteration)
             raise EarlyStop(
                 f"the training ends early: {plural(self.worse, 'evaluation')} in a row had no "
                 f"better {self.metric} than {self.best:.2f}, that of {BEST}.pth (TEST.PATIENCE, "

@@ -74,6 +74,8 @@ def check_keys(cfg: CfgNode | DictConfig) -> None:
     by_optimizer = OF_ADAMW if optimizer == "SGD" else OF_SGD
     if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupFlatCosineLR":
         refuse(cfg, ("SOLVER.FLAT_SHARE",), "without SOLVER.LR_SCHEDULER_NAME WarmupFlatCosineLR")
+    if not (cfg.INPUT.MIXING.MOSAIC or cfg.INPUT.MIXING.MIXUP):
+        refuse(cfg, ("INPUT.MIXING.SPAN",), "without INPUT.MIXING.MOSAIC or MIXUP")
     refuse(cfg, by_optimizer, f"with SOLVER.OPTIMIZER {optimizer}")
 
 

@@ -108,8 +108,9 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
     fields = yaml_parts(cfg) if keys is YAML else lazy_parts(cfg)
     mixing, images = fields["mixing"], value(keys.batch)
     put(cfg, keys.batch, part_of_batch(images, value(keys.accumulate)))
-    alike = {*Plan._fields} - {"ema_decay"}  # fields with the name of a key are its value
+    alike = {*Plan._fields} - {"ema_decay", "patience"}  # fields named like a key are its value
     fields |= {name: value(key) for name, key in vars(keys).items() if name in alike}
+    fields["patience"] = value(keys.patience, 0)  # LazyConfigs saved by earlier versions lack it
     plan = Plan(
         **fields,
         mixed=mixing.places(value(keys.max_iter), images) if mixing else range(0),

@@ -229,8 +229,9 @@ def make_hooks(
     best = BestCheckpointer(plan.eval_period, checkpointer, metric, plan.patience)
     thresholds = None
     if isinstance(checkpointer, Checkpointer) and plan.test_sets:
-        prefix = f"{plan.test_sets[0]}/" if len(plan.test_sets) > 1 else ""
-        thresholds = ThresholdSaver(plan.eval_period, checkpointer, prefix)
+        sets = [f"{name}/" for name in plan.test_sets] if len(plan.test_sets) > 1 else [""]
+        deciding = next((x for x in sets if plan.best_metric.startswith(x)), sets[0])
+        thresholds = ThresholdSaver(plan.eval_period, checkpointer, deciding)
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(trainer.optimizer, plan.build_scheduler(trainer.optimizer)),

@@ -159,9 +159,16 @@ def from_mmdet(state: State) -> State:
 def to_official(state: State) -> State:
     """Convert our state dict to official DINO's, with heads for all layers and its aliases.
 
-    Branches and passes that only training has are left out.
+    Branches and passes that only training has are left out. A CheckpointError for a model with
+    parts that official DINO does not have.
     """
     state = {key: x for key, x in state.items() if not key.startswith(TRAINING_ONLY)}
+    for part in ("decoder.relation.", "query_selection.content_proj."):
+        if any(key.startswith(part) for key in state):
+            raise CheckpointError(
+                f"official DINO has no {part[:-1]}, so the layout of official has no place for it: "
+                "keep the layout of dino_d2"
+            )
     state = rename(state, _OFFICIAL, back=True)
     levels = {_level(key) for key in state if re.match(r"input_proj\.\d", key)}
     for key in [key for key in state if key.startswith("input_proj.extra.")]:

@@ -58,7 +58,8 @@ class AuxiliaryDetector(nn.Module):
     """A detector whose losses join those of the model; subclasses compute them.
 
     It has no queries, and losses of its own rules, divided by what Detectron2 divides them by, not
-    by the number of boxes averaged over workers. They wait for the device several times.
+    by the number of boxes averaged over workers, so gradient accumulation and several workers do
+    not equal one large batch. They wait for the device several times.
 
     Args:
         embed_dim: C
@@ -144,6 +145,8 @@ class AuxiliaryFCOS(AuxiliaryDetector):
             pixel_mean=[0.0],  # it sees no image
             pixel_std=[1.0],
         )
+        # Detectron2's average of how many tokens stand for boxes: in checkpoints, for a resume.
+        self.detector.register_buffer("loss_normalizer", torch.tensor(300.0))
 
     def losses(
         self, images: ImageList, features: dict[str, Tensor], targets: list[Instances]

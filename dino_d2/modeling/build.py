@@ -62,12 +62,8 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, obje
             **transformer,
         ),
         "denoising": denoising(cfg, classes) if denoising else None,
-        "branches": [
-            named(BRANCH_REGISTRY, name, "MODEL.DINO.BRANCHES")(cfg, classes) for name in c.BRANCHES
-        ],
-        "passes": [
-            named(PASS_REGISTRY, name, "MODEL.DINO.PASSES")(cfg, classes) for name in c.PASSES
-        ],
+        "branches": all_named(BRANCH_REGISTRY, c.BRANCHES, "MODEL.DINO.BRANCHES", cfg, classes),
+        "passes": all_named(PASS_REGISTRY, c.PASSES, "MODEL.DINO.PASSES", cfg, classes),
         "criterion": build_criterion(c),
     }
 
@@ -92,6 +88,16 @@ def build_criterion(c: CN) -> SetCriterion:
         giou_weight=c.LOSS.GIOU_WEIGHT,
         denoising_class_weight=c.LOSS.DENOISING_CLASS_WEIGHT,
     )
+
+
+def all_named(
+    registry: Registry, names: list[str], key: str, cfg: CN, num_classes: int
+) -> list[object]:
+    """What is registered under each name in `key`; a ValueError for one that is there twice."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{key} has {name!r} twice: name each once")
+    return [named(registry, name, key)(cfg, num_classes) for name in names]
 
 
 def named(registry: Registry, name: str, key: str) -> type:

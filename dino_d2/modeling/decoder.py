@@ -86,6 +86,11 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
         self.position_head = position_head or AnchorPosition(embed_dim=embed_dim)
         self.relation = relation and relation(num_heads=num_heads)
+        if self.relation and num_layers == 1 and list(self.relation.parameters()):
+            raise ValueError(
+                f"{type(self.relation).__name__} tells later layers how queries relate, but the "
+                "decoder has 1 layer: add layers, or leave the relation out"
+            )
         copies = 1 if shared_heads else num_layers
         self.class_heads = nn.ModuleList(class_head(embed_dim, num_classes) for _ in range(copies))
         self.box_heads = nn.ModuleList(box_head(embed_dim) for _ in range(copies))

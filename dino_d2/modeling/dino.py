@@ -24,6 +24,7 @@ from .decoder import Decoder
 from .detector import Batch, Detector
 from .encoder import Encoder
 from .postprocess import best_pairs, non_maximum_suppression, to_instances
+from .relations import DistinctQueries
 
 NMS = "nms (TEST.NMS, model.nms)"
 WRONG_CHANNELS = (
@@ -56,7 +57,8 @@ class DINO(Detector):
             are recomputed in the backward pass: less memory, more time
 
     Raises:
-        ValueError: there is no such stage to recompute, or a number is out of range
+        ValueError: there is no such stage to recompute, a number is out of range, or parts exclude
+            each other
     """
 
     @configurable
@@ -93,6 +95,12 @@ class DINO(Detector):
                 "give both for each channel of an image"
             )
         require_whole(num_classes=num_classes, max_detections=max_detections)
+        if passes and isinstance(getattr(decoder, "relation", None), DistinctQueries):
+            raise ValueError(
+                "further passes (MODEL.DINO.PASSES, model.passes) give several queries to a box, "
+                "which DistinctQueries (MODEL.DINO.RELATION, model.decoder.relation) suppresses: "
+                "take one or the other"
+            )
         if nms is not None:
             require_positive(**{NMS: nms})
             require_share(**{NMS: nms})

@@ -24,7 +24,7 @@ from ..ranges import require_whole
 from ..structures import Branch, FeaturePyramid, Predictions, Queries
 from .branches import PASS_REGISTRY, decode
 from .one_to_many import Matcher, OneToManyMatcher
-from .query_selection import PureQuerySelection
+from .query_selection import ProposalQueries, PureQuerySelection
 
 if TYPE_CHECKING:
     from .dino import DINO
@@ -186,7 +186,7 @@ class InstructedPass(FurtherPass):
         self, model: "DINO", memory: FeaturePyramid, result: Branch
     ) -> tuple[Queries, Predictions | None]:
         selection = model.query_selection
-        if not isinstance(selection, PureQuerySelection):
+        if not isinstance(selection, PureQuerySelection) or isinstance(selection, ProposalQueries):
             raise ValueError(
                 "InstructedPass takes queries from the encoder's proposals, which "
                 f"{type(selection).__name__} does not make: take MixedQuerySelection or "

@@ -62,29 +62,37 @@ class Checkpointer(DetectionCheckpointer):
         self.names = classes or coco_classes(number)
         self.classes = self.names or [f"class {i}" for i in range(number)]
         self.complete = complete
-        self.thresholds: dict[str, dict[str, float]] = {}  # see `ThresholdSaver`; saved with all
-        self.saved: tuple[str, dict[str, Any]] | None = None  # the last of the numbered checkpoints
+        self.thresholds: tuple[int, dict] = -1, {}  # of the weights of an iteration
+        self.saved: dict[str, dict[str, Any]] = {}  # by name, what the last ones were saved with
         self.opened: OpenedWeights | None = None  # while it is loaded
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save atomically; collective for a sharded model, where one worker writes."""
         if name != BEST:
-            self.saved = name, kwargs
+            same = {
+                k: x for k, x in self.saved.items() if x.get("iteration") == kwargs.get("iteration")
+            }
+            self.saved = same | {name: kwargs}
         state = {key: x.state_dict() for key, x in self.checkpointables.items()}
         state = gather({"model": self.model.state_dict(), **state})
         if not self.save_dir or not self.save_to_disk:
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        write({**state, **self.description(), **kwargs}, path)
+        write({**state, **self.description(kwargs.get("iteration")), **kwargs}, path)
         if name != BEST:  # kept, as a training resumes from the latest one
             self.tag_last_checkpoint(os.path.basename(path))
 
-    def save_again(self, iteration: int) -> None:
-        """Save the checkpoint of an iteration once more, with the thresholds, if it is the last."""
-        if self.saved and self.saved[1].get("iteration") == iteration:
-            name, kwargs = self.saved
-            self.save(name, **kwargs)
+    def add_thresholds(self, iteration: int, thresholds: dict[str, dict[str, float]]) -> None:
+        """Save checkpoints of an iteration, if they were the last, once more with thresholds.
+
+        Args:
+            thresholds: by class under "thresholds" and "ema_thresholds", see `ThresholdSaver`
+        """
+        self.thresholds = iteration, thresholds
+        for name, kwargs in self.saved.items():
+            if thresholds and kwargs.get("iteration") == iteration:
+                self.save(name, **kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
@@ -103,10 +111,12 @@ class Checkpointer(DetectionCheckpointer):
             )
         return path
 
-    def description(self) -> dict:
-        """What is saved with the weights: to be checked by `load`, and for the predictor."""
+    def description(self, iteration: int | None = None) -> dict:
+        """What is saved with weights: to be checked by `load`, and for the predictor."""
         classes = {"classes": self.names and list(self.names)}
-        return {"dino_d2": self.model.settings() | classes | self.thresholds}
+        evaluated, thresholds = self.thresholds
+        thresholds = thresholds if iteration == evaluated else {}
+        return {"dino_d2": self.model.settings() | classes | thresholds}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """Load the last intact checkpoint of a training, or else the weights at `path`.
@@ -123,10 +133,17 @@ class Checkpointer(DetectionCheckpointer):
             files = [last, *(file for file in files if file != last)]
         for file in files[:-1]:
             try:
-                return self.load(file)
+                return self.load_to_resume(file)
             except DamagedCheckpoint as error:
                 logger.warning(f"{error}; the training resumes from the checkpoint before it")
-        return self.load(files[-1])
+        return self.load_to_resume(files[-1])
+
+    def load_to_resume(self, file: str) -> dict:
+        """Load a checkpoint of this training, which is then its last one."""
+        rest = self.load(file)
+        kept = {key: rest[key] for key in ("iteration",) if key in rest}
+        self.saved = {os.path.splitext(os.path.basename(file))[0]: kept}
+        return rest
 
     def has_checkpoint(self) -> bool:
         """Whether there is a training to resume, even without `last_checkpoint`."""
