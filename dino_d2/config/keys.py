@@ -50,10 +50,10 @@ def add_dino_config(cfg: CN) -> None:
     c.DENOISING.LABEL_NOISE = 0.5
     c.DENOISING.BOX_NOISE = 1.0
 
-    # What else supervises the training, and no more exists at inference: OneToManyHead,
-    # OneToManyQueries, DenseQueries, AuxiliaryFCOS, AuxiliaryFasterRCNN.
+    # Supervision in training only: OneToManyHead, OneToManyQueries, DenseQueries, AuxiliaryFCOS,
+    # AuxiliaryFasterRCNN; and further passes through the decoder: InstructedPass, SeparatePass.
     c.BRANCHES = []
-    c.PASSES = []  # further passes through the decoder: InstructedPass, SeparatePass
+    c.PASSES = []
 
     c.MATCHER = CN({"CLASS_COST": 2.0, "BBOX_COST": 5.0, "GIOU_COST": 2.0})
     c.MATCHER.NAME = "HungarianMatcher"  # or PositionModulatedMatcher

@@ -12,22 +12,23 @@ from torch.nn import functional as F
 from ..ranges import require_share
 from .augmentation import visible
 
-# The numbers of DEIM, https://arxiv.org/abs/2412.04234: the size of a mosaic relative to the image
-# that it fills, how far its middle is moved (relative to the image), and the weight in mixup.
+# Of DEIM, https://arxiv.org/abs/2412.04234: the size of a mosaic relative to the image that it
+# fills, and the weight in mixup.
 SCALES = (0.5, 1.5)
-SHIFT = 0.1
 WEIGHTS = (0.45, 0.55)
+SHIFT = 0.1  # how far the middle of a mosaic is moved at most, relative to the image
 BACKGROUND = 114  # a gray near the mean of photographs, where a mosaic has nothing
 MIN_SIDE = 1.0  # pixels; boxes that are less wide or high after scaling and clipping are dropped
 
 
 class Mixing:
-    """Combines an augmented training image with others of the data set, as in DEIM.
+    """Combines an augmented training image with others of the data set, after DEIM.
 
     A mosaic (YOLOv4, https://arxiv.org/abs/2004.10934) has four images around a point near the
     middle. Mixup (https://arxiv.org/abs/1710.09412) blends two images, which may be mosaics, and
     keeps the boxes of both. The result has the size of the first image. The others are drawn from
-    the whole data set with equal probability, and augmented as the first.
+    the whole data set with equal probability, and augmented as the first. (DEIM also rotates the
+    tiles of a mosaic, by up to 10 degrees.)
 
     Args:
         mosaic: probability that an image becomes a mosaic
