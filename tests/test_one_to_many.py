@@ -9,8 +9,10 @@ from test_syncs import waits  # noqa: F401
 from dino_d2.boxes import cxcywh_to_xyxy, iou
 from dino_d2.modeling import AlignLoss, FocalLoss, HungarianMatcher, SetCriterion
 from dino_d2.modeling.class_losses import PositionSupervisedLoss
-from dino_d2.modeling.one_to_many import OneToManyMatcher, RepeatedMatcher
+from dino_d2.modeling.matcher import PositionModulatedMatcher
+from dino_d2.modeling.one_to_many import OneToManyMatcher, OneToManyQueries, RepeatedMatcher
 from dino_d2.structures import Match, Predictions, Target, join_targets
+from dino_d2.weights import model_zoo
 
 
 def matched(match):
@@ -135,3 +137,10 @@ def test_the_assignment_does_not_wait_for_the_device(waits, make_targets, counts
 def test_numbers_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         OneToManyMatcher(**options)
+
+
+def test_further_queries_are_matched_as_the_config_says():
+    cfg = model_zoo.get_config("quickstart")
+    cfg.MODEL.DINO.MATCHER.NAME, cfg.MODEL.DINO.MATCHER.GIOU_COST = "PositionModulatedMatcher", 7.0
+    matcher = OneToManyQueries(cfg, 3).matcher.matcher
+    assert type(matcher) is PositionModulatedMatcher and matcher.giou_cost == 7

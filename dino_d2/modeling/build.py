@@ -19,6 +19,7 @@ from . import (
     Encoder,
     SetCriterion,
 )
+from .matcher import costs_from_config
 
 
 def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, object]:
@@ -62,9 +63,9 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, obje
             **transformer,
         ),
         "denoising": denoising(cfg, classes) if denoising else None,
+        "criterion": build_criterion(c),
         "branches": all_named(BRANCH_REGISTRY, c.BRANCHES, "MODEL.DINO.BRANCHES", cfg, classes),
         "passes": all_named(PASS_REGISTRY, c.PASSES, "MODEL.DINO.PASSES", cfg, classes),
-        "criterion": build_criterion(c),
     }
 
 
@@ -76,11 +77,7 @@ def build_criterion(c: CN) -> SetCriterion:
         CLASS_LOSS_REGISTRY, c.LOSS.DENOISING_CLASS_LOSS, "MODEL.DINO.LOSS.DENOISING_CLASS_LOSS"
     )
     return SetCriterion(
-        matcher=matcher(
-            class_cost=c.MATCHER.CLASS_COST,
-            bbox_cost=c.MATCHER.BBOX_COST,
-            giou_cost=c.MATCHER.GIOU_COST,
-        ),
+        matcher=matcher(**costs_from_config(c)),
         class_loss=class_loss(),
         denoising_class_loss=denoising_class_loss() if denoising_class_loss else None,
         class_weight=c.LOSS.CLASS_WEIGHT,

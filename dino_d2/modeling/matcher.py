@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor
@@ -119,6 +120,12 @@ class PositionModulatedMatcher(HungarianMatcher):
             factor = (part / best).clamp(min=tiny) ** self.power
             logits = scale_probability(predictions.logits[..., labels], factor)
             part.copy_(self.cost(logits, predictions.boxes, boxes))
+
+
+def costs_from_config(c: CfgNode) -> dict[str, float]:
+    """The weights of costs under MODEL.DINO.MATCHER, as arguments of a matcher."""
+    names = ("class_cost", "bbox_cost", "giou_cost")
+    return {name: c.MATCHER[name.upper()] for name in names}
 
 
 def in_parts(costs: Tensor, target: Target) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

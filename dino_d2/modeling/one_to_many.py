@@ -18,7 +18,7 @@ from ..layers import box_head, class_head
 from ..ranges import require_share, require_whole
 from ..structures import Branch, FeaturePyramid, LayerOutput, Match, Predictions, Queries, Target
 from .branches import BRANCH_REGISTRY
-from .matcher import HungarianMatcher, in_parts
+from .matcher import MATCHER_REGISTRY, HungarianMatcher, costs_from_config, in_parts
 from .query_selection import MixedQuerySelection, PureQuerySelection
 
 Matcher = Callable[[Predictions, list[Target]], Match]
@@ -199,11 +199,7 @@ class OneToManyQueries(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
         c = cfg.MODEL.DINO
-        matcher = HungarianMatcher(
-            class_cost=c.MATCHER.CLASS_COST,
-            bbox_cost=c.MATCHER.BBOX_COST,
-            giou_cost=c.MATCHER.GIOU_COST,
-        )
+        matcher = MATCHER_REGISTRY.get(c.MATCHER.NAME)(**costs_from_config(c))
         return {"num_classes": num_classes, "embed_dim": c.EMBED_DIM, "matcher": matcher}
 
     def forward(self, targets: list[Target], queries: Queries, memory: FeaturePyramid) -> Branch:
