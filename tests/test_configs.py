@@ -292,6 +292,7 @@ def test_the_improved_recipe_is_that_of_detrex_and_mmdetection(on_meta_device):
         ("MATCHER.NAME", "PositionModulated", "the nearest: PositionModulatedMatcher"),
         ("QUERY_SELECTION", "MixedSelection", "the nearest: MixedQuerySelection"),
         ("DENOISING.NAME", "ContrastiveDenoise", "the nearest: ContrastiveDenoising"),
+        ("CRITERION", "MixedMatch", "the nearest: MixedMatching"),
     ],
 )
 def test_an_unknown_part_is_answered_with_the_nearest(key, name, hint, on_meta_device):

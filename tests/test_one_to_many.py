@@ -1,16 +1,23 @@
 """Several queries for a box: who stands for which, against loops and Detectron2's matcher."""
 
+import math
+
 import pytest
 import torch
 from detectron2.modeling.matcher import Matcher
 from outputs import detector_output, with_result
 from test_syncs import waits  # noqa: F401
 
-from dino_d2.boxes import cxcywh_to_xyxy, iou
+from dino_d2.boxes import cxcywh_to_xyxy, generalized_iou, iou
 from dino_d2.modeling import AlignLoss, FocalLoss, HungarianMatcher, SetCriterion
 from dino_d2.modeling.class_losses import PositionSupervisedLoss
 from dino_d2.modeling.matcher import PositionModulatedMatcher
-from dino_d2.modeling.one_to_many import OneToManyMatcher, OneToManyQueries, RepeatedMatcher
+from dino_d2.modeling.one_to_many import (
+    MixedMatching,
+    OneToManyMatcher,
+    OneToManyQueries,
+    RepeatedMatcher,
+)
 from dino_d2.structures import Match, Predictions, Target, join_targets
 from dino_d2.weights import model_zoo
 
@@ -116,6 +123,72 @@ def test_several_queries_stand_for_a_box(make_predictions, make_targets):
         assert len(set(zip(match.images.tolist(), queries.tolist(), strict=True))) == 9
 
 
+def test_no_box_goes_without_a_query_where_another_has_several(make_predictions, make_targets):
+    targets = make_targets(4, 1)
+    match = RepeatedMatcher(HungarianMatcher(), repeats=3)(
+        make_predictions(1, 2, num_queries=6), targets
+    )
+    assert torch.bincount(match.targets[0]).tolist() == [1, 1, 1, 1, 3]
+
+
+def slow_align_losses(stage, targets, match, tau):
+    """The losses of a stage as Align-DETR's paper has them, pair by pair, before the weights."""
+    totals = {"loss_class": 0.0, "loss_bbox": 0.0, "loss_giou": 0.0}
+    truth, wanted = join_targets(targets), torch.zeros_like(stage.logits)
+    strength = stage.logits.sigmoid() ** 2
+    for box, label in enumerate(truth.labels):
+        pairs = [(i, q) for i, q, t in match if t == box]
+        fits = []
+        for pair in pairs:
+            overlap = iou(*(cxcywh_to_xyxy(x) for x in (stage.boxes[pair], truth.boxes[box])))
+            fits.append((stage.logits[pair][label].sigmoid() ** 0.25 * overlap**0.75).clamp(0.01))
+        for pair, fit in zip(pairs, fits, strict=True):
+            weight = math.exp(-int(sum(x > fit for x in fits)) / tau)
+            wanted[pair][label], strength[pair][label] = fit * weight, 1
+            corners = [cxcywh_to_xyxy(x) for x in (stage.boxes[pair], truth.boxes[box])]
+            totals["loss_bbox"] += weight * (stage.boxes[pair] - truth.boxes[box]).abs().sum()
+            totals["loss_giou"] += weight * (1 - generalized_iou(*corners))
+    p = stage.logits.sigmoid()
+    totals["loss_class"] = -(strength * (wanted * p.log() + (1 - wanted) * (1 - p).log())).sum()
+    return totals
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 2), (7,)], ids=str)
+@pytest.mark.parametrize("two_stage", [True, False])
+def test_mixed_matching_gives_the_losses_of_a_loop(
+    make_predictions, make_targets, counts, two_stage
+):
+    targets, matcher = make_targets(*counts), HungarianMatcher()
+    stages = [make_predictions(len(counts), num_queries=9) for _ in range(3)]
+    criterion = MixedMatching(matcher=matcher, class_loss=AlignLoss(), repeats=3, tau=0.8)
+    proposals = make_predictions(len(counts), num_queries=9) if two_stage else None
+    losses = criterion(detector_output(stages, proposals), targets)
+    several, weights = RepeatedMatcher(matcher, repeats=3), criterion.weights
+    suffixes = {"_0": stages[0], "_1": stages[1], "": stages[2], "_enc": proposals}
+    for suffix, stage in suffixes.items():
+        if stage is not None:
+            one = Predictions(*(x[None] for x in stage))
+            (pairs,) = matched((several if suffix else matcher)(one, targets))
+            for name, total in slow_align_losses(stage, targets, sorted(pairs), 0.8).items():
+                expected = weights[name] * total / sum(counts)
+                torch.testing.assert_close(losses[name + suffix], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_matching_leaves_denoising_and_other_branches_alone(make_predictions, make_targets):
+    targets, stage = make_targets(3), make_predictions(1)
+    pairs = Match(torch.tensor([0, 0]), torch.tensor([0, 4]), torch.tensor([2, 2]))
+    output = with_result(detector_output([stage]), match=pairs, denoising=True, name="dn")
+    mixed = MixedMatching(matcher=HungarianMatcher(), class_loss=AlignLoss())
+    plain = SetCriterion(matcher=HungarianMatcher(), class_loss=AlignLoss())
+    torch.testing.assert_close(mixed(output, targets), plain(output, targets), rtol=0, atol=0)
+
+
+def test_mixed_matching_without_boxes(make_predictions, make_targets):
+    criterion = MixedMatching(matcher=HungarianMatcher(), class_loss=AlignLoss())
+    losses = criterion(detector_output([make_predictions(2)] * 2), make_targets(0, 0))
+    assert losses["loss_bbox_0"] == losses["loss_giou"] == 0 < losses["loss_class"]
+
+
 @pytest.mark.parametrize("counts", [(3, 2), (0, 0)], ids=str)
 def test_the_assignment_does_not_wait_for_the_device(waits, make_targets, counts):  # noqa: F811
     with torch.device("cuda"):
@@ -137,6 +210,19 @@ def test_the_assignment_does_not_wait_for_the_device(waits, make_targets, counts
 def test_numbers_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         OneToManyMatcher(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_loss": FocalLoss()}, "and the class loss is FocalLoss: choose AlignLoss, or"),
+        ({"class_loss": AlignLoss(), "tau": 0}, "tau is 0; it has to be a finite number above 0"),
+        ({"class_loss": AlignLoss(), "repeats": 0}, "repeats is 0; it has to be a whole number"),
+    ],
+)
+def test_mixed_matching_says_what_it_needs(options, message):
+    with pytest.raises(ValueError, match=message):
+        MixedMatching(matcher=HungarianMatcher(), **options)
 
 
 def test_further_queries_are_matched_as_the_config_says():

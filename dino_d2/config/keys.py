@@ -55,6 +55,7 @@ def add_dino_config(cfg: CN) -> None:
     c.BRANCHES = []
     c.PASSES = []
 
+    c.CRITERION = "SetCriterion"  # or MixedMatching, AllProposals, BoxesOnly
     c.MATCHER = CN({"CLASS_COST": 2.0, "BBOX_COST": 5.0, "GIOU_COST": 2.0})
     c.MATCHER.NAME = "HungarianMatcher"  # or PositionModulatedMatcher
     c.LOSS = CN({"CLASS_WEIGHT": 1.0, "BBOX_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0})

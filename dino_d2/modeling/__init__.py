@@ -11,13 +11,19 @@ from .class_losses import (
     PositionSupervisedLoss,
     VarifocalLoss,
 )
-from .criterion import SetCriterion
+from .criterion import CRITERION_REGISTRY, SetCriterion
 from .decoder import Decoder
 from .denoising import DENOISING_REGISTRY, ContrastiveDenoising, Denoising
 from .encoder import Encoder
 from .matcher import MATCHER_REGISTRY, HungarianMatcher, PositionModulatedMatcher
 from .neck import ChannelMapper
-from .one_to_many import DenseQueries, OneToManyHead, OneToManyMatcher, OneToManyQueries
+from .one_to_many import (
+    DenseQueries,
+    MixedMatching,
+    OneToManyHead,
+    OneToManyMatcher,
+    OneToManyQueries,
+)
 from .passes import InstructedPass, SeparatePass
 from .query_selection import (
     QUERY_SELECTION_REGISTRY,
@@ -31,6 +37,7 @@ from .relations import RELATION_REGISTRY, DistinctQueries, PositionRelation
 __all__ = [
     "BRANCH_REGISTRY",
     "CLASS_LOSS_REGISTRY",
+    "CRITERION_REGISTRY",
     "DENOISING_REGISTRY",
     "MATCHER_REGISTRY",
     "PASS_REGISTRY",
@@ -52,6 +59,7 @@ __all__ = [
     "HungarianMatcher",
     "InstructedPass",
     "MatchabilityAwareLoss",
+    "MixedMatching",
     "MixedQuerySelection",
     "OneToManyHead",
     "OneToManyMatcher",

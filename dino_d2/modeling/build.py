@@ -9,6 +9,7 @@ from ..names import hint
 from . import (
     BRANCH_REGISTRY,
     CLASS_LOSS_REGISTRY,
+    CRITERION_REGISTRY,
     DENOISING_REGISTRY,
     MATCHER_REGISTRY,
     PASS_REGISTRY,
@@ -76,7 +77,8 @@ def build_criterion(c: CN) -> SetCriterion:
     denoising_class_loss = c.LOSS.DENOISING_CLASS_LOSS and named(
         CLASS_LOSS_REGISTRY, c.LOSS.DENOISING_CLASS_LOSS, "MODEL.DINO.LOSS.DENOISING_CLASS_LOSS"
     )
-    return SetCriterion(
+    criterion = named(CRITERION_REGISTRY, c.CRITERION, "MODEL.DINO.CRITERION")
+    return criterion(
         matcher=matcher(**costs_from_config(c)),
         class_loss=class_loss(),
         denoising_class_loss=denoising_class_loss() if denoising_class_loss else None,

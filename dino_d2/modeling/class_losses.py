@@ -71,8 +71,11 @@ class ClassLoss(nn.Module):
         """
         own = logits[matched]
         absent = self.background * BackgroundLoss.apply(logits, self.gamma)
-        change = self.object_loss(own, iou) - self.background_loss(own)
-        return absent + (weights * change).sum(1)
+        return absent + self.change(own, iou, weights).sum(1)
+
+    def change(self, logits: Tensor, iou: Tensor, weights: Tensor | float) -> Tensor:
+        """What the loss of pairs (N, n) as objects is above that as background."""
+        return weights * (self.object_loss(logits, iou) - self.background_loss(logits))
 
     def background_loss(self, logits: Tensor) -> Tensor:
         """The loss of the logits (N, n) of pairs as background."""
@@ -144,16 +147,21 @@ class PositionSupervisedLoss(ClassLoss):
 class AlignLoss(ClassLoss):
     """The target is p^alpha * IoU^(1 - alpha), at least 0.01, with a detached probability p.
 
-    The paper also gives several queries to a box (mixed matching), which we do not.
+    Weights of pairs multiply the target, not the loss, as the paper wants for the several queries
+    that it gives to a box (:class:`MixedMatching`).
     """
 
     def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0):
         super().__init__(alpha=alpha, gamma=gamma, background=1.0)
 
-    def object_loss(self, logits: Tensor, iou: Tensor) -> Tensor:
+    def change(self, logits: Tensor, iou: Tensor, weights: Tensor | float) -> Tensor:
+        object_loss = cross_entropy(logits, weights * self.quality(logits, iou))
+        return (object_loss - self.background_loss(logits)).where(torch.as_tensor(weights) > 0, 0)
+
+    def quality(self, logits: Tensor, iou: Tensor) -> Tensor:
+        """How well pairs fit, in [0.01, 1], without gradient: the target of a weight of 1."""
         probability = logits.detach().sigmoid()
-        target = (probability**self.alpha * iou ** (1 - self.alpha)).clamp(min=0.01)
-        return cross_entropy(logits, target)
+        return (probability**self.alpha * iou ** (1 - self.alpha)).clamp(min=0.01)
 
 
 @CLASS_LOSS_REGISTRY.register()

@@ -2,6 +2,7 @@
 
 import torch
 from detectron2.utils.events import get_event_storage, has_event_storage
+from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ..boxes import cxcywh_to_xyxy, generalized_iou, iou
@@ -20,7 +21,10 @@ from ..structures import (
 from .class_losses import ClassLoss, FocalLoss
 from .matcher import HungarianMatcher, instability, queries_of_boxes
 
+CRITERION_REGISTRY = Registry("CRITERION")
 
+
+@CRITERION_REGISTRY.register()
 class SetCriterion(nn.Module):
     """A classification loss, and L1 and generalized IoU losses of the boxes (Deformable DETR).
 
@@ -95,23 +99,29 @@ class SetCriterion(nn.Module):
         stages, suffixes = [*branch.layers], layer_suffixes(len(branch.layers), suffix)
         if branch.proposals is not None:
             stages, suffixes = [*stages, branch.proposals], [*suffixes, f"{suffix}_enc"]
-        predictions, truth, match = stack_predictions(stages), join_targets(targets), branch.match
-        if not isinstance(match, Match):
-            match = (match or self.matcher)(predictions, targets)
-        if not branch.name:
-            log_instability(match, len(truth.labels), proposals_last=branch.proposals is not None)
+        predictions, truth = stack_predictions(stages), join_targets(targets)
+        match = self.match(branch, predictions, targets)
         match = Match(*(send_to_device(x, like=predictions.logits) for x in match))
-        class_loss = self.denoising_class_loss if branch.denoising else self.class_loss
+        sums = self.sums(branch, predictions, match, truth)
         weights = self.denoising_weights if branch.denoising else self.weights
-        sums = self.sums(predictions, match, truth, class_loss)
         weights = {name: branch.weight * weight for name, weight in weights.items()}
         weights["loss_class"] *= branch.class_weight
         return weigh(sums, weights, num_boxes * branch.repeats, suffixes)
 
+    def match(self, branch: Branch, predictions: Predictions, targets: list[Target]) -> Match:
+        """The pairs of a branch's stages: given, or by its matcher or that of the criterion."""
+        if isinstance(branch.match, Match):
+            return branch.match
+        match = (branch.match or self.matcher)(predictions, targets)
+        if not branch.name:
+            boxes = sum(len(target.labels) for target in targets)
+            log_instability(match, boxes, proposals_last=branch.proposals is not None)
+        return match
+
     def sums(
-        self, predictions: Predictions, match: Match, truth: Target, class_loss: ClassLoss
+        self, branch: Branch, predictions: Predictions, match: Match, truth: Target
     ) -> dict[str, Tensor]:
-        """Sums (N,) of each kind of loss over the queries of N stages.
+        """Sums (N,) of each kind of loss over the queries of the N stages of a branch.
 
         Predictions are (N, B, Q, .); `truth` is that of the whole batch.
         """
@@ -122,14 +132,26 @@ class SetCriterion(nn.Module):
         predicted, expected = boxes[matched], truth.boxes[match.targets]
         corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected)
         matched_logits = *matched, truth.labels[match.targets]
-        weights = (match.targets >= 0).to(logits.dtype)
+        fit = iou(*corners).detach()
+        weights = self.pair_weights(branch, logits[matched_logits], fit, match.targets)
+        class_loss = self.denoising_class_loss if branch.denoising else self.class_loss
         # NaN if a box is not finite, matched or not, otherwise 0.
         broken = 0 * (boxes.detach().sum((1, 2, 3)) + truth.boxes.sum())
         return {
-            "loss_class": class_loss(logits, matched_logits, iou(*corners).detach(), weights),
+            "loss_class": class_loss(logits, matched_logits, fit, weights),
             "loss_bbox": (weights * (predicted - expected).abs().sum(2)).sum(1) + broken,
             "loss_giou": (weights * (1 - generalized_iou(*corners))).sum(1),
         }
+
+    def pair_weights(self, branch: Branch, logits: Tensor, iou: Tensor, targets: Tensor) -> Tensor:
+        """Weights of the n pairs of N stages of a branch: 1, or 0 for those without a box.
+
+        Args:
+            logits: (N, n), of the classes of the boxes
+            iou: (N, n), without gradient
+            targets: (n,) or (N, n), the boxes, -1 for none
+        """
+        return (targets >= 0).to(logits.dtype)
 
 
 def log_instability(match: Match, num_boxes: int, *, proposals_last: bool) -> None:
@@ -178,6 +200,7 @@ def average_over_workers(count: Tensor) -> Tensor:
     return mean_over_workers(count).clamp(min=1)
 
 
+@CRITERION_REGISTRY.register()
 class AllProposals(SetCriterion):
     """Criterion of two-stage Deformable DETR, which supervises the proposals of all tokens.
 
@@ -195,6 +218,7 @@ class AllProposals(SetCriterion):
         return losses | super().branch_losses(proposals, objects, num_boxes)
 
 
+@CRITERION_REGISTRY.register()
 class BoxesOnly(SetCriterion):
     """Criterion of DN-DETR, which does not supervise the empty slots of denoising."""
 

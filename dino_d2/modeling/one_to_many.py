@@ -2,12 +2,14 @@
 
 OneToManyMatcher   assigns queries by a score of their box and their class
 RepeatedMatcher    assigns them optimally, as if every box were there several times
+MixedMatching      Align-DETR: so are the queries of the result, but for the last layer
 OneToManyHead      MS-DETR: another class head for the queries of the result
 OneToManyQueries   H-DETR: further queries
 DenseQueries       DDQ DETR: further queries, with heads of their own
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -15,9 +17,11 @@ from torch import Tensor, nn
 
 from ..boxes import cxcywh_to_xyxy, iou, refine
 from ..layers import box_head, class_head
-from ..ranges import require_share, require_whole
+from ..ranges import require_positive, require_share, require_whole
 from ..structures import Branch, FeaturePyramid, LayerOutput, Match, Predictions, Queries, Target
 from .branches import BRANCH_REGISTRY
+from .class_losses import AlignLoss
+from .criterion import CRITERION_REGISTRY, SetCriterion
 from .matcher import MATCHER_REGISTRY, HungarianMatcher, costs_from_config, in_parts
 from .query_selection import MixedQuerySelection, PureQuerySelection
 
@@ -97,6 +101,9 @@ class OneToManyMatcher:
 class RepeatedMatcher:
     """Optimal matching with every box `repeats` times (H-DETR, arXiv 2207.13080, section 3.2).
 
+    In an image with fewer queries than that, boxes are repeated as often as there are queries for
+    all of them, so that no box goes without for others' sake.
+
     Args:
         matcher: one to one
         repeats: queries for a box, at least 1
@@ -108,15 +115,87 @@ class RepeatedMatcher:
 
     def __call__(self, predictions: Predictions, targets: list[Target]) -> Match:
         """Match every stage and image; waits for the device as the matcher does."""
-        times, starts, start = self.repeats, [], 0
+        queries = predictions.boxes.shape[2]
+        repeated, boxes, start = [], [], 0
         for target in targets:
-            starts.append(start)
-            start += len(target.labels)
-        repeated = [Target(x.labels.repeat(times), x.boxes.repeat(times, 1)) for x in targets]
-        images, queries, boxes = self.matcher(predictions, repeated)
-        counts = torch.tensor([len(x.labels) for x in targets])[images]
-        first = torch.tensor(starts)[images]
-        return Match(images, queries, first + (boxes - times * first) % counts)
+            count = len(target.labels)
+            times = max(1, min(self.repeats, queries // max(count, 1)))
+            repeated.append(Target(target.labels.repeat(times), target.boxes.repeat(times, 1)))
+            boxes.append(torch.arange(start, start + count).repeat(times))
+            start += count
+        match = self.matcher(predictions, repeated)
+        return match._replace(targets=torch.cat(boxes)[match.targets])
+
+
+@CRITERION_REGISTRY.register()
+class MixedMatching(SetCriterion):
+    """Criterion of Align-DETR (arXiv 2304.07527, section 3.3), which mixes two kinds of matching.
+
+    In all stages but the last decoder layer a box has `repeats` queries. These are ranked by how
+    well they fit (:meth:`AlignLoss.quality`), and that with rank r = 0, 1, ... has the weight
+    exp(-r / tau), of its losses of boxes and in the target of its class loss. The last layer, and
+    denoising, have one query for a box, so that the result needs no suppression.
+
+    Instability of the matching is not logged.
+
+    Args:
+        repeats: at least 1
+        tau: above 0
+        arguments: of :class:`SetCriterion`
+
+    Raises:
+        ValueError: a number is out of range, or the class loss is not :class:`AlignLoss`
+    """
+
+    class_loss: AlignLoss
+
+    def __init__(self, *, repeats: int = 2, tau: float = 1.5, **arguments: Any):
+        super().__init__(**arguments)
+        require_whole(repeats=repeats)
+        require_positive(tau=tau)
+        if not isinstance(self.class_loss, AlignLoss):
+            raise ValueError(
+                "MixedMatching ranks queries as AlignLoss does, and the class loss is "
+                f"{type(self.class_loss).__name__}: choose AlignLoss, or another criterion"
+            )
+        self.tau = tau
+        self.several = RepeatedMatcher(self.matcher, repeats=repeats)
+
+    def match(self, branch: Branch, predictions: Predictions, targets: list[Target]) -> Match:
+        if branch.match is not None:
+            return super().match(branch, predictions, targets)
+        match, last = self.several(predictions, targets), len(branch.layers) - 1
+        one = self.matcher(Predictions(*(x[[last]] for x in predictions)), targets)
+        # Pairs of an image follow each other: its k-th pair takes the place of the k-th of several.
+        first = torch.searchsorted(one.images, one.images)
+        place = torch.searchsorted(match.images, one.images) + torch.arange(len(first)) - first
+        match.targets[last] = -1
+        match.targets[last, place], match.queries[last, place] = one.targets[0], one.queries[0]
+        return match
+
+    def pair_weights(self, branch: Branch, logits: Tensor, iou: Tensor, targets: Tensor) -> Tensor:
+        weights = super().pair_weights(branch, logits, iou, targets)
+        if branch.match is not None:
+            return weights
+        return weights * torch.exp(-ranks(self.class_loss.quality(logits, iou), targets) / self.tau)
+
+
+def ranks(scores: Tensor, groups: Tensor) -> Tensor:
+    """The rank (N, n) of each score (N, n) among those of its group: 0, 1, ... from the highest.
+
+    >>> ranks(torch.tensor([[0.5, 0.7, 0.2, 0.9]]), torch.tensor([[3, 8, 3, 3]]))
+    tensor([[1, 0, 2, 0]])
+
+    Args:
+        groups: (N, n), whole numbers
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, groups.gather(1, order).argsort(dim=1, stable=True))
+    by_group = groups.gather(1, order)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(
+        1, order, places - torch.searchsorted(by_group, by_group)
+    )
 
 
 @BRANCH_REGISTRY.register()
