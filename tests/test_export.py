@@ -11,7 +11,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,12 @@ from torch.nn import functional as F
 
 import dino_d2
 from dino_d2 import modeling
-from dino_d2.boxes import refine
+from dino_d2.boxes import cxcywh_to_xyxy, refine
 from dino_d2.export import Exportable, check, export, save
-from dino_d2.export.graph import nearest, to_onnx
+from dino_d2.export.graph import distinct_first, nearest, to_onnx
 from dino_d2.export.runtime import About, Detections, Exported, ExportError, compare, fit
 from dino_d2.modeling.postprocess import postprocess
-from dino_d2.modeling.relations import SUPPRESSED
+from dino_d2.modeling.relations import SUPPRESSED, PositionRelation
 from dino_d2.structures import FeaturePyramid, LayerOutput
 
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
@@ -105,6 +104,15 @@ def test_what_is_in_the_padding_changes_nothing(model, images, image_sizes):
     images[1, :, 33:] = 255
     images[2, :, :, 41:] = 0
     torch.testing.assert_close(detect(model, images, image_sizes), expected)
+
+
+def test_what_nms_suppresses_comes_last_without_a_score(model, images, image_sizes):
+    model.nms = 0.02
+    found = detect(model, images, image_sizes)
+    assert 0 < (found.scores == 0).sum() and (found.scores.diff() <= 0).all()
+    (alone,) = model([{"image": images[0]}])
+    kept = found.scores[0] > 0
+    torch.testing.assert_close(found.boxes[0][kept], alone["instances"].pred_boxes.tensor)
 
 
 def test_boxes_stay_inside_the_image(model, images, image_sizes):
@@ -296,15 +304,20 @@ def load(exported, done):
 KINDS = pytest.mark.parametrize("kind", [".pt2", pytest.param(".onnx", marks=pytest.mark.no_cover)])
 
 
-class Related(torch.nn.Module):
-    """Selection of queries, and attention between them with what a relation makes for it."""
+class Suppressing(torch.nn.Module):
+    """All that suppresses, or that a relation adds: in selection, between layers, at the end."""
 
-    def __init__(self, relation):
+    def __init__(self):
         super().__init__()
         self.selection = modeling.DistinctQuerySelection(
             num_queries=12, embed_dim=8, num_classes=3, iou_threshold=0.5
         )
-        self.relation = relation(num_heads=2)
+        self.relations = torch.nn.ModuleList(
+            [
+                modeling.DistinctQueries(num_heads=2, iou_threshold=0.3),
+                PositionRelation(num_heads=2),
+            ]
+        )
         self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, tokens, padding):
@@ -313,28 +326,31 @@ class Related(torch.nn.Module):
             FeaturePyramid(tokens, tokens, padding, ratios, ((4, 5),))
         )
         x = queries.content
-        output = LayerOutput(logits, refine(boxes, x[..., :4] / 4), x, boxes)
-        output, mask = self.relation(output, None, last=False)
-        return self.attention(x, x, x + 1, attn_mask=mask, need_weights=False)[0], output.logits
+        output, attended = LayerOutput(logits, refine(boxes, x[..., :4] / 4), x, boxes), []
+        for relation in self.relations:
+            output, mask = relation(output, None, last=False)
+            attended.append(self.attention(x, x, x + 1, attn_mask=mask, need_weights=False)[0])
+        scores, labels = logits.sigmoid().max(-1)
+        scores, order = scores.sort(descending=True)
+        corners = cxcywh_to_xyxy(boxes).gather(1, order[..., None].expand(-1, -1, 4))
+        found = Detections(corners, scores, labels.gather(1, order))
+        found = distinct_first(found, 0.3)
+        kept = found.scores > 0  # the others come in any order
+        return *attended, output.logits, found.scores, found.boxes * kept[..., None]
 
 
 @pytest.mark.slow
 @pytest.mark.no_cover
-@pytest.mark.parametrize(
-    "relation",
-    [partial(modeling.DistinctQueries, iou_threshold=0.3), modeling.PositionRelation],
-    ids=["distinct", "position"],
-)
-def test_onnx_has_distinct_queries_and_the_position_relation(randomise, relation):
-    module = randomise(Related(relation)).eval()
+def test_onnx_suppresses_as_the_model_does_and_has_relations(randomise):
+    module = randomise(Suppressing()).eval()
     module.selection.box_head.layers[-1].bias.data[2:] = 3.5  # so that boxes overlap
     inputs = torch.randn(3, 20, 8), torch.zeros(3, 20, dtype=torch.bool)
     axes = {0: Dim("batch", min=1)}
     with torch.no_grad():
         expected = module(*inputs)
         graph = torch.export.export(module, inputs, dynamic_shapes=(axes, axes))
-    suppressed = (expected[1] == SUPPRESSED).all(-1).sum(1)
-    assert ((suppressed > 0) == isinstance(module.relation, modeling.DistinctQueries)).all()
+    *_, logits, scores, _ = expected
+    assert ((logits == SUPPRESSED).all(-1).sum(1) > 0).all() and ((scores == 0).sum(1) > 0).all()
     file = to_onnx(graph)
     for count in (1, 3):
         for a, b in zip(file(*(x[:count] for x in inputs)), expected, strict=True):
@@ -353,20 +369,6 @@ def test_a_file_gives_what_the_model_gives_for_any_number_of_images(
         boxes, scores = compare(detect(model, *batch), file(*batch), 0.0)
         assert len(boxes) == count * model.max_detections
         assert boxes.max() < 1e-3 and scores.max() < 1e-5
-
-
-@pytest.mark.slow
-@KINDS
-def test_nms_is_in_the_file(model, images, image_sizes, tmp_path, kind):
-    model.nms = 0.02
-    path = tmp_path / f"model{kind}"
-    save(export(model, SIZE), path, About(CLASSES, SIZE, "RGB", None))
-    expected, actual = detect(model, images, image_sizes), Exported(path)(images, image_sizes)
-    boxes, scores = compare(expected, actual, 1e-6)
-    assert boxes.max() < 1e-3 and scores.max() < 1e-5
-    assert 0 < (actual.scores == 0).sum() and (actual.scores.diff() <= 0).all()
-    (alone,) = model([{"image": images[0]}])
-    assert len(alone["instances"]) == (actual.scores[0] > 0).sum()
 
 
 @pytest.mark.slow
