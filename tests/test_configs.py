@@ -9,11 +9,10 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
 
 from dino_d2 import add_dino_config
 from dino_d2.data import detr_augmentation
-from dino_d2.engine.plan import Plan, make_plan
+from dino_d2.engine.plan import Plan, make_plan, yaml_scheduler
 from dino_d2.modeling import (
     AlignLoss,
     Denoising,
@@ -85,7 +84,7 @@ def trainable(model):
 
 def test_there_is_a_config_for_every_promise():
     promised = {f"dino_R_50_{s}scale_{e}ep" for s in (4, 5) for e in (12, 24, 36)}
-    others = {"dino_R_101_4scale_12ep", "dino_R_50_4scale_12ep_improved", "quickstart"}
+    others = {"dino_R_101_4scale_12ep", "dino_R_50_4scale_12ep_improved", "own_data", "quickstart"}
     assert promised | others <= set(NAMES)
     assert sum(name.startswith("Ablations/") for name in NAMES) == 4
     assert sum(name.startswith("Relations/") for name in NAMES) == 2
@@ -109,12 +108,14 @@ def test_twins_build_the_same_model(name, on_meta_device):
     assert repr(from_yaml) == repr(lazy)
     for weights in ("weights", "denoising_weights"):
         assert getattr(from_yaml.criterion, weights) == getattr(lazy.criterion, weights)
+    assert type(from_yaml.criterion) is type(lazy.criterion)
     assert type(from_yaml.criterion.matcher) is type(lazy.criterion.matcher)
     assert vars(from_yaml.criterion.matcher) == vars(lazy.criterion.matcher)
     assert from_yaml.decoder.look_forward == lazy.decoder.look_forward
     for encoding in ("position_temperature", "position_offset"):
         assert getattr(from_yaml.encoder, encoding) == getattr(lazy.encoder, encoding)
     assert from_yaml.max_detections == lazy.max_detections
+    assert from_yaml.nms == lazy.nms
     if from_yaml.denoising:
         scalars = ("num_classes", "budget", "label_noise", "box_noise")
         assert [getattr(from_yaml.denoising, x) for x in scalars] == [
@@ -182,7 +183,7 @@ def test_twins_have_the_same_schedule(name):
     assert solver.CLIP_GRADIENTS.CLIP_VALUE == lazy.optimizer.max_norm
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    multiplier = build_lr_scheduler(cfg, optimizer)._multiplier
+    multiplier = yaml_scheduler(cfg, optimizer)._multiplier
     for progress in (0.0, 0.001, 0.02, 0.5, 0.8, 0.84, 0.92, 0.99):
         lazily = instantiate(lazy.lr_multiplier)(progress)
         assert multiplier(progress) == pytest.approx(lazily, abs=1e-6)
