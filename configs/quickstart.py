@@ -4,6 +4,7 @@ from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
 from dino_d2.engine.schedule import share_of
+from dino_d2.modeling import DistinctQueries, DistinctQuerySelection
 
 from .dino_R_50_4scale_12ep import dataloader, model, optimizer, train
 
@@ -19,10 +20,12 @@ model.encoder.embed_dim = 128
 model.encoder.num_heads = 4
 model.encoder.ffn_dim = 256
 model.encoder.num_levels = 3
+model.query_selection._target_ = DistinctQuerySelection
 model.query_selection.num_queries = 30
 model.decoder.num_layers = 3
+model.decoder.relation = DistinctQueries
 model.denoising.budget = 30
-model.criterion.class_weight = 2.0
+model.criterion.class_weight = 4.0
 model.max_detections = 100
 
 dataloader.train.mapper.augmentations.min_sizes = [96, 104, 112]
