@@ -102,4 +102,4 @@ def distinct(
     dtype = torch.float32 if narrow else torch.float64
     kept = nms((corners.to(dtype) + apart).flatten(0, 1), scores.to(dtype).flatten(), threshold)
     nothing = torch.zeros_like(scores, dtype=torch.bool)
-    return nothing.flatten().index_fill(0, kept, True).view_as(scores)
+    return nothing.flatten().index_fill(0, kept, 1).view_as(scores)

@@ -254,6 +254,7 @@ def test_detectron2s_predictor_detects_what_ours_does(colours, size, make_cfg, t
 
 def test_detectron2s_predictor_refuses_weights_of_another_layout(make_cfg, tmp_path):
     cfg = make_cfg("MODEL.DINO.NUM_CLASSES", 4, "MODEL.WEIGHTS", f"{tmp_path}/theirs.pth")
+    cfg.MODEL.DINO.QUERY_SELECTION = "MixedQuerySelection"  # as published
     state = DefaultTrainer.build_model(cfg).state_dict()
     torch.save({"model": layouts.official(state)}, tmp_path / "theirs.pth")
     with pytest.raises(CheckpointError, match="load them with dino_d2.Checkpointer"):
