@@ -129,7 +129,7 @@ class RepeatedMatcher:
 
 @CRITERION_REGISTRY.register()
 class MixedMatching(SetCriterion):
-    """Criterion of Align-DETR (arXiv 2304.07527, section 3.3), which mixes two kinds of matching.
+    """Criterion of Align-DETR (arXiv 2304.07527), which mixes two kinds of matching.
 
     In all stages but the last decoder layer a box has `repeats` queries. These are ranked by how
     well they fit (:meth:`AlignLoss.quality`), and that with rank r = 0, 1, ... has the weight
