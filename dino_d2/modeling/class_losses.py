@@ -156,7 +156,7 @@ class AlignLoss(ClassLoss):
 
     def change(self, logits: Tensor, iou: Tensor, weights: Tensor | float) -> Tensor:
         object_loss = cross_entropy(logits, weights * self.quality(logits, iou))
-        return (object_loss - self.background_loss(logits)).where(torch.as_tensor(weights) > 0, 0)
+        return (weights > 0) * (object_loss - self.background_loss(logits))
 
     def quality(self, logits: Tensor, iou: Tensor) -> Tensor:
         """How well pairs fit, in [0.01, 1], without gradient: the target of a weight of 1."""
