@@ -6,6 +6,7 @@ padding plays no role.
 """
 
 import copy
+import faulthandler
 import json
 import os
 import subprocess
@@ -58,12 +59,14 @@ multiprocessing.set_forkserver_preload(
 
 def work(rank, folder, job):
     """One worker: its result goes to a file."""
+    faulthandler.enable()  # says where, if it aborts
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     comm.create_local_process_group(WORLD)
     inputs = torch.load(folder / "inputs.pt", weights_only=False)
     torch.save(job(rank, **inputs), folder / f"{rank}.pt")
+    distributed.barrier()  # none leaves while another still talks to it
     distributed.destroy_process_group()
 
 
