@@ -27,16 +27,19 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
     return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))
 
 
-def refine(reference: Tensor, delta: Tensor) -> Tensor:
+def refine(reference: Tensor, delta: Tensor, eps: float = 1e-3) -> Tensor:
     """Move boxes (..., 4) in [0, 1] by `delta` (..., 4) in the space of logits.
 
-    A reference point (..., 2) is moved likewise and gets its size from `delta`. Deformable DETR,
-    appendix A.3 and "iterative bounding box refinement" in A.4.
+    A reference point (..., 2) is moved likewise and gets its size from `delta`; without a reference
+    (..., 0), all is `delta`. Deformable DETR, appendix A.3 and "iterative bounding box refinement"
+    in A.4. References are cut off at `eps`, see `inverse_sigmoid`.
 
     >>> refine(torch.tensor([0.5, 0.5, 0.2, 0.2]), torch.zeros(4))
     tensor([0.5000, 0.5000, 0.2000, 0.2000])
     """
-    known, unknown = inverse_sigmoid(reference), delta.shape[-1] - reference.shape[-1]
+    if not reference.shape[-1]:
+        return delta.sigmoid()
+    known, unknown = inverse_sigmoid(reference, eps), delta.shape[-1] - reference.shape[-1]
     if unknown:
         known = F.pad(known, (0, unknown))
     return (known + delta).sigmoid()
@@ -54,16 +57,17 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     return (overlap / union.clamp(min=torch.finfo(union.dtype).tiny)).clamp(max=1)
 
 
-def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+def generalized_iou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
     """Generalized IoU in [-1, 1] of corner boxes (..., 4), broadcast over leading dimensions.
 
-    Rezatofighi et al., 2019. Boxes without area give 0, not NaN, which would end a training.
+    Rezatofighi et al., 2019. Boxes without area give 0, not NaN, which would end a training. `eps`
+    is added to both divisors, as by the code of some detectors.
     """
     (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
     overlap, union = overlap_and_union(a, b)
     hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).prod(-1)
     tiny = torch.finfo(hull.dtype).tiny
-    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    return overlap / (union + eps).clamp(min=tiny) - (hull - union) / (hull + eps).clamp(min=tiny)
 
 
 def overlap_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from dino_d2.weights import files as checkpoint_io
 from dino_d2.weights.files import fetch, read, weights, write
 from dino_d2.weights.releases import RELEASES
 
-STATE = {"encoder.level_embed.weight": torch.arange(6.0).view(2, 3)}
+STATE = {"decoder.class_heads.0.bias": torch.arange(6.0).view(2, 3)}
 URL = "https://example.com/models/dino.pth"
 OFFICIAL = RELEASES["official/dino_R_50_4scale_12ep"]
 DETREX = RELEASES["detrex/dino_R_50_4scale_12ep"]
@@ -178,7 +178,7 @@ def test_a_pytorch_file_is_read(tmp_path, zipped):
     )
     data = read(path)
     assert data["epoch"] == 3
-    assert torch.equal(data["model"]["encoder.level_embed.weight"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(data["model"]["decoder.class_heads.0.bias"], torch.arange(6.0).view(2, 3))
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -314,7 +314,7 @@ def test_objects_beside_the_weights_are_read_without_running_them(tmp_path, noth
     nothing_runs()  # from here on: making the object ran something, too
     data = read(path)
     assert data["epoch"] == 3 and not isinstance(data["more"][0], kind)
-    assert torch.equal(data["model"]["encoder.level_embed.weight"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(data["model"]["decoder.class_heads.0.bias"], torch.arange(6.0).view(2, 3))
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before PyTorch 1.6"])
@@ -457,8 +457,8 @@ def test_a_file_without_weights_is_named(checkpoint):
 
 
 def test_the_file_of_another_model_is_named():
-    """Deformable DETR, in the names that official DINO has from it."""
-    state = {"transformer.level_embed": torch.ones(4, 256), "query_embed.weight": torch.ones(300)}
+    """In names that official DINO has, too."""
+    state = {"transformer.level_embed": torch.ones(4, 256), "query_feat.weight": torch.ones(300)}
     with pytest.raises(CheckpointError) as caught:
         weights({"model": state}, "a.pth")
     assert_one_sentence(caught, "'a.pth': this is another model than DINO", "official")
@@ -471,7 +471,7 @@ def test_what_is_written_is_read(tmp_path):
     write({"model": STATE, "iteration": 7}, str(tmp_path / "a.pth"))
     data = read(str(tmp_path / "a.pth"))
     assert data["iteration"] == 7
-    assert torch.equal(data["model"]["encoder.level_embed.weight"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(data["model"]["decoder.class_heads.0.bias"], torch.arange(6.0).view(2, 3))
     assert [x.name for x in tmp_path.iterdir()] == ["a.pth"]
 
 

@@ -1,24 +1,40 @@
 """DINO's predecessors: their configs, and the parts that DINO itself does without."""
 
+from functools import partial
 from math import cos, exp, log, pi, sin
 
 import pytest
 import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
 from outputs import detector_output, run_detector, with_result
+from torch.nn import functional as F
 
+from dino_d2.boxes import cxcywh_to_xyxy, generalized_iou, refine
+from dino_d2.layers import ConditionalCrossAttention, ConditionalSelfAttention, DenseAttention
+from dino_d2.layouts.adapt import select_classes
 from dino_d2.modeling import (
     Denoising,
     HungarianMatcher,
     PositionSupervisedLoss,
     SetCriterion,
+    SoftmaxLoss,
+    SoftmaxMatcher,
     StaticQueries,
 )
+from dino_d2.modeling.backbones import dc5_stages
 from dino_d2.modeling.criterion import AllProposals, BoxesOnly
 from dino_d2.modeling.denoising import IndicatorDenoising
-from dino_d2.modeling.positions import LearnedPosition, ScaledAnchorPosition
+from dino_d2.modeling.positions import (
+    ConditionalPosition,
+    LearnedPosition,
+    ScaledAnchorPosition,
+)
+from dino_d2.modeling.postprocess import best_classes
 from dino_d2.modeling.query_selection import (
+    IndicatorPatternQueries,
     IndicatorQueries,
+    ObjectQueries,
+    PatternQueries,
     PointQueries,
     ProposalQueries,
     proposal_anchors,
@@ -31,10 +47,13 @@ REFINE = "deformable_detr_R_50_refine_50ep"
 TWO_STAGE = "deformable_detr_R_50_two_stage_50ep"
 DAB = "dab_deformable_detr_R_50_50ep"
 DN = "dn_deformable_detr_R_50_50ep"
-# The first and the last have most of the parts of the others.
+DETR = "detr_R_50_500ep"
+DAB_DETR = "dab_detr_R_50_50ep"
+DN_DETR = "dn_detr_R_50_50ep"
+# These have the parts of the others.
 CONFIGS = pytest.mark.parametrize(
     "name",
-    [PLAIN, DN, *(pytest.param(x, marks=pytest.mark.slow) for x in (REFINE, TWO_STAGE, DAB))],
+    [DETR, DN, *(pytest.param(x, marks=pytest.mark.slow) for x in (PLAIN, TWO_STAGE, DN_DETR))],
 )
 NUM_CLASSES = 3
 SMALL = [
@@ -89,7 +108,11 @@ def sines(values, channels):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        (PLAIN, 39_847_265),  # published: 40 M
+        (DETR, 41_302_368),  # as recorded of the official ones; published: 41 M
+        (DETR.replace("50_500", "101_500"), 60_242_272),  # 60 M
+        (DAB_DETR, 43_449_117),  # 44 M
+        (DN_DETR, 43_472_577 + 255),  # 44 M; content of matching queries has a row of its own
+        (PLAIN, 39_847_265),  # 40 M
         (REFINE, 40_627_260),  # 41 M
         (TWO_STAGE, 40_959_129),  # 41 M
         (DAB, 47_183_594),  # 47 M
@@ -106,6 +129,16 @@ def test_models_have_as_many_parameters_as_published(name, count):
 @pytest.mark.parametrize(
     ("name", "selection", "position", "denoising", "criterion", "look_forward", "size_biases"),
     [
+        (DAB_DETR, PatternQueries, ConditionalPosition, None, SetCriterion, 2, [0]),
+        (
+            DN_DETR,
+            IndicatorPatternQueries,
+            ConditionalPosition,
+            IndicatorDenoising,
+            BoxesOnly,
+            2,
+            [0],
+        ),
         (PLAIN, PointQueries, LearnedPosition, None, SetCriterion, 0, [-2]),
         (REFINE, PointQueries, LearnedPosition, None, SetCriterion, 1, [-2, 0, 0]),
         (TWO_STAGE, ProposalQueries, LearnedPosition, None, AllProposals, 1, [0, 0, 0]),
@@ -124,7 +157,7 @@ def test_models_are_composed_as_published(
     biases = [head.layers[-1].bias.tolist() for head in decoder.box_heads]
     assert biases == [[0, 0, bias, bias] for bias in size_biases]
     assert len(decoder.class_heads) == len(size_biases)  # one for all layers, or one for each
-    assert model.max_detections == 100
+    assert model.max_detections == (300 if name in (DAB_DETR, DN_DETR) else 100)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +218,9 @@ def test_every_model_detects(make_batch, name):
         results = model(make_batch(1, 0, sizes=[(64, 64), (48, 80)]))
     for result, size in zip(results, [(64, 64), (48, 80)], strict=True):
         instances = result["instances"]
-        # ten queries of three classes
-        assert len(instances) == 10 * NUM_CLASSES and instances.image_size == size
+        # ten queries of three classes, of which each of DETR's has one
+        assert len(instances) == 10 * (1 if name == DETR else NUM_CLASSES)
+        assert instances.image_size == size
         assert instances.scores.isfinite().all() and instances.pred_boxes.tensor.isfinite().all()
 
 
@@ -194,7 +228,7 @@ def test_every_model_detects(make_batch, name):
 def test_losses_of_every_stage_are_there(make_batch, name):
     losses = make_small(name)(make_batch(2, 1))
     suffixes = ["", "_0", "_1"]
-    suffixes += ["_enc"] * (name == TWO_STAGE) + ["_dn", "_dn_0", "_dn_1"] * (name == DN)
+    suffixes += ["_enc"] * (name == TWO_STAGE) + ["_dn", "_dn_0", "_dn_1"] * (name in (DN, DN_DETR))
     kinds = ("loss_class", "loss_bbox", "loss_giou")
     assert set(losses) == {kind + suffix for kind in kinds for suffix in suffixes}
 
@@ -206,7 +240,193 @@ def test_models_built_of_points_refuse_denoising(make_batch):
         instantiate(cfg)(make_batch(2, 1))
 
 
+# ---- DETR
+
+
+def test_queries_of_detr_are_learned_positions_and_nothing_else(make_memory):
+    selection = ObjectQueries(num_queries=5, embed_dim=32)
+    queries, proposals = selection(make_memory(batch=3))
+    assert proposals is None and not queries.content.any()
+    assert queries.reference.shape == (3, 5, 0)
+    assert torch.equal(queries.position, selection.position.weight.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("kind", ["dense", "conditional"])
+def test_padding_is_not_attended_to(make_memory, randomise, kind):
+    padding = torch.zeros(2, 48, 48, dtype=torch.bool)
+    padding[1, :, 32:] = True
+    memory = make_memory(shapes=((6, 6),), padding=padding)
+    x = torch.randn(2, 4, 32)
+    if kind == "dense":
+        attention = randomise(DenseAttention(embed_dim=32, num_heads=4))
+        attend = partial(attention, x)
+    else:
+        attention = randomise(ConditionalCrossAttention(embed_dim=32, num_heads=4, first=True))
+        attend = partial(attention, x, torch.randn(2, 4, 32), torch.randn(2, 4, 32))
+    noise = 100 * torch.randn_like(memory.tokens) * memory.padding[..., None]
+    others = memory._replace(tokens=memory.tokens + noise, position=memory.position + noise)
+    assert memory.padding.any()
+    torch.testing.assert_close(attend(others), attend(memory))
+
+
+def test_a_class_costs_its_probability_and_no_object_a_tenth():
+    """Three queries, one box: cross-entropy of all, divided by the weights 1, 0.1 and 0.1."""
+    logits = torch.tensor([[[2.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 3]]])
+    boxes = torch.tensor([0.5, 0.5, 0.2, 0.2]).repeat(1, 3, 1)
+    target = Target(torch.tensor([1]), boxes[0, :1])
+    p = logits[0].softmax(-1)
+    predictions = Predictions(logits[None], boxes[None])
+    matcher = SoftmaxMatcher(class_cost=1.0, bbox_cost=0.0, giou_cost=0.0)
+    torch.testing.assert_close(matcher.costs(predictions, [target])[0, :, 0], -p[:, 1])
+    assert matcher(predictions, [target]).queries.tolist() == [[1]]
+    criterion = SetCriterion(matcher=matcher, class_loss=SoftmaxLoss(), class_weight=1.0)
+    losses = criterion(detector_output([Predictions(logits, boxes)]), [target])
+    expected = -(0.1 * p[0, 3].log() + p[1, 1].log() + 0.1 * p[2, 3].log()) / 1.2
+    torch.testing.assert_close(losses["loss_class"], expected)
+    weight = torch.tensor([1.0, 1, 1, 0.1])
+    same = F.cross_entropy(logits[0], torch.tensor([3, 1, 3]), weight)
+    torch.testing.assert_close(losses["loss_class"], same)
+
+
+def test_the_mean_of_softmax_losses_does_not_depend_on_the_number_of_boxes():
+    logits, boxes = torch.zeros(2, 5, 4), torch.rand(2, 5, 4)
+    criterion = SetCriterion(matcher=SoftmaxMatcher(), class_loss=SoftmaxLoss())
+    for counts in [(0, 0), (1, 0), (3, 2)]:
+        targets = [Target(torch.zeros(n, dtype=torch.int64), torch.rand(n, 4)) for n in counts]
+        losses = criterion(detector_output([Predictions(logits, boxes)]), targets)
+        assert losses["loss_class"].item() == pytest.approx(log(4))
+
+
+def test_a_query_of_detr_has_its_best_class_and_the_best_come_first():
+    logits = torch.tensor([[[1.0, 3, 0, 2], [0, 0, 1, 5], [4, 0, 0, 0]]])
+    boxes = torch.rand(1, 3, 4)
+    found = best_classes(Predictions(logits, boxes), 2)
+    assert found.labels.tolist() == [[0, 1]]
+    torch.testing.assert_close(found.scores, logits.softmax(-1)[0, [2, 0], [0, 1]][None])
+    torch.testing.assert_close(found.boxes, cxcywh_to_xyxy(boxes[:, [2, 0]]))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "criterion.class_loss._target_=dino_d2.modeling.FocalLoss",
+        "criterion.matcher._target_=dino_d2.modeling.HungarianMatcher",
+        "decoder.softmax=False",
+    ],
+)
+def test_parts_of_the_softmax_go_together(override):
+    cfg = load(DETR, *SMALL, override)
+    cfg.criterion.class_loss.pop("no_object_weight")
+    with pytest.raises(ValueError, match="SoftmaxHead, SoftmaxLoss and SoftmaxMatcher go together"):
+        instantiate(cfg)
+
+
+def test_the_row_of_no_object_stays_when_classes_change():
+    source, target = (make_small(DETR).state_dict() for _ in range(2))
+    state, new = select_classes(source, ["a", "b", "c"], ["c", "d", "a"], target)
+    head = "decoder.class_heads.0."
+    assert new == ["d"]
+    for kind in ("weight", "bias"):
+        assert torch.equal(state[f"{head}no_object.{kind}"], source[f"{head}no_object.{kind}"])
+        assert torch.equal(state[head + kind][[0, 2]], source[head + kind][[2, 0]])
+
+
+def test_dc5_keeps_the_stride_and_dilates_from_the_second_block_on():
+    *_, last = dc5_stages(depth=50, stride_in_1x1=False)
+    assert [block.conv2.dilation for block in last] == [(1, 1), (2, 2), (2, 2)]
+    assert all(block.stride == 1 and block.conv2.stride == (1, 1) for block in last)
+
+
+# ---- DAB-DETR and DN-DETR
+
+
+def test_every_anchor_has_every_pattern(make_memory):
+    selection = PatternQueries(num_queries=3, embed_dim=32, num_patterns=2)
+    queries, _ = selection(make_memory())
+    anchors, patterns = selection.anchors.weight.sigmoid(), selection.content.weight
+    assert torch.equal(queries.reference[1], torch.cat([anchors, anchors]))
+    assert torch.equal(queries.content[0], patterns[[0, 0, 0, 1, 1, 1]])
+
+
+def test_without_patterns_content_is_zero_and_with_an_indicator_it_is_one_for_all(make_memory):
+    queries, _ = PatternQueries(num_queries=3, embed_dim=32)(make_memory())
+    assert queries.content.shape == (2, 3, 32) and not queries.content.any()
+    selection = IndicatorPatternQueries(num_queries=3, embed_dim=32)
+    queries, _ = selection(make_memory())
+    expected = torch.cat([selection.content.weight[0], torch.zeros(1)])
+    assert (queries.content == expected).all()
+
+
+def test_attention_is_as_wide_and_high_as_the_anchor_and_the_content_say(randomise):
+    head = randomise(ConditionalPosition(embed_dim=32), std=0.5)
+    content, boxes = torch.randn(1, 4, 32), torch.rand(1, 4, 4) + 0.1
+    for layer in (0, 2):
+        position, place = head(Queries(content, boxes), None, layer).chunk(2, -1)
+        scale = head.scale(content) if layer else torch.ones(1, 4, 32)
+        width, height = head.size(content).sigmoid().unbind(-1)
+        for i, (x, y, w, h) in enumerate(boxes[0].tolist()):
+            code = sines([y, x, w, h], 16)
+            torch.testing.assert_close(position[0, i], head.mlp(code), rtol=1e-4, atol=1e-4)
+            expected = code[:32] * scale[0, i]
+            expected[:16] *= height[0, i] / h
+            expected[16:] *= width[0, i] / w
+            torch.testing.assert_close(place[0, i], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_products_of_content_and_of_position_are_added(make_memory, randomise, first):
+    attention = randomise(ConditionalCrossAttention(embed_dim=32, num_heads=4, first=first))
+    memory = make_memory(shapes=((3, 2),))
+    x, position, sine = torch.randn(3, 2, 4, 32)
+    query, key = attention.query_content(x), attention.key_content(memory.tokens)
+    where, place = attention.query_sine(sine), attention.key_position(memory.position)
+    if first:
+        query, key = query + attention.query_position(position), key + place
+    value = attention.value(memory.tokens)
+    heads = []
+    for h in range(4):
+        part = slice(8 * h, 8 * h + 8)
+        logits = query[..., part] @ key[..., part].mT + where[..., part] @ place[..., part].mT
+        heads.append((logits / 16**0.5).softmax(-1) @ value[..., part])
+    expected = attention.output(torch.cat(heads, -1))
+    torch.testing.assert_close(attention(x, position, sine, memory), expected)
+
+
+@pytest.mark.parametrize("kind", ["bool", "added", "of each head"])
+def test_queries_do_not_see_what_the_mask_forbids(randomise, kind):
+    attention = randomise(ConditionalSelfAttention(embed_dim=32, num_heads=4))
+    x, position = torch.randn(2, 2, 5, 32)
+    forbidden = torch.zeros(5, 5, dtype=torch.bool)
+    forbidden[:2, 2:] = True
+    mask = {
+        "bool": forbidden,
+        "added": torch.zeros(5, 5).masked_fill(forbidden, -torch.inf),
+        "of each head": forbidden.expand(2 * 4, -1, -1),
+    }[kind]
+    alone = attention(x[:, :2], position[:, :2])
+    torch.testing.assert_close(attention(x, position, mask)[:, :2], alone)
+    assert not torch.allclose(attention(x, position)[:, :2], alone, atol=1e-3)
+
+
 # ---- Deformable DETR
+
+
+def test_the_inverse_sigmoid_is_cut_off_where_the_config_says():
+    x = torch.tensor([1e-7, 0.5, 0.9999])
+    for eps in (1e-3, 1e-5):
+        expected = torch.tensor([eps, 0.5, min(0.9999, 1 - eps)])
+        torch.testing.assert_close(refine(x[None, :2], torch.zeros(1, 2), eps)[0], expected[:2])
+    assert make_small(PLAIN).decoder.eps == 1e-5 and make_small(DAB).decoder.eps == 1e-3
+
+
+def test_the_divisors_of_the_generalized_iou_grow_by_what_the_config_says():
+    a, b = torch.tensor([0.0, 0.0, 0.2, 0.1]), torch.tensor([0.1, 0.0, 0.3, 0.2])
+    # overlap 0.01, union 0.02 + 0.04 - 0.01, hull 0.3 * 0.2
+    expected = 0.01 / (0.05 + 0.01) - 0.01 / (0.06 + 0.01)
+    assert generalized_iou(a, b, 0.01).item() == pytest.approx(expected)
+    for name, eps in [(PLAIN, 0), (DAB, 1e-6), (DN_DETR, 1e-6)]:
+        criterion = make_small(name).criterion
+        assert criterion.giou_eps == criterion.matcher.giou_eps == eps
 
 
 def test_queries_that_look_at_points_are_the_same_for_all_images(make_memory):

@@ -14,6 +14,7 @@ model.query_selection.update(_target_=StaticQueries, num_queries=300)
 model.denoising = None
 model.decoder.update(look_forward=1, shared_heads=False, final_norm=False, size_bias=-2.0)
 model.decoder.position_head = L(ScaledAnchorPosition)(embed_dim="${...encoder.embed_dim}")
+model.criterion.giou_eps = model.criterion.matcher.giou_eps = 1e-6
 model.max_detections = 100
 
 lr_multiplier.update(milestones=[40], num_updates=50)

@@ -12,7 +12,7 @@ from ..common.train import train
 model.encoder.update(ffn_dim=1024, dropout=0.1, position_temperature=10000.0, position_offset=-0.5)
 model.query_selection = L(PointQueries)(num_queries=300, embed_dim="${..encoder.embed_dim}")
 model.denoising = None
-model.decoder.update(look_forward=0, final_norm=False, size_bias=-2.0)
+model.decoder.update(look_forward=0, final_norm=False, size_bias=-2.0, eps=1e-5)
 model.decoder.position_head = L(LearnedPosition)()
 model.criterion.class_weight = 2.0
 model.max_detections = 100

@@ -23,21 +23,36 @@ def add_dino_config(cfg: CN) -> None:
     # Feature maps of the backbone; coarser levels are appended until there are NUM_LEVELS.
     c.IN_FEATURES = ["res3", "res4", "res5"]
     c.NUM_LEVELS = 4
+    c.NECK_NORM = True  # a GroupNorm behind each projection of a feature map
     c.NUM_POINTS = 4
     # Encoding of pixels that the weights were trained with, see encode_pixels.
     c.POSITION_TEMPERATURE = 20.0
     c.POSITION_OFFSET = 0.0
+    c.LEVEL_EMBED = True  # levels are told apart by a learned part of the position
+    c.SCALE_POSITION = False  # positions of tokens are scaled by their content (DAB-DETR)
     c.ENCODER_LAYERS = 6
+    c.ENCODER_LAYER = "EncoderLayer"  # or DenseEncoderLayer, ConditionalEncoderLayer
     c.DECODER_LAYERS = 6
+    c.DECODER_LAYER = "DecoderLayer"  # or DenseDecoderLayer, ConditionalDecoderLayer
+    c.FIRST_DECODER_LAYER = ""  # of another kind: FirstConditionalDecoderLayer; "": as the others
 
-    # Or PureQuerySelection, StaticQueries, DistinctQuerySelection.
+    # Or PureQuerySelection, StaticQueries, DistinctQuerySelection; of the predecessors
+    # ObjectQueries, PointQueries, ProposalQueries, PatternQueries, IndicatorPatternQueries,
+    # IndicatorQueries.
     c.QUERY_SELECTION = "MixedQuerySelection"
     c.NUM_QUERIES = 900
+    c.NUM_PATTERNS = 0  # learned contents of PatternQueries, each with every anchor; 0: zeros
+    # Or LearnedPosition, ScaledAnchorPosition, ConditionalPosition.
+    c.POSITION_HEAD = "AnchorPosition"
     c.LOOK_FORWARD = 2  # 2: look forward twice, 1: once, 0: boxes are not refined
     # Of queries to each other, in all decoder layers but the first: DistinctQueries or
     # PositionRelation, or "" for none.
     c.RELATION = ""
     c.SHARED_HEADS = True  # all decoder layers share one class head and one box head
+    c.FINAL_NORM = True  # predictions see queries through a norm
+    # Where width and height start in the first box head; None: all box heads start at random.
+    c.SIZE_BIAS = 0.0
+    c.INVERSE_SIGMOID_EPS = 1e-3  # where references are cut off
 
     # Stages, of "backbone", "encoder" and "decoder", whose activations are recomputed in the
     # backward pass: less memory, more time.
@@ -45,7 +60,8 @@ def add_dino_config(cfg: CN) -> None:
     cfg.register_renamed_key("MODEL.DINO.CHECKPOINT", RENAMED["MODEL.DINO.CHECKPOINT"])
 
     c.DENOISING = CN()
-    c.DENOISING.NAME = "ContrastiveDenoising"  # or Denoising, or "" for none
+    c.DENOISING.NAME = "ContrastiveDenoising"  # or Denoising, IndicatorDenoising, or "" for none
+    c.DENOISING.GROUPS = 5  # of IndicatorDenoising
     c.DENOISING.BUDGET = 100  # boxes noised per image (in pairs if contrastive)
     c.DENOISING.LABEL_NOISE = 0.5
     c.DENOISING.BOX_NOISE = 1.0
@@ -57,10 +73,11 @@ def add_dino_config(cfg: CN) -> None:
 
     c.CRITERION = "SetCriterion"  # or MixedMatching, AllProposals, BoxesOnly
     c.MATCHER = CN({"CLASS_COST": 2.0, "BBOX_COST": 5.0, "GIOU_COST": 2.0})
-    c.MATCHER.NAME = "HungarianMatcher"  # or PositionModulatedMatcher
+    c.MATCHER.NAME = "HungarianMatcher"  # or PositionModulatedMatcher, SoftmaxMatcher
+    c.GIOU_EPS = 0.0  # added to both divisors of the generalized IoU, in costs and losses
     c.LOSS = CN({"CLASS_WEIGHT": 1.0, "BBOX_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0})
     c.LOSS.CLASS_LOSS = "FocalLoss"  # or VarifocalLoss, PositionSupervisedLoss, AlignLoss,
-    # MatchabilityAwareLoss
+    # MatchabilityAwareLoss, SoftmaxLoss (with the SoftmaxMatcher)
     # For denoising queries; None: as for the others.
     c.LOSS.DENOISING_CLASS_LOSS = None
     c.LOSS.DENOISING_CLASS_WEIGHT = None

@@ -17,7 +17,7 @@ from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
 from ..modeling.dino import DINO
-from ..modeling.postprocess import Detections, best_pairs, non_maximum_suppression
+from ..modeling.postprocess import Detections, non_maximum_suppression
 from ..ops import reference
 from .runtime import ABOUT, INPUTS, About, ExportError, kind_of, needs
 
@@ -50,7 +50,7 @@ class Exportable(nn.Module):
         padding = padding_of(images, image_sizes)
         pixels = (images.float() - model.pixel_mean) / model.pixel_std
         output = model.detect(pixels.masked_fill(padding[:, None], 0), padding)
-        found = best_pairs(output.result.layers[-1], model.max_detections)
+        found = model.best(output.result.layers[-1])
         boxes, scores, labels = found if model.nms is None else distinct_first(found, model.nms)
         limit = image_sizes.flip(1).tile(2)[:, None].to(boxes.dtype)
         return (boxes * limit).clamp(min=0).minimum(limit), scores, labels

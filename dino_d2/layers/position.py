@@ -13,13 +13,18 @@ def encode(x: Tensor, channels: int, temperature: float) -> Tensor:
     tensor([[0.0000, 1.0000],
             [0.5000, 0.8660]])
     """
-    i = torch.arange(channels // 2, device=x.device)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    i = torch.arange(channels // 2, device=x.device, dtype=dtype)
     phase = 2 * math.pi * x[..., None] / temperature ** (2 * i / channels)
     return torch.stack([phase.sin(), phase.cos()], -1).flatten(-2)
 
 
 def encode_pixels(
-    padding: Tensor, channels: int, temperature: float = 20.0, offset: float = 0.0
+    padding: Tensor,
+    channels: int,
+    temperature: float = 20.0,
+    offset: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Encode the pixels of padding masks (B, H, W) as (B, H, W, channels), y first.
 
@@ -27,7 +32,7 @@ def encode_pixels(
     those of the weights: 20 and 0 in official DINO, 10000 and -0.5 in Deformable DETR and some of
     detrex's checkpoints.
     """
-    inside = (~padding).float()
+    inside = (~padding).to(dtype)
     y, x = inside.cumsum(1), inside.cumsum(2)
     y, x = (y + offset) / (y[:, -1:] + 1e-6), (x + offset) / (x[:, :, -1:] + 1e-6)
     return torch.cat([encode(v, channels // 2, temperature) for v in (y, x)], -1)

@@ -17,6 +17,7 @@ CLASS_BIAS = "decoder.class_heads.0.bias"
 TRAINING_ONLY = ("branches.", "passes.")
 _CLASS_DEPENDENT = re.compile(
     r"(query_selection|decoder|(branches|passes)\.\d+(\.query_selection)?)\.class_heads?\."
+    r"(?!.*no_object)"  # DETR's
     r"|denoising\.label_embed\."
 )
 

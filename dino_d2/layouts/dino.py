@@ -93,17 +93,32 @@ _MMDET = f"""{resnet_names("backbone")}
     decoder.box_heads.#.layers.2          bbox_head.reg_branches.#.4
     denoising.label_embed                 dn_query_generator.label_embedding
 """
+# What each variant of Deformable DETR, DAB- and DN-Deformable-DETR makes its queries of.
+DEFORMABLE_QUERIES = {"query_embed.weight", "refpoint_embed.weight", "transformer.pos_trans.weight"}
+_NOT_DINO = re.compile(
+    r"query_selection\.(?!memory_proj|memory_norm|class_head|box_head|content\.)\w+"
+    r"|decoder\.(relation|position_head\.(?!mlp)\w+)|encoder\.position_scale"
+)
 
 
 def detect_format(state: State) -> str | None:
-    """One of the names above or in `backbones.py`, "dino_d2", or None if the format is unknown.
+    """One of the names above, in `detr.py` or in `backbones.py`, "dino_d2", or None if the format
+    is unknown.
 
     Raises:
-        CheckpointError: it is another model of the same code, such as Deformable DETR
+        CheckpointError: it is another model of the same code
     """
-    # The level embedding, and what only DINO has: learned content without a position.
+    layer = "transformer.decoder.layers.0."
+    predecessors = {
+        "detr": (f"{layer}multihead_attn.in_proj_weight", ""),
+        "dab_detr": (f"{layer}sa_qcontent_proj.weight", ""),
+    }
+    if "transformer.level_embed" in state and not DEFORMABLE_QUERIES.isdisjoint(state):
+        return "deformable_detr"
+    # A tensor that each has, and what only DINO has: learned content without a position.
     signs = {
-        "dino_d2": ("encoder.level_embed.weight", ""),
+        "dino_d2": (CLASS_BIAS, ""),
+        **predecessors,
         "official": ("transformer.level_embed", "transformer.tgt_embed.weight"),
         "detrex": ("transformer.level_embeds", "transformer.tgt_embed.weight"),
         "mmdet": ("level_embed", "memory_trans_fc.weight"),
@@ -124,19 +139,14 @@ def from_official(state: State) -> State:
     The last row of its label embedding is unused if there are more rows than classes; ours is for
     empty slots, and zero.
     """
-    state = _without_aliases(state)
-    extra = [key for key, x in state.items() if _is_downsample(key, x)]
-    first = min((_level(key) for key in extra), default=0)
-    levels = {f"input_proj.{_level(key)}.": _level(key) - first for key in extra}
-    for prefix, level in levels.items():
-        state = move(state, prefix, f"input_proj.extra.{level}.")
-    return _with_empty_slot(_share_heads(rename(state, _OFFICIAL)), unused=1)
+    state = rename(with_levels(_without_aliases(state)), _OFFICIAL)
+    return with_empty_slot(share_heads(state), unused=1)
 
 
 def from_detrex(state: State) -> State:
     """Convert detrex; adds a row of zeros for empty slots to the label embedding."""
     state = convnext_of_timm(rename(_without_aliases(state), _DETREX))
-    return _with_empty_slot(_share_heads(_with_encoder_heads(state)))
+    return with_empty_slot(share_heads(with_encoder_heads(state)))
 
 
 def from_mmdet(state: State) -> State:
@@ -153,7 +163,7 @@ def from_mmdet(state: State) -> State:
         for key, x in state.items()
         if re.fullmatch(r"neck\.\w+\.\d+\.0\.weight", key)
     }
-    return _with_empty_slot(_share_heads(_with_encoder_heads(biases | state)))
+    return with_empty_slot(share_heads(with_encoder_heads(biases | state)))
 
 
 def to_official(state: State) -> State:
@@ -163,12 +173,11 @@ def to_official(state: State) -> State:
     parts that official DINO does not have.
     """
     state = {key: x for key, x in state.items() if not key.startswith(TRAINING_ONLY)}
-    for part in ("decoder.relation.", "query_selection.content_proj."):
-        if any(key.startswith(part) for key in state):
-            raise CheckpointError(
-                f"official DINO has no {part[:-1]}, so the layout of official has no place for it: "
-                "keep the layout of dino_d2"
-            )
+    for part in filter(None, map(_NOT_DINO.match, sorted(state))):
+        raise CheckpointError(
+            f"official DINO has no {part[0]}, so the layout of official has no place for it: "
+            "keep the layout of dino_d2"
+        )
     state = rename(state, _OFFICIAL, back=True)
     levels = {_level(key) for key in state if re.match(r"input_proj\.\d", key)}
     for key in [key for key in state if key.startswith("input_proj.extra.")]:
@@ -196,18 +205,28 @@ def _level(key: str) -> int:
     return int(key.split(".")[1])
 
 
+def with_levels(state: State) -> State:
+    """Rename the projections that make further levels to `input_proj.extra`, from 0."""
+    extra = [key for key, x in state.items() if _is_downsample(key, x)]
+    first = min((_level(key) for key in extra), default=0)
+    levels = {f"input_proj.{_level(key)}.": _level(key) - first for key in extra}
+    for prefix, level in levels.items():
+        state = move(state, prefix, f"input_proj.extra.{level}.")
+    return state
+
+
 def _is_downsample(key: str, x: Tensor) -> bool:
     return key.startswith("input_proj.") and x.dim() == 4 and x.shape[-1] == 3
 
 
-def _with_encoder_heads(state: State) -> State:
+def with_encoder_heads(state: State) -> State:
     """Rename the last heads, which belong to the encoder."""
     number = len({key.split(".")[2] for key in state if key.startswith("decoder.layers.")})
     state = move(state, f"decoder.class_heads.{number}.", "query_selection.class_head.")
     return move(state, f"decoder.box_heads.{number}.", "query_selection.box_head.")
 
 
-def _with_empty_slot(state: State, unused: int = 0) -> State:
+def with_empty_slot(state: State, unused: int = 0) -> State:
     """Add a row of zeros for empty slots to the label embedding, if there is one.
 
     It replaces up to `unused` rows beyond those of the classes.
@@ -219,7 +238,7 @@ def _with_empty_slot(state: State, unused: int = 0) -> State:
     return state | {LABELS: torch.cat([rows, rows.new_zeros(1, rows.shape[1])])}
 
 
-def _share_heads(state: State) -> State:
+def share_heads(state: State) -> State:
     """Replace equal heads of all decoder layers by one shared head."""
     copies = defaultdict(list)
     for key in state:

@@ -18,7 +18,7 @@ def rename(state: State, table: str, *, back: bool = False) -> State:
     ['encoder.layers.5.norm1.bias', 'fc.bias']
     """
     rules = []
-    for line in table.strip().splitlines():
+    for line in filter(str.strip, table.splitlines()):
         new, old = reversed(line.split()) if back else line.split()
         pattern = re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"
         for number in range(1, 1 + new.count("#")):

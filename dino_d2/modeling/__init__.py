@@ -9,13 +9,20 @@ from .class_losses import (
     FocalLoss,
     MatchabilityAwareLoss,
     PositionSupervisedLoss,
+    SoftmaxLoss,
     VarifocalLoss,
 )
 from .criterion import CRITERION_REGISTRY, SetCriterion
 from .decoder import Decoder
+from .decoder_layers import DECODER_LAYER_REGISTRY
 from .denoising import DENOISING_REGISTRY, ContrastiveDenoising, Denoising
-from .encoder import Encoder
-from .matcher import MATCHER_REGISTRY, HungarianMatcher, PositionModulatedMatcher
+from .encoder import ENCODER_LAYER_REGISTRY, Encoder
+from .matcher import (
+    MATCHER_REGISTRY,
+    HungarianMatcher,
+    PositionModulatedMatcher,
+    SoftmaxMatcher,
+)
 from .neck import ChannelMapper
 from .one_to_many import (
     DenseQueries,
@@ -25,6 +32,7 @@ from .one_to_many import (
     OneToManyQueries,
 )
 from .passes import InstructedPass, SeparatePass
+from .positions import POSITION_HEAD_REGISTRY
 from .query_selection import (
     QUERY_SELECTION_REGISTRY,
     DistinctQuerySelection,
@@ -38,9 +46,12 @@ __all__ = [
     "BRANCH_REGISTRY",
     "CLASS_LOSS_REGISTRY",
     "CRITERION_REGISTRY",
+    "DECODER_LAYER_REGISTRY",
     "DENOISING_REGISTRY",
+    "ENCODER_LAYER_REGISTRY",
     "MATCHER_REGISTRY",
     "PASS_REGISTRY",
+    "POSITION_HEAD_REGISTRY",
     "QUERY_SELECTION_REGISTRY",
     "RELATION_REGISTRY",
     "AlignLoss",
@@ -70,6 +81,8 @@ __all__ = [
     "PureQuerySelection",
     "SeparatePass",
     "SetCriterion",
+    "SoftmaxLoss",
+    "SoftmaxMatcher",
     "StaticQueries",
     "TimmBackbone",
     "VarifocalLoss",

@@ -1,4 +1,4 @@
-"""ViTDet for images of any size, and all models of `timm`, as backbones."""
+"""ViTDet for images of any size, all models of `timm`, and dilated ResNets, as backbones."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,6 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.layers.batch_norm import LayerNorm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, SimpleFeaturePyramid
 from detectron2.modeling import ViT as Detectron2ViT
+from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -48,6 +49,40 @@ class ViTDet(SimpleFeaturePyramid):
     @property
     def size_divisibility(self) -> int:
         return self._size_divisibility
+
+
+def dc5_stages(*, depth: int, norm: str = "FrozenBN", **options: Any) -> list[list[nn.Module]]:
+    """Stages of a ResNet whose last keeps the stride of 16 pixels (DETR-DC5).
+
+    In its 3x3 convolutions, the first block has a dilation of 1 and the others of 2, as in
+    torchvision. (RES5_DILATION of Detectron2 has 2 in all.)
+
+    Args:
+        depth: 50, 101 or 152
+        options: of `ResNet.make_default_stages`
+    """
+    *stages, last = ResNet.make_default_stages(depth, norm=norm, **options)
+    dilated = ResNet.make_stage(
+        BottleneckBlock,
+        len(last),
+        in_channels=1024,
+        bottleneck_channels=512,
+        out_channels=2048,
+        stride_per_block=[1] * len(last),
+        dilation_per_block=[1] + [2] * (len(last) - 1),
+        norm=norm,
+        **options,
+    )
+    return [*stages, dilated]
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """A ResNet with :func:`dc5_stages`, of the keys of Detectron2's ResNets."""
+    r = cfg.MODEL.RESNETS
+    stem = BasicStem(input_shape.channels, r.STEM_OUT_CHANNELS, norm=r.NORM)
+    stages = dc5_stages(depth=r.DEPTH, norm=r.NORM, stride_in_1x1=r.STRIDE_IN_1X1)
+    return ResNet(stem, stages, out_features=r.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
 @BACKBONE_REGISTRY.register()

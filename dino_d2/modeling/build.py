@@ -10,15 +10,19 @@ from . import (
     BRANCH_REGISTRY,
     CLASS_LOSS_REGISTRY,
     CRITERION_REGISTRY,
+    DECODER_LAYER_REGISTRY,
     DENOISING_REGISTRY,
+    ENCODER_LAYER_REGISTRY,
     MATCHER_REGISTRY,
     PASS_REGISTRY,
+    POSITION_HEAD_REGISTRY,
     QUERY_SELECTION_REGISTRY,
     RELATION_REGISTRY,
     ChannelMapper,
     Decoder,
     Encoder,
     SetCriterion,
+    SoftmaxLoss,
 )
 from .matcher import costs_from_config
 
@@ -36,6 +40,10 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, obje
         "num_points": c.NUM_POINTS,
     }
     select = named(QUERY_SELECTION_REGISTRY, c.QUERY_SELECTION, "MODEL.DINO.QUERY_SELECTION")
+    first_layer = c.FIRST_DECODER_LAYER and named(
+        DECODER_LAYER_REGISTRY, c.FIRST_DECODER_LAYER, "MODEL.DINO.FIRST_DECODER_LAYER"
+    )
+    position_head = named(POSITION_HEAD_REGISTRY, c.POSITION_HEAD, "MODEL.DINO.POSITION_HEAD")
     relation = c.RELATION and named(RELATION_REGISTRY, c.RELATION, "MODEL.DINO.RELATION")
     denoising = c.DENOISING.NAME and named(
         DENOISING_REGISTRY, c.DENOISING.NAME, "MODEL.DINO.DENOISING.NAME"
@@ -47,9 +55,13 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, obje
             in_features=c.IN_FEATURES,
             out_channels=c.EMBED_DIM,
             num_levels=c.NUM_LEVELS,
+            norm=c.NECK_NORM,
         ),
         "encoder": Encoder(
             num_layers=c.ENCODER_LAYERS,
+            layer=named(ENCODER_LAYER_REGISTRY, c.ENCODER_LAYER, "MODEL.DINO.ENCODER_LAYER"),
+            level_embed=c.LEVEL_EMBED,
+            scale_position=c.SCALE_POSITION,
             position_temperature=c.POSITION_TEMPERATURE,
             position_offset=c.POSITION_OFFSET,
             **transformer,
@@ -60,6 +72,13 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, obje
             num_layers=c.DECODER_LAYERS,
             shared_heads=c.SHARED_HEADS,
             look_forward=c.LOOK_FORWARD,
+            layer=named(DECODER_LAYER_REGISTRY, c.DECODER_LAYER, "MODEL.DINO.DECODER_LAYER"),
+            first_layer=first_layer or None,
+            position_head=position_head(embed_dim=c.EMBED_DIM),
+            final_norm=c.FINAL_NORM,
+            size_bias=c.SIZE_BIAS,
+            eps=c.INVERSE_SIGMOID_EPS,
+            softmax=c.LOSS.CLASS_LOSS == SoftmaxLoss.__name__,
             relation=relation or None,
             **transformer,
         ),
@@ -79,13 +98,14 @@ def build_criterion(c: CN) -> SetCriterion:
     )
     criterion = named(CRITERION_REGISTRY, c.CRITERION, "MODEL.DINO.CRITERION")
     return criterion(
-        matcher=matcher(**costs_from_config(c)),
+        matcher=matcher(**costs_from_config(c), giou_eps=c.GIOU_EPS),
         class_loss=class_loss(),
         denoising_class_loss=denoising_class_loss() if denoising_class_loss else None,
         class_weight=c.LOSS.CLASS_WEIGHT,
         bbox_weight=c.LOSS.BBOX_WEIGHT,
         giou_weight=c.LOSS.GIOU_WEIGHT,
         denoising_class_weight=c.LOSS.DENOISING_CLASS_WEIGHT,
+        giou_eps=c.GIOU_EPS,
     )
 
 

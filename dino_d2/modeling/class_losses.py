@@ -5,6 +5,7 @@
     PositionSupervisedLoss  Stable-DINO, arXiv 2304.04742
     AlignLoss               Align-DETR, arXiv 2304.07527
     MatchabilityAwareLoss   DEIM, arXiv 2412.04234
+    SoftmaxLoss             DETR, arXiv 2005.12872, section 3.1
 
 Where nothing is, they differ by a weight alone. Where an object is, FocalLoss asks for a
 probability of 1, the others for one that says how well the predicted box fits, so that the best
@@ -19,6 +20,8 @@ from detectron2.utils.registry import Registry
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..ranges import require_share
 
 CLASS_LOSS_REGISTRY = Registry("CLASS_LOSS")
 
@@ -38,6 +41,7 @@ class ClassLoss(nn.Module):
     """
 
     max_alpha = 1.0
+    per_box = True  # a sum over queries, to be divided by the number of boxes
 
     def __init__(self, *, alpha: float, gamma: float, background: float):
         super().__init__()
@@ -179,6 +183,41 @@ class MatchabilityAwareLoss(ClassLoss):
     def object_loss(self, logits: Tensor, iou: Tensor) -> Tensor:
         found = cross_entropy(logits, iou**self.gamma)
         return torch.where(iou > 0, found, self.background_loss(logits))
+
+
+@CLASS_LOSS_REGISTRY.register()
+class SoftmaxLoss(nn.Module):
+    """Cross-entropy over the classes and, last, no object: a weighted mean over all queries.
+
+    Args:
+        no_object_weight: of queries without an object; in [0, 1]
+    """
+
+    per_box = False
+
+    def __init__(self, *, no_object_weight: float = 0.1):
+        super().__init__()
+        require_share(no_object_weight=no_object_weight)
+        self.no_object_weight = no_object_weight
+
+    def extra_repr(self) -> str:
+        return f"no_object_weight={self.no_object_weight}"
+
+    def forward(
+        self,
+        logits: Tensor,
+        matched: tuple[Tensor, ...],
+        iou: Tensor,
+        weights: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Mean of each of N stages: (N,); arguments are as of `ClassLoss.forward`."""
+        absent = self.no_object_weight
+        loss = -logits.log_softmax(-1)
+        nothing = absent * loss[..., -1]
+        change = weights * (loss[matched] - nothing[matched[:-1]])
+        pairs = (weights * torch.ones_like(iou)).sum(1)
+        total = absent * logits[0, ..., 0].numel() + (1 - absent) * pairs
+        return (nothing.flatten(1).sum(1) + change.sum(1)) / total
 
 
 class BackgroundLoss(torch.autograd.Function):

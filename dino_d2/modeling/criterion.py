@@ -18,7 +18,7 @@ from ..structures import (
     send_to_device,
     stack_predictions,
 )
-from .class_losses import ClassLoss, FocalLoss
+from .class_losses import ClassLoss, FocalLoss, SoftmaxLoss
 from .matcher import HungarianMatcher, instability, queries_of_boxes
 
 CRITERION_REGISTRY = Registry("CRITERION")
@@ -47,23 +47,27 @@ class SetCriterion(nn.Module):
         denoising_class_loss: None: as the others
         class_weight, bbox_weight, giou_weight: of the losses, the same for every stage
         denoising_class_weight: None: `class_weight`
+        giou_eps: added to both divisors of the generalized IoU
     """
 
     def __init__(
         self,
         *,
         matcher: HungarianMatcher,
-        class_loss: ClassLoss | None = None,
-        denoising_class_loss: ClassLoss | None = None,
+        class_loss: ClassLoss | SoftmaxLoss | None = None,
+        denoising_class_loss: ClassLoss | SoftmaxLoss | None = None,
         class_weight: float = 1.0,
         bbox_weight: float = 5.0,
         giou_weight: float = 2.0,
         denoising_class_weight: float | None = None,
+        giou_eps: float = 0.0,
     ):
         super().__init__()
         require_not_negative(
             class_weight=class_weight, bbox_weight=bbox_weight, giou_weight=giou_weight
         )
+        require_not_negative(giou_eps=giou_eps)
+        self.giou_eps = giou_eps
         self.matcher = matcher
         self.class_loss = class_loss or FocalLoss()
         self.denoising_class_loss = denoising_class_loss or self.class_loss
@@ -103,6 +107,8 @@ class SetCriterion(nn.Module):
         match = self.match(branch, predictions, targets)
         match = Match(*(send_to_device(x, like=predictions.logits) for x in match))
         sums = self.sums(branch, predictions, match, truth)
+        if not self.class_loss_of(branch).per_box:
+            sums["loss_class"] = sums["loss_class"] * num_boxes * branch.repeats  # is divided again
         weights = self.denoising_weights if branch.denoising else self.weights
         weights = {name: branch.weight * weight for name, weight in weights.items()}
         weights["loss_class"] *= branch.class_weight
@@ -134,14 +140,16 @@ class SetCriterion(nn.Module):
         matched_logits = *matched, truth.labels[match.targets]
         fit = iou(*corners).detach()
         weights = self.pair_weights(branch, logits[matched_logits], fit, match.targets)
-        class_loss = self.denoising_class_loss if branch.denoising else self.class_loss
         # NaN if a box is not finite, matched or not, otherwise 0.
         broken = 0 * (boxes.detach().sum((1, 2, 3)) + truth.boxes.sum())
         return {
-            "loss_class": class_loss(logits, matched_logits, fit, weights),
+            "loss_class": self.class_loss_of(branch)(logits, matched_logits, fit, weights),
             "loss_bbox": (weights * (predicted - expected).abs().sum(2)).sum(1) + broken,
-            "loss_giou": (weights * (1 - generalized_iou(*corners))).sum(1),
+            "loss_giou": (weights * (1 - generalized_iou(*corners, self.giou_eps))).sum(1),
         }
+
+    def class_loss_of(self, branch: Branch) -> ClassLoss | SoftmaxLoss:
+        return self.denoising_class_loss if branch.denoising else self.class_loss
 
     def pair_weights(self, branch: Branch, logits: Tensor, iou: Tensor, targets: Tensor) -> Tensor:
         """Weights of the n pairs of N stages of a branch: 1, or 0 for those without a box.

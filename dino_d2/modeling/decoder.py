@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from ..boxes import refine
-from ..layers import box_head, class_head
+from ..layers import SoftmaxHead, absolute_box_head, box_head, class_head
 from ..layers.blocks import recompute
 from ..ranges import require_share, require_whole
 from ..structures import FeaturePyramid, LayerOutput, Queries
@@ -33,12 +33,16 @@ class Decoder(nn.Module):
             alone; 2, "look forward twice" (DINO, section 3.5): that of the layer before as well.
             0: boxes are predicted but not refined, each layer looks where the first one did
         layer: makes each layer of the numbers above; it takes what it needs of them
+        first_layer: makes the first, if it is of another kind
         position_head: makes the positional part of the queries; None: :class:`AnchorPosition`
         final_norm: whether predictions see the queries through a norm (Deformable DETR: no)
         relation: makes, of `num_heads`, what is called after every layer and says what is left of
             its predictions and who sees whom in the next, such as :class:`DistinctQueries` and
             :class:`PositionRelation`; None: everything, and as `attn_mask` says
-        size_bias: where the first box head starts with width and height, before the sigmoid
+        size_bias: where the first box head starts with width and height, before the sigmoid; None:
+            all start at random, as those of DETR
+        eps: where references are cut off before the inverse sigmoid, see `refine`
+        softmax: whether a last logit is that of no object, see :class:`SoftmaxHead`
     """
 
     recompute = False  # DINO(activation_checkpointing=["decoder"]) sets it
@@ -57,10 +61,13 @@ class Decoder(nn.Module):
         shared_heads: bool = True,
         look_forward: int = 2,
         layer: Callable[..., nn.Module] = DecoderLayer,
+        first_layer: Callable[..., nn.Module] | None = None,
         position_head: nn.Module | None = None,
         final_norm: bool = True,
-        size_bias: float = 0.0,
+        size_bias: float | None = 0.0,
         relation: Callable[..., nn.Module] | None = None,
+        eps: float = 1e-3,
+        softmax: bool = False,
     ):
         super().__init__()
         require_whole(**{"num_layers of the decoder": num_layers})
@@ -71,9 +78,9 @@ class Decoder(nn.Module):
                 f"look_forward is {look_forward!r}; it can be 2 (twice), 1 (once) or 0 (no "
                 "refinement of boxes)"
             )
-        self.look_forward = look_forward
+        self.look_forward, self.eps = look_forward, eps
         self.layers = nn.ModuleList(
-            layer(
+            make(
                 embed_dim=embed_dim,
                 num_heads=num_heads,
                 ffn_dim=ffn_dim,
@@ -81,7 +88,7 @@ class Decoder(nn.Module):
                 num_levels=num_levels,
                 num_points=num_points,
             )
-            for _ in range(num_layers)
+            for make in [first_layer or layer, *[layer] * (num_layers - 1)]
         )
         self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
         self.position_head = position_head or AnchorPosition(embed_dim=embed_dim)
@@ -92,10 +99,13 @@ class Decoder(nn.Module):
                 "decoder has 1 layer: add layers, or leave the relation out"
             )
         copies = 1 if shared_heads else num_layers
-        self.class_heads = nn.ModuleList(class_head(embed_dim, num_classes) for _ in range(copies))
-        self.box_heads = nn.ModuleList(box_head(embed_dim) for _ in range(copies))
+        to_class = SoftmaxHead if softmax else class_head
+        self.class_heads = nn.ModuleList(to_class(embed_dim, num_classes) for _ in range(copies))
+        to_box = box_head if size_bias is not None else absolute_box_head
+        self.box_heads = nn.ModuleList(to_box(embed_dim) for _ in range(copies))
         *_, bias = self.box_heads[0].parameters()
-        nn.init.constant_(bias[2:], size_bias)
+        if size_bias is not None:
+            nn.init.constant_(bias[2:], size_bias)
 
     def forward(
         self,
@@ -128,14 +138,14 @@ class Decoder(nn.Module):
             x = call(layer, x, where, reference, memory, mask)
             y = self.norm(x)
             delta = to_box(y)
-            output = LayerOutput(to_class(y), refine(anchor, delta), y, anchor)
+            output = LayerOutput(to_class(y), refine(anchor, delta, self.eps), y, anchor)
             last = i + 1 == len(layers)
             if self.relation is not None:
                 output, mask = call(self.relation, output, attn_mask, last)
             outputs.append(output)
             if self.look_forward and not last:
                 # Without the norm, as the published weights were trained.
-                refined = refine(reference, delta if y is x else to_box(x))
+                refined = refine(reference, delta if y is x else to_box(x), self.eps)
                 reference = refined.detach()
                 anchor = refined if self.look_forward == 2 else reference
         return outputs

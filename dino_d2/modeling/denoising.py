@@ -198,6 +198,7 @@ def noise_boxes(boxes: Tensor, scale: float, harder: Tensor) -> Tensor:
     return xyxy_to_cxcywh(corners.clamp(0, 1))
 
 
+@DENOISING_REGISTRY.register()
 class IndicatorDenoising(Denoising):
     """Denoising of DN-DETR (section 4.3): a fixed number of groups, centre and size of a box
     noised, not its corners, and a last channel that says whether a query is to be denoised.
@@ -208,6 +209,7 @@ class IndicatorDenoising(Denoising):
             for the size
     """
 
+    @configurable
     def __init__(
         self,
         *,
@@ -231,6 +233,10 @@ class IndicatorDenoising(Denoising):
                 "needs room for a box"
             )
         self.groups = groups
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
+        return super().from_config(cfg, num_classes) | {"groups": cfg.MODEL.DINO.DENOISING.GROUPS}
 
     @property
     def max_boxes(self) -> int:

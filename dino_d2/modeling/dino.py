@@ -11,19 +11,27 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from ..boxes import xyxy_to_cxcywh
-from ..layers.blocks import recompute
+from ..layers.blocks import SoftmaxHead, recompute
 from ..layouts.dino import detect_format
 from ..layouts.renaming import CheckpointError
 from ..names import hint, plural
 from ..ranges import require_positive, require_share, require_whole
-from ..structures import Branch, DetectorOutput, Target, send_to_device
+from ..structures import Branch, DetectorOutput, Predictions, Target, send_to_device
 from .branches import decode
 from .build import build_parts
+from .class_losses import SoftmaxLoss
 from .criterion import SetCriterion
 from .decoder import Decoder
 from .detector import Batch, Detector
 from .encoder import Encoder
-from .postprocess import best_pairs, non_maximum_suppression, to_instances
+from .matcher import SoftmaxMatcher
+from .postprocess import (
+    Detections,
+    best_classes,
+    best_pairs,
+    non_maximum_suppression,
+    to_instances,
+)
 from .relations import DistinctQueries
 
 NMS = "nms (TEST.NMS, model.nms)"
@@ -124,6 +132,14 @@ class DINO(Detector):
         self.encoder.recompute = "encoder" in activation_checkpointing
         self.decoder.recompute = "decoder" in activation_checkpointing
         self.max_detections, self.nms = max_detections, nms
+        self.softmax = isinstance(decoder.class_heads[0], SoftmaxHead)
+        for part, kind in (criterion.class_loss, SoftmaxLoss), (criterion.matcher, SoftmaxMatcher):
+            if isinstance(part, kind) != self.softmax:
+                raise ValueError(
+                    "SoftmaxHead, SoftmaxLoss and SoftmaxMatcher go together, but the model has a "
+                    f"{type(decoder.class_heads[0]).__name__} and a {type(part).__name__}: take "
+                    "all or none of them"
+                )
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
     @classmethod
@@ -177,7 +193,7 @@ class DINO(Detector):
         for indices in same_size.values():
             images = self.preprocess_images([batched_inputs[i] for i in indices])
             predictions = self.detect(images.tensor, padding_mask(images)).result.layers[-1]
-            found = best_pairs(predictions, self.max_detections)
+            found = self.best(predictions)
             kept = None if self.nms is None else non_maximum_suppression(found, self.nms)
             for j, instances in enumerate(to_instances(found, images.image_sizes)):
                 parts = {"instances": instances}
@@ -209,6 +225,15 @@ class DINO(Detector):
         for once_more in self.passes:
             branches += once_more(self, memory, result, others)
         return DetectorOutput(branches)
+
+    def best(self, predictions: Predictions) -> Detections:
+        """The best detections of each image, before NMS."""
+        choose = best_classes if self.softmax else best_pairs
+        return choose(predictions, self.max_detections)
+
+    def class_scores(self, logits: Tensor) -> Tensor:
+        """In [0, 1], of each class: (..., K)."""
+        return logits.softmax(-1)[..., :-1] if self.softmax else logits.sigmoid()
 
     def preprocess_images(self, batched_inputs: Batch) -> ImageList:
         """Normalise and pad images; a ValueError for no image or wrong numbers of channels."""
@@ -261,7 +286,7 @@ def padding_mask(images: ImageList) -> Tensor:
 def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_: Any) -> None:
     """Detectron2's own checkpointer would only load the few tensors whose names fit by chance."""
     layout = detect_format(state)
-    if layout in ("official", "detrex", "mmdet"):
+    if layout in ("official", "detrex", "mmdet", "detr", "dab_detr", "deformable_detr"):
         raise CheckpointError(
             f"these weights have the layout of {layout}, which Detectron2's checkpointer does not "
             "know: load them with dino_d2.Checkpointer(model).load(path)"

@@ -36,6 +36,7 @@ class HungarianMatcher:
     Args:
         class_cost, bbox_cost, giou_cost: weights of the focal, L1 and generalized IoU costs
         alpha, gamma: of the focal cost (Deformable DETR)
+        giou_eps: added to both divisors of the generalized IoU
     """
 
     def __init__(
@@ -46,8 +47,11 @@ class HungarianMatcher:
         giou_cost: float = 2.0,
         alpha: float = 0.25,
         gamma: float = 2.0,
+        giou_eps: float = 0.0,
     ):
         require_not_negative(class_cost=class_cost, bbox_cost=bbox_cost, giou_cost=giou_cost)
+        require_not_negative(giou_eps=giou_eps)
+        self.giou_eps = giou_eps
         self.class_cost, self.bbox_cost, self.giou_cost = class_cost, bbox_cost, giou_cost
         self.alpha, self.gamma = alpha, gamma
 
@@ -93,10 +97,29 @@ class HungarianMatcher:
             boxes: (M, 4)
         """
         return (
-            self.class_cost * focal_change(logits, self.alpha, self.gamma)
+            self.class_cost * self.cost_of_class(logits)
             + self.bbox_cost * torch.cdist(predicted, boxes, p=1)
-            - self.giou_cost * pairwise_giou(predicted, boxes)
+            - self.giou_cost * pairwise_giou(predicted, boxes, self.giou_eps)
         )
+
+    def cost_of_class(self, logits: Tensor) -> Tensor:
+        """Elementwise, without its weight."""
+        return focal_change(logits, self.alpha, self.gamma)
+
+
+@MATCHER_REGISTRY.register()
+class SoftmaxMatcher(HungarianMatcher):
+    """The cost of a class is minus its probability by softmax (DETR, section 3.1).
+
+    The last logit is that of no object.
+    """
+
+    def fill(self, costs: Tensor, predictions: Predictions, target: Target) -> None:
+        logits = predictions.logits.log_softmax(-1)
+        super().fill(costs, predictions._replace(logits=logits), target)
+
+    def cost_of_class(self, logits: Tensor) -> Tensor:
+        return -logits.exp()
 
 
 @MATCHER_REGISTRY.register()
@@ -113,7 +136,7 @@ class PositionModulatedMatcher(HungarianMatcher):
     def fill(self, costs: Tensor, predictions: Predictions, target: Target) -> None:
         for part, _, boxes in in_parts(costs, target):
             # 2 u: the factor cancels in the ratio
-            part.copy_(pairwise_giou(predictions.boxes, boxes) + 1)
+            part.copy_(pairwise_giou(predictions.boxes, boxes, self.giou_eps) + 1)
         tiny = torch.finfo(costs.dtype).tiny
         best = costs.amax((-2, -1), keepdim=True).clamp(min=tiny)
         for part, labels, boxes in in_parts(costs, target):
@@ -134,9 +157,9 @@ def in_parts(costs: Tensor, target: Target) -> Iterator[tuple[Tensor, Tensor, Te
     return zip(costs.split(BOXES_AT_ONCE, -1), *parts, strict=True)
 
 
-def pairwise_giou(predicted: Tensor, boxes: Tensor) -> Tensor:
+def pairwise_giou(predicted: Tensor, boxes: Tensor, eps: float = 0.0) -> Tensor:
     """Generalized IoU (..., Q, M) of boxes (..., Q, 4) with boxes (M, 4)."""
-    return generalized_iou(cxcywh_to_xyxy(predicted)[..., None, :], cxcywh_to_xyxy(boxes))
+    return generalized_iou(cxcywh_to_xyxy(predicted)[..., None, :], cxcywh_to_xyxy(boxes), eps)
 
 
 def scale_probability(logits: Tensor, factor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ class ChannelMapper(nn.Module):
         in_features: the features to use, finest first
         out_channels: C
         num_levels: L; the levels beyond `in_features` come from the last of them
+        norm: whether a GroupNorm follows each convolution; DETR has none
 
     Raises:
         ValueError: a feature is unknown, there are fewer levels than features, or the channels do
@@ -30,6 +31,7 @@ class ChannelMapper(nn.Module):
         in_features: Sequence[str],
         out_channels: int = 256,
         num_levels: int = 4,
+        norm: bool = True,
     ):
         super().__init__()
         require_whole(num_levels=num_levels, out_channels=out_channels)
@@ -46,17 +48,19 @@ class ChannelMapper(nn.Module):
                 f"{plural(num_levels, 'level')} cannot hold the features {list(in_features)}: "
                 f"num_levels has to be {len(in_features)} or more, or take fewer in_features"
             )
-        if out_channels % 32:
+        if norm and out_channels % 32:
             raise ValueError(
                 f"{plural(out_channels, 'channel')} (embed_dim) cannot be divided into "
                 "GroupNorm's 32 groups: take a multiple of 32"
             )
         self.in_features = list(in_features)
         channels = [input_shape[name].channels for name in in_features]
-        self.projections = nn.ModuleList(conv_norm(c, out_channels, kernel=1) for c in channels)
+        self.projections = nn.ModuleList(
+            conv_norm(c, out_channels, kernel=1, norm=norm) for c in channels
+        )
         widths = [channels[-1]] + [out_channels] * (num_levels - len(channels))
         self.downsamples = nn.ModuleList(
-            conv_norm(width, out_channels, kernel=3, stride=2) for width in widths[:-1]
+            conv_norm(width, out_channels, kernel=3, stride=2, norm=norm) for width in widths[:-1]
         )
 
     def forward(self, features: dict[str, Tensor]) -> list[Tensor]:
@@ -70,8 +74,10 @@ class ChannelMapper(nn.Module):
         return levels
 
 
-def conv_norm(in_channels: int, out_channels: int, *, kernel: int, stride: int = 1) -> nn.Module:
+def conv_norm(
+    in_channels: int, out_channels: int, *, kernel: int, stride: int = 1, norm: bool = True
+) -> nn.Module:
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.get_parameter("bias"))
-    return nn.Sequential(conv, nn.GroupNorm(32, out_channels))
+    return nn.Sequential(conv, nn.GroupNorm(32, out_channels)) if norm else nn.Sequential(conv)

@@ -1,5 +1,7 @@
 """The positional part of the decoder's queries."""
 
+import torch
+from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ..layers import MLP, encode_boxes
@@ -7,7 +9,10 @@ from ..layers.blocks import xavier_uniform_
 from ..structures import FeaturePyramid, Queries
 from .tokens import scale_to_levels
 
+POSITION_HEAD_REGISTRY = Registry("POSITION_HEAD")
 
+
+@POSITION_HEAD_REGISTRY.register()
 class AnchorPosition(nn.Module):
     """Positional part of a query, from its anchor box (DAB-DETR, equation 1)."""
 
@@ -23,8 +28,15 @@ class AnchorPosition(nn.Module):
         return self.mlp(encode_boxes(padded, self.embed_dim // 2))
 
 
+@POSITION_HEAD_REGISTRY.register()
 class LearnedPosition(nn.Module):
-    """Position head of Deformable DETR's decoder: the learned positions of the queries."""
+    """Position head of DETR's and Deformable DETR's decoder: the learned positions of the queries.
+
+    `embed_dim` is ignored; it exists so that configs can change the kind of position by one key.
+    """
+
+    def __init__(self, *, embed_dim: int | None = None):
+        super().__init__()
 
     def forward(self, queries: Queries, memory: FeaturePyramid, layer: int) -> Tensor:
         """(B, Q, C), the same for every layer."""
@@ -32,6 +44,7 @@ class LearnedPosition(nn.Module):
         return queries.position
 
 
+@POSITION_HEAD_REGISTRY.register()
 class ScaledAnchorPosition(AnchorPosition):
     """Position head of DAB-Deformable-DETR, scaled by the content except in the first layer.
 
@@ -46,3 +59,30 @@ class ScaledAnchorPosition(AnchorPosition):
     def forward(self, queries: Queries, memory: FeaturePyramid, layer: int) -> Tensor:
         position = super().forward(queries, memory, layer)
         return position * self.scale(queries.content) if layer else position
+
+
+@POSITION_HEAD_REGISTRY.register()
+class ConditionalPosition(ScaledAnchorPosition):
+    """Position head of DAB-DETR, for layers with conditional attention.
+
+    Of the encoding of an anchor box, an MLP makes the position for self-attention; its part of the
+    centre, scaled by the content except in the first layer, is that for attention to the memory.
+    There it is modulated by the size of the anchor (DAB-DETR, section 4): the x part is multiplied
+    by w' / w and the y part by h' / h, with w' and h' from the content.
+    """
+
+    def __init__(self, *, embed_dim: int):
+        super().__init__(embed_dim=embed_dim)
+        self.size = MLP(embed_dim, embed_dim, 2)
+        xavier_uniform_(self.size)
+
+    def forward(self, queries: Queries, memory: FeaturePyramid, layer: int) -> Tensor:
+        """(B, Q, 2 C): the positions for self-attention and for attention to the memory."""
+        content, reference = queries.content, queries.reference
+        encoding = encode_boxes(reference, self.embed_dim // 2)
+        center = encoding[..., : self.embed_dim]  # y, then x
+        if layer:
+            center = center * self.scale(content)
+        ratio = (self.size(content).sigmoid() / reference[..., 2:]).flip(-1)  # of h, then of w
+        center = center * ratio.repeat_interleave(self.embed_dim // 2, -1)
+        return torch.cat([self.mlp(encoding), center], -1)

@@ -38,6 +38,21 @@ def best_pairs(predictions: Predictions, max_detections: int) -> Detections:
     return Detections(corners.gather(1, queries[..., None].expand(-1, -1, 4)), scores, labels)
 
 
+def best_classes(predictions: Predictions, max_detections: int) -> Detections:
+    """The best class of each query, of those of an image the best (DETR's code).
+
+    Args:
+        predictions: of B images, by softmax; the last logit is that of no object
+        max_detections: N, at most Q
+    """
+    logits = predictions.logits.to(torch.promote_types(predictions.logits.dtype, torch.float32))
+    scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+    scores, best = scores.topk(min(max_detections, scores.shape[1]), dim=1)
+    corners = cxcywh_to_xyxy(predictions.boxes)
+    boxes = corners.gather(1, best[..., None].expand(-1, -1, 4))
+    return Detections(boxes, scores, labels.gather(1, best))
+
+
 def non_maximum_suppression(detections: Detections, iou: float) -> Tensor:
     """Which detections have no better one of their class and image that overlaps them by more.
 

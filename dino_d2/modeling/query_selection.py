@@ -5,6 +5,14 @@
     MixedQuerySelection   learned content, anchors from the encoder's best tokens (DINO)
     DistinctQuerySelection  both from the best tokens whose boxes differ (DDQ DETR)
 
+and of the predecessors:
+
+    ObjectQueries         learned positions                  (DETR)
+    PointQueries          learned content, positions and reference points (Deformable DETR)
+    ProposalQueries       content and positions of proposed boxes (its two-stage variant)
+    PatternQueries        learned anchors                    (DAB-DETR)
+    IndicatorPatternQueries, IndicatorQueries  with a channel for denoising (DN-DETR)
+
 All map the encoder's FeaturePyramid to (Queries, Predictions or None): the predictions, if any,
 are the encoder's proposals that became queries, and are supervised like a decoder layer.
 """
@@ -205,6 +213,7 @@ def proposal_anchors(memory: FeaturePyramid, side: float = 0.05) -> Tensor:
     return inverse_sigmoid(anchors, eps=1e-6).masked_fill(~valid[..., None], math.inf)
 
 
+@QUERY_SELECTION_REGISTRY.register()
 class PointQueries(nn.Module):
     """Queries of Deformable DETR: learned content and position.
 
@@ -215,6 +224,7 @@ class PointQueries(nn.Module):
         embed_dim: C
     """
 
+    @configurable
     def __init__(self, *, num_queries: int = 300, embed_dim: int = 256):
         super().__init__()
         require_whole(num_queries=num_queries)
@@ -224,6 +234,10 @@ class PointQueries(nn.Module):
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
+        return {"num_queries": cfg.MODEL.DINO.NUM_QUERIES, "embed_dim": cfg.MODEL.DINO.EMBED_DIM}
+
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
         position = self.position.weight
         parts = self.content.weight, self.reference_points(position).sigmoid(), position
@@ -231,6 +245,7 @@ class PointQueries(nn.Module):
         return Queries(*(x.expand(batch, -1, -1) for x in parts)), None
 
 
+@QUERY_SELECTION_REGISTRY.register()
 class ProposalQueries(PureQuerySelection):
     """Queries of two-stage Deformable DETR (appendix A.4): the proposals of the highest objectness.
 
@@ -238,6 +253,7 @@ class ProposalQueries(PureQuerySelection):
     token's feature is not used.
     """
 
+    @configurable
     def __init__(self, *, num_queries: int = 300, embed_dim: int = 256, num_classes: int):
         super().__init__(num_queries=num_queries, embed_dim=embed_dim, num_classes=num_classes)
         self.embed_dim = embed_dim
@@ -260,11 +276,101 @@ class ProposalQueries(PureQuerySelection):
         return self.best(logits[..., 0])
 
 
+@QUERY_SELECTION_REGISTRY.register()
 class IndicatorQueries(StaticQueries):
     """Queries of DN-Deformable-DETR: the last channel is 0, for denoising queries it is 1."""
 
+    @configurable
     def __init__(self, *, num_queries: int = 300, embed_dim: int = 256, num_classes: int):
         super().__init__(num_queries=num_queries, embed_dim=embed_dim - 1, num_classes=num_classes)
+
+    def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
+        queries, _ = super().forward(memory)
+        return queries._replace(content=F.pad(queries.content, (0, 1))), None
+
+
+@QUERY_SELECTION_REGISTRY.register()
+class ObjectQueries(nn.Module):
+    """Queries of DETR: learned positions, without content and reference.
+
+    Args:
+        num_queries: Q
+        embed_dim: C
+    """
+
+    @configurable
+    def __init__(self, *, num_queries: int = 100, embed_dim: int = 256):
+        super().__init__()
+        require_whole(num_queries=num_queries)
+        self.position = nn.Embedding(num_queries, embed_dim)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
+        return {"num_queries": cfg.MODEL.DINO.NUM_QUERIES, "embed_dim": cfg.MODEL.DINO.EMBED_DIM}
+
+    def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
+        position = self.position.weight.expand(memory.tokens.shape[0], -1, -1)
+        return Queries(torch.zeros_like(position), position[..., :0], position), None
+
+
+@QUERY_SELECTION_REGISTRY.register()
+class PatternQueries(nn.Module):
+    """Queries of DAB-DETR: learned anchors, each with every pattern (Anchor DETR) as its content.
+
+    Args:
+        num_queries: anchors
+        embed_dim: C
+        num_patterns: learned contents; 0: a single one, which is zero
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_queries: int = 300,
+        embed_dim: int = 256,
+        num_patterns: int = 0,
+    ):
+        super().__init__()
+        require_whole(num_queries=num_queries)
+        self.embed_dim = embed_dim
+        self.anchors = nn.Embedding(num_queries, 4)
+        self.content = nn.Embedding(num_patterns, embed_dim) if num_patterns else None
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
+        c = cfg.MODEL.DINO
+        return {
+            "num_queries": c.NUM_QUERIES,
+            "embed_dim": c.EMBED_DIM,
+            "num_patterns": c.NUM_PATTERNS,
+        }
+
+    def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
+        anchors = self.anchors.weight.sigmoid()
+        content = anchors.new_zeros(1, self.embed_dim)
+        if self.content is not None:
+            content = self.content.weight
+        parts = content.repeat_interleave(len(anchors), 0), anchors.repeat(len(content), 1)
+        batch = memory.tokens.shape[0]
+        return Queries(*(x.expand(batch, -1, -1) for x in parts)), None
+
+
+@QUERY_SELECTION_REGISTRY.register()
+class IndicatorPatternQueries(PatternQueries):
+    """Queries of DN-DETR: those of DAB-DETR whose last channel is 0, as of `IndicatorQueries`."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_queries: int = 300,
+        embed_dim: int = 256,
+        num_patterns: int = 1,
+    ):
+        super().__init__(
+            num_queries=num_queries, embed_dim=embed_dim - 1, num_patterns=num_patterns
+        )
 
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
         queries, _ = super().forward(memory)

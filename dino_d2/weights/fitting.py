@@ -8,7 +8,7 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 
 from ..data.coco_classes import COCO_80, COCO_91
 from ..distributed.sharing import gather
-from ..layouts import adapt, backbones, dino
+from ..layouts import adapt, backbones, detr, dino
 from ..layouts.adapt import LABELS, ClassNames
 from ..layouts.renaming import CheckpointError, State, move
 from ..modeling.backbones import TimmBackbone
@@ -23,6 +23,9 @@ DETECTORS: dict[str | None, Callable[[State], State]] = {
     "official": dino.from_official,
     "detrex": dino.from_detrex,
     "mmdet": dino.from_mmdet,
+    "detr": detr.from_detr,
+    "dab_detr": detr.from_dab_detr,
+    "deformable_detr": detr.from_deformable_detr,
 }
 BACKBONES: dict[str | None, Callable[[State], State]] = {
     "model_zoo": backbones.from_model_zoo,

@@ -21,6 +21,9 @@ EXPECTED: dict[str | None, dict[str, object]] = {
     "official": {"position_temperature": 20.0, "position_offset": 0.0, **TORCHVISION},
     "detrex": TORCHVISION,
     "mmdet": TORCHVISION,
+    "detr": {"position_temperature": 10000.0, "position_offset": 0.0, **TORCHVISION},
+    "dab_detr": {"position_temperature": 20.0, "position_offset": 0.0, **TORCHVISION},
+    "deformable_detr": {"position_temperature": 10000.0, "position_offset": -0.5, **TORCHVISION},
 }
 USUAL_ENCODING = {"dino_d2": (20.0, 0.0), "detrex": (10000.0, -0.5), "mmdet": (20.0, 0.0)}
 REMEDIES = {

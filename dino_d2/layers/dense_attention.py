@@ -1,0 +1,124 @@
+"""Attention to every token of the encoder, in place of a few points (DETR, section 3.2).
+
+Positions are added to queries and keys (DenseAttention, of DETR), or content and position have
+linear maps of their own (ConditionalSelfAttention, ConditionalCrossAttention, of DAB-DETR, after
+Conditional DETR, arXiv 2108.06152).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..structures import FeaturePyramid
+from .blocks import xavier_uniform_
+
+
+class DenseAttention(nn.MultiheadAttention):
+    """Every query attends to every token that is not padding.
+
+    Args:
+        embed_dim: C, a multiple of `num_heads`
+        num_heads: H
+        dropout: probability, of the weights of attention
+    """
+
+    def __init__(self, *, embed_dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__(embed_dim, num_heads, dropout, batch_first=True)
+        xavier_uniform_(self)
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, memory: FeaturePyramid
+    ) -> Tensor:
+        """Attend to the memory; maps queries (B, Q, C) to (B, Q, C)."""
+        key = memory.tokens + memory.position
+        padding = memory.padding
+        return super().forward(query, key, memory.tokens, padding, need_weights=False)[0]
+
+
+class ConditionalSelfAttention(nn.Module):
+    """Self-attention of queries, whose positions are added after linear maps of their own.
+
+    Args:
+        embed_dim, num_heads, dropout: as of :class:`DenseAttention`
+    """
+
+    def __init__(self, *, embed_dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query_content, self.query_position, self.key_content, self.key_position = (
+            nn.Linear(embed_dim, embed_dim) for _ in range(4)
+        )
+        self.value, self.output = (nn.Linear(embed_dim, embed_dim) for _ in range(2))
+        initialise(self)
+
+    def forward(self, x: Tensor, position: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Content and position are (B, Q, C), as the result; `attn_mask` as of `DecoderLayer`."""
+        query = self.query_content(x) + self.query_position(position)
+        key = self.key_content(x) + self.key_position(position)
+        query, key, value = (
+            y.unflatten(-1, (self.num_heads, -1)) for y in (query, key, self.value(x))
+        )
+        if attn_mask is not None:
+            mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
+            attn_mask = mask.unflatten(0, (-1, self.num_heads)) if mask.dim() == 3 else mask
+        return self.output(attend(query, key, value, attn_mask, self.training * self.dropout))
+
+
+class ConditionalCrossAttention(nn.Module):
+    """Attention to every token that is not padding: what and where to look are told apart.
+
+    Positions stand beside the content in each head, so that their products are added.
+
+    Args:
+        embed_dim, num_heads, dropout: as of :class:`DenseAttention`
+        first: whether positions are added to the content as well, as in the first decoder layer,
+            whose content knows of no image yet
+    """
+
+    def __init__(
+        self, *, embed_dim: int, num_heads: int, dropout: float = 0.0, first: bool = False
+    ):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query_content, self.query_sine, self.key_content, self.key_position = (
+            nn.Linear(embed_dim, embed_dim) for _ in range(4)
+        )
+        self.query_position = nn.Linear(embed_dim, embed_dim) if first else None
+        self.value, self.output = (nn.Linear(embed_dim, embed_dim) for _ in range(2))
+        initialise(self)
+
+    def forward(self, x: Tensor, position: Tensor, sine: Tensor, memory: FeaturePyramid) -> Tensor:
+        """Attend to the memory; returns (B, Q, C).
+
+        Args:
+            x: (B, Q, C) content of the queries
+            position: (B, Q, C), added to the content in the first layer
+            sine: (B, Q, C), encoding of the place to look at
+            memory: of the encoder
+        """
+        query, key = self.query_content(x), self.key_content(memory.tokens)
+        key_position = self.key_position(memory.position)
+        if self.query_position is not None:
+            query, key = query + self.query_position(position), key + key_position
+        query, sine, key, key_position, value = (
+            y.unflatten(-1, (self.num_heads, -1))
+            for y in (query, self.query_sine(sine), key, key_position, self.value(memory.tokens))
+        )
+        query, key = torch.cat([query, sine], -1), torch.cat([key, key_position], -1)
+        inside = ~memory.padding[:, None, None]
+        return self.output(attend(query, key, value, inside, self.training * self.dropout))
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """Scaled dot-product attention of (B, Q, H, .) to (B, S, H, .), joined to (B, Q, C)."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    return y.transpose(1, 2).flatten(2)
+
+
+def initialise(attention: nn.Module) -> None:
+    """As DAB-DETR initialises its transformer."""
+    xavier_uniform_(attention)
+    nn.init.zeros_(attention.get_parameter("output.bias"))
