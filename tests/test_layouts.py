@@ -81,7 +81,7 @@ def test_another_model_with_the_names_of_one_of_them_is_refused(make_state, name
     """Deformable DETR has the sign by which the format is told, too."""
     given = LAYOUTS[name][0](make_state())
     del given[key]
-    with pytest.raises(CheckpointError, match=f"another model than DINO, with the names of {name}"):
+    with pytest.raises(CheckpointError, match=f"another model than DINO.*the names of {name}"):
         detect_format(given)
 
 
@@ -131,9 +131,34 @@ def test_a_swin_transformer_keeps_its_names():
         assert list(convert({prefix + key: torch.ones(1)})) == [f"backbone.{key}"]
 
 
-def test_a_swin_transformer_of_mmdetection_is_refused():
-    with pytest.raises(CheckpointError, match="Swin"):
-        from_mmdet({"backbone.stages.0.blocks.0.norm1.weight": torch.ones(1)})
+def test_a_swin_transformer_of_mmdetection_merges_patches_in_another_order():
+    """There, pixels of a patch come channel by channel, from left to right; at its authors', from
+    top to bottom, each with all its channels."""
+    pixels = torch.randn(2, 2, 3)  # (y, x, channel)
+    weight, norm = torch.randn(5, 12), torch.randn(12)
+    theirs = pixels.permute(2, 0, 1).flatten()
+    ours = pixels.transpose(0, 1).flatten()
+    prefix = "backbone.stages.1."
+    state = from_mmdet(
+        {
+            f"{prefix}downsample.reduction.weight": weight,
+            f"{prefix}downsample.norm.bias": norm,
+            f"{prefix}blocks.0.attn.w_msa.qkv.weight": weight,
+            f"{prefix}blocks.0.ffn.layers.0.0.bias": norm,
+            "backbone.patch_embed.projection.bias": norm,
+            "backbone.norm2.weight": norm,
+        }
+    )
+    prefix = "backbone.layers.1."
+    merged, bias = (state.pop(f"{prefix}downsample.{x}") for x in ("reduction.weight", "norm.bias"))
+    torch.testing.assert_close(merged @ ours, weight @ theirs)
+    torch.testing.assert_close(bias @ ours, norm @ theirs)
+    assert state == {
+        f"{prefix}blocks.0.attn.qkv.weight": weight,
+        f"{prefix}blocks.0.mlp.fc1.bias": norm,
+        "backbone.patch_embed.proj.bias": norm,
+        "backbone.norm2.weight": norm,
+    }
 
 
 def test_the_official_decoder_does_not_count_its_norms_in_their_order():

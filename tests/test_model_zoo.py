@@ -38,7 +38,9 @@ def describe(cfg):
             "backbone": f"R_{cfg.MODEL.RESNETS.DEPTH}",
         }
     backbone = cfg.model.backbone
-    if "depths" in backbone:
+    if "net" in backbone:
+        backbone = f"ViTDet_{ {768: 'B', 1024: 'L'}[backbone.net.embed_dim] }".replace(" ", "")
+    elif "depths" in backbone:
         name = {(96, 6): "T", (96, 18): "S", (128, 18): "B", (192, 18): "L"}
         backbone = (
             f"Swin_{name[backbone.embed_dim, backbone.depths[2]]}_{backbone.pretrain_img_size}"
@@ -63,7 +65,11 @@ def describe(cfg):
 # ---- the table
 
 
-@pytest.mark.parametrize("name", RELEASES)
+DINOS = [name for name in RELEASES if "/dino_" in name]
+PREDECESSORS = [name for name in RELEASES if name not in DINOS]
+
+
+@pytest.mark.parametrize("name", DINOS)
 def test_the_config_of_a_published_checkpoint_is_made_for_it(name):
     release = RELEASES[name]
     found = describe(model_zoo.get_config(name, trained=True))
@@ -79,14 +85,25 @@ def test_the_config_of_a_published_checkpoint_is_made_for_it(name):
 def test_a_published_checkpoint_is_named_after_its_training(name):
     release = RELEASES[name]
     assert release.name == name
-    assert f"_{release.epochs}ep" in name and 49 <= release.ap <= 59
-    assert release.url.startswith("https://") and release.file.endswith(".pth")
-    assert release.encoding in [(20.0, 0.0), (10000.0, -0.5)]
+    assert f"_{release.epochs}ep" in name and 42 <= release.ap <= 59
+    assert release.url.startswith("https://")
+    assert release.file.endswith((".pth", ".safetensors"))
+    encodings = [(20.0, 0.0), (10000.0, -0.5)] if name in DINOS else [None]
+    assert release.encoding in encodings
+
+
+@pytest.mark.parametrize("name", PREDECESSORS)
+def test_a_predecessor_has_the_config_of_its_name(name):
+    cfg = model_zoo.get_config(name, trained=True)
+    assert RELEASES[name].config == f"Predecessors/{name.split('/')[1]}"
+    assert cfg.MODEL.WEIGHTS == f"dino_d2://{name}" and cfg.MODEL.DINO.NUM_CLASSES == 80
 
 
 def test_a_file_name_tells_which_published_checkpoint_it_is():
-    files = [release.file for release in RELEASES.values()]
-    assert len(set(files)) == len(files) == 31
+    """Where no tensor tells the encoding of pixels."""
+    files = [release.file for release in RELEASES.values() if release.encoding]
+    assert len(set(files)) == len(files) == 43
+    assert len(RELEASES) == 43 + 14
 
 
 def test_what_only_a_browser_can_download_is_the_official_ones():
@@ -110,10 +127,12 @@ def test_a_wrong_name_is_answered_with_the_nearest():
         releases.find("detrex/dino_R101_4scale_12ep")
 
 
-def test_a_name_like_no_other_is_answered_with_all():
+def test_a_name_like_no_other_is_answered_with_what_there_is():
     with pytest.raises(FileNotFoundError) as caught:
         releases.find("?")
-    assert all(name in str(caught.value) for name in RELEASES)
+    listed = [name for name in RELEASES if f" {name}" in str(caught.value)]
+    assert listed == list(RELEASES)[: len(listed)]
+    assert f"and {len(RELEASES) - len(listed)} more" in str(caught.value)
 
 
 # ---- configs by name

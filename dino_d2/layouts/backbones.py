@@ -11,6 +11,8 @@ Our Swin transformers and ViTs (MAE) have their authors' names.
 import re
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from .renaming import State, move, rename
 
 
@@ -44,6 +46,15 @@ _CONVNEXT = """
 """
 
 
+_MMDET_SWIN = """
+    backbone.patch_embed.proj                 backbone.patch_embed.projection
+    backbone.layers.#.blocks.#.attn           backbone.stages.#.blocks.#.attn.w_msa
+    backbone.layers.#.blocks.#.mlp.fc1        backbone.stages.#.blocks.#.ffn.layers.0.0
+    backbone.layers.#.blocks.#.mlp.fc2        backbone.stages.#.blocks.#.ffn.layers.1
+    backbone.layers                           backbone.stages
+"""
+
+
 def from_model_zoo(state: State) -> State:
     """The backbone of a detector, without its feature pyramid."""
     prefix = "backbone.bottom_up."
@@ -65,6 +76,23 @@ def from_convnext(state: State) -> State:
 def convnext_of_timm(state: State) -> State:
     """Rename the ConvNeXt of a detector to `timm`'s names; other detectors are not changed."""
     return rename(state, _CONVNEXT) if "backbone.downsample_layers.0.0.weight" in state else state
+
+
+def swin_of_mmdet(state: State) -> State:
+    """Rename the Swin transformer of mmdetection's detectors to its authors' names.
+
+    Its patch merging takes the pixels of 2 x 2 patches channel by channel, and the second and third
+    in the other order. Other detectors are not changed.
+    """
+    if not any(key.startswith("backbone.stages.") for key in state):
+        return state
+
+    def reordered(key: str, x: Tensor) -> Tensor:
+        if not re.search(r"stages\.\d+\.downsample\.(norm|reduction)\.", key):
+            return x
+        return x.unflatten(-1, (-1, 4)).transpose(-1, -2)[..., [0, 2, 1, 3], :].flatten(-2)
+
+    return rename({key: reordered(key, x) for key, x in state.items()}, _MMDET_SWIN)
 
 
 def from_timm(state: State, names: Iterable[str]) -> State:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .adapt import CLASS_BIAS, HEAD, LABELS, TRAINING_ONLY
-from .backbones import convnext_of_timm, resnet_names
+from .backbones import convnext_of_timm, resnet_names, swin_of_mmdet
 from .renaming import CheckpointError, State, move, rename
 
 # Names: ours, theirs; see `rename`.
@@ -42,7 +42,7 @@ _OFFICIAL = f"""{resnet_names("backbone.0.body")}
     decoder                               transformer.decoder
     denoising.label_embed                 label_enc
 """
-_DETREX = """
+DETREX = """
     neck.projections.#.0                  neck.convs.#.conv
     neck.projections.#.1                  neck.convs.#.norm
     neck.downsamples.#.0                  neck.extra_convs.#.conv
@@ -93,11 +93,32 @@ _MMDET = f"""{resnet_names("backbone")}
     decoder.box_heads.#.layers.2          bbox_head.reg_branches.#.4
     denoising.label_embed                 dn_query_generator.label_embedding
 """
-# What each variant of Deformable DETR, DAB- and DN-Deformable-DETR makes its queries of.
-DEFORMABLE_QUERIES = {"query_embed.weight", "refpoint_embed.weight", "transformer.pos_trans.weight"}
 _NOT_DINO = re.compile(
     r"query_selection\.(?!memory_proj|memory_norm|class_head|box_head|content\.)\w+"
     r"|decoder\.(relation|position_head\.(?!mlp)\w+)|encoder\.position_scale"
+)
+
+
+_LAYER = "transformer.decoder.layers.0."
+# The first whose tensors are all there. What DINO has: learned content without a position.
+_SIGNS = (
+    ("dino_d2", CLASS_BIAS),
+    ("detr", f"{_LAYER}multihead_attn.in_proj_weight"),
+    ("dab_detr", f"{_LAYER}sa_qcontent_proj.weight"),
+    ("deformable_detr", "transformer.level_embed", "query_embed.weight"),
+    ("deformable_detr", "transformer.level_embed", "refpoint_embed.weight"),
+    ("deformable_detr", "transformer.level_embed", "transformer.pos_trans.weight"),
+    ("detrex_family", "transformer.level_embeds", "query_embedding.weight"),
+    ("detrex_family", "transformer.level_embeds", "refpoint_embed.weight"),
+    ("detrex_family", "transformer.level_embeds", "transformer.pos_trans.weight"),
+    ("huggingface_detr", "model.decoder.layers.0.encoder_attn.q_proj.weight"),
+    ("huggingface_dab_detr", "model.query_refpoint_embeddings.weight"),
+    ("huggingface_deformable_detr", "model.level_embed", "class_embed.0.bias"),
+    ("official", "transformer.level_embed", "transformer.tgt_embed.weight"),
+    ("detrex", "transformer.level_embeds", "transformer.tgt_embed.weight"),
+    ("mmdet", "level_embed", "memory_trans_fc.weight"),
+    ("torchvision", "layer1.0.conv1.weight"),
+    ("convnext", "downsample_layers.0.0.weight"),
 )
 
 
@@ -108,28 +129,14 @@ def detect_format(state: State) -> str | None:
     Raises:
         CheckpointError: it is another model of the same code
     """
-    layer = "transformer.decoder.layers.0."
-    predecessors = {
-        "detr": (f"{layer}multihead_attn.in_proj_weight", ""),
-        "dab_detr": (f"{layer}sa_qcontent_proj.weight", ""),
-    }
-    if "transformer.level_embed" in state and not DEFORMABLE_QUERIES.isdisjoint(state):
-        return "deformable_detr"
-    # A tensor that each has, and what only DINO has: learned content without a position.
-    signs = {
-        "dino_d2": (CLASS_BIAS, ""),
-        **predecessors,
-        "official": ("transformer.level_embed", "transformer.tgt_embed.weight"),
-        "detrex": ("transformer.level_embeds", "transformer.tgt_embed.weight"),
-        "mmdet": ("level_embed", "memory_trans_fc.weight"),
-        "torchvision": ("layer1.0.conv1.weight", ""),
-        "convnext": ("downsample_layers.0.0.weight", ""),
-    }
-    for name, (sign, of_dino) in signs.items():
-        if sign in state:
-            if of_dino and of_dino not in state:
-                raise CheckpointError(f"this is another model than DINO, with the names of {name}")
+    for name, *keys in _SIGNS:
+        if all(key in state for key in keys):
             return name
+    for name, first, *others in reversed(_SIGNS):
+        if others and first in state:
+            raise CheckpointError(
+                f"this is another model than DINO and its predecessors, with the names of {name}"
+            )
     return "model_zoo" if any(key.startswith("backbone.bottom_up.") for key in state) else None
 
 
@@ -145,19 +152,13 @@ def from_official(state: State) -> State:
 
 def from_detrex(state: State) -> State:
     """Convert detrex; adds a row of zeros for empty slots to the label embedding."""
-    state = convnext_of_timm(rename(_without_aliases(state), _DETREX))
+    state = convnext_of_timm(rename(_without_aliases(state), DETREX))
     return with_empty_slot(share_heads(with_encoder_heads(state)))
 
 
 def from_mmdet(state: State) -> State:
-    """Convert mmdetection 3 with a ResNet; adds zero biases to the neck.
-
-    Raises:
-        CheckpointError: the backbone is a Swin transformer, whose tensors have another order
-    """
-    if any(key.startswith("backbone.stages.") for key in state):
-        raise CheckpointError("mmdetection's Swin transformers cannot be converted; use detrex's")
-    state = rename(state, _MMDET)
+    """Convert mmdetection 3 with a ResNet or a Swin transformer; adds zero biases to the neck."""
+    state = rename(swin_of_mmdet(state), _MMDET)
     biases = {
         key.replace(".weight", ".bias"): x.new_zeros(len(x))
         for key, x in state.items()

@@ -286,7 +286,7 @@ def padding_mask(images: ImageList) -> Tensor:
 def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_: Any) -> None:
     """Detectron2's own checkpointer would only load the few tensors whose names fit by chance."""
     layout = detect_format(state)
-    if layout in ("official", "detrex", "mmdet", "detr", "dab_detr", "deformable_detr"):
+    if layout not in (None, "dino_d2", "model_zoo", "torchvision", "convnext"):
         raise CheckpointError(
             f"these weights have the layout of {layout}, which Detectron2's checkpointer does not "
             "know: load them with dino_d2.Checkpointer(model).load(path)"

@@ -26,6 +26,10 @@ DETECTORS: dict[str | None, Callable[[State], State]] = {
     "detr": detr.from_detr,
     "dab_detr": detr.from_dab_detr,
     "deformable_detr": detr.from_deformable_detr,
+    "detrex_family": detr.from_detrex,
+    "huggingface_detr": detr.from_huggingface_detr,
+    "huggingface_dab_detr": detr.from_huggingface_dab_detr,
+    "huggingface_deformable_detr": detr.from_huggingface_deformable_detr,
 }
 BACKBONES: dict[str | None, Callable[[State], State]] = {
     "model_zoo": backbones.from_model_zoo,

@@ -1,10 +1,12 @@
-"""The published checkpoints of DINO, and the table in MODEL_ZOO.md.
+"""The published checkpoints of DINO and its predecessors, and the table in MODEL_ZOO.md.
 
 AP is on COCO val2017 as stated by their authors. Links and numbers are from the READMEs of
-IDEA-Research/DINO, IDEA-Research/detrex and open-mmlab/mmdetection, and beginnings of hashes from
-mmdetection's file names and the hub's mirrors of the official files.
+IDEA-Research/DINO, IDEA-Research/detrex, open-mmlab/mmdetection and facebookresearch/detr, and from
+the pages of the Hugging Face hub; beginnings of hashes from mmdetection's file names and the hub's
+mirrors of the official files.
 """
 
+import os
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ class Release(NamedTuple):
     config: str  # relative to configs/, without a suffix the YAML twin
     epochs: int
     ap: float
-    encoding: Encoding
+    encoding: Encoding | None  # None: it follows from the names in the file
     url: str  # of the file, or of the folder where a person finds it
     file: str
     sha256: str  # how it begins; "": not known
@@ -42,21 +44,22 @@ def _release(
     url: str,
     epochs: int,
     ap: float,
-    encoding: Encoding,
+    encoding: Encoding | None = None,
     config: str = "",
     sha256: str = "",
 ) -> Release:
     """One of a source, whose `url` the `path` completes; the config is by default the like-named."""
+    address = url.format(path)
     return Release(
         name=f"{source}/{name}",
         config=config or (name if source == "official" else f"{source}/{name}"),
         epochs=epochs,
         ap=ap,
         encoding=encoding,
-        url=url.format(path),
-        file=path.split("/")[-1],
+        url=address,
+        file=os.path.basename(address) if "{}" in url else path,
         sha256=sha256,
-        licence="Apache-2.0",  # of all three sources
+        licence="Apache-2.0",  # of all sources
     )
 
 
@@ -77,6 +80,12 @@ _mmdet = partial(
     source="mmdet",
     url="https://download.openmmlab.com/mmdetection/v3.0/dino/{}",
     encoding=DINO_ENCODING,
+)
+_detr = partial(_release, source="detr", url="https://dl.fbaipublicfiles.com/detr/{}")
+_huggingface = partial(
+    _release,
+    source="huggingface",
+    url="https://huggingface.co/{}/resolve/main/model.safetensors",
 )
 
 # fmt: off
@@ -110,8 +119,34 @@ _ROWS = (
     _detrex("dino_ConvNeXt_S_384_4scale_12ep", "v0.4.0/dino_convnext_small_384_4scale_12ep.pth", epochs=12, ap=54.2, config="detrex/dino_ConvNeXt_S_384_4scale_12ep.py"),
     _detrex("dino_ConvNeXt_B_384_4scale_12ep", "v0.4.0/dino_convnext_base_384_4scale_12ep.pth", epochs=12, ap=55.1, config="detrex/dino_ConvNeXt_B_384_4scale_12ep.py"),
     _detrex("dino_ConvNeXt_L_384_4scale_12ep", "v0.4.0/dino_convnext_large_384_4scale_12ep.pth", epochs=12, ap=55.5, config="detrex/dino_ConvNeXt_L_384_4scale_12ep.py"),
+    _detrex("dino_R_50_4scale_12ep_ema", "v0.3.0/dino_r50_4scale_12ep_with_ema.pth", epochs=12, ap=49.4, config="detrex/dino_R_50_4scale_12ep"),
+    _detrex("dino_R_50_4scale_12ep_class_weight_2", "v0.4.0/dino_r50_4scale_12ep_backbone_2e-5_class_weight_2.0.pth", epochs=12, ap=49.8, config="detrex/dino_R_50_4scale_12ep"),
+    _detrex("dino_R_50_4scale_12ep_class_weight_2_300dn", "v0.4.0/dino_r50_4scale_12ep_backbone_2e-5_class_weight_2.0_300dn.pth", epochs=12, ap=50.0, config="detrex/dino_R_50_4scale_12ep"),
+    _detrex("dino_Swin_S_224_4scale_12ep_22k", "v0.4.0/dino_swin_small_22k_4scale_12ep.pth", epochs=12, ap=54.5, config="detrex/dino_Swin_S_224_4scale_12ep.py"),
+    _detrex("dino_ViTDet_B_4scale_12ep", "v0.2.1/dino_vitdet_4scale_12ep.pth", epochs=12, ap=50.2, config="detrex/dino_ViTDet_B_4scale_12ep.py"),
+    _detrex("dino_ViTDet_B_4scale_50ep", "v0.2.1/dino_vitdet_base_4scale_50ep.pth", epochs=50, ap=55.0, config="detrex/dino_ViTDet_B_4scale_12ep.py"),
+    _detrex("dino_ViTDet_L_4scale_12ep", "v0.2.1/dino_vitdet_large_4scale_12ep.pth", epochs=12, ap=52.9, config="detrex/dino_ViTDet_L_4scale_12ep.py"),
+    _detrex("dino_ViTDet_L_4scale_50ep", "v0.2.1/dino_vitdet_large_4scale_50ep.pth", epochs=50, ap=57.5, config="detrex/dino_ViTDet_L_4scale_12ep.py"),
+    _detrex("dino_ConvNeXt_T_384_4scale_12ep_1k", "v0.4.0/dino_convnext_tiny_1k_4scale_12ep.pth", epochs=12, ap=51.4, config="detrex/dino_ConvNeXt_T_384_4scale_12ep.py"),
+    _detrex("dino_ConvNeXt_S_384_4scale_12ep_1k", "v0.4.0/dino_convnext_small_1k_4scale_12ep.pth", epochs=12, ap=52.0, config="detrex/dino_ConvNeXt_S_384_4scale_12ep.py"),
+    _detrex("dino_ConvNeXt_B_384_4scale_12ep_1k", "v0.4.0/dino_convnext_base_1k_4scale_12ep.pth", epochs=12, ap=52.6, config="detrex/dino_ConvNeXt_B_384_4scale_12ep.py"),
+    _detrex("dino_ConvNeXt_L_384_4scale_12ep_1k", "v0.4.0/dino_convnext_large_1k_4scale_12ep.pth", epochs=12, ap=53.4, config="detrex/dino_ConvNeXt_L_384_4scale_12ep.py"),
     _mmdet("dino_R_50_4scale_12ep", "dino-4scale_r50_8xb2-12e_coco/dino-4scale_r50_8xb2-12e_coco_20221202_182705-55b2bba2.pth", epochs=12, ap=49.0, config="detrex/dino_R_50_4scale_24ep", sha256="55b2bba2"),
     _mmdet("dino_R_50_4scale_12ep_improved", "dino-4scale_r50_improved_8xb2-12e_coco/dino-4scale_r50_improved_8xb2-12e_coco_20230818_162607-6f47a913.pth", epochs=12, ap=50.1, config="detrex/dino_R_50_4scale_12ep", encoding=DETR_ENCODING, sha256="6f47a913"),
+    _detr("detr_R_50_500ep", "detr-r50-e632da11.pth", epochs=500, ap=42.0, config="Predecessors/detr_R_50_500ep", sha256="e632da11"),
+    _detr("detr_R_50_dc5_500ep", "detr-r50-dc5-f0fb7ef5.pth", epochs=500, ap=43.3, config="Predecessors/detr_R_50_dc5_500ep", sha256="f0fb7ef5"),
+    _detr("detr_R_101_500ep", "detr-r101-2c7b67e5.pth", epochs=500, ap=43.5, config="Predecessors/detr_R_101_500ep", sha256="2c7b67e5"),
+    _detr("detr_R_101_dc5_500ep", "detr-r101-dc5-a2e86def.pth", epochs=500, ap=44.9, config="Predecessors/detr_R_101_dc5_500ep", sha256="a2e86def"),
+    _huggingface("detr_R_50_500ep", "facebook/detr-resnet-50", epochs=500, ap=42.0, config="Predecessors/detr_R_50_500ep"),
+    _huggingface("deformable_detr_R_50_50ep", "SenseTime/deformable-detr", epochs=50, ap=44.5, config="Predecessors/deformable_detr_R_50_50ep"),
+    _huggingface("deformable_detr_R_50_refine_50ep", "SenseTime/deformable-detr-with-box-refine", epochs=50, ap=46.2, config="Predecessors/deformable_detr_R_50_refine_50ep"),
+    _huggingface("deformable_detr_R_50_two_stage_50ep", "SenseTime/deformable-detr-with-box-refine-two-stage", epochs=50, ap=46.9, config="Predecessors/deformable_detr_R_50_two_stage_50ep"),
+    _huggingface("dab_detr_R_50_50ep", "IDEA-Research/dab-detr-resnet-50", epochs=50, ap=42.2, config="Predecessors/dab_detr_R_50_50ep"),
+    _detrex("deformable_detr_R_50_50ep", "v0.1.0/converted_deformable_detr_r50.pth", epochs=50, ap=44.5, config="Predecessors/deformable_detr_R_50_50ep", encoding=None),
+    _detrex("deformable_detr_R_50_refine_50ep", "v0.1.0/converted_deformable_detr_r50_with_box_refine_50ep.pth", epochs=50, ap=46.2, config="Predecessors/deformable_detr_R_50_refine_50ep", encoding=None),
+    _detrex("deformable_detr_R_50_two_stage_50ep", "v0.1.0/converted_deformable_detr_r50_two_stage_50ep.pth", epochs=50, ap=46.9, config="Predecessors/deformable_detr_R_50_two_stage_50ep", encoding=None),
+    _detrex("dab_deformable_detr_R_50_50ep", "v0.2.0/dab_deformable_detr_r50_50ep_49AP.pth", epochs=50, ap=49.0, config="Predecessors/dab_deformable_detr_R_50_50ep", encoding=None),
+    _detrex("dn_deformable_detr_R_50_50ep", "v0.1.0/converted_dn_deformable_detr_r50_50ep.pth", epochs=50, ap=49.5, config="Predecessors/dn_deformable_detr_R_50_50ep", encoding=None),
 )
 # fmt: on
 RELEASES = {x.name: x for x in _ROWS}

@@ -21,10 +21,15 @@ EXPECTED: dict[str | None, dict[str, object]] = {
     "official": {"position_temperature": 20.0, "position_offset": 0.0, **TORCHVISION},
     "detrex": TORCHVISION,
     "mmdet": TORCHVISION,
-    "detr": {"position_temperature": 10000.0, "position_offset": 0.0, **TORCHVISION},
-    "dab_detr": {"position_temperature": 20.0, "position_offset": 0.0, **TORCHVISION},
-    "deformable_detr": {"position_temperature": 10000.0, "position_offset": -0.5, **TORCHVISION},
 }
+for _form, _temperature, _offset in (
+    ("detr", 10000.0, 0.0),
+    ("dab_detr", 20.0, 0.0),
+    ("deformable_detr", 10000.0, -0.5),
+):
+    _encoding = {"position_temperature": _temperature, "position_offset": _offset}
+    EXPECTED[_form] = EXPECTED[f"huggingface_{_form}"] = _encoding | TORCHVISION
+EXPECTED["detrex_family"] = EXPECTED["deformable_detr"]
 USUAL_ENCODING = {"dino_d2": (20.0, 0.0), "detrex": (10000.0, -0.5), "mmdet": (20.0, 0.0)}
 REMEDIES = {
     "pixel_mean": "MODEL.PIXEL_MEAN and the colour order INPUT.FORMAT (model.pixel_mean and "
@@ -56,7 +61,7 @@ def pixels_of(model: Detector) -> dict:
 def encoding_of(filename: str) -> dict:
     """The encoding of pixels that a published file needs."""
     for release in RELEASES.values():
-        if release.file == os.path.basename(filename):
+        if release.encoding and release.file == os.path.basename(filename):
             temperature, offset = release.encoding
             return {"position_temperature": temperature, "position_offset": offset}
     return {}
