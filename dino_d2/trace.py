@@ -6,13 +6,13 @@
 """
 
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from .layers import DeformableAttention
+from .layers import ConditionalSelfAttention, DeformableAttention, DenseAttention
 from .modeling.dino import DINO, padding_mask
 from .modeling.matcher import queries_of_boxes
 from .modeling.query_selection import ProposalQueries, PureQuerySelection, take_tokens
@@ -38,8 +38,10 @@ class LayerTrace(NamedTuple):
 
     reference: Tensor  # (B, Q, 4) boxes or (B, Q, 2) points, what the layer started from
     self_attention: Tensor  # (B, Q, Q), mean over heads, each query's row sums to 1
-    locations: Tensor  # (B, Q, H, L, P, 2), (x, y) of the sampling points
-    weights: Tensor  # (B, Q, H, L, P), sums to 1 over levels and points
+    # Of deformable attention, or else what queries attend to: (B, Q, S), as `self_attention`.
+    locations: Tensor | None  # (B, Q, H, L, P, 2), (x, y) of the sampling points
+    weights: Tensor | None  # (B, Q, H, L, P), sums to 1 over levels and points
+    attention: Tensor | None = None
 
 
 class Trace(NamedTuple):
@@ -49,6 +51,9 @@ class Trace(NamedTuple):
     shapes: tuple[tuple[int, int], ...]  # (H_l, W_l) of the levels
     selection: Selection | None  # None where queries are learned and not selected
     layers: list[LayerTrace]  # of the decoder
+    scores: list[Tensor]  # (B, Q, K) in [0, 1] of each layer
+    # (B, S, S), of the last encoder layer, as `self_attention`; None where it is deformable
+    encoder_attention: Tensor | None = None
 
 
 class StageMatching(NamedTuple):
@@ -87,20 +92,29 @@ def trace(model: DINO, images: ImageList, targets: list[Target] | None = None) -
     assert queries is not None
     own = slice(-queries.content.shape[1], None)  # those of other branches stand before them
     first = slice(len(model.decoder.layers))  # further passes come after
-    pairs = zip(recorder.attention[first], recorder.sampling[first], strict=True)
+    parts = recorder.references[first], recorder.attention[first], recorder.looks[first]
     layers = [
-        LayerTrace(reference[:, own], attention[:, own, own], places[:, own], weights[:, own])
-        for attention, (reference, places, weights) in pairs
+        LayerTrace(
+            reference[:, own],
+            attention[:, own, own],
+            *(None if x is None else x[:, own] for x in look),
+        )
+        for reference, attention, look in zip(*parts, strict=True)
     ]
-    return to_cpu(Trace(output, recorder.shapes, recorder.selection, layers))
+    scores = [model.class_scores(layer.logits) for layer in output.result.layers]
+    found = recorder.shapes, recorder.selection, layers, scores, recorder.encoder_attention
+    return to_cpu(Trace(output, *found))
 
 
 class Recorder:
     """The hooks, and what they recorded."""
 
     def __init__(self):
+        self.references: list[Tensor] = []
         self.attention: list[Tensor] = []
-        self.sampling: list[tuple[Tensor, Tensor, Tensor]] = []
+        # Locations and weights of deformable attention, and weights of another one.
+        self.looks: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
+        self.encoder_attention: Tensor | None = None
         self.selection: Selection | None = None
         self.shapes: tuple[tuple[int, int], ...] = ()
 
@@ -108,28 +122,46 @@ class Recorder:
         """Register hooks, which are removed with `hooks`."""
         add = hooks.enter_context
         add(model.query_selection.register_forward_hook(self.see_selection))
+        last = model.encoder.layers[-1].get_submodule("self_attn")
+        if isinstance(last, DenseAttention):
+            add(last.register_forward_hook(self.see_encoder))
         for layer in model.decoder.layers:
+            add(layer.register_forward_pre_hook(self.see_reference))
             attention = layer.get_submodule("self_attn")
             add(attention.register_forward_hook(self.see_attention, with_kwargs=True))
-            add(layer.get_submodule("cross_attn").register_forward_hook(self.see_sampling))
+            add(layer.get_submodule("cross_attn").register_forward_hook(self.see_look))
 
     def see_selection(self, module: nn.Module, args: tuple, output: tuple) -> None:
         self.shapes = args[0].shapes
         if isinstance(module, PureQuerySelection):
             self.selection = selection_of(module, args[0], output[0].reference)
 
-    def see_attention(self, module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
-        # Once more, as attention without weights is computed in another way, and rounded otherwise.
-        self.attention.append(module.forward(*args, **kwargs | {"need_weights": True})[1])
+    # Attention is computed once more, as without weights it is in another way.
 
-    def see_sampling(self, module: DeformableAttention, args: tuple, output: Tensor) -> None:
-        self.sampling.append(sampling_points(module, *args))
+    def see_encoder(self, module: DenseAttention, args: tuple, output: Tensor) -> None:
+        self.encoder_attention = module.weights(*args)
+
+    def see_reference(self, module: nn.Module, args: tuple) -> None:
+        self.references.append(args[2])
+
+    def see_attention(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if isinstance(module, nn.MultiheadAttention):
+            found: tuple[Tensor, Any] = module.forward(*args, **kwargs | {"need_weights": True})
+            self.attention.append(found[1])
+        else:
+            self.attention.append(cast(ConditionalSelfAttention, module).weights(*args))
+
+    def see_look(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if isinstance(module, DeformableAttention):
+            self.looks.append((*sampling_points(module, *args), None))
+        else:
+            self.looks.append((None, None, cast(DenseAttention, module).weights(*args)))
 
 
 def sampling_points(
     module: DeformableAttention, query: Tensor, reference: Tensor, memory: FeaturePyramid
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Reference (B, Q, 4 or 2), locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P) of a call.
+) -> tuple[Tensor, Tensor]:
+    """Locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P) of a call.
 
     Relative to the image without its padding.
     """
@@ -138,9 +170,8 @@ def sampling_points(
     logits = module.attention_weights(query).unflatten(-1, sizes)
     sides = [side for shape in memory.shapes for side in shape]
     locations, weights = resolve(sides, offsets.float(), logits.float(), reference)
-    ratios = memory.valid_ratios[:, None]  # (B, 1, L, 2)
-    relative = reference / ratios.tile(reference.shape[-1] // 2)
-    return relative[:, :, 0], locations / ratios[:, :, None, :, None], weights
+    ratios = memory.valid_ratios[:, None, None, :, None]  # (B, 1, 1, L, 1, 2)
+    return locations / ratios, weights
 
 
 def selection_of(selection: PureQuerySelection, memory: FeaturePyramid, boxes: Tensor) -> Selection:

@@ -78,9 +78,9 @@ def device(request):
 class TinyBackbone(Backbone):
     """Features of the strides of a ResNet: mean colours, and one layer on top."""
 
-    def __init__(self, channels: int = 16, colours: int = 3):
+    def __init__(self, channels: int = 16, colours: int = 3, features=("res3", "res4", "res5")):
         super().__init__()
-        self.strides = {"res3": 8, "res4": 16, "res5": 32}
+        self.strides = {name: 2 ** int(name.removeprefix("res")) for name in features}
         self.convs = nn.ModuleDict({name: nn.Conv2d(colours, channels, 1) for name in self.strides})
 
     def forward(self, x):

@@ -19,17 +19,21 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from outputs import detector_output
 from PIL import Image
+from test_predecessors import DETR, DN_DETR, make_small
+from torch.nn import functional as F
 
 from dino_d2 import modeling, visualize
 from dino_d2.boxes import cxcywh_to_xyxy, iou
 from dino_d2.data import ResizeShortestEdge
+from dino_d2.layers import ConditionalCrossAttention, ConditionalSelfAttention, DenseAttention
 from dino_d2.modeling.matcher import instability
 from dino_d2.modeling.positions import LearnedPosition
 from dino_d2.modeling.query_selection import PointQueries
 from dino_d2.predictor import Predictor
-from dino_d2.structures import Predictions, Target
+from dino_d2.structures import FeaturePyramid, Predictions, Target
 from dino_d2.trace import LayerTrace, StageMatching, denoised_boxes, trace
 from dino_d2.visualize import (
+    draw_attention_maps,
     draw_denoising,
     draw_matching,
     draw_proposals,
@@ -96,10 +100,10 @@ def drawn(axes, colour=None):
 
 
 def test_the_surest_queries_come_first():
-    logits = torch.tensor([[[0.0, 3.0], [5.0, -1.0], [-2.0, -3.0], [4.0, 4.5]]])
-    predictions = Predictions(logits, torch.full((1, 4, 4), 0.5))
-    assert surest_queries(predictions) == [1, 3, 0]
-    assert surest_queries(predictions, 9) == [1, 3, 0, 2]
+    scores = torch.tensor([[[0.0, 0.7], [0.9, 0.1], [0.2, 0.1], [0.7, 0.8]]])
+    traced = explain.Trace(None, (), None, [], [scores])
+    assert surest_queries(traced) == [1, 3, 0]
+    assert surest_queries(traced, 9) == [1, 3, 0, 2]
 
 
 def test_every_selected_token_has_a_marker_and_every_explained_query_its_proposal(
@@ -162,12 +166,59 @@ def test_sampling_points_are_where_they_are_and_as_large_as_they_weigh(make_trac
         assert sum(shares) == pytest.approx(100, abs=2)
 
 
+@pytest.mark.parametrize("name", [DETR, DN_DETR])
+def test_maps_show_what_queries_and_the_token_at_their_centre_attend_to(
+    name, make_batch, image, randomise
+):
+    model = randomise(make_small(name), std=0.2).eval()
+    batch = make_batch(1, sizes=[(64, 96)])
+    traced = trace(model, model.preprocess_images(batch))
+    with torch.no_grad():
+        (result,) = model(batch)
+    torch.testing.assert_close(result["instances"].scores[0], traced.scores[-1].max())
+    assert traced.shapes == ((2, 3),) and len(traced.layers) == 3
+    assert all(x.locations is None and x.weights is None for x in traced.layers)
+    maps = [traced.encoder_attention, *(x.attention for x in traced.layers)]
+    maps += [x.self_attention for x in traced.layers]
+    assert [x.shape[1:] for x in maps] == [(6, 6), *[(10, 6)] * 3, *[(10, 10)] * 3]
+    assert all(torch.allclose(x.sum(-1), torch.tensor(1.0)) for x in maps)
+    figure = draw_attention_maps(image, traced, [4, 7], CLASSES)
+    for query, (left, right) in zip((4, 7), np.reshape(figure.axes, (2, 2)), strict=True):
+        x, y = traced.output.result.layers[-1].boxes[0, query, :2].tolist()
+        token = int(y * 2) * 3 + int(x * 3)
+        seen = traced.layers[-1].attention[0, query], traced.encoder_attention[0, token]
+        for axes, weights in zip((left, right), seen, strict=True):
+            colours = torch.as_tensor(np.asarray(axes.images[1].get_array()))
+            torch.testing.assert_close(colours, (weights / weights.max()).view(2, 3))
+    figure.draw_without_rendering()
+
+
+def test_weights_of_attention_are_those_that_it_uses(randomise):
+    """With a single head, values are averaged by them."""
+    x, position, sine = torch.randn(3, 2, 5, 8)
+    padding = torch.zeros(2, 3, dtype=torch.bool)
+    padding[1, 2:] = True
+    memory = FeaturePyramid(*torch.randn(2, 2, 3, 8), padding, torch.ones(2, 1, 2), ((1, 3),))
+    dense = randomise(DenseAttention(embed_dim=8, num_heads=1))
+    value = F.linear(memory.tokens, dense.in_proj_weight[16:], dense.in_proj_bias[16:])
+    expected = dense.out_proj(dense.weights(x, memory) @ value)
+    torch.testing.assert_close(dense(x, memory), expected)
+    cross = randomise(ConditionalCrossAttention(embed_dim=8, num_heads=1, first=True))
+    args = x, position, sine, memory
+    expected = cross.output(cross.weights(*args) @ cross.value(memory.tokens))
+    torch.testing.assert_close(cross(*args), expected)
+    itself = randomise(ConditionalSelfAttention(embed_dim=8, num_heads=1))
+    for mask in (None, torch.eye(5, dtype=torch.bool), torch.randn(5, 5)):
+        expected = itself.output(itself.weights(x, position, mask) @ itself.value(x))
+        torch.testing.assert_close(itself(x, position, mask), expected)
+
+
 def attention_of(weights, boxes):
     """A trace of one layer whose queries have the given attention (Q, Q) and boxes (Q, 4)."""
     count = len(boxes)
     layer = LayerTrace(boxes[None], weights[None], torch.zeros(0), torch.zeros(0))
     predictions = Predictions(torch.zeros(1, count, 3), boxes[None])
-    output = explain.Trace(None, (), None, [layer])
+    output = explain.Trace(None, (), None, [layer], [torch.full((1, count, 3), 0.5)])
     return output._replace(output=detector_output([predictions]))
 
 
@@ -291,9 +342,9 @@ def test_the_legend_of_sampling_points_covers_no_caption(make_traced, image):
 
 
 def test_names_of_classes_are_no_formulas():
-    predictions = Predictions(torch.zeros(1, 1, 1), torch.zeros(1, 1, 4))
-    assert title_of(0, predictions, ["$1 and $5 " + "x" * 50]).startswith(r"query 0: \$1 and \$5")
-    assert len(title_of(0, predictions, ["long " * 50])) < 60
+    scores = torch.zeros(1, 1, 1)
+    assert title_of(0, scores, ["$1 and $5 " + "x" * 50]).startswith(r"query 0: \$1 and \$5")
+    assert len(title_of(0, scores, ["long " * 50])) < 60
 
 
 # ---- training
@@ -419,7 +470,7 @@ def test_the_page_needs_no_other_file():
     page = Page(explanation_page("About <a & b>", ["One.", "Two < three."], pictures))
     assert "About <a & b>" in page.text and "Two < three." in page.text
     assert "There is <none>." in page.text and TEXTS["matching"].reading not in page.text
-    assert len(page.images) == 5 and all(len(x["alt"]) > 20 for x in page.images)
+    assert len(page.images) == 6 and all(len(x["alt"]) > 20 for x in page.images)
     assert {base64.b64decode(x["src"].split(",")[1]) for x in page.images} == {png.getvalue()}
     links = [x for x in page.sources if not x.startswith("data:image/png;base64,")]
     assert all(x.startswith("https://arxiv.org/abs/") for x in links)
@@ -573,6 +624,7 @@ def test_options_that_do_not_fit_are_refused(run, words, complaint, capsys):
     assert complaint in capsys.readouterr().err
 
 
+PICTURES = [name for name in TEXTS if name != "attention"]  # of deformable attention
 REASONS = {
     "selection": "The queries of this model are learned",
     "denoising": "This model is trained without denoising",
@@ -606,7 +658,7 @@ def test_what_a_model_or_an_image_has_not_is_said_instead(
     monkeypatch.setattr(explain, "write", lambda pictures, *_: written.append(pictures))
     assert run(*words, **options) is None
     (pictures,) = written
-    assert list(pictures) == list(TEXTS)
+    assert list(pictures) == PICTURES
     said = {name: x for name, x in pictures.items() if isinstance(x, str)}
     assert said.keys() == missing.keys()
     assert all(said[name].startswith(REASONS[why]) for name, why in missing.items())
@@ -635,7 +687,7 @@ def test_the_page_and_its_pictures_are_written(run, dataset, capsys):
     assert "How DINO sees full.png" in page.text and "resized to 85 × 64" in page.text
     assert "20 queries and 3 classes" in page.text and "queries 3, 1." in page.text
     embedded = [base64.b64decode(x["src"].split(",")[1]) for x in page.images]
-    assert embedded == [(dataset / "out" / f"{name}.png").read_bytes() for name in TEXTS]
+    assert embedded == [(dataset / "out" / f"{name}.png").read_bytes() for name in PICTURES]
     for data in embedded:
         assert len(np.unique(np.asarray(Image.open(BytesIO(data)).convert("L")))) > 50
 

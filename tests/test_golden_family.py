@@ -74,7 +74,7 @@ def rule():
 
 
 # These have the parts of the others, but for what little `test_predecessors.py` sees.
-SOME = ("detr", "dn_detr", "deformable_detr_two_stage", "dn_deformable_detr")
+SOME = ("detr", "dn_detr", "dn_deformable_detr")
 PARAMS = [x if x in SOME else pytest.param(x, marks=pytest.mark.nightly) for x in MODELS]
 
 

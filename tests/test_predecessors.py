@@ -5,11 +5,13 @@ from math import cos, exp, log, pi, sin
 
 import pytest
 import torch
+from conftest import TinyBackbone
 from detectron2.config import LazyCall, LazyConfig, instantiate
 from outputs import detector_output, run_detector, with_result
 from torch.nn import functional as F
 
 from dino_d2.boxes import cxcywh_to_xyxy, generalized_iou, refine
+from dino_d2.export import About, Exportable, Exported, compare, export, save
 from dino_d2.layers import ConditionalCrossAttention, ConditionalSelfAttention, DenseAttention
 from dino_d2.layouts.adapt import select_classes
 from dino_d2.modeling import (
@@ -29,7 +31,7 @@ from dino_d2.modeling.positions import (
     LearnedPosition,
     ScaledAnchorPosition,
 )
-from dino_d2.modeling.postprocess import best_classes
+from dino_d2.modeling.postprocess import Detections, best_classes
 from dino_d2.modeling.query_selection import (
     IndicatorPatternQueries,
     IndicatorQueries,
@@ -69,9 +71,17 @@ def load(name, *overrides):
     return LazyConfig.apply_overrides(cfg, list(overrides))
 
 
+def small(name, *overrides):
+    """A config of 64 channels, 1 + 3 layers, 10 queries, and no backbone to speak of."""
+    cfg = load(name, *SMALL, *overrides)
+    features = cfg.backbone.out_features
+    cfg.backbone = LazyCall(TinyBackbone)(features=features)
+    cfg.neck.update(in_features=features, input_shape=instantiate(cfg.backbone).output_shape())
+    return cfg
+
+
 def make_small(name):
-    """The model of a config, of 64 channels, 1 + 3 layers and 10 queries."""
-    return instantiate(load(name, *SMALL))
+    return instantiate(small(name))
 
 
 @pytest.fixture
@@ -234,7 +244,7 @@ def test_losses_of_every_stage_are_there(make_batch, name):
 
 
 def test_models_built_of_points_refuse_denoising(make_batch):
-    cfg = load(PLAIN, *SMALL)
+    cfg = small(PLAIN)
     cfg.denoising = LazyCall(Denoising)(num_classes=NUM_CLASSES, embed_dim=64)
     with pytest.raises(ValueError, match="those of this model are points"):
         instantiate(cfg)(make_batch(2, 1))
@@ -315,7 +325,7 @@ def test_a_query_of_detr_has_its_best_class_and_the_best_come_first():
     ],
 )
 def test_parts_of_the_softmax_go_together(override):
-    cfg = load(DETR, *SMALL, override)
+    cfg = small(DETR, override)
     cfg.criterion.class_loss.pop("no_object_weight")
     with pytest.raises(ValueError, match="SoftmaxHead, SoftmaxLoss and SoftmaxMatcher go together"):
         instantiate(cfg)
@@ -753,3 +763,18 @@ def test_without_boxes_denoising_costs_nothing(make_predictions, make_targets):
     losses = BoxesOnly(matcher=HungarianMatcher())(output, targets)
     assert noised.repeats == 1 and all(loss.isfinite() for loss in losses.values())
     assert [losses[f"loss_{kind}_dn"].item() for kind in ("class", "bbox", "giou")] == [0, 0, 0]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [DETR, DN_DETR])
+@pytest.mark.parametrize("kind", [".pt2", ".onnx"])
+def test_models_with_dense_attention_are_exported(name, kind, randomise, tmp_path):
+    model = randomise(make_small(name)).eval()
+    images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
+    sizes = torch.tensor([[64, 96], [48, 80]])
+    with torch.no_grad():
+        expected = Exportable(model)(images, sizes)
+    path = tmp_path / f"model{kind}"
+    save(export(model, (64, 96)), path, About(["a", "b", "c"], (64, 96), "RGB", None))
+    found = Detections(*map(torch.as_tensor, Exported(path)(images, sizes)))
+    assert compare(Detections(*expected), found, threshold=0.0).tolerable

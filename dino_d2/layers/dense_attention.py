@@ -5,6 +5,8 @@ linear maps of their own (ConditionalSelfAttention, ConditionalCrossAttention, o
 Conditional DETR, arXiv 2108.06152).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +36,12 @@ class DenseAttention(nn.MultiheadAttention):
         padding = memory.padding
         return super().forward(query, key, memory.tokens, padding, need_weights=False)[0]
 
+    def weights(self, query: Tensor, memory: FeaturePyramid) -> Tensor:
+        """What each query attends to, (B, Q, S), a mean over heads; rows sum to 1."""
+        key = memory.tokens + memory.position
+        found: tuple[Tensor, Any] = super().forward(query, key, memory.tokens, memory.padding)
+        return found[1]
+
 
 class ConditionalSelfAttention(nn.Module):
     """Self-attention of queries, whose positions are added after linear maps of their own.
@@ -53,6 +61,17 @@ class ConditionalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Content and position are (B, Q, C), as the result; `attn_mask` as of `DecoderLayer`."""
+        dropout = self.training * self.dropout
+        return self.output(attend(*self.project(x, position, attn_mask), dropout))
+
+    def weights(self, x: Tensor, position: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Whom each query attends to, (B, Q, Q), a mean over heads; rows sum to 1."""
+        return mean_weights(*self.project(x, position, attn_mask))
+
+    def project(
+        self, x: Tensor, position: Tensor, attn_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Query, key and value of each head, (B, Q, H, .), and the mask as of PyTorch."""
         query = self.query_content(x) + self.query_position(position)
         key = self.key_content(x) + self.key_position(position)
         query, key, value = (
@@ -61,7 +80,7 @@ class ConditionalSelfAttention(nn.Module):
         if attn_mask is not None:
             mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
             attn_mask = mask.unflatten(0, (-1, self.num_heads)) if mask.dim() == 3 else mask
-        return self.output(attend(query, key, value, attn_mask, self.training * self.dropout))
+        return query, key, value, attn_mask
 
 
 class ConditionalCrossAttention(nn.Module):
@@ -96,6 +115,17 @@ class ConditionalCrossAttention(nn.Module):
             sine: (B, Q, C), encoding of the place to look at
             memory: of the encoder
         """
+        dropout = self.training * self.dropout
+        return self.output(attend(*self.project(x, position, sine, memory), dropout))
+
+    def weights(self, x: Tensor, position: Tensor, sine: Tensor, memory: FeaturePyramid) -> Tensor:
+        """What each query attends to, (B, Q, S), a mean over heads; rows sum to 1."""
+        return mean_weights(*self.project(x, position, sine, memory))
+
+    def project(
+        self, x: Tensor, position: Tensor, sine: Tensor, memory: FeaturePyramid
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key and value of each head, (B, ., H, .), and where tokens are not padding."""
         query, key = self.query_content(x), self.key_content(memory.tokens)
         key_position = self.key_position(memory.position)
         if self.query_position is not None:
@@ -105,8 +135,7 @@ class ConditionalCrossAttention(nn.Module):
             for y in (query, self.query_sine(sine), key, key_position, self.value(memory.tokens))
         )
         query, key = torch.cat([query, sine], -1), torch.cat([key, key_position], -1)
-        inside = ~memory.padding[:, None, None]
-        return self.output(attend(query, key, value, inside, self.training * self.dropout))
+        return query, key, value, ~memory.padding[:, None, None]
 
 
 def attend(
@@ -116,6 +145,16 @@ def attend(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return y.transpose(1, 2).flatten(2)
+
+
+def mean_weights(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """The weights of :func:`attend` (B, Q, S), a mean over heads."""
+    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    if mask is not None:
+        added = torch.zeros_like(logits)
+        allowed = mask.dtype == torch.bool
+        logits = logits + (added.masked_fill(~mask, -torch.inf) if allowed else mask)
+    return logits.softmax(-1).mean(1)
 
 
 def initialise(attention: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from .error_plots import draw_error_plots
 from .explain import draw_proposals, draw_refinement, surest_queries
-from .explain_attention import draw_sampling, draw_self_attention
+from .explain_attention import draw_attention_maps, draw_sampling, draw_self_attention
 from .explain_page import explanation_page
 from .explain_training import draw_denoising, draw_matching
 from .image_errors import LEGEND, draw_image_errors

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy
-from ..structures import Predictions
 from .style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, VERMILION, YELLOW, escape_name
 
 # Strong colours first, as images are dimmed towards white.
@@ -87,7 +86,7 @@ def draw_tag(axes: Axes, place: Sequence[float], text: str, colour: str = "black
     axes.text(x, y, text, color=colour, fontsize=10, bbox=style, va="bottom", clip_on=True)
 
 
-def title_of(query: int, predictions: Predictions, classes: Sequence[str]) -> str:
-    """A title with a query's class and score in the first image."""
-    score, label = predictions.logits[0, query].sigmoid().max(0)
+def title_of(query: int, scores: Tensor, classes: Sequence[str]) -> str:
+    """A title with a query's class and score in the first image, of scores (B, Q, K)."""
+    score, label = scores[0, query].max(0)
     return f"query {query}: {escape_name(classes[int(label)], 30)}, {score:.2f}"

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, iou
 from ..names import plural
-from ..structures import Predictions
 from ..trace import Trace
 from .canvas import COLOURS, MARKERS, draw_box, shape_of, show_image, title_of, to_pixels, zoom_to
 from .style import BLUE, VERMILION
@@ -24,9 +23,9 @@ from .style import BLUE, VERMILION
 PROPOSALS = 50  # boxes to draw
 
 
-def surest_queries(predictions: Predictions, count: int = 3) -> list[int]:
+def surest_queries(trace: Trace, count: int = 3) -> list[int]:
     """At most `count` queries of the first image, in descending order of score."""
-    scores = predictions.logits[0].amax(-1)
+    scores = trace.scores[-1][0].amax(-1)
     return scores.topk(min(count, len(scores))).indices.tolist()
 
 
@@ -65,7 +64,7 @@ def draw_proposals(
         draw_box(right, boxes[query], "#555555", lw=0.8, alpha=0.6)
     for i, query in enumerate(queries):
         draw_box(right, boxes[query], COLOURS[i % len(COLOURS)], lw=2.5)
-    names = [title_of(query, trace.output.result.layers[-1], classes) for query in queries]
+    names = [title_of(query, trace.scores[-1], classes) for query in queries]
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2.5) for i in range(len(names))]
     handles.append(Line2D([], [], color="#555555", lw=0.8))
     names.append(f"the {len(best)} proposals of the highest scores")
@@ -93,7 +92,7 @@ def draw_refinement(
             draw_box(picture, box, colour, lw=2)
         if len(start) == 2:
             picture.plot(*to_pixels(start, image), "X", color=colours[0], mec="white", ms=10)
-        picture.set_title(title_of(query, trace.output.result.layers[-1], classes))
+        picture.set_title(title_of(query, trace.scores[-1], classes))
         _draw_progress(chart, trace, query, places)
     stages = ["start", *(f"layer {i + 1}" for i in range(len(trace.layers)))]
     handles = [Line2D([], [], color=colour, lw=3) for colour in colours]
@@ -108,13 +107,12 @@ def stage_colours(count: int) -> list[tuple[float, float, float, float]]:
 
 
 def _draw_progress(axes: Axes, trace: Trace, query: int, places: Tensor) -> None:
-    layers = trace.output.result.layers
-    label = layers[-1].logits[0, query].argmax()
-    stages = range(len(layers) + 1)
+    label = trace.scores[-1][0, query].argmax()
+    stages = range(len(trace.scores) + 1)
     corners = cxcywh_to_xyxy(places)
     overlap = iou(corners, corners[-1]).tolist()
     axes.plot(stages[-len(overlap) :], overlap, "o-", color=BLUE, label="IoU with the final box")
-    scores = [layer.logits[0, query, label].sigmoid().item() for layer in layers]
+    scores = [layer[0, query, label].item() for layer in trace.scores]
     axes.plot(stages[1:], scores, "s--", color=VERMILION, label="score for the final class")
     names = ["start", *map(str, stages[1:])]
     axes.set(ylim=(-0.03, 1.03), xticks=stages, xticklabels=names, xlabel="decoder layer")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, iou
 from ..trace import Trace
-from .canvas import COLOURS, MARKERS, draw_box, show_image, title_of, to_pixels, zoom_to
+from .canvas import COLOURS, MARKERS, draw_box, shape_of, show_image, title_of, to_pixels, zoom_to
 from .style import BLUE, ORANGE
 
 ATTENDED = 10  # queries to draw
@@ -30,6 +30,7 @@ def draw_sampling(
     One column per level; colours are heads, and areas are weights.
     """
     layer, levels = trace.layers[-1], len(trace.shapes)
+    assert layer.locations is not None and layer.weights is not None
     figure = Figure(figsize=(2.7 * levels + 0.3, 2.9 * len(queries) + 1.3), layout="constrained")
     grid = figure.subplots(len(queries), levels, squeeze=False)
     for row, query in zip(grid, queries, strict=True):
@@ -46,7 +47,7 @@ def draw_sampling(
             _draw_points(axes, points[:, level], weights[:, level])
             share = 100 * float(weights[:, level].sum() / weights.sum())
             axes.set_xlabel(f"{share:.0f} % of the weight", fontsize=9)
-        row[0].set_ylabel(title_of(query, trace.output.result.layers[-1], classes))
+        row[0].set_ylabel(title_of(query, trace.scores[-1], classes))
     for level, (axes, (height, width)) in enumerate(zip(grid[0], trace.shapes, strict=True)):
         axes.set_title(f"level {level + 1}\n{width} × {height} cells")
     heads = range(layer.weights.shape[2])
@@ -61,6 +62,41 @@ def draw_sampling(
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, borderaxespad=0)
     figure.suptitle("Sampling points of deformable attention, last decoder layer", weight="bold")
     return figure
+
+
+def draw_attention_maps(
+    image: Image.Image, trace: Trace, queries: Sequence[int], classes: Sequence[str]
+) -> Figure:
+    """Draw what queries attend to in the last decoder layer, of a model without deformable
+    attention, and beside it what the token at the centre of their box does in the encoder."""
+    attention, encoder = trace.layers[-1].attention, trace.encoder_attention
+    assert attention is not None and encoder is not None
+    size = 10, 4.6 * shape_of(image) * len(queries) + 1
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(queries), 2, squeeze=False)
+    ((height, width),) = trace.shapes
+    for (left, right), query in zip(grid, queries, strict=True):
+        box = trace.output.result.layers[-1].boxes[0, query]
+        column, row = (box[:2].clamp(0, 0.999) * torch.tensor([width, height])).int().tolist()
+        token = encoder[0, row * width + column]
+        for axes, weights in ((left, attention[0, query]), (right, token)):
+            show_image(axes, image, dim=0.45)
+            _draw_map(axes, image, weights.view(height, width))
+            draw_box(axes, to_pixels(box, image), "black", lw=1.5)
+        left.set_title(title_of(query, trace.scores[-1], classes))
+        centre = torch.tensor([(column + 0.5) / width, (row + 0.5) / height])
+        right.plot(*to_pixels(centre, image), "X", color="black", mec="white", ms=10)
+        right.set_title("encoder: the token at its centre")
+    figure.suptitle("Where attention looks, last layers of decoder and encoder", weight="bold")
+    return figure
+
+
+def _draw_map(axes: Axes, image: Image.Image, weights: Tensor) -> None:
+    """Weights (H, W) as colours over the image, clear where there are none."""
+    share = (weights / weights.max()).numpy()
+    extent = (0, image.width, image.height, 0)
+    colours = axes.imshow(share, cmap="plasma", alpha=0.8 * share**0.5, extent=extent)
+    colours.set_interpolation("bilinear")
 
 
 def _style(head: int) -> dict:
@@ -87,7 +123,7 @@ def draw_self_attention(
     grid = figure.subplots(len(queries), 2, squeeze=False, width_ratios=[1.15, 1])
     for (picture, chart), query in zip(grid, queries, strict=True):
         _draw_attended(picture, image, trace, query)
-        picture.set_title(title_of(query, trace.output.result.layers[-1], classes))
+        picture.set_title(title_of(query, trace.scores[-1], classes))
         _draw_shares(chart, trace, query)
     handles, labels = grid[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))

@@ -42,6 +42,15 @@ TEXTS = {
         "Points of less than 2 % of the weight may lie outside of the part that is shown.",
         "Deformable DETR, section 4.1 and equation 3",
     ),
+    "attention": Text(
+        "Where attention looks",
+        "For each query the image with its attention as a map, and that of a token beside it.",
+        "A query looks at all tokens, at some more than at others (mean over heads, last layer): "
+        "often at the ends of an object, which tell its box. On the right is what the token at "
+        "the centre of the box looks at in the encoder's last layer: the object that it is a part "
+        "of.",
+        "DETR, sections 3.2 and 4.2",
+    ),
     "self_attention": Text(
         "Which queries look at each other",
         "For each query the boxes that it attends to most, and bars that share out its attention.",

@@ -100,9 +100,10 @@ from dino_d2.data import class_names, read_image
 from dino_d2.data.coco_json import dataset_name
 from dino_d2.data.mapper import check_pixels
 from dino_d2.names import hint, path_hint, plural
-from dino_d2.structures import Predictions, Target
+from dino_d2.structures import Target
 from dino_d2.trace import Trace, denoised_boxes, match_stages, trace
 from dino_d2.visualize import (
+    draw_attention_maps,
     draw_denoising,
     draw_matching,
     draw_proposals,
@@ -203,13 +204,13 @@ def run(predictor: dino_d2.Predictor, subject: Subject, seed: int) -> tuple[Trac
     )
 
 
-def choose(queries: list[int], predictions: Predictions) -> list[int]:
+def choose(queries: list[int], recorded: Trace) -> list[int]:
     """Indices of the queries to explain; raises a ValueError if one does not exist."""
-    count = predictions.boxes.shape[1]
+    count = recorded.scores[-1].shape[1]
     for query in queries:
         if not 0 <= query < count:
             raise ValueError(f"there is no query {query} for this image: choose 0 to {count - 1}")
-    return list(dict.fromkeys(queries)) or surest_queries(predictions)
+    return list(dict.fromkeys(queries)) or surest_queries(recorded)
 
 
 def draw(
@@ -218,11 +219,17 @@ def draw(
     """Figures by name, or sentences on why there is none."""
     subject = subject._replace(picture=shrink(subject.picture))  # once, not for every picture
     what = subject.picture, recorded, queries, classes
+    deformable = recorded.layers[-1].locations is not None
     no_selection = "The queries of this model are learned, not selected: there are no proposals."
+    look = (
+        {"sampling": draw_sampling(*what)}
+        if deformable
+        else {"attention": draw_attention_maps(*what)}
+    )
     pictures = {
         "proposals": draw_proposals(*what) if recorded.selection else no_selection,
         "refinement": draw_refinement(*what),
-        "sampling": draw_sampling(*what),
+        **look,
         "self_attention": draw_self_attention(*what),
     }
     return pictures | draw_training(subject, recorded, model, classes)
@@ -275,12 +282,11 @@ def work(prog: str, args: argparse.Namespace) -> None:
         subject = read_subject(args, predictor.classes)
         make_folder(args.output, "--output")
     recorded, resized = run(predictor, subject, args.seed)
-    predictions = recorded.output.result.layers[-1]
     with one_sentence(prog):
-        queries = choose(args.query, predictions)
+        queries = choose(args.query, recorded)
     facts = [
         resized,
-        f"The model is {args.config_file} with {plural(predictions.boxes.shape[1], 'query')} and "
+        f"The model is {args.config_file} with {plural(recorded.scores[-1].shape[1], 'query')} and "
         f"{plural(len(predictor.classes), 'class')}; explained are the queries "
         f"{', '.join(map(str, queries))}.",
     ]
