@@ -20,6 +20,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from ..atomic import replacing
 from ..layouts.dino import detect_format
 from ..layouts.renaming import CheckpointError, State
+from .download import download
 from .releases import find
 
 # What PyTorch's wrappers put into names: data-parallel training at their beginning; torch.compile,
@@ -41,7 +42,7 @@ class ReleaseHandler(PathHandler):
         """Download a file; a FileNotFoundError if unknown, or only available by hand."""
         release = find(path.removeprefix(self.PREFIX))
         if not release.by_hand:
-            return PathManager.get_local_path(release.url, force=force, **kwargs)
+            return cached(release.url, release.sha256)
         local = os.path.join(get_cache_dir(), "dino_d2", release.file)
         if not os.path.isfile(local):
             raise FileNotFoundError(
@@ -58,7 +59,9 @@ def fetch(path: str) -> str:
     """The local path of a file or URL, cached; a CheckpointError if it is unavailable."""
     path = os.path.expanduser(path)
     try:
-        local = PathManager.get_local_path(urlparse(path)._replace(query="").geturl())
+        url = urlparse(path)._replace(query="").geturl()
+        is_web = url.startswith(("http://", "https://"))
+        local = cached(url) if is_web else PathManager.get_local_path(url)
     except FileNotFoundError as error:  # its message is complete
         raise CheckpointError(str(error)) from error
     except (OSError, HTTPException) as error:
@@ -68,6 +71,17 @@ def fetch(path: str) -> str:
         ) from error
     if not os.path.isfile(local):
         raise CheckpointError(f"'{path}' is no file")
+    return local
+
+
+def cached(url: str, sha256: str = "") -> str:
+    """The local path of a file of the web, downloaded once into Detectron2's cache.
+
+    Args, errors: as of `download`
+    """
+    local = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
+    if not os.path.isfile(local):
+        download(url, local, sha256)
     return local
 
 
