@@ -51,6 +51,7 @@ HEEDED = [
         ),
         "SOLVER.CLIP_GRADIENTS.": ("CLIP_TYPE", "CLIP_VALUE", "ENABLED"),
         "TEST.": ("DETECTIONS_PER_IMAGE", "EVAL_PERIOD"),
+        "TEST.AUG.": ("ENABLED", "FLIP", "MAX_SIZE", "MIN_SIZES"),
     }.items()
     for name in names
 ]

@@ -531,7 +531,6 @@ def test_an_output_folder_that_cannot_be_written_to(style, place, data, monkeypa
     "option",
     [
         ("TEST.PRECISE_BN.ENABLED", "True"),
-        ("TEST.AUG.ENABLED", "True"),
         ("TEST.EXPECTED_RESULTS", "[['bbox','AP',38.5,0.2]]"),
     ],
 )

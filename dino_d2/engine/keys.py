@@ -16,7 +16,7 @@ from ..weights import model_zoo
 
 # Sections and keys of YAML configs by the only component that uses them; without it, they are
 # refused. All other keys work as in Detectron2.
-NOWHERE = ("VERSION", "GLOBAL", "TEST.AUG")
+NOWHERE = ("VERSION", "GLOBAL")
 OF_DETECTRON2S_TRAINER = ("TEST.EXPECTED_RESULTS", "TEST.PRECISE_BN")
 OF_OUR_TRAINER = (
     *("INPUT.MIXING", "SOLVER.ACCUMULATE", "SOLVER.EMA", "SOLVER.FSDP", "SOLVER.NON_FINITE"),
@@ -24,7 +24,7 @@ OF_OUR_TRAINER = (
 )
 OF_OUR_MODELS = (
     *("INPUT.CROP.MIN_SIZE_TRAIN", "INPUT.CROP.MIN_VISIBLE", "INPUT.MIXING", "INPUT.PHOTOMETRIC"),
-    *("INPUT.SCALE_JITTER", "TEST.NMS"),
+    *("INPUT.SCALE_JITTER", "TEST.AUG", "TEST.NMS"),
 )
 OF_OTHER_MODELS = (
     *("MODEL.ANCHOR_GENERATOR", "MODEL.PANOPTIC_FPN", "MODEL.PROPOSAL_GENERATOR"),

@@ -17,7 +17,12 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    DatasetMapperTTA,
+    build_model,
+)
 from detectron2.solver import (
     LRMultiplier,
     WarmupParamScheduler,
@@ -34,6 +39,7 @@ from .. import data
 from ..config.styles import YAML, get, keys_for, put
 from ..modeling import BackboneError
 from ..modeling.build import named
+from ..modeling.test_time_augmentation import WithTTA
 from ..names import hint, plural
 from ..ranges import require_share, require_whole
 from ..solver import ClippedAdamW, parameter_groups
@@ -46,6 +52,7 @@ from .writers import plain_config
 SCHEDULERS = (
     *("WarmupMultiStepLR", "WarmupCosineLR", "WarmupFlatCosineLR", "WarmupStepWithFixedGammaLR"),
 )
+TTA_IOU = 0.5  # without TEST.NMS: Detectron2's
 WARM_UPS = ("linear", "constant")
 # Sections of a LazyConfig, outer ones first.
 SECTIONS = (
@@ -271,11 +278,31 @@ def yaml_evaluate(cfg: CfgNode, model: nn.Module, folder: str = "") -> dict:
     Files are in `folder` in "inference" of the output folder, for several data sets in folders of
     their own.
     """
-    results = {
-        name: run_evaluator(model, yaml_test_loader(cfg, name), yaml_evaluator(cfg, name, folder))
-        for name in cfg.DATASETS.TEST
-    }
+    results = {}
+    for name in cfg.DATASETS.TEST:
+        evaluator = yaml_evaluator(cfg, name, folder)
+        results[name] = run_evaluator(model, yaml_test_loader(cfg, name), evaluator)
+        if cfg.TEST.AUG.ENABLED:
+            results[name] |= yaml_evaluate_tta(cfg, model, name, folder)
     return next(iter(results.values())) if len(results) == 1 else results
+
+
+def yaml_evaluate_tta(cfg: CfgNode, model: nn.Module, name: str, folder: str) -> dict:
+    """The results with test-time augmentation, whose names end in `_TTA` as Detectron2's do.
+
+    Views are made of the image as it was read, where Detectron2's are made of the resized one.
+    """
+    whole = data.Mapper(cfg, is_train=False, augmentations=[])
+    loader = build_detection_test_loader(cfg, name, mapper=whole)
+    augmented = WithTTA(
+        model,
+        DatasetMapperTTA(cfg),
+        iou=TTA_IOU if cfg.TEST.NMS is None else cfg.TEST.NMS,
+        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+    evaluator = yaml_evaluator(cfg, name, str(Path(folder, "tta")))
+    results = run_evaluator(augmented, loader, evaluator)
+    return {f"{kind}_TTA": found for kind, found in results.items()}
 
 
 def yaml_test_loader(cfg: CfgNode, name: str) -> Any:
