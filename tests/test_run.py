@@ -513,6 +513,22 @@ def test_a_lazy_plan_evaluates_with_the_loader_and_the_evaluator_of_its_config(s
     assert folders == ["inference", "ema", "inference"]
 
 
+def test_a_lazy_plan_evaluates_several_data_sets_one_by_one(shapes, tmp_path, monkeypatch):
+    train, val = (f"{shapes}/{x}.json@{shapes}/images" for x in ("train", "val"))
+    register([train, val])
+    cfg = model_zoo.get_config("quickstart.py")
+    names = f"dataloader.test.dataset.names=[{train},{val}]"
+    cfg = LazyConfig.apply_overrides(cfg, [names, f"train.output_dir={tmp_path}"])
+    monkeypatch.setattr(
+        "dino_d2.engine.plan.run_evaluator",
+        lambda model, loader, evaluator: (len(loader.dataset), evaluator._output_dir),
+    )
+    assert make_plan(cfg).evaluate("a model", "ema") == {
+        train: (5, str(tmp_path / "inference" / "ema" / "1_train")),
+        val: (2, str(tmp_path / "inference" / "ema" / "2_val")),
+    }
+
+
 def test_no_evaluation_overwrites_the_files_of_another(plan, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "dino_d2.engine.plan.run_evaluator", lambda model, loader, evaluator: evaluator._output_dir

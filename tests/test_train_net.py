@@ -296,16 +296,6 @@ def test_a_bad_override_is_one_sentence(style, option, parts, data, monkeypatch)
     assert [part for part in parts if part not in message] == [], message
 
 
-def test_a_lazy_config_evaluates_on_one_data_set(shapes, monkeypatch):
-    val = f"{shapes}/val.json@{shapes}/images"
-    names = (
-        f"dataloader.train.dataset.names=[{val}]",
-        f"dataloader.test.dataset.names=[{val},{val}]",
-    )
-    message = complaint(monkeypatch, *config(".py"), *overrides(".py"), *names)
-    assert "one data set" in message
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_a_config_that_is_not_there(style, monkeypatch):
     assert "nowhere" in complaint(monkeypatch, "--config-file", f"nowhere{style}")

@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any, NamedTuple
@@ -16,7 +17,13 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
@@ -310,15 +317,31 @@ def yaml_test_loader(cfg: CfgNode, name: str) -> Any:
 
 
 def yaml_evaluator(cfg: CfgNode, name: str, folder: str = "") -> DatasetEvaluator:
-    """The evaluator of a data set; `folder` as of `yaml_evaluate`."""
-    names = cfg.DATASETS.TEST
-    number, stem = names.index(name) + 1, Path(name.partition("@")[0]).stem
-    own = f"{number}_{stem}" if len(names) > 1 else ""
+    """The evaluator of a data set, by the `evaluator_type` of its metadata as in Detectron2.
+
+    Those of COCO's kind are analysed as well; `folder` is as of `yaml_evaluate`.
+
+    Raises:
+        ValueError: the data set is LVIS, and its package is not installed
+    """
+    own = own_folder(name, cfg.DATASETS.TEST)
+    output_dir = str(Path(cfg.OUTPUT_DIR, "inference", folder, own))
+    kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
+    if kind == "pascal_voc":
+        return PascalVOCDetectionEvaluator(name)
+    if kind == "lvis":
+        if find_spec("lvis") is None:
+            raise ValueError(f"'{name}' is evaluated by LVIS' own code: pip install lvis")
+        return LVISEvaluator(name, output_dir=output_dir)
     return ErrorAnalysisEvaluator(
-        name,
-        output_dir=str(Path(cfg.OUTPUT_DIR, "inference", folder, own)),
-        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        name, output_dir=output_dir, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS
     )
+
+
+def own_folder(name: str, names: Sequence[str]) -> str:
+    """The folder for files of one of several data sets; "" for the only one."""
+    number, stem = names.index(name) + 1, Path(name.partition("@")[0]).stem
+    return f"{number}_{stem}" if len(names) > 1 else ""
 
 
 def require_sections(cfg: DictConfig) -> None:
@@ -384,9 +407,20 @@ def lazy_train_loader(cfg: DictConfig, dataset: list[dict] | None = None) -> Any
 
 
 def lazy_evaluate(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict:
-    """Evaluate on the data set; files are in `folder` in the evaluator's folder."""
+    """As `yaml_evaluate`; `folder` is in the evaluator's folder.
+
+    Of several data sets, each is evaluated as if it were the only one in the config.
+    """
     if "evaluator" not in cfg.dataloader:
         return {}
+    names = list(cfg.dataloader.test.dataset.names)
+    if len(names) > 1:
+        results = {}
+        for name in names:
+            one = copy.deepcopy(cfg)
+            one.dataloader.test.dataset.names = [name]
+            results[name] = lazy_evaluate(one, model, str(Path(folder, own_folder(name, names))))
+        return results
     told = copy.deepcopy(cfg).dataloader.evaluator  # with what it refers to
     for one in told if isinstance(told, ListConfig) else [told]:
         if one.get("output_dir"):

@@ -171,8 +171,6 @@ def set_data(cfg: CfgNode | DictConfig, args: argparse.Namespace, given: Collect
     for split, key in (("train", keys.train_sets), ("val", keys.test_sets)):
         put(cfg, key, datasets(args, split, get(cfg, key), key in given))
     test_sets, number = get(cfg, keys.test_sets), get(cfg, keys.num_classes)
-    if keys is LAZY and len(test_sets) > 1:
-        raise ValueError(f"a LazyConfig evaluates on one data set, not on {list(test_sets)}")
     # A LazyConfig may call a function of the training data; other models have a key of their own.
     if isinstance(number, DictConfig) or (keys is YAML and not is_detector(cfg)):
         number = None
