@@ -18,21 +18,27 @@ HASH = hashlib.sha256(DATA).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves DATA as the attributes of its server say."""
+    """Serves the data of its server as its attributes say."""
 
     def do_GET(self):
-        server = self.server
-        asked = self.headers.get("Range")
+        server, asked = self.server, self.headers.get("Range")
         server.asked.append(asked)
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if server.resumes else 0
-        if server.error or start >= len(DATA):
-            self.send_error(server.error or 416)
-            return
-        self.send_response(206 if server.resumes else 200)
-        if server.says_size:
-            self.send_header("Content-Length", str(len(DATA) - start))
-        self.end_headers()
-        self.wfile.write(DATA[start : server.stops_at])
+        same = server.resumes and asked and self.headers.get("If-Range") == server.etag
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if same else 0
+        if server.error:
+            self.send_error(server.error)
+        elif start >= len(server.data):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.data)}")
+            self.end_headers()
+        else:
+            self.send_response(206 if same else 200)
+            if server.etag:
+                self.send_header("ETag", server.etag)
+            if server.says_size:
+                self.send_header("Content-Length", str(len(server.data) - start))
+            self.end_headers()
+            self.wfile.write(server.data[start : server.stops_at])
 
     def log_message(self, *args):
         pass
@@ -41,6 +47,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.data, server.etag = DATA, '"first"'
     server.asked, server.error, server.stops_at = [], 0, None
     server.resumes = server.says_size = True
     server.url = f"http://127.0.0.1:{server.server_port}/models/dino.pth"
@@ -48,6 +55,14 @@ def server():
     yield server
     server.shutdown()
     server.server_close()
+
+
+def interrupt(server, path):
+    """A download that ends after 1000 bytes."""
+    server.stops_at = 1000
+    with pytest.raises(IncompleteRead):
+        download(server.url, str(path))
+    server.stops_at = None
 
 
 @pytest.fixture
@@ -66,26 +81,42 @@ def test_a_file_is_downloaded_once_and_whole(server, path, says_size):
     for _ in range(2):
         download(server.url, str(path), HASH)
     assert path.read_bytes() == DATA and left_in(path) == ["dino.pth"]
-    assert server.asked == ["bytes=0-"]
+    assert server.asked == [None]
 
 
 @pytest.mark.parametrize("resumes", [True, False])
 def test_an_interrupted_download_goes_on_where_it_was_or_begins_again(server, path, resumes):
-    server.resumes, server.stops_at = resumes, 1000
-    with pytest.raises(IncompleteRead):
-        download(server.url, str(path))
-    assert left_in(path) == ["dino.pth.part"]
-    server.stops_at = None
+    server.resumes = resumes
+    interrupt(server, path)
+    assert left_in(path) == ["dino.pth.etag", "dino.pth.part"]
     download(server.url, str(path), HASH[:8])
     assert path.read_bytes() == DATA and left_in(path) == ["dino.pth"]
-    assert server.asked == ["bytes=0-", "bytes=1000-"]
+    assert server.asked == [None, "bytes=1000-"]
 
 
-def test_a_download_that_only_was_not_renamed_is_complete(server, path):
-    path.parent.mkdir(parents=True)
-    path.with_suffix(".pth.part").write_bytes(DATA)
+@pytest.mark.parametrize("etag", ["", 'W/"weak"'])
+def test_without_a_mark_of_the_version_it_begins_again(server, path, etag):
+    server.etag = etag
+    interrupt(server, path)
+    assert left_in(path) == []
+    download(server.url, str(path))
+    assert path.read_bytes() == DATA and server.asked == [None, None]
+
+
+def test_parts_of_two_versions_are_not_joined(server, path):
+    interrupt(server, path)
+    server.data, server.etag = b"new" * 1000, '"second"'
+    download(server.url, str(path))
+    assert path.read_bytes() == b"new" * 1000 and left_in(path) == ["dino.pth"]
+
+
+@pytest.mark.parametrize("more", [b"", b"too much"])
+def test_a_part_that_has_all_is_complete_and_one_that_has_more_is_not(server, path, more):
+    interrupt(server, path)
+    path.with_name("dino.pth.part").write_bytes(DATA + more)
     download(server.url, str(path), HASH)
-    assert path.read_bytes() == DATA and server.asked == [f"bytes={len(DATA)}-"]
+    assert path.read_bytes() == DATA and left_in(path) == ["dino.pth"]
+    assert len(server.asked) == (3 if more else 2)
 
 
 def test_another_file_than_published_is_refused_and_deleted(server, path):

@@ -60,7 +60,9 @@ def test_pascal_voc_is_evaluated_by_its_own_metric(tmp_path):
     (tmp_path / "ImageSets" / "Main" / "test.txt").write_text("\n".join(BOXES))
     register_pascal_voc("voc_tiny_test", str(tmp_path), "test", 2012, CLASSES)
     MetadataCatalog.get("voc_tiny_test").evaluator_type = "pascal_voc"
-    results = plan_of("voc_tiny_test", tmp_path).evaluate(Perfect("voc_tiny_test"))
+    told = plan_of("voc_tiny_test", tmp_path)
+    assert told.metrics == ["bbox/AP", "bbox/AP50", "bbox/AP75"]
+    results = told.evaluate(Perfect("voc_tiny_test"))
     assert results == {"bbox": pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})}
 
 
@@ -72,9 +74,10 @@ def test_lvis_is_evaluated_by_its_own_code(tmp_path, monkeypatch):
     cfg.merge_from_list(["DATASETS.TEST", ("lvis_tiny",), "OUTPUT_DIR", str(tmp_path)])
     monkeypatch.setattr(plan, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'lvis_tiny' is evaluated .*: pip install lvis$"):
-        plan.yaml_evaluator(cfg, "lvis_tiny")
+        make_plan(cfg)
     monkeypatch.setattr(plan, "find_spec", lambda name: name)
     told = []
     monkeypatch.setattr(LVISEvaluator, "__init__", lambda self, *a, **k: told.append((a, k)))
     assert isinstance(plan.yaml_evaluator(cfg, "lvis_tiny"), LVISEvaluator)
+    assert "bbox/APr" in plan.metrics_of(["lvis_tiny"])
     assert told == [(("lvis_tiny",), {"output_dir": str(tmp_path / "inference")})]

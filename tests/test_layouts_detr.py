@@ -193,6 +193,14 @@ def test_a_published_detr_is_loaded_for_other_classes_and_the_log_says_how_it_fi
     assert torch.equal(model.decoder.layers[5].norm2.bias.detach(), number)
 
 
+def test_a_detr_without_its_class_head_is_loaded_but_for_it():
+    """As people cut it off to train other classes."""
+    state = {k: x for k, x in theirs("detr").items() if not k.startswith("class_embed")}
+    ours = DETECTORS["detr"](state)
+    missing = model_of("detr").state_dict().keys() - ours.keys()
+    assert len(missing) == 4 and all("class_heads" in key for key in missing)
+
+
 def test_weights_of_another_encoding_of_pixels_are_refused(tmp_path):
     """Deformable DETR's positions begin half a pixel earlier than DETR's."""
     cfg = model_zoo.get_config("Predecessors/detr_R_50_500ep.py").model

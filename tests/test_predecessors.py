@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import TinyBackbone
 from detectron2.config import LazyCall, LazyConfig, instantiate
+from detectron2.utils.registry import locate
+from omegaconf import OmegaConf
 from outputs import detector_output, run_detector, with_result
 from torch.nn import functional as F
 
@@ -17,6 +19,7 @@ from dino_d2.layouts.adapt import select_classes
 from dino_d2.modeling import (
     Denoising,
     HungarianMatcher,
+    OneToManyHead,
     PositionSupervisedLoss,
     SetCriterion,
     SoftmaxLoss,
@@ -329,6 +332,90 @@ def test_parts_of_the_softmax_go_together(override):
     cfg.criterion.class_loss.pop("no_object_weight")
     with pytest.raises(ValueError, match="SoftmaxHead, SoftmaxLoss and SoftmaxMatcher go together"):
         instantiate(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "part"),
+    [
+        (
+            DETR,
+            {"branches": [LazyCall(OneToManyHead)(num_classes=3, embed_dim=64)]},
+            "OneToManyHead",
+        ),
+        (DN_DETR, {}, "BoxesOnly"),
+        (TWO_STAGE, {}, "ProposalQueries"),
+    ],
+)
+def test_parts_of_a_sigmoid_do_not_go_with_the_softmax(name, change, part):
+    cfg, detr = small(name), small(DETR)
+    cfg.decoder.softmax = True
+    cfg.criterion.class_loss, cfg.criterion.matcher = (
+        detr.criterion.class_loss,
+        detr.criterion.matcher,
+    )
+    cfg.update(change)
+    with pytest.raises(ValueError, match=f"^{part} is made for class scores by a sigmoid"):
+        instantiate(cfg)
+
+
+def test_denoising_has_the_class_loss_of_the_head():
+    cfg = small(DN_DETR)
+    cfg.criterion.denoising_class_loss = LazyCall(SoftmaxLoss)()
+    with pytest.raises(ValueError, match="but the model has a Linear and a SoftmaxLoss"):
+        instantiate(cfg)
+
+
+CONDITIONAL = "ConditionalPosition .* goes with ConditionalDecoderLayers"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "complaint"),
+    [
+        (
+            DETR,
+            ["decoder.position_head._target_=dino_d2.modeling.positions.AnchorPosition"],
+            "LearnedPosition",
+        ),
+        (
+            DAB,
+            ["decoder.position_head._target_=dino_d2.modeling.positions.LearnedPosition"],
+            "AnchorPosition",
+        ),
+        (
+            DAB,
+            ["decoder.position_head._target_=dino_d2.modeling.positions.ConditionalPosition"],
+            CONDITIONAL,
+        ),
+        (
+            DAB_DETR,
+            ["decoder.position_head._target_=dino_d2.modeling.positions.AnchorPosition"],
+            CONDITIONAL,
+        ),
+        (
+            DAB_DETR,
+            ["decoder.layer=dino_d2.modeling.decoder_layers.DenseDecoderLayer"],
+            CONDITIONAL,
+        ),
+    ],
+)
+def test_positions_and_layers_that_do_not_go_together_are_one_sentence(
+    name, overrides, complaint, make_batch
+):
+    cfg = small(name)
+    for override in overrides:
+        key, value = override.split("=")
+        *path, last = key.split(".")
+        node = OmegaConf.select(cfg, ".".join(path))
+        node[last] = locate(value)
+    if name == DETR:
+        cfg.decoder.position_head.embed_dim = 64
+    with pytest.raises(ValueError, match=complaint):
+        instantiate(cfg)(make_batch(1))
+
+
+def test_a_dc5_resnet_has_bottlenecks():
+    with pytest.raises(ValueError, match="is 18; it can be 50, 101 or 152"):
+        dc5_stages(depth=18)
 
 
 def test_the_row_of_no_object_stays_when_classes_change():

@@ -529,6 +529,26 @@ def test_a_lazy_plan_evaluates_several_data_sets_one_by_one(shapes, tmp_path, mo
     }
 
 
+def test_an_evaluator_that_names_one_of_several_data_sets_is_refused(shapes):
+    train, val = (f"{shapes}/{x}.json@{shapes}/images" for x in ("train", "val"))
+    register([train, val])
+    cfg = model_zoo.get_config("quickstart.py")
+    cfg.dataloader.test.dataset.names = [train, val]
+    cfg.dataloader.evaluator.dataset_name = val
+    with pytest.raises(ValueError, match=f"dataset_name is '{val}' for every test set"):
+        make_plan(cfg).evaluate("a model")
+
+
+def test_the_name_of_a_data_set_may_stand_alone(shapes, monkeypatch):
+    val = f"{shapes}/val.json@{shapes}/images"
+    register([val])
+    cfg = model_zoo.get_config("quickstart.py")
+    cfg.dataloader.test.dataset.names = val
+    cfg.dataloader.evaluator.dataset_name = val
+    monkeypatch.setattr("dino_d2.engine.plan.run_evaluator", lambda *parts: parts)
+    assert make_plan(cfg).evaluate("a model")[0] == "a model"
+
+
 def test_no_evaluation_overwrites_the_files_of_another(plan, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "dino_d2.engine.plan.run_evaluator", lambda model, loader, evaluator: evaluator._output_dir

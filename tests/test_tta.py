@@ -105,6 +105,14 @@ def test_detectron2s_keys_add_results_with_augmentation(tmp_path):
     assert all(file.is_file() for file in files)
 
 
+@pytest.mark.parametrize("sizes", [(), (48, 0)])
+def test_sizes_of_views_have_to_be_some(sizes):
+    cfg = model_zoo.get_config("quickstart")
+    cfg.merge_from_list(["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", sizes])
+    with pytest.raises(ValueError, match="TEST.AUG.MIN_SIZES"):
+        make_plan(cfg)
+
+
 def test_another_model_has_no_such_key():
     cfg = get_cfg()
     add_dino_config(cfg)

@@ -43,6 +43,12 @@ OF_OTHER_BACKBONES = {
     "build_resnet_backbone": ("MODEL.FPN", "MODEL.TIMM"),
     "build_resnet_fpn_backbone": ("MODEL.TIMM",),
     "build_retinanet_resnet_fpn_backbone": ("MODEL.TIMM",),
+    "build_resnet_dc5_backbone": (
+        *("MODEL.FPN", "MODEL.TIMM", "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP"),
+        *("MODEL.RESNETS.RES2_OUT_CHANNELS", "MODEL.RESNETS.RES5_DILATION"),
+        *("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "MODEL.RESNETS.DEFORM_MODULATED"),
+        "MODEL.RESNETS.DEFORM_NUM_GROUPS",
+    ),
     # and of MODEL.RESNETS, which configs inherit from Base-DINO.yaml
     "TimmBackbone": (
         *("MODEL.FPN", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NORM"),

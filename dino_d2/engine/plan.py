@@ -68,6 +68,10 @@ SECTIONS = (
     *("lr_multiplier", "train", "train.amp", "train.ema", "train.ddp", "train.checkpointer"),
 )
 BOX_SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+OTHER_SCORES = {
+    "pascal_voc": [*BOX_SCORES[:3]],
+    "lvis": [*BOX_SCORES, "APr", "APc", "APf"],  # of rare, common and frequent classes
+}
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -144,6 +148,12 @@ def yaml_parts(cfg: CfgNode) -> dict[str, Any]:
     if cfg.SOLVER.FSDP and not is_detector(cfg):
         raise ValueError("SOLVER.FSDP shards the stages of a DINO; train this model without it")
     require_whole(0, **{"DATALOADER.NUM_WORKERS": cfg.DATALOADER.NUM_WORKERS})
+    if cfg.TEST.AUG.ENABLED:
+        sizes = cfg.TEST.AUG.MIN_SIZES
+        require_whole(**{f"TEST.AUG.MIN_SIZES[{i}]": x for i, x in enumerate(sizes)})
+        if not sizes:
+            raise ValueError("TEST.AUG.MIN_SIZES is empty: name the short sides to detect at")
+    require_lvis(cfg.DATASETS.TEST)
     return {
         "build_model": partial(built, "model", yaml_model, cfg),
         "build_optimizer": partial(built, "optimizer", yaml_optimizer, cfg),
@@ -320,22 +330,29 @@ def yaml_evaluator(cfg: CfgNode, name: str, folder: str = "") -> DatasetEvaluato
     """The evaluator of a data set, by the `evaluator_type` of its metadata as in Detectron2.
 
     Those of COCO's kind are analysed as well; `folder` is as of `yaml_evaluate`.
-
-    Raises:
-        ValueError: the data set is LVIS, and its package is not installed
     """
     own = own_folder(name, cfg.DATASETS.TEST)
     output_dir = str(Path(cfg.OUTPUT_DIR, "inference", folder, own))
-    kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
+    kind = kind_of(name)
     if kind == "pascal_voc":
         return PascalVOCDetectionEvaluator(name)
     if kind == "lvis":
-        if find_spec("lvis") is None:
-            raise ValueError(f"'{name}' is evaluated by LVIS' own code: pip install lvis")
         return LVISEvaluator(name, output_dir=output_dir)
     return ErrorAnalysisEvaluator(
         name, output_dir=output_dir, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS
     )
+
+
+def kind_of(name: str) -> str:
+    """How a data set is evaluated, by its metadata."""
+    return MetadataCatalog.get(name).get("evaluator_type", "coco")
+
+
+def require_lvis(names: Sequence[str]) -> None:
+    """Raise a ValueError if one of the data sets is LVIS, and its package is not installed."""
+    for name in names:
+        if kind_of(name) == "lvis" and find_spec("lvis") is None:
+            raise ValueError(f"'{name}' is evaluated by LVIS' own code: pip install lvis")
 
 
 def own_folder(name: str, names: Sequence[str]) -> str:
@@ -413,12 +430,19 @@ def lazy_evaluate(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict:
     """
     if "evaluator" not in cfg.dataloader:
         return {}
-    names = list(cfg.dataloader.test.dataset.names)
+    names = cfg.dataloader.test.dataset.names
+    names = [names] if isinstance(names, str) else list(names)
     if len(names) > 1:
         results = {}
         for name in names:
             one = copy.deepcopy(cfg)
             one.dataloader.test.dataset.names = [name]
+            named = OmegaConf.select(one, "dataloader.evaluator.dataset_name", default=name)
+            if named != name:
+                raise ValueError(
+                    f"dataloader.evaluator.dataset_name is {named!r} for every test set: with "
+                    'several, write "${..test.dataset.names[0]}"'
+                )
             results[name] = lazy_evaluate(one, model, str(Path(folder, own_folder(name, names))))
         return results
     told = copy.deepcopy(cfg).dataloader.evaluator  # with what it refers to
@@ -449,6 +473,7 @@ def metrics_of(names: Sequence[str]) -> list[str]:
         if not classes:
             return []
         scores = [*BOX_SCORES, *(f"AP-{x}" for x in classes if len(classes) > 1)]
+        scores = OTHER_SCORES.get(kind_of(name), scores)
         found += [f"{name}/bbox/{x}" if len(names) > 1 else f"bbox/{x}" for x in scores]
     return found
 

@@ -149,6 +149,8 @@ def from_detr(state: State) -> State:
     """Convert DETR; the last row of its class head is that of no object."""
     state = _convert(state, _DENSE)
     for kind in ("weight", "bias"):
+        if f"decoder.class_heads.0.{kind}" not in state:
+            continue  # as those that people leave out for other classes
         head = state[f"decoder.class_heads.0.{kind}"]
         state[f"decoder.class_heads.0.{kind}"] = head[:-1]
         state[f"decoder.class_heads.0.no_object.{kind}"] = head[-1:]

@@ -96,6 +96,9 @@ _MMDET = f"""{resnet_names("backbone")}
 _NOT_DINO = re.compile(
     r"query_selection\.(?!memory_proj|memory_norm|class_head|box_head|content\.)\w+"
     r"|decoder\.(relation|position_head\.(?!mlp)\w+)|encoder\.position_scale"
+    r"|encoder\.layers\.\d+\.self_attn\.in_proj_weight"
+    r"|decoder\.layers\.\d+\.((cross_attn\.in_proj_weight)|(self_attn\.query_content))"
+    r"|decoder\.class_heads\.\d+\.no_object"
 )
 
 

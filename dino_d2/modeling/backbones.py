@@ -60,7 +60,15 @@ def dc5_stages(*, depth: int, norm: str = "FrozenBN", **options: Any) -> list[li
     Args:
         depth: 50, 101 or 152
         options: of `ResNet.make_default_stages`
+
+    Raises:
+        ValueError: a ResNet of this depth has no such stage
     """
+    if depth not in (50, 101, 152):
+        raise ValueError(
+            f"the depth of a DC5 ResNet (MODEL.RESNETS.DEPTH, model.backbone.stages.depth) is "
+            f"{depth}; it can be 50, 101 or 152"
+        )
     *stages, last = ResNet.make_default_stages(depth, norm=norm, **options)
     dilated = ResNet.make_stage(
         BottleneckBlock,

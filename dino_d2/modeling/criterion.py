@@ -33,9 +33,9 @@ class SetCriterion(nn.Module):
     layers before, `_enc` for the encoder's proposals; `_dn` and `_dn_0`, ... for the denoising
     queries.
 
-    Losses are sums over queries, divided by the number of boxes of the batch (for denoising
-    queries, by boxes times groups). The number is averaged over workers, once per call, and at
-    least 1, so that each box has the same weight on every worker.
+    Losses are sums over queries (SoftmaxLoss: a mean), divided by the number of boxes of the batch
+    (for denoising queries, by boxes times groups). The number is averaged over workers, once per
+    call, and at least 1, so that each box has the same weight on every worker.
 
     Predictions and boxes that are NaN or infinite give such losses (except a logit of minus
     infinity, which is certain background), never an exception, for which other workers would wait.

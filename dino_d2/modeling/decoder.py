@@ -9,8 +9,8 @@ from ..layers import SoftmaxHead, absolute_box_head, box_head, class_head
 from ..layers.blocks import recompute
 from ..ranges import require_share, require_whole
 from ..structures import FeaturePyramid, LayerOutput, Queries
-from .decoder_layers import DecoderLayer
-from .positions import AnchorPosition
+from .decoder_layers import ConditionalDecoderLayer, DecoderLayer
+from .positions import AnchorPosition, ConditionalPosition
 
 Layer = Callable[..., Tensor]
 
@@ -92,6 +92,13 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
         self.position_head = position_head or AnchorPosition(embed_dim=embed_dim)
+        told_apart = [isinstance(x, ConditionalDecoderLayer) for x in self.layers]
+        if set(told_apart) != {isinstance(self.position_head, ConditionalPosition)}:
+            raise ValueError(
+                "ConditionalPosition (MODEL.DINO.POSITION_HEAD, model.decoder.position_head) goes "
+                "with ConditionalDecoderLayers (MODEL.DINO.DECODER_LAYER and FIRST_DECODER_LAYER, "
+                "model.decoder.layer and first_layer) in all of the decoder: take both or neither"
+            )
         self.relation = relation and relation(num_heads=num_heads)
         if self.relation and num_layers == 1 and list(self.relation.parameters()):
             raise ValueError(

@@ -20,7 +20,7 @@ from ..structures import Branch, DetectorOutput, Predictions, Target, send_to_de
 from .branches import decode
 from .build import build_parts
 from .class_losses import SoftmaxLoss
-from .criterion import SetCriterion
+from .criterion import BoxesOnly, SetCriterion
 from .decoder import Decoder
 from .detector import Batch, Detector
 from .encoder import Encoder
@@ -133,13 +133,7 @@ class DINO(Detector):
         self.decoder.recompute = "decoder" in activation_checkpointing
         self.max_detections, self.nms = max_detections, nms
         self.softmax = isinstance(decoder.class_heads[0], SoftmaxHead)
-        for part, kind in (criterion.class_loss, SoftmaxLoss), (criterion.matcher, SoftmaxMatcher):
-            if isinstance(part, kind) != self.softmax:
-                raise ValueError(
-                    "SoftmaxHead, SoftmaxLoss and SoftmaxMatcher go together, but the model has a "
-                    f"{type(decoder.class_heads[0]).__name__} and a {type(part).__name__}: take "
-                    "all or none of them"
-                )
+        self.check_softmax()
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
     @classmethod
@@ -154,6 +148,31 @@ class DINO(Detector):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "activation_checkpointing": cfg.MODEL.DINO.ACTIVATION_CHECKPOINTING,
         }
+
+    def check_softmax(self) -> None:
+        """Raise a ValueError for parts that do not go with the decoder's class heads."""
+        head, criterion = self.decoder.class_heads[0], self.criterion
+        for part, kind in (
+            (criterion.class_loss, SoftmaxLoss),
+            (criterion.denoising_class_loss, SoftmaxLoss),
+            (criterion.matcher, SoftmaxMatcher),
+        ):
+            if isinstance(part, kind) != self.softmax:
+                raise ValueError(
+                    "SoftmaxHead, SoftmaxLoss and SoftmaxMatcher go together, but the model has a "
+                    f"{type(head).__name__} and a {type(part).__name__}: take all or none of them"
+                )
+        if not self.softmax:
+            return
+        parts = self.query_selection, *self.branches, *self.passes
+        others = [x for x in parts if hasattr(x, "class_head") or hasattr(x, "matcher")]
+        if isinstance(criterion, BoxesOnly):
+            others.append(criterion)
+        if others:
+            raise ValueError(
+                f"{type(others[0]).__name__} is made for class scores by a sigmoid, not for those "
+                "of SoftmaxLoss: leave it out, or take another class loss and matcher"
+            )
 
     def settings(self) -> dict[str, Any]:
         encoding = {

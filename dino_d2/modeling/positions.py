@@ -24,6 +24,7 @@ class AnchorPosition(nn.Module):
 
     def forward(self, queries: Queries, memory: FeaturePyramid, layer: int) -> Tensor:
         """(B, Q, C) for a decoder layer, counted from 0; content and reference are its input."""
+        require_boxes(queries)
         padded = scale_to_levels(queries.reference, memory.valid_ratios)[:, :, 0]
         return self.mlp(encode_boxes(padded, self.embed_dim // 2))
 
@@ -40,7 +41,12 @@ class LearnedPosition(nn.Module):
 
     def forward(self, queries: Queries, memory: FeaturePyramid, layer: int) -> Tensor:
         """(B, Q, C), the same for every layer."""
-        assert queries.position is not None
+        if queries.position is None:
+            raise ValueError(
+                "LearnedPosition (MODEL.DINO.POSITION_HEAD, model.decoder.position_head) is for "
+                "queries with a position, and those of this model (MODEL.DINO.QUERY_SELECTION, "
+                "model.query_selection) have none: take AnchorPosition"
+            )
         return queries.position
 
 
@@ -78,6 +84,7 @@ class ConditionalPosition(ScaledAnchorPosition):
 
     def forward(self, queries: Queries, memory: FeaturePyramid, layer: int) -> Tensor:
         """(B, Q, 2 C): the positions for self-attention and for attention to the memory."""
+        require_boxes(queries)
         content, reference = queries.content, queries.reference
         encoding = encode_boxes(reference, self.embed_dim // 2)
         center = encoding[..., : self.embed_dim]  # y, then x
@@ -86,3 +93,13 @@ class ConditionalPosition(ScaledAnchorPosition):
         ratio = (self.size(content).sigmoid() / reference[..., 2:]).flip(-1)  # of h, then of w
         center = center * ratio.repeat_interleave(self.embed_dim // 2, -1)
         return torch.cat([self.mlp(encoding), center], -1)
+
+
+def require_boxes(queries: Queries) -> None:
+    """Raise a ValueError for queries whose references are points, or that have none."""
+    if queries.reference.shape[-1] != 4:
+        raise ValueError(
+            "positions are made of anchor boxes (MODEL.DINO.POSITION_HEAD, model.decoder."
+            "position_head), and the queries of this model (MODEL.DINO.QUERY_SELECTION, "
+            "model.query_selection) have none: take LearnedPosition"
+        )

@@ -333,6 +333,7 @@ class PatternQueries(nn.Module):
     ):
         super().__init__()
         require_whole(num_queries=num_queries)
+        require_whole(0, num_patterns=num_patterns)
         self.embed_dim = embed_dim
         self.anchors = nn.Embedding(num_queries, 4)
         self.content = nn.Embedding(num_patterns, embed_dim) if num_patterns else None

@@ -3,8 +3,8 @@
 import hashlib
 import os
 from http import HTTPStatus
-from http.client import IncompleteRead
-from typing import BinaryIO
+from http.client import HTTPException, IncompleteRead
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -20,8 +20,9 @@ TIMEOUT = 60  # seconds without a byte
 def download(url: str, path: str, sha256: str = "") -> None:
     """Download a file, unless it is there.
 
-    What an interrupted download left, beside it as `.part`, is continued where the server can do
-    that. Several processes may ask for the same file: one downloads it.
+    What an interrupted download left, beside it as `.part`, is continued where the server says that
+    the file is the same as then (by its ETag). Several processes may ask for the same file: one
+    downloads it.
 
     Args:
         url: of the file
@@ -32,19 +33,22 @@ def download(url: str, path: str, sha256: str = "") -> None:
         CheckpointError: it is another file than published
         OSError, HTTPException: the network fails
     """
-    part = f"{path}.part"
+    part, tag = Path(f"{path}.part"), Path(f"{path}.etag")
     with file_lock(path):
         if os.path.isfile(path):
             return
+        if not tag.exists():
+            part.unlink(missing_ok=True)
         try:
-            with open(part, "ab") as file:
-                append(url, file)
-        finally:
-            if not os.path.getsize(part):
-                os.remove(part)
+            download_rest(url, part, tag)
+        except (OSError, HTTPException):
+            if not tag.exists():
+                part.unlink(missing_ok=True)
+            raise
+        tag.unlink(missing_ok=True)
         found = hash_of(part)
         if not found.startswith(sha256):
-            os.remove(part)
+            part.unlink()
             raise CheckpointError(
                 f"{url} is not the file that was published: its SHA-256 begins with "
                 f"{found[: len(sha256)]}, not with {sha256}; what was downloaded is deleted"
@@ -52,32 +56,42 @@ def download(url: str, path: str, sha256: str = "") -> None:
         os.replace(part, path)
 
 
-def append(url: str, file: BinaryIO) -> None:
-    """Add to a file what it lacks of that of an address."""
-    start = file.tell()
-    request = Request(url, headers={"User-Agent": "dino_d2", "Range": f"bytes={start}-"})
+def download_rest(url: str, part: Path, tag: Path) -> None:
+    """Complete a part of a file, whose ETag is in the file `tag`, or begin it."""
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "dino_d2"}
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": tag.read_text()}
     try:
-        reply = urlopen(request, timeout=TIMEOUT)
+        reply = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
-        if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
-            return  # it is complete
-        raise
-    with reply:
+        if not start or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        if error.headers.get("Content-Range") != f"bytes */{start}":  # is not complete either
+            part.unlink()
+            download_rest(url, part, tag)
+        return
+    with reply, open(part, "ab") as file:
         if reply.status != HTTPStatus.PARTIAL_CONTENT:
             file.truncate(start := 0)
+        etag = reply.headers.get("ETag", "")
+        if etag.startswith('"'):  # others do not stand for every byte
+            tag.write_text(etag)
+        else:
+            tag.unlink(missing_ok=True)
         size = int(reply.headers.get("Content-Length") or 0)
         blocks = iter(lambda: reply.read(BLOCK), b"")
-        name = os.path.basename(file.name.removesuffix(".part"))
-        for block in progress(blocks, "MB", what=name, total=-(-size // BLOCK) or None):
+        for block in progress(blocks, "MB", what=part.stem, total=-(-size // BLOCK) or None):
             file.write(block)
-    if size and file.tell() < start + size:
-        raise IncompleteRead(b"", start + size - file.tell())
+        missing = start + size - file.tell() if size else 0
+    if missing > 0:
+        raise IncompleteRead(b"", missing)
 
 
-def hash_of(path: str) -> str:
+def hash_of(path: Path) -> str:
     """The SHA-256 of a file, as hexadecimal digits."""
     found = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for block in iter(lambda: file.read(BLOCK), b""):
             found.update(block)
     return found.hexdigest()

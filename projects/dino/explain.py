@@ -2,7 +2,8 @@
 """Explain with pictures how DINO comes to its detections in an image, and what it learns from one.
 
 Writes explain.html, a self-contained page, and each picture as a PNG: the encoder's proposals,
-boxes through the layers of the decoder, sampling points, attention between queries; for an image
+boxes through the layers of the decoder, sampling points or maps of attention, attention between
+queries; for an image
 with ground truth also denoising and matching.
 """
 
@@ -221,11 +222,12 @@ def draw(
     what = subject.picture, recorded, queries, classes
     deformable = recorded.layers[-1].locations is not None
     no_selection = "The queries of this model are learned, not selected: there are no proposals."
-    look = (
-        {"sampling": draw_sampling(*what)}
-        if deformable
-        else {"attention": draw_attention_maps(*what)}
-    )
+    one_map = recorded.encoder_attention is not None and len(recorded.shapes) == 1
+    look: dict[str, Figure | str] = {"attention": "This picture is of models with one map alone."}
+    if deformable:
+        look = {"sampling": draw_sampling(*what)}
+    elif one_map:
+        look = {"attention": draw_attention_maps(*what)}
     pictures = {
         "proposals": draw_proposals(*what) if recorded.selection else no_selection,
         "refinement": draw_refinement(*what),
