@@ -179,7 +179,7 @@ def test_a_number_below_one_is_refused(words, capsys):
     assert "is not an integer of at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_setting_of_a_model_is_measured_beside_its_published_form(compared):
     rows = json.loads((compared / "results.json").read_text())["results"]
     assert [(row["mode"], row["precision"], row["variant"]) for row in rows] == [
@@ -207,7 +207,7 @@ def test_what_the_command_line_lists_is_measured_in_all_combinations(tmp_path, m
     assert len(seen) == 2**5  # modes, and the published form beside each
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_stages_of_a_step_add_up_to_it(compared):
     shared = {"backbone", "neck", "encoder", "query_selection", "decoder", "rest"}
     training = {"denoising", "criterion", "backward", "optimizer"}
@@ -233,7 +233,7 @@ def test_an_operator_is_of_the_kind_of_what_it_is_part_of():
     assert benchmark_model.kind_of(alone) == "rest"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_shares_of_operators_are_all_there_and_add_up(compared):
     rows = json.loads((compared / "results.json").read_text())["results"]
     for row in rows[1::2]:
@@ -304,7 +304,7 @@ def test_a_variant_is_what_is_measured(make_workload, monkeypatch):
 
 
 @pytest.mark.no_cover
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_growth_has_a_point_for_each_value_and_a_plot_for_each_quantity(tmp_path, monkeypatch):
     values = {"area": (64,), "boxes": (1, 4)}
     for quantity, few in values.items():
@@ -375,7 +375,7 @@ def test_a_table_marks_what_was_not_measured():
 
 
 @pytest.mark.no_cover
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_model_is_measured_beside_the_plain_one(tmp_path, monkeypatch):
     memory = {"memory_mib": None}  # would compile once more, in a process of its own
     monkeypatch.setattr(benchmark_model, "alone", lambda *_: memory)

@@ -19,7 +19,11 @@ def forget_graphs():
 
 @pytest.mark.parametrize(
     ("training", "options"),
-    [(False, {}), (False, STATIC | {"denoising": None}), (True, {})],
+    [
+        (False, {}),
+        pytest.param(False, STATIC | {"denoising": None}, marks=pytest.mark.nightly),
+        (True, {}),
+    ],
     ids=["inference", "static queries, no final norm", "training"],
 )
 def test_the_whole_detector_is_one_graph(make_dino, make_batch, randomise, training, options):

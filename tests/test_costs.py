@@ -185,7 +185,7 @@ def test_parameters_of_dino_4scale_are_those_of_the_paper():
 
 
 @pytest.mark.no_cover
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_operations_of_dino_4scale_are_about_those_of_the_paper():
     """279 G, for images whose sizes it does not say; with 22,223 tokens as here it would be 290."""
     model = model_zoo.build(model_zoo.get_config("dino_R_50_4scale_12ep"), 80, "cpu").eval()

@@ -788,7 +788,9 @@ def test_torchrun_starts_workers_on_two_machines(program):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["detectron2", pytest.param("torchrun", marks=pytest.mark.nightly)]
+)
 def test_a_worker_that_fails_ends_all(program, launcher):
     words = [*LAUNCHERS[launcher](program), program.parent / "found", "fail"]
     codes, said = finish(begin(*words))  # workers wait for each other for 30 minutes

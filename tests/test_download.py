@@ -51,7 +51,7 @@ def server():
     server.asked, server.error, server.stops_at = [], 0, None
     server.resumes = server.says_size = True
     server.url = f"http://127.0.0.1:{server.server_port}/models/dino.pth"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

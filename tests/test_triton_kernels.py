@@ -257,7 +257,7 @@ def shift_memory(x):
 
 @pytest.mark.no_cover
 @pytest.mark.parametrize("change", [shuffle_memory, shift_memory])
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_inputs_may_be_anywhere_in_memory(kernels, change):
     value, _, *others = make_inputs("boxes", batch=2, heads=2, points=1)
     grad, value, *others = (x.to(DEVICE) for x in (torch.randn(2, 3, 16), value, *others))
