@@ -122,7 +122,7 @@ class Recorder:
         """Register hooks, which are removed with `hooks`."""
         add = hooks.enter_context
         add(model.query_selection.register_forward_hook(self.see_selection))
-        last = model.encoder.layers[-1].get_submodule("self_attn")
+        last = getattr(model.encoder.layers[-1], "self_attn", None)
         if isinstance(last, DenseAttention):
             add(last.register_forward_hook(self.see_encoder))
         for layer in model.decoder.layers:

@@ -523,10 +523,18 @@ def test_a_lazy_plan_evaluates_several_data_sets_one_by_one(shapes, tmp_path, mo
         "dino_d2.engine.plan.run_evaluator",
         lambda model, loader, evaluator: (len(loader.dataset), evaluator._output_dir),
     )
-    assert make_plan(cfg).evaluate("a model", "ema") == {
+    expected = {
         train: (5, str(tmp_path / "inference" / "ema" / "1_train")),
         val: (2, str(tmp_path / "inference" / "ema" / "2_val")),
     }
+    assert make_plan(cfg).evaluate("a model", "ema") == expected
+    cfg.dataloader.evaluator.dataset_name = "${dataloader.test.dataset.names[0]}"
+    cfg.dataloader.evaluator = [cfg.dataloader.evaluator]
+    monkeypatch.setattr(
+        "dino_d2.engine.plan.run_evaluator",
+        lambda model, loader, evaluator: (len(loader.dataset), evaluator[0]._output_dir),
+    )
+    assert make_plan(cfg).evaluate("a model", "ema") == expected
 
 
 def test_an_evaluator_that_names_one_of_several_data_sets_is_refused(shapes):

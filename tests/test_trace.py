@@ -61,6 +61,17 @@ def test_nobody_watches_afterwards(make_traced):
     assert num_hooks(model) == 0
 
 
+def test_an_encoder_layer_of_another_kind_is_not_asked_for_its_attention(make_dino, make_batch):
+    class Plain(torch.nn.Module):
+        def forward(self, pyramid, centers):
+            return pyramid
+
+    model = make_dino().eval()
+    model.encoder.layers[-1] = Plain()
+    traced = trace(model, model.preprocess_images(make_batch(1)))
+    assert traced.encoder_attention is None and traced.layers[0].locations is not None
+
+
 def test_nobody_watches_after_a_pass_that_failed(make_dino, make_batch, monkeypatch):
     model, watching = make_dino().eval(), []
 

@@ -437,19 +437,24 @@ def lazy_evaluate(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict:
         for name in names:
             one = copy.deepcopy(cfg)
             one.dataloader.test.dataset.names = [name]
-            named = OmegaConf.select(one, "dataloader.evaluator.dataset_name", default=name)
-            if named != name:
-                raise ValueError(
-                    f"dataloader.evaluator.dataset_name is {named!r} for every test set: with "
-                    'several, write "${..test.dataset.names[0]}"'
-                )
+            for evaluator in listed(one.dataloader.evaluator):
+                if (fixed := evaluator.get("dataset_name", name)) != name:
+                    raise ValueError(
+                        f"dataloader.evaluator.dataset_name is {fixed!r} for every test set: with "
+                        'several, write "${dataloader.test.dataset.names[0]}"'
+                    )
             results[name] = lazy_evaluate(one, model, str(Path(folder, own_folder(name, names))))
         return results
     told = copy.deepcopy(cfg).dataloader.evaluator  # with what it refers to
-    for one in told if isinstance(told, ListConfig) else [told]:
+    for one in listed(told):
         if one.get("output_dir"):
             one.output_dir = os.path.join(one.output_dir, folder)
     return run_evaluator(model, instantiate(cfg.dataloader.test), instantiate(told))
+
+
+def listed(evaluator: DictConfig | ListConfig) -> Sequence[DictConfig]:
+    """The evaluators of a LazyConfig, of which there may be several."""
+    return list(evaluator) if isinstance(evaluator, ListConfig) else [evaluator]
 
 
 def lazy_metrics(cfg: DictConfig) -> Sequence[str]:

@@ -28,9 +28,7 @@ class DenseAttention(nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, dropout, batch_first=True)
         xavier_uniform_(self)
 
-    def forward(  # type: ignore[override]
-        self, query: Tensor, memory: FeaturePyramid
-    ) -> Tensor:
+    def forward(self, query: Tensor, memory: FeaturePyramid) -> Tensor:  # type: ignore[override]
         """Attend to the memory; maps queries (B, Q, C) to (B, Q, C)."""
         key = memory.tokens + memory.position
         padding = memory.padding

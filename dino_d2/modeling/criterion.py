@@ -107,12 +107,13 @@ class SetCriterion(nn.Module):
         match = self.match(branch, predictions, targets)
         match = Match(*(send_to_device(x, like=predictions.logits) for x in match))
         sums = self.sums(branch, predictions, match, truth)
-        if not self.class_loss_of(branch).per_box:
-            sums["loss_class"] = sums["loss_class"] * num_boxes * branch.repeats  # is divided again
         weights = self.denoising_weights if branch.denoising else self.weights
         weights = {name: branch.weight * weight for name, weight in weights.items()}
         weights["loss_class"] *= branch.class_weight
-        return weigh(sums, weights, num_boxes * branch.repeats, suffixes)
+        divisors = dict.fromkeys(sums, num_boxes * branch.repeats)
+        if not self.class_loss_of(branch).per_box:  # it is a mean
+            divisors["loss_class"] = torch.ones_like(num_boxes)
+        return weigh(sums, weights, divisors, suffixes)
 
     def match(self, branch: Branch, predictions: Predictions, targets: list[Target]) -> Match:
         """The pairs of a branch's stages: given, or by its matcher or that of the criterion."""
@@ -186,14 +187,17 @@ def log_instability(match: Match, num_boxes: int, *, proposals_last: bool) -> No
 
 
 def weigh(
-    sums: dict[str, Tensor], weights: dict[str, float], num_boxes: Tensor, suffixes: list[str]
+    sums: dict[str, Tensor],
+    weights: dict[str, float],
+    divisors: dict[str, Tensor],
+    suffixes: list[str],
 ) -> dict[str, Tensor]:
-    """One weighted mean over boxes per kind and stage, from the sums (N,) of each kind."""
+    """One weighted mean per kind and stage, from the sums (N,) of each kind."""
     return {
         name + suffix: loss
         for name, values in sums.items()
         for suffix, loss in zip(
-            suffixes, (weights[name] * values / num_boxes).unbind(), strict=True
+            suffixes, (weights[name] * values / divisors[name]).unbind(), strict=True
         )
     }
 
