@@ -44,6 +44,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -134,7 +139,7 @@ def test_an_error_of_the_server_leaves_nothing(server, path, error):
 
 
 def test_a_server_that_is_not_there_leaves_nothing(path):
-    with pytest.raises(URLError, match="refused"):
+    with pytest.raises(URLError):
         download("http://127.0.0.1:1/dino.pth", str(path))
     assert left_in(path) == []
 
