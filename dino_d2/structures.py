@@ -75,7 +75,7 @@ class Match(NamedTuple):
     queries and targets, if any, is the stage; every stage has the same number of matches.
     """
 
-    images: Tensor  # (n,)
+    images: Tensor  # (n,), in ascending order; on the CPU until losses are made of it
     queries: Tensor  # (n,) or (N, n)
     targets: Tensor  # (n,) or (N, n); -1 is no match, so that stages may have fewer than others
 

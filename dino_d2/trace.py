@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .layers import ConditionalSelfAttention, DeformableAttention, DenseAttention
 from .modeling.dino import DINO, padding_mask
 from .modeling.matcher import queries_of_boxes
-from .modeling.query_selection import ProposalQueries, PureQuerySelection, take_tokens
-from .modeling.tokens import token_centers
+from .modeling.query_selection import ProposalQueries, PureQuerySelection
+from .modeling.tokens import take_tokens, token_centers
 from .ops.reference import resolve
 from .structures import DetectorOutput, FeaturePyramid, Match, Target, stack_predictions
 

@@ -27,7 +27,9 @@ from . import (
 from .matcher import costs_from_config
 
 
-def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, object]:
+def build_parts(
+    cfg: CN, backbone_shape: dict[str, ShapeSpec], decoder: type[Decoder] = Decoder
+) -> dict[str, object]:
     """The stages after the backbone, as arguments of :class:`DINO`."""
     c = cfg.MODEL.DINO
     classes = c.NUM_CLASSES or num_classes(cfg.DATASETS.TRAIN)
@@ -67,7 +69,7 @@ def build_parts(cfg: CN, backbone_shape: dict[str, ShapeSpec]) -> dict[str, obje
             **transformer,
         ),
         "query_selection": select(cfg, classes),
-        "decoder": Decoder(
+        "decoder": decoder(
             num_classes=classes,
             num_layers=c.DECODER_LAYERS,
             shared_heads=c.SHARED_HEADS,
@@ -98,7 +100,7 @@ def build_criterion(c: CN) -> SetCriterion:
     )
     criterion = named(CRITERION_REGISTRY, c.CRITERION, "MODEL.DINO.CRITERION")
     return criterion(
-        matcher=matcher(**costs_from_config(c), giou_eps=c.GIOU_EPS),
+        matcher=matcher(**costs_from_config(c, matcher), giou_eps=c.GIOU_EPS),
         class_loss=class_loss(),
         denoising_class_loss=denoising_class_loss() if denoising_class_loss else None,
         class_weight=c.LOSS.CLASS_WEIGHT,
@@ -106,6 +108,7 @@ def build_criterion(c: CN) -> SetCriterion:
         giou_weight=c.LOSS.GIOU_WEIGHT,
         denoising_class_weight=c.LOSS.DENOISING_CLASS_WEIGHT,
         giou_eps=c.GIOU_EPS,
+        **{name: c.LOSS[name.upper()] for name in getattr(criterion, "further_options", ())},
     )
 
 

@@ -50,6 +50,8 @@ class SetCriterion(nn.Module):
         giou_eps: added to both divisors of the generalized IoU
     """
 
+    further_options: tuple[str, ...] = ()  # of a subclass, keys under MODEL.DINO.LOSS in YAML
+
     def __init__(
         self,
         *,
@@ -105,7 +107,6 @@ class SetCriterion(nn.Module):
             stages, suffixes = [*stages, branch.proposals], [*suffixes, f"{suffix}_enc"]
         predictions, truth = stack_predictions(stages), join_targets(targets)
         match = self.match(branch, predictions, targets)
-        match = Match(*(send_to_device(x, like=predictions.logits) for x in match))
         sums = self.sums(branch, predictions, match, truth)
         weights = self.denoising_weights if branch.denoising else self.weights
         weights = {name: branch.weight * weight for name, weight in weights.items()}
@@ -133,6 +134,7 @@ class SetCriterion(nn.Module):
         Predictions are (N, B, Q, .); `truth` is that of the whole batch.
         """
         logits, boxes = predictions.logits, predictions.boxes
+        match = Match(*(send_to_device(x, like=logits) for x in match))
         stages = torch.arange(len(logits), device=logits.device)[:, None]
         matched = stages, match.images, match.queries  # (N, n) when broadcast
 
@@ -242,6 +244,7 @@ class BoxesOnly(SetCriterion):
             images, queries, _ = branch.match
             logits = branch.layers[0].logits
             empty = logits.new_ones(logits.shape[:2], dtype=torch.bool)
+            images = send_to_device(images, like=logits)
             empty = empty.index_put((images, queries), torch.zeros_like(images, dtype=torch.bool))
             # Where a logit is -inf nothing is lost and nothing is learned.
             supervised = [

@@ -138,14 +138,12 @@ class Decoder(nn.Module):
         outputs, mask = [], attn_mask
         call = recompute if self.recompute else lambda module, *args: module(*args)
         for i, layer in enumerate(layers):
-            to_class, to_box = (
-                heads[min(i, len(heads) - 1)] for heads in (self.class_heads, self.box_heads)
-            )
+            to_box = self.box_heads[min(i, len(self.box_heads) - 1)]
             where = self.position_head(Queries(x, reference, position), memory, i)
             x = call(layer, x, where, reference, memory, mask)
             y = self.norm(x)
             delta = to_box(y)
-            output = LayerOutput(to_class(y), refine(anchor, delta, self.eps), y, anchor)
+            output = self.output_of(i, y, refine(anchor, delta, self.eps), anchor)
             last = i + 1 == len(layers)
             if self.relation is not None:
                 output, mask = call(self.relation, output, attn_mask, last)
@@ -156,3 +154,8 @@ class Decoder(nn.Module):
                 reference = refined.detach()
                 anchor = refined if self.look_forward == 2 else reference
         return outputs
+
+    def output_of(self, layer: int, x: Tensor, boxes: Tensor, anchor: Tensor) -> LayerOutput:
+        """What a layer, counted from 0, gives for queries `x` (B, Q, C) behind the final norm."""
+        class_head = self.class_heads[min(layer, len(self.class_heads) - 1)]
+        return LayerOutput(class_head(x), boxes, x, anchor)

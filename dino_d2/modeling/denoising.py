@@ -18,7 +18,15 @@ from torch.nn import functional as F
 from ..boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from ..names import plural
 from ..ranges import require_not_negative, require_share, require_whole
-from ..structures import Branch, FeaturePyramid, Match, Queries, Target, join_targets
+from ..structures import (
+    Branch,
+    FeaturePyramid,
+    Match,
+    Queries,
+    Target,
+    join_targets,
+    send_to_device,
+)
 
 DENOISING_REGISTRY = Registry("DENOISING")
 
@@ -36,6 +44,7 @@ class Denoising(nn.Module):
             boxes
         label_noise: half of it is the probability that a label is drawn again
         box_noise: reach of the shift of a box corner, relative to half the size of the box
+        eps: where noised boxes are cut off, as references of the decoder, see `boxes.refine`
     """
 
     copies_per_group = 1
@@ -49,6 +58,7 @@ class Denoising(nn.Module):
         budget: int = 100,
         label_noise: float = 0.5,
         box_noise: float = 1.0,
+        eps: float = 1e-3,
     ):
         super().__init__()
         # To disable denoising, use no Denoising in place of a budget of 0.
@@ -58,7 +68,7 @@ class Denoising(nn.Module):
         self.num_classes = num_classes
         self.budget = budget
         self.label_noise = label_noise
-        self.box_noise = box_noise
+        self.box_noise, self.eps = box_noise, eps
         # The last row stands for empty slots. Every batch looks something up, with ground truth
         # or without, so the embedding takes part in every backward pass.
         self.label_embed = nn.Embedding(num_classes + 1, embed_dim, padding_idx=num_classes)
@@ -72,6 +82,7 @@ class Denoising(nn.Module):
             "budget": c.DENOISING.BUDGET,
             "label_noise": c.DENOISING.LABEL_NOISE,
             "box_noise": c.DENOISING.BOX_NOISE,
+            "eps": c.INVERSE_SIGMOID_EPS,
         }
 
     def forward(
@@ -97,7 +108,7 @@ class Denoising(nn.Module):
         labels = torch.where(real, labels, self.num_classes)
         noised = self.noise_boxes(boxes, copy)
         # Clamped to the range of the decoder's logits; empty slots have logit 0.
-        reference = inverse_sigmoid(noised).where(real[..., None], 0).sigmoid()
+        reference = inverse_sigmoid(noised, self.eps).where(real[..., None], 0).sigmoid()
         return Branch(
             "dn",
             queries=Queries(self.content_of(labels), reference),
@@ -148,14 +159,11 @@ class Denoising(nn.Module):
             counts: of the images, how many boxes take part
             num_groups: of all T queries
         """
-        size = index.shape[1] // num_groups
-        group_start = torch.arange(num_groups, device=index.device)[:, None] * size
-        parts = [
-            (group_start + torch.arange(count, device=index.device)).flatten() for count in counts
-        ]
+        group_start = torch.arange(num_groups)[:, None] * (index.shape[1] // num_groups)
+        parts = [(group_start + torch.arange(count)).flatten() for count in counts]
         images = torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)])
-        queries = torch.cat(parts)
-        return Match(images, queries, index[images, queries])
+        queries = send_to_device(torch.cat(parts), like=index)
+        return Match(images, queries, index[send_to_device(images, like=index), queries])
 
 
 @DENOISING_REGISTRY.register()
@@ -196,6 +204,20 @@ def noise_boxes(boxes: Tensor, scale: float, harder: Tensor) -> Tensor:
     sign = torch.randint_like(boxes, 2) * 2 - 1
     corners = cxcywh_to_xyxy(boxes) + sign * (torch.rand_like(boxes) + harder) * reach
     return xyxy_to_cxcywh(corners.clamp(0, 1))
+
+
+def noise_centers(boxes: Tensor, scale: float) -> Tensor:
+    """Shift centres by up to half the size, and change sizes by up to the size, times `scale`.
+
+    Args:
+        boxes: (..., 4)
+
+    Returns:
+        (..., 4), each number in [0, 1]
+    """
+    size = boxes[..., 2:]
+    reach = torch.cat([size / 2, size], -1) * scale
+    return (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)
 
 
 @DENOISING_REGISTRY.register()
@@ -250,6 +272,12 @@ class IndicatorDenoising(Denoising):
         return torch.cat([self.label_embed(labels), indicator], -1)
 
     def noise_boxes(self, boxes: Tensor, copy: Tensor) -> Tensor:
-        size = boxes[..., 2:]
-        reach = torch.cat([size / 2, size], -1) * self.box_noise
-        return (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)
+        return noise_centers(boxes, self.box_noise)
+
+
+@DENOISING_REGISTRY.register()
+class CenterDenoising(Denoising):
+    """Denoising of Mask DINO: as DN-DETR's, of as many groups as fit and without an indicator."""
+
+    def noise_boxes(self, boxes: Tensor, copy: Tensor) -> Tensor:
+        return noise_centers(boxes, self.box_noise)

@@ -26,9 +26,11 @@ from .detector import Batch, Detector
 from .encoder import Encoder
 from .matcher import SoftmaxMatcher
 from .postprocess import (
+    Choice,
     Detections,
-    best_classes,
-    best_pairs,
+    choose_classes,
+    choose_pairs,
+    detections_of,
     non_maximum_suppression,
     to_instances,
 )
@@ -68,6 +70,8 @@ class DINO(Detector):
         ValueError: there is no such stage to recompute, a number is out of range, or parts exclude
             each other
     """
+
+    size_divisibility = 1  # images are padded to multiples of it, and of the backbone's
 
     @configurable
     def __init__(
@@ -211,15 +215,15 @@ class DINO(Detector):
         results: list[dict[str, Any]] = [{}] * len(batched_inputs)
         for indices in same_size.values():
             images = self.preprocess_images([batched_inputs[i] for i in indices])
-            predictions = self.detect(images.tensor, padding_mask(images)).result.layers[-1]
-            found = self.best(predictions)
+            output = self.detect(images.tensor, padding_mask(images))
+            found = self.best(output.result.layers[-1])
             kept = None if self.nms is None else non_maximum_suppression(found, self.nms)
-            for j, instances in enumerate(to_instances(found, images.image_sizes)):
+            for j, instances in enumerate(self.to_instances(output, found, images)):
                 parts = {"instances": instances}
                 if kept is not None:
                     parts = {"instances": instances[kept[j]], "suppressed": instances[~kept[j]]}
                 x = batched_inputs[indices[j]]
-                results[indices[j]] = {name: rescale(part, x) for name, part in parts.items()}
+                results[indices[j]] = {name: self.rescale(part, x) for name, part in parts.items()}
         return results
 
     def detect(
@@ -247,8 +251,22 @@ class DINO(Detector):
 
     def best(self, predictions: Predictions) -> Detections:
         """The best detections of each image, before NMS."""
-        choose = best_classes if self.softmax else best_pairs
-        return choose(predictions, self.max_detections)
+        return detections_of(predictions, self.choose(predictions))
+
+    def choose(self, predictions: Predictions) -> Choice:
+        choose = choose_classes if self.softmax else choose_pairs
+        return choose(predictions.logits, self.max_detections)
+
+    def to_instances(
+        self, output: DetectorOutput, found: Detections, images: ImageList
+    ) -> list[Instances]:
+        """Detections of each image, in its pixels."""
+        return to_instances(found, images.image_sizes)
+
+    def rescale(self, instances: Instances, x: dict[str, Any]) -> Instances:
+        """Scale detections to the size that the input asks for, by default its own size."""
+        height, width = instances.image_size
+        return detector_postprocess(instances, x.get("height", height), x.get("width", width))
 
     def class_scores(self, logits: Tensor) -> Tensor:
         """In [0, 1], of each class: (..., K)."""
@@ -267,7 +285,7 @@ class DINO(Detector):
         images = [(x.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(
             images,
-            self.backbone.size_divisibility,
+            max(self.backbone.size_divisibility, self.size_divisibility),
             padding_constraints=self.backbone.padding_constraints,
         )
 
@@ -310,9 +328,3 @@ def refuse_other_layouts(model: DINO, state: dict[str, Tensor], *_: Any) -> None
             f"these weights have the layout of {layout}, which Detectron2's checkpointer does not "
             "know: load them with dino_d2.Checkpointer(model).load(path)"
         )
-
-
-def rescale(instances: Instances, x: dict[str, Any]) -> Instances:
-    """Scale boxes to the size that the input asks for, by default its own size."""
-    height, width = instances.image_size
-    return detector_postprocess(instances, x.get("height", height), x.get("width", width))

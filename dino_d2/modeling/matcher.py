@@ -39,6 +39,8 @@ class HungarianMatcher:
         giou_eps: added to both divisors of the generalized IoU
     """
 
+    further_costs: tuple[str, ...] = ()  # of a subclass, keys under MODEL.DINO.MATCHER in YAML
+
     def __init__(
         self,
         *,
@@ -145,9 +147,9 @@ class PositionModulatedMatcher(HungarianMatcher):
             part.copy_(self.cost(logits, predictions.boxes, boxes))
 
 
-def costs_from_config(c: CfgNode) -> dict[str, float]:
+def costs_from_config(c: CfgNode, matcher: type[HungarianMatcher]) -> dict[str, float]:
     """The weights of costs under MODEL.DINO.MATCHER, as arguments of a matcher."""
-    names = ("class_cost", "bbox_cost", "giou_cost")
+    names = ("class_cost", "bbox_cost", "giou_cost", *getattr(matcher, "further_costs", ()))
     return {name: c.MATCHER[name.upper()] for name in names}
 
 

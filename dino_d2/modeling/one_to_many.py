@@ -278,7 +278,8 @@ class OneToManyQueries(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
         c = cfg.MODEL.DINO
-        matcher = MATCHER_REGISTRY.get(c.MATCHER.NAME)(**costs_from_config(c))
+        make = MATCHER_REGISTRY.get(c.MATCHER.NAME)
+        matcher = make(**costs_from_config(c, make))
         return {"num_classes": num_classes, "embed_dim": c.EMBED_DIM, "matcher": matcher}
 
     def forward(self, targets: list[Target], queries: Queries, memory: FeaturePyramid) -> Branch:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, distinct
 from ..structures import Predictions
+from .tokens import take_tokens
 
 
 class Detections(NamedTuple):
@@ -18,39 +19,46 @@ class Detections(NamedTuple):
     labels: Tensor  # (B, N), int64 in [0, K)
 
 
-def best_pairs(predictions: Predictions, max_detections: int) -> Detections:
+class Choice(NamedTuple):
+    """The N best pairs of query and class of each image, in descending order of score."""
+
+    scores: Tensor  # (B, N), in [0, 1]
+    labels: Tensor  # (B, N), int64 in [0, K)
+    queries: Tensor  # (B, N), int64 in [0, Q)
+
+
+def choose_pairs(logits: Tensor, max_detections: int) -> Choice:
     """The best (query, class) pairs of each image, without NMS; a query may appear several times.
 
     Args:
-        predictions: of B images
+        logits: (B, Q, K)
         max_detections: N, at most Q * K
-
-    Returns:
-        with boxes relative to the image without its padding
     """
-    num_classes = predictions.logits.shape[-1]
+    num_classes = logits.shape[-1]
     # Different logits can have equal probabilities in bfloat16.
-    logits = predictions.logits.to(torch.promote_types(predictions.logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     scores = logits.flatten(1).sigmoid()
     scores, indices = scores.topk(min(max_detections, scores.shape[1]), dim=1)
-    queries, labels = indices // num_classes, indices % num_classes
-    corners = cxcywh_to_xyxy(predictions.boxes)
-    return Detections(corners.gather(1, queries[..., None].expand(-1, -1, 4)), scores, labels)
+    return Choice(scores, indices % num_classes, indices // num_classes)
 
 
-def best_classes(predictions: Predictions, max_detections: int) -> Detections:
+def choose_classes(logits: Tensor, max_detections: int) -> Choice:
     """The best class of each query, of those of an image the best (DETR's code).
 
     Args:
-        predictions: of B images, by softmax; the last logit is that of no object
+        logits: (B, Q, K + 1), by softmax; the last is that of no object
         max_detections: N, at most Q
     """
-    logits = predictions.logits.to(torch.promote_types(predictions.logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-    scores, best = scores.topk(min(max_detections, scores.shape[1]), dim=1)
-    corners = cxcywh_to_xyxy(predictions.boxes)
-    boxes = corners.gather(1, best[..., None].expand(-1, -1, 4))
-    return Detections(boxes, scores, labels.gather(1, best))
+    scores, queries = scores.topk(min(max_detections, scores.shape[1]), dim=1)
+    return Choice(scores, labels.gather(1, queries), queries)
+
+
+def detections_of(predictions: Predictions, choice: Choice) -> Detections:
+    """The chosen ones, with boxes relative to the image without its padding."""
+    corners = take_tokens(cxcywh_to_xyxy(predictions.boxes), choice.queries)
+    return Detections(corners, choice.scores, choice.labels)
 
 
 def non_maximum_suppression(detections: Detections, iou: float) -> Tensor:
@@ -62,8 +70,8 @@ def non_maximum_suppression(detections: Detections, iou: float) -> Tensor:
     Returns:
         (B, N) bool
     """
-    boxes, scores, labels = detections
-    return distinct(boxes.clamp(0, 1), scores, iou, labels)  # detections are cut to the image
+    boxes = detections.boxes.clamp(0, 1)  # detections are cut to the image
+    return distinct(boxes, detections.scores, iou, detections.labels)
 
 
 def to_instances(detections: Detections, image_sizes: list[tuple[int, int]]) -> list[Instances]:
@@ -96,4 +104,5 @@ def postprocess(
     Returns:
         instances with pred_boxes, scores in descending order, and pred_classes
     """
-    return to_instances(best_pairs(predictions, max_detections), image_sizes)
+    choice = choose_pairs(predictions.logits, max_detections)
+    return to_instances(detections_of(predictions, choice), image_sizes)

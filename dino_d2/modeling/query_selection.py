@@ -18,6 +18,7 @@ are the encoder's proposals that became queries, and are supervised like a decod
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -31,7 +32,7 @@ from ..layers.blocks import xavier_uniform_
 from ..layers.position import encode
 from ..ranges import require_share, require_whole
 from ..structures import FeaturePyramid, Predictions, Queries
-from .tokens import token_centers
+from .tokens import take_tokens, token_centers
 
 QUERY_SELECTION_REGISTRY = Registry("QUERY_SELECTION")
 
@@ -69,6 +70,8 @@ class PureQuerySelection(nn.Module):
     the published implementations; training keeps it low.
     """
 
+    anchor_sides: Sequence[float] = ()  # of each level, see `proposal_anchors`
+
     @configurable
     def __init__(self, *, num_queries: int, embed_dim: int, num_classes: int):
         super().__init__()
@@ -76,9 +79,12 @@ class PureQuerySelection(nn.Module):
         self.num_queries = num_queries
         self.memory_proj = nn.Linear(embed_dim, embed_dim)
         self.memory_norm = nn.LayerNorm(embed_dim)
+        self.make_heads(embed_dim, num_classes)
+        xavier_uniform_(self.memory_proj)
+
+    def make_heads(self, embed_dim: int, num_classes: int) -> None:
         self.class_head = class_head(embed_dim, num_classes)
         self.box_head = box_head(embed_dim)
-        xavier_uniform_(self.memory_proj)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
@@ -106,7 +112,7 @@ class PureQuerySelection(nn.Module):
     def features(self, memory: FeaturePyramid) -> tuple[Tensor, Tensor]:
         """Of every token its feature (B, S, C) and its anchor (B, S, 4) before the sigmoid, inf
         where no object is expected."""
-        anchors = proposal_anchors(memory)
+        anchors = proposal_anchors(memory, self.anchor_sides)
         invalid = anchors[..., :1].isinf()
         tokens = self.memory_norm(self.memory_proj(memory.tokens.masked_fill(invalid, 0)))
         return tokens, anchors
@@ -182,11 +188,6 @@ class DistinctQuerySelection(PureQuerySelection):
         return self.content_proj(tokens.detach())
 
 
-def take_tokens(x: Tensor, indices: Tensor) -> Tensor:
-    """The tokens `indices` (B, Q) of `x` (B, S, .)."""
-    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def selection_from_config(cfg: CfgNode, num_classes: int) -> dict[str, object]:
     """The arguments that all of them have in common."""
     return {
@@ -196,18 +197,22 @@ def selection_from_config(cfg: CfgNode, num_classes: int) -> dict[str, object]:
     }
 
 
-def proposal_anchors(memory: FeaturePyramid, side: float = 0.05) -> Tensor:
-    """One anchor per token, centred on it, `side` wide on the finest level and doubling per level.
+def proposal_anchors(memory: FeaturePyramid, sides: Sequence[float] = ()) -> Tensor:
+    """One anchor per token, a square centred on it.
+
+    Args:
+        sides: of the anchors of each level, finest first; by default 0.05, 0.1, 0.2, ...
 
     Returns:
         (B, S, 4) anchors before the sigmoid, inf on padding and close to the border of the image
     """
     centers = token_centers(memory)
-    sides = [
-        centers.new_full((height * width,), side * 2**level)
-        for level, (height, width) in enumerate(memory.shapes)
+    sides = sides or [0.05 * 2**level for level in range(len(memory.shapes))]
+    parts = [
+        centers.new_full((height * width,), side)
+        for side, (height, width) in zip(sides, memory.shapes, strict=True)
     ]
-    sizes = torch.cat(sides)[:, None].expand_as(centers)
+    sizes = torch.cat(parts)[:, None].expand_as(centers)
     anchors = torch.cat([centers, sizes], -1)
     valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding
     return inverse_sigmoid(anchors, eps=1e-6).masked_fill(~valid[..., None], math.inf)

@@ -58,3 +58,8 @@ def scale_to_levels(reference: Tensor, valid_ratios: Tensor) -> Tensor:
     `valid_ratios` (B, L, 2) are those of the pyramid.
     """
     return reference[:, :, None] * valid_ratios.tile(reference.shape[-1] // 2)[:, None]
+
+
+def take_tokens(x: Tensor, indices: Tensor) -> Tensor:
+    """The tokens, or queries, `indices` (B, Q) of `x` (B, S, .): (B, Q, .)."""
+    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
