@@ -6,6 +6,7 @@ Shape legend of the whole package:
     S: tokens, the sum of H_l * W_l      Q: queries
     C: embedding channels                K: classes
     M: ground-truth boxes of one image   T: denoising queries
+    h, w: size of the map of pixel embeddings, at stride 4, of Mask DINO
     H, D, P: attention heads, channels per head, sampling points
     N: supervised stages, i.e. decoder layers and the encoder's proposals
 
@@ -60,11 +61,42 @@ class LayerOutput(NamedTuple):
         return Predictions(self.logits, self.boxes)
 
 
+class MaskPredictions(NamedTuple):
+    """Predictions of Mask DINO. A mask travels as an embedding; its product with the embedding of
+    every pixel is its map of logits (h, w)."""
+
+    logits: Tensor  # (B, Q, K), before the sigmoid
+    boxes: Tensor  # (B, Q, 4)
+    masks: Tensor  # (B, Q, C)
+
+
+class MaskLayerOutput(NamedTuple):
+    """What a decoder layer of Mask DINO gives, see :class:`LayerOutput`."""
+
+    logits: Tensor  # (B, Q, K), before the sigmoid
+    boxes: Tensor  # (B, Q, 4)
+    masks: Tensor  # (B, Q, C)
+    features: Tensor  # (B, Q, C)
+    anchors: Tensor  # (B, Q, 4)
+
+    @property
+    def predictions(self) -> MaskPredictions:
+        return MaskPredictions(self.logits, self.boxes, self.masks)
+
+
 class Target(NamedTuple):
     """Ground truth of one image."""
 
     labels: Tensor  # (M,), int64 in [0, K)
     boxes: Tensor  # (M, 4)
+
+
+class MaskTarget(NamedTuple):
+    """Ground truth of one image with masks."""
+
+    labels: Tensor  # (M,), int64 in [0, K)
+    boxes: Tensor  # (M, 4)
+    masks: Tensor  # (M, H, W) bool, of the image without its padding
 
 
 class Match(NamedTuple):
@@ -106,10 +138,18 @@ class Branch(NamedTuple):
     proposals: Predictions | None = None  # the encoder's, None without query selection
 
 
+class Pixels(NamedTuple):
+    """Embeddings of pixels, which those of masks are multiplied with (Mask DINO, section 3.3)."""
+
+    maps: Tensor  # (B, C, h, w)
+    extent: Tensor  # (B, 2), share of their (width, height) that is not padding
+
+
 class DetectorOutput(NamedTuple):
     """Everything that is supervised."""
 
     branches: list[Branch]  # the result first
+    pixels: "Pixels | None" = None  # of Mask DINO
 
     @property
     def result(self) -> Branch:
@@ -157,6 +197,7 @@ def send_to_device(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.device, non_blocking=True)
 
 
-def join_targets(targets: Sequence[P]) -> P:
-    """Concatenate the ground truth of a batch, in the order that `Match` counts in."""
-    return targets[0]._make(torch.cat(parts) for parts in zip(*targets, strict=True))
+def join_targets(targets: Sequence[Target]) -> Target:
+    """Concatenate labels and boxes of a batch, in the order that `Match` counts in."""
+    parts = zip(*((x.labels, x.boxes) for x in targets), strict=True)
+    return Target(*map(torch.cat, parts))

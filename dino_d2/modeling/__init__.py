@@ -15,8 +15,10 @@ from .class_losses import (
 from .criterion import CRITERION_REGISTRY, SetCriterion
 from .decoder import Decoder
 from .decoder_layers import DECODER_LAYER_REGISTRY
-from .denoising import DENOISING_REGISTRY, ContrastiveDenoising, Denoising
+from .denoising import DENOISING_REGISTRY, CenterDenoising, ContrastiveDenoising, Denoising
 from .encoder import ENCODER_LAYER_REGISTRY, Encoder
+from .mask_loss import MaskCriterion, MaskMatcher
+from .masks import MaskDecoder, PixelEmbedding, UnifiedQuerySelection
 from .matcher import (
     MATCHER_REGISTRY,
     HungarianMatcher,
@@ -43,6 +45,12 @@ from .query_selection import (
 from .relations import RELATION_REGISTRY, DistinctQueries, PositionRelation
 
 __all__ = [
+    "UnifiedQuerySelection",
+    "PixelEmbedding",
+    "MaskDecoder",
+    "MaskMatcher",
+    "MaskCriterion",
+    "CenterDenoising",
     "BRANCH_REGISTRY",
     "CLASS_LOSS_REGISTRY",
     "CRITERION_REGISTRY",

@@ -105,9 +105,9 @@ class SetCriterion(nn.Module):
         stages, suffixes = [*branch.layers], layer_suffixes(len(branch.layers), suffix)
         if branch.proposals is not None:
             stages, suffixes = [*stages, branch.proposals], [*suffixes, f"{suffix}_enc"]
-        predictions, truth = stack_predictions(stages), join_targets(targets)
+        predictions = stack_predictions(stages)
         match = self.match(branch, predictions, targets)
-        sums = self.sums(branch, predictions, match, truth)
+        sums = self.sums(branch, predictions, match, targets)
         weights = self.denoising_weights if branch.denoising else self.weights
         weights = {name: branch.weight * weight for name, weight in weights.items()}
         weights["loss_class"] *= branch.class_weight
@@ -127,13 +127,13 @@ class SetCriterion(nn.Module):
         return match
 
     def sums(
-        self, branch: Branch, predictions: Predictions, match: Match, truth: Target
+        self, branch: Branch, predictions: Predictions, match: Match, targets: list[Target]
     ) -> dict[str, Tensor]:
         """Sums (N,) of each kind of loss over the queries of the N stages of a branch.
 
-        Predictions are (N, B, Q, .); `truth` is that of the whole batch.
+        Predictions are (N, B, Q, .).
         """
-        logits, boxes = predictions.logits, predictions.boxes
+        logits, boxes, truth = predictions.logits, predictions.boxes, join_targets(targets)
         match = Match(*(send_to_device(x, like=logits) for x in match))
         stages = torch.arange(len(logits), device=logits.device)[:, None]
         matched = stages, match.images, match.queries  # (N, n) when broadcast

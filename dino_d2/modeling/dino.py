@@ -16,7 +16,14 @@ from ..layouts.dino import detect_format
 from ..layouts.renaming import CheckpointError
 from ..names import hint, plural
 from ..ranges import require_positive, require_share, require_whole
-from ..structures import Branch, DetectorOutput, Predictions, Target, send_to_device
+from ..structures import (
+    Branch,
+    DetectorOutput,
+    FeaturePyramid,
+    Predictions,
+    Target,
+    send_to_device,
+)
 from .branches import decode
 from .build import build_parts
 from .class_losses import SoftmaxLoss
@@ -71,6 +78,7 @@ class DINO(Detector):
             each other
     """
 
+    decoder_type: type[Decoder] = Decoder  # what a YAML config makes
     size_divisibility = 1  # images are padded to multiples of it, and of the backbone's
 
     @configurable
@@ -145,7 +153,7 @@ class DINO(Detector):
         backbone = build_backbone(cfg)
         return {
             "backbone": backbone,
-            **build_parts(cfg, backbone.output_shape()),
+            **build_parts(cfg, backbone.output_shape(), cls.decoder_type),
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "nms": cfg.TEST.NMS,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -240,14 +248,20 @@ class DINO(Detector):
         memory = self.encoder(self.neck(call(self.backbone, pixels)), padding)
         queries, proposals = self.query_selection(memory)
         result = Branch("", queries, proposals=proposals)
+        return DetectorOutput(self.decode(memory, result, targets))
+
+    def decode(
+        self, memory: FeaturePyramid, result: Branch, targets: list[Target] | None
+    ) -> list[Branch]:
+        """The result and, with targets, training-only branches, all with their predictions."""
         if targets is None:
-            return DetectorOutput(decode(self.decoder, memory, result))
+            return decode(self.decoder, memory, result)
         parts = [x for x in (self.denoising, *self.branches) if x is not None]
-        others = [make(targets, queries, memory) for make in parts]
+        others = [make(targets, result.queries, memory) for make in parts]
         branches = decode(self.decoder, memory, result, others)
         for once_more in self.passes:
             branches += once_more(self, memory, result, others)
-        return DetectorOutput(branches)
+        return branches
 
     def best(self, predictions: Predictions) -> Detections:
         """The best detections of each image, before NMS."""

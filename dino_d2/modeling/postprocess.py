@@ -77,7 +77,8 @@ def non_maximum_suppression(detections: Detections, iou: float) -> Tensor:
 def to_instances(detections: Detections, image_sizes: list[tuple[int, int]]) -> list[Instances]:
     """Detections of each image (height, width) as instances, with boxes in its pixels."""
     results = []
-    for box, score, label, (height, width) in zip(*detections, image_sizes, strict=True):
+    parts = detections.boxes, detections.scores, detections.labels
+    for box, score, label, (height, width) in zip(*parts, image_sizes, strict=True):
         boxes = Boxes(box.clone())  # scaling is in place
         boxes.scale(scale_x=width, scale_y=height)
         results.append(
