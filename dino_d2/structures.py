@@ -97,6 +97,7 @@ class MaskTarget(NamedTuple):
     labels: Tensor  # (M,), int64 in [0, K)
     boxes: Tensor  # (M, 4)
     masks: Tensor  # (M, H, W) bool, of the image without its padding
+    known: Tensor  # (M,) bool, False for objects whose mask nobody knows
 
 
 class Match(NamedTuple):

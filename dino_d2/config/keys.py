@@ -87,7 +87,7 @@ def add_dino_config(cfg: CN) -> None:
     c.LOSS.update({"MASK_WEIGHT": 5.0, "DICE_WEIGHT": 5.0})
     c.LOSS.NUM_POINTS = 12544  # of each mask that costs and losses are computed at
     c.MASK = CN({"FEATURE": "res2"})  # of the backbone, at the stride of masks
-    c.MASK.ANCHORS_FROM_MASKS = True  # queries start from the boxes of masks
+    c.MASK.INITIALIZE_BOX_TYPE = "bitmask"  # where decoding starts; or "mask2box", "no"
     c.MASK.ANCHOR_SIDES = []  # of each level, finest first; []: 0.05, 0.1, 0.2, ...
 
     # With MODEL.BACKBONE.NAME "TimmBackbone"; its features, MODEL.DINO.IN_FEATURES, are p2 to p5.

@@ -106,6 +106,7 @@ _LAYER = "transformer.decoder.layers.0."
 # The first whose tensors are all there. What DINO has: learned content without a position.
 _SIGNS = (
     ("dino_d2", CLASS_BIAS),
+    ("maskdino", "sem_seg_head.predictor.mask_embed.layers.0.weight"),
     ("detr", f"{_LAYER}multihead_attn.in_proj_weight"),
     ("dab_detr", f"{_LAYER}sa_qcontent_proj.weight"),
     ("deformable_detr", "transformer.level_embed", "query_embed.weight"),

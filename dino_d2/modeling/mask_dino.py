@@ -125,25 +125,32 @@ class MaskDINO(DINO):
         """As DINO's, and masks."""
         targets = super().prepare_targets(batched_inputs)
         return [
-            MaskTarget(*target, send_to_device(masks_of(x), like=self.pixel_mean))
+            MaskTarget(
+                *target, *(send_to_device(part, like=self.pixel_mean) for part in masks_of(x))
+            )
             for target, x in zip(targets, batched_inputs, strict=True)
         ]
 
 
-def masks_of(x: dict[str, Any]) -> Tensor:
-    """The masks (M, H, W) bool of a training input; a ValueError if it has boxes without masks."""
+def masks_of(x: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The masks (M, H, W) bool of a training input, and (M,) which are known.
+
+    All are, unless instances say otherwise by "has_mask". A ValueError if there are boxes, but no
+    masks at all.
+    """
     instances: Instances = x["instances"]
     if instances.has("gt_masks"):
         masks = instances.gt_masks
         if isinstance(masks, PolygonMasks):
             masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
-        return masks.tensor
+        everything = torch.ones(len(instances), dtype=torch.bool)
+        return masks.tensor, instances.has_mask if instances.has("has_mask") else everything
     if len(instances):
         raise ValueError(
             f"{x.get('file_name', 'an image')} has boxes but no masks, which Mask DINO learns: set "
             "MODEL.MASK_ON to True (use_instance_mask of the mapper), or train a DINO"
         )
-    return torch.zeros(0, *instances.image_size, dtype=torch.bool)
+    return torch.zeros(0, *instances.image_size, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
 
 
 def resize_masks(

@@ -31,6 +31,7 @@ class MaskTruth(NamedTuple):
     labels: Tensor  # (M,)
     boxes: Tensor  # (M, 4)
     masks: Tensor  # (M, H, W) bool
+    known: Tensor  # (M,) bool
     pixels: Tensor  # (C, h, w), pixel embeddings
     extent: Tensor  # (2,), share of their (width, height) that is not padding
 
@@ -41,6 +42,7 @@ class PointTruth(NamedTuple):
     labels: Tensor  # (M,)
     boxes: Tensor  # (M, 4)
     masks: Tensor  # (M, P), in [0, 1]
+    known: Tensor  # (M,) bool
     pixels: Tensor  # (C, P), pixel embeddings
 
 
@@ -65,8 +67,9 @@ class MaskMatcher(HungarianMatcher):
         for part, masks in zip(costs, predictions.masks, strict=True):
             logits = (masks @ target.pixels).to(costs.dtype)  # (Q, P), of a stage
             with torch.autocast(costs.device.type, enabled=False):
-                part += self.mask_cost * pairwise_cross_entropy(logits, target.masks)
-                part += self.dice_cost * pairwise_dice(logits, target.masks)
+                cost = self.mask_cost * pairwise_cross_entropy(logits, target.masks)
+                cost += self.dice_cost * pairwise_dice(logits, target.masks)
+                part += cost.where(target.known, 0)
 
 
 @CRITERION_REGISTRY.register()
@@ -126,7 +129,7 @@ class MaskCriterion(SetCriterion):
         which = torch.arange(len(target.masks), device=points.device)
         masks = sample_masks(target.masks, which, points)
         (pixels,) = sample(target.pixels[None], points * target.extent)
-        return PointTruth(target.labels, target.boxes, masks, pixels)
+        return PointTruth(target.labels, target.boxes, masks, target.known, pixels)
 
     def sums(
         self, branch: Branch, predictions: Any, match: Match, targets: list[Any]
@@ -169,7 +172,8 @@ class MaskCriterion(SetCriterion):
         logits = sample(maps[:, None], points * target.extent)[:, 0]
         expected = sample_masks(target.masks, boxes, points).to(logits.dtype)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, expected, reduction="none")
-        return torch.stack([cross_entropy.mean(1).sum(), dice(logits.sigmoid(), expected).sum()])
+        both = torch.stack([cross_entropy.mean(1), dice(logits.sigmoid(), expected)])
+        return (both * target.known[boxes]).sum(1)
 
     @torch.no_grad()
     def uncertain_points(self, maps: Tensor, extent: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..boxes import inverse_sigmoid, xyxy_to_cxcywh
 from ..layers import MLP
+from ..names import hint
 from ..structures import (
     FeaturePyramid,
     MaskLayerOutput,
@@ -30,6 +31,8 @@ from ..structures import (
 from .decoder import Decoder
 from .query_selection import QUERY_SELECTION_REGISTRY, PureQuerySelection, selection_from_config
 from .tokens import take_tokens
+
+BOX_TYPES = "bitmask", "mask2box", "no"
 
 
 class PixelEmbedding(nn.Module):
@@ -125,7 +128,9 @@ class UnifiedQuerySelection(PureQuerySelection):
         num_queries: Q
         embed_dim: C
         num_classes: K; unused, as the heads are the decoder's
-        from_masks: whether anchors are the boxes of masks, or those of the box head
+        initialize_box_type: where decoding starts: "bitmask", boxes of masks; "mask2box", likewise,
+            but the last pixel of a mask is outside, and masks without pixels are in the lower right
+            corner; "no", boxes of the box head. Weights are trained with one of them
         anchor_sides: of the boxes that the box head refines, of each level, finest first; by
             default 0.05, 0.1, 0.2, ... Some published weights have them in descending order
     """
@@ -137,17 +142,24 @@ class UnifiedQuerySelection(PureQuerySelection):
         num_queries: int,
         embed_dim: int,
         num_classes: int,
-        from_masks: bool = True,
+        initialize_box_type: str = "bitmask",
         anchor_sides: Sequence[float] = (),
     ):
         super().__init__(num_queries=num_queries, embed_dim=embed_dim, num_classes=num_classes)
-        self.from_masks, self.anchor_sides = from_masks, tuple(anchor_sides)
+        if initialize_box_type not in BOX_TYPES:
+            raise ValueError(
+                f"initialize_box_type is {initialize_box_type!r}; "
+                + hint(str(initialize_box_type), BOX_TYPES)
+            )
+        self.initialize_box_type, self.anchor_sides = initialize_box_type, tuple(anchor_sides)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
         c = cfg.MODEL.DINO.MASK
-        options = {"from_masks": c.ANCHORS_FROM_MASKS, "anchor_sides": c.ANCHOR_SIDES}
-        return selection_from_config(cfg, num_classes) | options
+        return selection_from_config(cfg, num_classes) | {
+            "initialize_box_type": c.INITIALIZE_BOX_TYPE,
+            "anchor_sides": c.ANCHOR_SIDES,
+        }
 
     def make_heads(self, embed_dim: int, num_classes: int) -> None:
         """None: they are the decoder's."""
@@ -161,36 +173,47 @@ class UnifiedQuerySelection(PureQuerySelection):
         boxes = (decoder.box_heads[0](tokens) + anchors).sigmoid()
         proposals = decoder.output_of(0, tokens, boxes, anchors).predictions
         start = boxes
-        if self.from_masks:  # often at the border, where references are cut off
-            start = inverse_sigmoid(mask_boxes(proposals.masks, pixels), decoder.eps).sigmoid()
+        if self.initialize_box_type != "no":
+            exclusive = self.initialize_box_type == "mask2box"
+            start = mask_boxes(proposals.masks, pixels, exclusive)
+            # often at the border, where references are cut off
+            start = inverse_sigmoid(start, decoder.eps).sigmoid()
         return Queries(self.content_of(tokens), start.detach()), proposals
 
 
 @torch.no_grad()
-def mask_boxes(masks: Tensor, pixels: Pixels) -> Tensor:
+def mask_boxes(masks: Tensor, pixels: Pixels, exclusive: bool = False) -> Tensor:
     """Bounding boxes of the pixels with a positive logit.
 
     Args:
         masks: embeddings (B, Q, C)
+        exclusive: see `spans`
 
     Returns:
-        (B, Q, 4) relative to the images without their padding; zeros for masks without pixels
+        (B, Q, 4) relative to the images without their padding
     """
     positive = mask_logits(masks, pixels.maps) > 0
-    low, high = zip(*(first_and_end(positive.any(axis)) for axis in (-2, -1)), strict=True)
-    corners = torch.stack([*low, *high], -1)
+    low, high = zip(*(spans(positive.any(axis), exclusive) for axis in (-2, -1)), strict=True)
     height, width = positive.shape[-2:]
     size = torch.stack([pixels.extent[:, 0] * width, pixels.extent[:, 1] * height], -1)
-    return xyxy_to_cxcywh((corners / size.tile(2)[:, None]).clamp(max=1))
+    corners = torch.stack([*low, *high], -1) / size.tile(2)[:, None]
+    return xyxy_to_cxcywh(corners.clamp(max=1))
 
 
-def first_and_end(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of the first True along the last axis, and that behind the last; 0 for none."""
-    length = mask.shape[-1]
-    any_of_it = mask.any(-1)
+def spans(mask: Tensor, exclusive: bool = False) -> tuple[Tensor, Tensor]:
+    """The index of the first True along the last axis, and the one behind the last; 0 for none.
+
+    >>> spans(torch.tensor([False, True, True, False]))
+    (tensor(1), tensor(3))
+
+    Args:
+        exclusive: the second is the last True, and for none both are the length of the axis
+    """
+    length, found = mask.shape[-1], mask.any(-1)
     first = mask.int().argmax(-1)
-    end = length - mask.flip(-1).int().argmax(-1)
-    return first * any_of_it, end * any_of_it
+    end = length - int(exclusive) - mask.flip(-1).int().argmax(-1)
+    nothing = length if exclusive else 0
+    return torch.where(found, first, nothing), torch.where(found, end, nothing)
 
 
 def mask_logits(masks: Tensor, maps: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ model.query_selection = L(UnifiedQuerySelection)(
     num_queries=300,
     embed_dim="${..encoder.embed_dim}",
     num_classes="${..num_classes}",
-    from_masks=True,
+    initialize_box_type="bitmask",
     anchor_sides=(),
 )
 model.decoder.update(_target_=MaskDecoder, num_layers=9, ffn_dim=2048, eps=1e-5)
