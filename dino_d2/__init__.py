@@ -1,6 +1,7 @@
 """DINO (DETR with Improved DeNoising Anchor Boxes) for Detectron2.
 
-Importing the package registers the meta-architecture `DINO`; `load` gives a trained one.
+Importing the package registers the meta-architectures `DINO` and `MaskDINO`; `load` gives a trained
+one.
 """
 
 import sys
@@ -15,6 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     from .config import add_dino_config
     from .modeling.dino import DINO
+    from .modeling.mask_dino import MaskDINO
     from .predictor import Predictor, load
     from .weights import model_zoo
     from .weights.checkpointer import Checkpointer
@@ -25,7 +27,7 @@ warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release")
 
 sys.meta_path.append(MovedModules())
 
-__all__ = ["DINO", "Checkpointer", "Predictor", "add_dino_config", "load", "model_zoo"]
+__all__ = ["DINO", "Checkpointer", "MaskDINO", "Predictor", "add_dino_config", "load", "model_zoo"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -55,7 +55,7 @@ HEEDED = [
     }.items()
     for name in names
 ]
-FOR_DINO = (*keys.NOWHERE, *keys.OF_DETECTRON2S_TRAINER, *keys.OF_OTHER_MODELS)
+FOR_DINO = (*keys.NOWHERE, *keys.OF_DETECTRON2S_TRAINER, *keys.OF_OTHER_MODELS, *keys.OF_MASKS)
 REFUSED = list(keys.leaves(get_cfg(), (*FOR_DINO, *keys.OF_SGD)))
 
 

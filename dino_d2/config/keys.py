@@ -19,6 +19,7 @@ def add_dino_config(cfg: CN) -> None:
     c.EMBED_DIM = 256
     c.NUM_HEADS = 8
     c.FFN_DIM = 2048
+    c.ENCODER_FFN_DIM = None  # None: as FFN_DIM
     c.DROPOUT = 0.0
     # Feature maps of the backbone; coarser levels are appended until there are NUM_LEVELS.
     c.IN_FEATURES = ["res3", "res4", "res5"]

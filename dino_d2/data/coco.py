@@ -33,6 +33,7 @@ from . import folder
 from .adopt import check_records, is_built_in
 from .coco_json import DatasetError, parse
 from .faults import clip, faults
+from .masks import normalise_masks
 from .normalise import Repairs, normalise, place_images
 
 SEPARATOR = ".json@"
@@ -284,6 +285,7 @@ def prepare(
     try:
         normalise(dataset, repairs, keep_roots=keep_roots)
         place_images(dataset["images"], image_root, repairs)
+        normalise_masks(dataset, repairs)
     except DatasetError as error:
         raise DatasetError(f"'{source}': {error}") from error
     if fault := next(faults(dataset, image_root), None):
@@ -341,9 +343,10 @@ def _records(
             if box != annotation["bbox"]:
                 notes.note("clipped boxes that leave their image", where)
             label, crowd = classes[annotation["category_id"]], annotation["iscrowd"]
-            kept.append(
-                {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": label, "iscrowd": crowd}
-            )
+            mode = BoxMode.XYWH_ABS
+            kept.append({"bbox": box, "bbox_mode": mode, "category_id": label, "iscrowd": crowd})
+            if annotation.get("segmentation"):
+                kept[-1]["segmentation"] = annotation["segmentation"]
         path = os.path.join(image_root, image["file_name"])
         size = {"height": image["height"], "width": image["width"]}
         records.append({"file_name": path, **size, "image_id": image["id"], "annotations": kept})

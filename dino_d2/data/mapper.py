@@ -29,10 +29,12 @@ OF_DETECTRON2 = "BGR", "YUV-BT.601"  # formats of Detectron2 that are not modes 
 class Mapper(DatasetMapper):
     """Detectron2's mapper, with a clear error for an image that cannot be used.
 
-    Takes the same arguments, or a config. From a config for evaluation, it resizes with our
-    `ResizeShortestEdge`; for training, INPUT.RANDOM_FLIP may be "both", too. Pixels equal
-    Detectron2's. Unlike Detectron2, integer boxes are not rounded on resize. Errors that the image
-    did not cause are passed on.
+    Takes the same arguments, or a config. With masks, objects of which only the box is known take
+    part, told apart by "has_mask" of the instances.
+
+    From a config for evaluation, it resizes with our `ResizeShortestEdge`; for training,
+    INPUT.RANDOM_FLIP may be "both", too. Pixels equal Detectron2's. Unlike Detectron2, integer
+    boxes are not rounded on resize. Errors that the image did not cause are passed on.
 
     Args:
         is_train: whether annotations become "instances"
@@ -60,6 +62,8 @@ class Mapper(DatasetMapper):
             arguments["augmentations"] = [resize]
         elif both:
             arguments["augmentations"].append(T.RandomFlip(horizontal=False, vertical=True))
+        if is_train and cfg.INPUT.get("SCALE_JITTER"):  # which crops
+            arguments["recompute_boxes"] = cfg.MODEL.MASK_ON
         return arguments
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -101,7 +105,29 @@ class Mapper(DatasetMapper):
                 for annotation in dataset_dict["annotations"]
                 if self._is_visible(annotation, transforms, image_shape)
             ]
-        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        if not self.use_instance_mask:
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        objects = [x for x in dataset_dict.pop("annotations") if not x.get("iscrowd")]
+        known = torch.tensor(["segmentation" in x for x in objects], dtype=torch.bool)
+        for annotation in objects:
+            if not self.use_keypoint:
+                annotation.pop("keypoints", None)
+            # A box without a mask goes through augmentation as a mask does.
+            annotation.setdefault("segmentation", [rectangle(annotation)])
+            detection_utils.transform_instance_annotations(
+                annotation,
+                transforms,
+                image_shape,
+                keypoint_hflip_indices=self.keypoint_hflip_indices,
+            )
+        instances = detection_utils.annotations_to_instances(
+            objects, image_shape, mask_format=self.instance_mask_format
+        )
+        instances.has_mask = known
+        if self.recompute_boxes and objects:
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        dataset_dict["instances"] = detection_utils.filter_empty_instances(instances)
 
     def _is_visible(
         self, annotation: dict, transforms: T.TransformList, image_shape: tuple[int, int]
@@ -109,6 +135,13 @@ class Mapper(DatasetMapper):
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         moved = torch.as_tensor(transforms.apply_box(np.array([box])))
         return bool(visible(Boxes(moved), image_shape, self.min_visible))
+
+
+def rectangle(annotation: dict) -> list[float]:
+    """The box of an annotation as a polygon."""
+    box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    left, top, right, bottom = map(float, box)
+    return [left, top, right, top, right, bottom, left, bottom]
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:

@@ -77,6 +77,11 @@ class Mixing:
             other images as "mixed_with"; the rest is that of the first image
         """
         sample = self.perhaps_mosaic(dataset, index)
+        if sample["instances"].has("gt_masks"):
+            raise ValueError(
+                "mosaic and mixup combine boxes, not masks: set both to 0 (INPUT.MIXING, "
+                "dataloader.mixing), or train without masks"
+            )
         if np.random.rand() < self.mixup:
             sample = mixup(sample, self.perhaps_mosaic(dataset, draw(dataset)))
         return sample

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pycocotools import mask
 
 from ..progress import progress
 from .convert import write_json
@@ -23,7 +24,7 @@ MIN_VISIBLE = 0.7  # fraction of a shape that later ones leave uncovered
 MIN_CONTRAST = 120  # distance in RGB between a shape and what is under it
 SENSOR_NOISE = 4  # standard deviation of every pixel, in grey levels
 SUPERSAMPLING = 4
-VERSION = "4"  # change it with the pictures, so that existing datasets are generated again
+VERSION = "5"  # change it with the pictures, so that existing datasets are generated again
 
 
 def _repeat(turns: int, *corners: complex) -> np.ndarray:
@@ -101,14 +102,20 @@ def _write_images(folder: Path, split: str, split_number: int, count: int, seed:
             # Ids start at 1: COCO's evaluation ignores matches with annotation 0.
             ids = {"id": len(annotations) + 1, "image_id": index, "category_id": category + 1}
             shape = {"bbox": _tight_box(visible), "area": int(visible.sum()), "iscrowd": 0}
-            annotations.append(ids | shape)
+            annotations.append(ids | shape | {"segmentation": encode(visible)})
     categories = [{"id": id, "name": name} for id, name in enumerate(OUTLINES, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _tight_box(mask: np.ndarray) -> list[int]:
+def encode(visible: np.ndarray) -> dict:
+    """A mask (H, W) as compressed RLE of text."""
+    rle = mask.encode(np.asfortranarray(visible, dtype=np.uint8))
+    return rle | {"size": list(visible.shape), "counts": rle["counts"].decode("ascii")}
+
+
+def _tight_box(visible: np.ndarray) -> list[int]:
     """The (x, y, width, height) of the true pixels of an (H, W) mask."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
     left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     return [int(left), int(top), int(right - left), int(bottom - top)]
 
@@ -126,15 +133,15 @@ def _draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, n
     for _ in range(num_shapes):
         category = int(rng.integers(len(OUTLINES)))
         coverage = _coverage(rng, list(OUTLINES.values())[category], height, width)
-        mask = coverage >= 0.5
-        covered = np.where(mask, len(areas), owner)
+        shape = coverage >= 0.5
+        covered = np.where(shape, len(areas), owner)
         visible = np.bincount(covered.ravel(), minlength=len(areas))
         if (visible[1 : len(areas)] < MIN_VISIBLE * np.array(areas[1:])).any():
             continue
         owner = covered
         categories.append(category)
-        areas.append(mask.sum())
-        colour = _contrasting_colour(rng, pixels[mask].mean(axis=0))
+        areas.append(shape.sum())
+        colour = _contrasting_colour(rng, pixels[shape].mean(axis=0))
         pixels += coverage[..., None] * (colour - pixels)
     pixels += rng.normal(scale=SENSOR_NOISE, size=pixels.shape)
     shapes = [(category, owner == number) for number, category in enumerate(categories, start=1)]

@@ -77,6 +77,27 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
         if told:
             logger.info(told)
 
+    def _tasks_from_predictions(self, predictions: list[dict]) -> list[str]:
+        """Masks are evaluated if there are any to compare with; one that is missing is its box."""
+        tasks = super()._tasks_from_predictions(predictions)
+        if "segm" not in tasks:
+            return tasks
+        annotations = self._coco_api.dataset.get("annotations", [])
+        without = [x for x in annotations if not x.get("segmentation")]
+        if annotations and len(without) == len(annotations):
+            logger.warning("the test set has no masks: boxes alone are evaluated")
+            return [task for task in tasks if task != "segm"]
+        if without:
+            logger.warning(
+                f"{len(without)} of {len(annotations)} annotations of the test set have no mask: "
+                "their boxes are evaluated as masks"
+            )
+        for annotation in without:
+            x, y, width, height = annotation["bbox"]
+            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+            annotation["segmentation"] = [corners]
+        return tasks
+
     def _suppressed(self, predictions: list[dict]) -> list[dict]:
         """What NMS removed, with the category ids of the data set."""
         contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id") or {}

@@ -11,6 +11,7 @@ from ..config.keys import add_dino_config
 from ..config.overrides import keys_of
 from ..config.styles import get
 from ..modeling.detector import Detector
+from ..modeling.mask_dino import MaskDINO
 from ..names import hint, nearest
 from ..weights import model_zoo
 
@@ -31,10 +32,15 @@ OF_OTHER_MODELS = (
     *("MODEL.RETINANET", "MODEL.RPN", "MODEL.SEM_SEG_HEAD"),
     *("MODEL.ROI_BOX_CASCADE_HEAD", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_HEADS"),
     *("MODEL.ROI_KEYPOINT_HEAD", "MODEL.ROI_MASK_HEAD"),
-    *("MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS", "MODEL.MASK_ON", "INPUT.MASK_FORMAT"),
+    *("MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS"),
     *("DATASETS.PROPOSAL_FILES_TRAIN", "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN"),
     *("DATASETS.PROPOSAL_FILES_TEST", "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST"),
     *("TEST.KEYPOINT_OKS_SIGMAS", "VIS_PERIOD"),
+)
+OF_MASKS = ("MODEL.MASK_ON", "INPUT.MASK_FORMAT")
+OF_MASK_DINO = (
+    *("MODEL.DINO.MASK", "MODEL.DINO.MATCHER.MASK_COST", "MODEL.DINO.MATCHER.DICE_COST"),
+    *("MODEL.DINO.LOSS.MASK_WEIGHT", "MODEL.DINO.LOSS.DICE_WEIGHT", "MODEL.DINO.LOSS.NUM_POINTS"),
 )
 OF_ADAMW = ("SOLVER.BACKBONE_MULTIPLIER", "SOLVER.OFFSETS_MULTIPLIER")
 OF_SGD = ("SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.CLIP_GRADIENTS.NORM_TYPE")
@@ -56,9 +62,9 @@ OF_OTHER_BACKBONES = {
 }
 
 
-def is_detector(cfg: CfgNode) -> bool:
+def is_detector(cfg: CfgNode, kind: type = Detector) -> bool:
     """Whether the meta-architecture is a Detector, such as DINO; one that is unknown is not."""
-    return issubclass(dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE, object), Detector)
+    return issubclass(dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE, object), kind)
 
 
 def check_keys(cfg: CfgNode | DictConfig) -> None:
@@ -76,6 +82,10 @@ def check_keys(cfg: CfgNode | DictConfig) -> None:
     by_model = OF_OTHER_MODELS if is_ours else OF_OUR_MODELS
     refuse(cfg, NOWHERE, "here")
     refuse(cfg, by_model, f"on a {cfg.MODEL.META_ARCHITECTURE}")
+    if is_detector(cfg, MaskDINO):
+        refuse(cfg, ("INPUT.MIXING",), "with masks")
+    elif is_ours:
+        refuse(cfg, (*OF_MASKS, *OF_MASK_DINO), f"on a {cfg.MODEL.META_ARCHITECTURE}")
     refuse(cfg, OF_OTHER_BACKBONES.get(backbone, ()), f"on the backbone {backbone}")
     by_optimizer = OF_ADAMW if optimizer == "SGD" else OF_SGD
     if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupFlatCosineLR":

@@ -66,7 +66,7 @@ def build_parts(
             scale_position=c.SCALE_POSITION,
             position_temperature=c.POSITION_TEMPERATURE,
             position_offset=c.POSITION_OFFSET,
-            **transformer,
+            **transformer | {"ffn_dim": c.ENCODER_FFN_DIM or c.FFN_DIM},
         ),
         "query_selection": select(cfg, classes),
         "decoder": decoder(

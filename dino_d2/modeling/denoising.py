@@ -241,6 +241,7 @@ class IndicatorDenoising(Denoising):
         budget: int = 500,
         label_noise: float = 0.4,
         box_noise: float = 0.4,
+        eps: float = 1e-3,
     ):
         super().__init__(
             num_classes=num_classes,
@@ -248,6 +249,7 @@ class IndicatorDenoising(Denoising):
             budget=budget,
             label_noise=label_noise,
             box_noise=box_noise,
+            eps=eps,
         )
         if not 1 <= groups <= budget:
             raise ValueError(
