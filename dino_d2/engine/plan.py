@@ -46,6 +46,7 @@ from .. import data
 from ..config.styles import YAML, get, keys_for, put
 from ..modeling import BackboneError
 from ..modeling.build import named
+from ..modeling.mask_dino import MaskDINO
 from ..modeling.test_time_augmentation import WithTTA
 from ..names import hint, plural
 from ..ranges import require_share, require_whole
@@ -162,7 +163,7 @@ def yaml_parts(cfg: CfgNode) -> dict[str, Any]:
         "build_mapper": partial(built, "augmentation", yaml_mapper, cfg),
         "mixing": built("augmentation", yaml_mixing, cfg),
         "evaluate": partial(yaml_evaluate, cfg),
-        "metrics": metrics_of(cfg.DATASETS.TEST) if is_detector(cfg) else (),
+        "metrics": yaml_metrics(cfg),
         "max_to_keep": None,
         "log_period": 20,
         "ddp": {},
@@ -462,12 +463,23 @@ def lazy_metrics(cfg: DictConfig) -> Sequence[str]:
     target = evaluator.get("_target_") if isinstance(evaluator, DictConfig) else None
     if isinstance(target, str):  # as a saved config has it
         target = locate(target)
-    is_ours = target is ErrorAnalysisEvaluator
-    return metrics_of(cfg.dataloader.test.dataset.names) if is_ours else ()
+    if target is not ErrorAnalysisEvaluator:
+        return ()
+    model = cfg.model.get("_target_")
+    model = locate(model) if isinstance(model, str) else model
+    has_masks = isinstance(model, type) and issubclass(model, MaskDINO)
+    return metrics_of(cfg.dataloader.test.dataset.names, has_masks)
 
 
-def metrics_of(names: Sequence[str]) -> list[str]:
-    """The metrics of a model's boxes for data sets of these names, of which higher is better.
+def yaml_metrics(cfg: CfgNode) -> Sequence[str]:
+    if not is_detector(cfg):
+        return ()
+    return metrics_of(cfg.DATASETS.TEST, is_detector(cfg, MaskDINO))
+
+
+def metrics_of(names: Sequence[str], has_masks: bool = False) -> list[str]:
+    """The metrics of a model's boxes, and masks if it has them, for data sets of these names, of
+    which higher is better.
 
     So without the costs of errors, and without AP with or without NMS, which is for comparison.
     Empty if the data sets are not registered, or have no class names.
@@ -479,7 +491,9 @@ def metrics_of(names: Sequence[str]) -> list[str]:
             return []
         scores = [*BOX_SCORES, *(f"AP-{x}" for x in classes if len(classes) > 1)]
         scores = OTHER_SCORES.get(kind_of(name), scores)
-        found += [f"{name}/bbox/{x}" if len(names) > 1 else f"bbox/{x}" for x in scores]
+        kinds = ("bbox", "segm") if has_masks else ("bbox",)
+        prefix = f"{name}/" if len(names) > 1 else ""
+        found += [f"{prefix}{kind}/{x}" for kind in kinds for x in scores]
     return found
 
 
