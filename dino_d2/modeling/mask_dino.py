@@ -53,8 +53,6 @@ class MaskDINO(DINO):
     """
 
     decoder_type = MaskDecoder
-    size_divisibility = 32  # so that masks, at stride 4, are those of whole pixels
-
     query_selection: UnifiedQuerySelection
     decoder: MaskDecoder
 
@@ -62,6 +60,7 @@ class MaskDINO(DINO):
     def __init__(self, *, pixel_embedding: PixelEmbedding, **arguments: Any):
         super().__init__(**arguments)
         self.pixel_embedding = pixel_embedding.to(memory_format=torch.channels_last)
+        self.size_divisibility = pixel_embedding.stride  # a pixel of masks is of whole pixels
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

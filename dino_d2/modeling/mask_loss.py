@@ -1,8 +1,8 @@
 """Costs and losses of masks, at random points (Mask2Former, arXiv 2112.01527, section 3.3).
 
 As bilinear sampling is linear, the logit of a mask at a point is the product of its embedding with
-the pixel embedding that is sampled there. So maps are made of matched queries only, one stage and
-one image at a time, and once more in the backward pass.
+the pixel embedding that is sampled there. So maps are made of matched queries only, some at a
+time, and once more in the backward pass.
 """
 
 from typing import Any, NamedTuple
@@ -23,6 +23,10 @@ from ..structures import (
 from .criterion import CRITERION_REGISTRY, SetCriterion
 from .masks import mask_logits
 from .matcher import MATCHER_REGISTRY, HungarianMatcher
+from .tokens import take_tokens
+
+# Of the maps that are made at once, so that memory does not grow with masks and stages.
+MAP_ELEMENTS = 2**23
 
 
 class MaskTruth(NamedTuple):
@@ -149,16 +153,17 @@ class MaskCriterion(SetCriterion):
         pairs = (x.expand(stages, -1).to(masks.device).split(counts, 1) for x in match[1:])
         sums, start = masks.new_zeros(2, stages), 0
         for image, (target, queries, boxes) in enumerate(zip(targets, *pairs, strict=True)):
-            own = [
-                recompute(self.losses, masks[i, image, queries[i]], target, boxes[i] - start)
-                for i in range(stages)
-            ]
-            sums = sums + torch.stack(own, 1)
+            own = take_tokens(masks[:, image], queries).flatten(0, 1)  # of all stages
+            boxes = (boxes - start).flatten()
+            at_once = max(1, MAP_ELEMENTS // target.pixels[0].numel())
+            parts = zip(own.split(at_once), boxes.split(at_once), strict=True)
+            losses = [recompute(self.losses, part, target, box) for part, box in parts]
+            sums = sums + torch.cat(losses, 1).unflatten(1, queries.shape).sum(2)
             start += len(target.labels)
         return dict(zip(("loss_mask", "loss_dice"), sums, strict=True))
 
     def losses(self, masks: Tensor, target: MaskTruth, boxes: Tensor) -> Tensor:
-        """Cross-entropy and dice loss (2,), summed over the masks of an image.
+        """Cross-entropy and dice loss (2, n) of masks of an image.
 
         Args:
             masks: embeddings (n, C)
@@ -166,14 +171,14 @@ class MaskCriterion(SetCriterion):
         """
         maps = mask_logits(masks, target.pixels)
         maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-        if not len(maps):
-            return maps.sum().expand(2)  # 0, but everything takes part in the backward pass
+        if not len(maps):  # everything takes part in the backward pass
+            return maps.sum((1, 2)).expand(2, -1)
         points = self.uncertain_points(maps.detach(), target.extent)
         logits = sample(maps[:, None], points * target.extent)[:, 0]
         expected = sample_masks(target.masks, boxes, points).to(logits.dtype)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, expected, reduction="none")
         both = torch.stack([cross_entropy.mean(1), dice(logits.sigmoid(), expected)])
-        return (both * target.known[boxes]).sum(1)
+        return both * target.known[boxes]
 
     @torch.no_grad()
     def uncertain_points(self, maps: Tensor, extent: Tensor) -> Tensor:
