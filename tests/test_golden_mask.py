@@ -18,13 +18,16 @@ from test_golden import to_slots
 from test_golden_family import GOLDEN as FAMILY
 from test_golden_family import assert_best, assert_close, official_grads
 
+from dino_d2.data.coco_classes import COCO_80
 from dino_d2.layouts.dino import detect_format
 from dino_d2.layouts.maskdino import from_maskdino, to_maskdino
+from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.modeling import mask_loss
 from dino_d2.modeling.branches import group_attn_mask, join_groups
 from dino_d2.modeling.masks import mask_logits
 from dino_d2.structures import MaskTarget, stack_predictions
 from dino_d2.weights import model_zoo
+from dino_d2.weights.checkpointer import Checkpointer
 
 GOLDEN = FAMILY.parent / "golden_mask"
 CONFIGS = {
@@ -339,3 +342,15 @@ def test_gradients_are_the_official_ones(rule, given, recorded):
         expected = recorded[key].double()
         difference = ours[key.removeprefix("grad/")] - expected
         assert difference.norm() <= 1e-6 * expected.norm(), key
+
+
+@pytest.mark.nightly
+def test_published_files_load_with_the_settings_that_no_tensor_shows(rule, tmp_path, caplog):
+    for name, other in (("maskdino_r50", []), ("maskdino_r50_4scale", [0.05, 0.1, 0.2, 0.4])):
+        given, path = official(rule, name), tmp_path / f"{name}.pth"
+        torch.save({"model": given.state}, path)
+        model = build(given)
+        Checkpointer(model, classes=COCO_80, complete=True).load(str(path))
+        model.query_selection.anchor_sides = other or [0.4, 0.2, 0.1]
+        with pytest.raises(CheckpointError, match="anchor_sides"):
+            Checkpointer(model, classes=COCO_80, complete=True).load(str(path))

@@ -91,9 +91,10 @@ def test_a_published_checkpoint_is_named_after_its_training(name):
 
 
 @pytest.mark.parametrize("name", PREDECESSORS)
-def test_a_predecessor_has_the_config_of_its_name(name):
+def test_another_model_has_the_config_of_its_name(name):
     cfg = model_zoo.get_config(name, trained=True)
-    assert RELEASES[name].config == f"Predecessors/{name.split('/')[1]}"
+    folder = "MaskDINO" if name.startswith("maskdino/") else "Predecessors"
+    assert RELEASES[name].config == f"{folder}/{name.split('/')[1]}"
     assert cfg.MODEL.WEIGHTS == f"dino_d2://{name}" and cfg.MODEL.DINO.NUM_CLASSES == 80
 
 
@@ -101,7 +102,7 @@ def test_a_file_name_tells_which_published_checkpoint_it_is():
     """Where no tensor tells the encoding of pixels."""
     files = [release.file for release in RELEASES.values() if release.encoding]
     assert len(set(files)) == len(files) == 45
-    assert len(RELEASES) == 45 + 14
+    assert len(RELEASES) == 45 + 16
 
 
 def test_what_only_a_browser_can_download_is_the_official_ones():

@@ -88,6 +88,15 @@ def to_maskdino(state: State, *, coarsest_first: bool) -> State:
     return state
 
 
+def anchor_sides(state: State) -> list[float]:
+    """The sides of anchors of each level, finest first, that a file was trained with; []: DINO's.
+
+    The code counts levels in the order of its decoder, which is the reverse of its encoder's.
+    """
+    count = len(state[f"{_ENCODER}level_embed"])
+    return [] if is_coarsest_first(state) else [0.05 * 2**i for i in reversed(range(count))]
+
+
 def is_coarsest_first(state: State) -> bool:
     """Whether the first projection takes the coarsest feature, which has most channels."""
     return next(iter(_projections(state).values())) == max(_projections(state).values())

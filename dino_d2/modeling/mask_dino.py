@@ -72,6 +72,13 @@ class MaskDINO(DINO):
         )
         return arguments | {"pixel_embedding": pixel_embedding}
 
+    def settings(self) -> dict[str, Any]:
+        selection = self.query_selection
+        return super().settings() | {
+            "anchor_sides": list(selection.anchor_sides),
+            "initialize_box_type": selection.initialize_box_type,
+        }
+
     def detect(
         self, pixels: Tensor, padding: Tensor, targets: list[Any] | None = None
     ) -> DetectorOutput:

@@ -8,7 +8,7 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 
 from ..data.coco_classes import COCO_80, COCO_91
 from ..distributed.sharing import gather
-from ..layouts import adapt, backbones, detr, dino
+from ..layouts import adapt, backbones, detr, dino, maskdino
 from ..layouts.adapt import LABELS, ClassNames
 from ..layouts.renaming import CheckpointError, State, move
 from ..modeling.backbones import TimmBackbone
@@ -23,6 +23,7 @@ DETECTORS: dict[str | None, Callable[[State], State]] = {
     "official": dino.from_official,
     "detrex": dino.from_detrex,
     "mmdet": dino.from_mmdet,
+    "maskdino": maskdino.from_maskdino,
     "detr": detr.from_detr,
     "dab_detr": detr.from_dab_detr,
     "deformable_detr": detr.from_deformable_detr,
@@ -71,6 +72,8 @@ def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> Op
         form = "dino_d2"
     convert = DETECTORS.get(form, dict)
     settings = checkpoint.get("dino_d2") or EXPECTED.get(form, {}) | encoding_of(file)
+    if form == "maskdino":
+        settings = {"anchor_sides": maskdino.anchor_sides(state)} | settings
     thresholds = settings.get("ema_thresholds"), settings.get("thresholds")
     settings = {k: x for k, x in settings.items() if not k.endswith("thresholds")}
     if own := thresholds[0 if averaged else 1]:

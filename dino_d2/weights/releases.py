@@ -81,6 +81,11 @@ _mmdet = partial(
     url="https://download.openmmlab.com/mmdetection/v3.0/dino/{}",
     encoding=DINO_ENCODING,
 )
+_maskdino = partial(
+    _release,
+    source="maskdino",
+    url="https://github.com/IDEA-Research/detrex-storage/releases/download/maskdino-v0.1.0/{}",
+)
 _detr = partial(_release, source="detr", url="https://dl.fbaipublicfiles.com/detr/{}")
 _huggingface = partial(
     _release,
@@ -135,6 +140,8 @@ _ROWS = (
     _mmdet("dino_R_50_4scale_12ep_improved", "dino-4scale_r50_improved_8xb2-12e_coco/dino-4scale_r50_improved_8xb2-12e_coco_20230818_162607-6f47a913.pth", epochs=12, ap=50.1, config="detrex/dino_R_50_4scale_12ep", encoding=DETR_ENCODING, sha256="6f47a913"),
     _mmdet("dino_Swin_L_384_5scale_12ep", "dino-5scale_swin-l_8xb2-12e_coco/dino-5scale_swin-l_8xb2-12e_coco_20230228_072924-a654145f.pth", epochs=12, ap=57.2, config="mmdet/dino_Swin_L_384_5scale_12ep.py", sha256="a654145f"),
     _mmdet("dino_Swin_L_384_5scale_36ep", "dino-swinl/dino-5scale_swin-l_8xb2-36e_coco-5486e051.pth", epochs=36, ap=58.4, config="mmdet/dino_Swin_L_384_5scale_36ep.py", sha256="5486e051", url="https://github.com/RistoranteRist/mmlab-weights/releases/download/{}"),
+    _maskdino("maskdino_R_50_50ep", "maskdino_r50_50ep_300q_hid1024_3sd1_instance_maskenhanced_mask46.1ap_box51.5ap.pth", epochs=50, ap=51.5, config="MaskDINO/maskdino_R_50_50ep"),
+    _maskdino("maskdino_R_50_4scale_50ep", "maskdino_r50_50ep_300q_hid2048_3sd1_instance_maskenhanced_mask46.3ap_box51.7ap.pth", epochs=50, ap=51.7, config="MaskDINO/maskdino_R_50_4scale_50ep"),
     _detr("detr_R_50_500ep", "detr-r50-e632da11.pth", epochs=500, ap=42.0, config="Predecessors/detr_R_50_500ep", sha256="e632da11"),
     _detr("detr_R_50_dc5_500ep", "detr-r50-dc5-f0fb7ef5.pth", epochs=500, ap=43.3, config="Predecessors/detr_R_50_dc5_500ep", sha256="f0fb7ef5"),
     _detr("detr_R_101_500ep", "detr-r101-2c7b67e5.pth", epochs=500, ap=43.5, config="Predecessors/detr_R_101_500ep", sha256="2c7b67e5"),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ EXPECTED: dict[str | None, dict[str, object]] = {
     "official": {"position_temperature": 20.0, "position_offset": 0.0, **TORCHVISION},
     "detrex": TORCHVISION,
     "mmdet": TORCHVISION,
+    "maskdino": {"position_temperature": 10000.0, "position_offset": 0.0, **TORCHVISION},
 }
 for _form, _temperature, _offset in (
     ("detr", 10000.0, 0.0),
@@ -38,6 +40,9 @@ REMEDIES = {
     "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1 (model.backbone.stages.stride_in_1x1)",
     "position_temperature": "MODEL.DINO.POSITION_TEMPERATURE (model.encoder.position_temperature)",
     "position_offset": "MODEL.DINO.POSITION_OFFSET (model.encoder.position_offset)",
+    "anchor_sides": "MODEL.DINO.MASK.ANCHOR_SIDES (model.query_selection.anchor_sides)",
+    "initialize_box_type": "MODEL.DINO.MASK.INITIALIZE_BOX_TYPE (model.query_selection."
+    "initialize_box_type)",
 }
 
 
@@ -79,7 +84,7 @@ def check_settings(model: Detector, expected: dict, file: str, *, complete: bool
     for name, found in model.settings().items():
         value = expected.get(name, found)
         exact = name.startswith("position")
-        if np.allclose(found, value, rtol=1e-3 if exact else 0.05):
+        if agree(found, value, rtol=1e-3 if exact else 0.05):
             continue
         message = (
             f"the weights of '{file}' go with {name} {value}, but the model has {found}: change "
@@ -88,6 +93,13 @@ def check_settings(model: Detector, expected: dict, file: str, *, complete: bool
         if complete or exact:
             raise CheckpointError(message)
         logger.warning(message)
+
+
+def agree(found: Any, value: Any, *, rtol: float) -> bool:
+    """Whether two settings, numbers or texts, are the same."""
+    if isinstance(found, str) or np.shape(found) != np.shape(value):
+        return found == value
+    return np.allclose(found, value, rtol=rtol)
 
 
 def warn_of_encoding(model: Detector, form: str | None, expected: dict, file: str) -> None:

@@ -41,10 +41,11 @@ if __name__ == "__main__":  # so that --help and wrong options do not wait for t
 
 from dino_d2.layouts.adapt import count_classes
 from dino_d2.layouts.dino import to_official
-from dino_d2.layouts.renaming import CheckpointError
+from dino_d2.layouts.maskdino import to_maskdino
+from dino_d2.layouts.renaming import CheckpointError, State
 from dino_d2.names import plural
 from dino_d2.weights.files import write
-from dino_d2.weights.fitting import open_weights
+from dino_d2.weights.fitting import OpenedWeights, open_weights
 
 
 def convert(source: str, to: str, *, ema: bool = False) -> dict:
@@ -62,8 +63,15 @@ def convert(source: str, to: str, *, ema: bool = False) -> dict:
     classes = opened.classes(number)
     # Also for the official layout, or settings that differ from the official ones would be lost.
     description = opened.settings | {"classes": classes and list(classes)}
-    state = to_official(opened.state) if to == "official" else opened.state
+    state = to_official_of(opened) if to == "official" else opened.state
     return {"model": state, "dino_d2": description}
+
+
+def to_official_of(opened: OpenedWeights) -> State:
+    """In the layout of the authors' code, of DINO or Mask DINO."""
+    if "pixel_embedding.projection.weight" not in opened.state:
+        return to_official(opened.state)
+    return to_maskdino(opened.state, coarsest_first=not opened.settings.get("anchor_sides"))
 
 
 def main() -> None:
