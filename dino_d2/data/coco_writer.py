@@ -7,6 +7,7 @@ from detectron2.structures import BoxMode, Instances
 
 from ..names import hint
 from .coco_classes import COCO_80, COCO_91
+from .masks import encode_mask
 from .normalise import fold_name
 
 
@@ -63,9 +64,12 @@ def to_results(
 
     Args:
         names: image_id, and other keys to copy into every detection
-        instances: with pred_boxes in pixels, scores and pred_classes
+        instances: with pred_boxes in pixels, scores, pred_classes and possibly pred_masks
         classes, categories: name and id of each class
     """
+    masks: list[dict] = [{}] * len(instances)
+    if instances.has("pred_masks"):
+        masks = [{"segmentation": encode_mask(x)} for x in instances.pred_masks.numpy()]
     boxes = instances.pred_boxes.tensor
     boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
     scores, labels = instances.scores.tolist(), instances.pred_classes.tolist()
@@ -76,6 +80,7 @@ def to_results(
             "category": classes[label],
             "bbox": box,
             "score": score,
+            **mask,
         }
-        for box, score, label in zip(boxes, scores, labels, strict=True)
+        for box, score, label, mask in zip(boxes, scores, labels, masks, strict=True)
     ]

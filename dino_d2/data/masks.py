@@ -1,7 +1,8 @@
-"""Checks masks of COCO annotations: polygons, and RLE, compressed or not."""
+"""Masks of COCO annotations, polygons or RLE, compressed or not: checked, encoded, decoded."""
 
 from typing import Any
 
+import numpy as np
 from pycocotools import mask
 
 from .faults import place_of
@@ -82,3 +83,20 @@ def to_rle(value: dict, size: tuple[int, int]) -> dict | None:
     except Exception:  # pycocotools raises anything
         return None
     return {"size": list(size), "counts": counts}
+
+
+def encode_mask(pixels: np.ndarray) -> dict:
+    """A mask (H, W) as compressed RLE of text."""
+    rle = mask.encode(np.asfortranarray(pixels, dtype=np.uint8))
+    return {"size": list(pixels.shape), "counts": rle["counts"].decode("ascii")}
+
+
+def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+    """The mask (H, W) bool of an annotation of `normalise_masks`, or of a detection.
+
+    Args:
+        size: height and width of the image, for polygons
+    """
+    if isinstance(segmentation, list):
+        segmentation = mask.merge(mask.frPyObjects(segmentation, *size))
+    return mask.decode(segmentation).astype(bool)

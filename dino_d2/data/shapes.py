@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from pycocotools import mask
 
 from ..progress import progress
 from .convert import write_json
 from .faults import missing_images
+from .masks import encode_mask
 
 IMAGE_SIDE = (96, 136)  # pixels, each side drawn independently
 DIAMETER = (30, 84)  # pixels, of the circle around a shape
@@ -102,15 +102,9 @@ def _write_images(folder: Path, split: str, split_number: int, count: int, seed:
             # Ids start at 1: COCO's evaluation ignores matches with annotation 0.
             ids = {"id": len(annotations) + 1, "image_id": index, "category_id": category + 1}
             shape = {"bbox": _tight_box(visible), "area": int(visible.sum()), "iscrowd": 0}
-            annotations.append(ids | shape | {"segmentation": encode(visible)})
+            annotations.append(ids | shape | {"segmentation": encode_mask(visible)})
     categories = [{"id": id, "name": name} for id, name in enumerate(OUTLINES, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def encode(visible: np.ndarray) -> dict:
-    """A mask (H, W) as compressed RLE of text."""
-    rle = mask.encode(np.asfortranarray(visible, dtype=np.uint8))
-    return rle | {"size": list(visible.shape), "counts": rle["counts"].decode("ascii")}
 
 
 def _tight_box(visible: np.ndarray) -> list[int]:
@@ -133,15 +127,15 @@ def _draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, n
     for _ in range(num_shapes):
         category = int(rng.integers(len(OUTLINES)))
         coverage = _coverage(rng, list(OUTLINES.values())[category], height, width)
-        shape = coverage >= 0.5
-        covered = np.where(shape, len(areas), owner)
+        mask = coverage >= 0.5
+        covered = np.where(mask, len(areas), owner)
         visible = np.bincount(covered.ravel(), minlength=len(areas))
         if (visible[1 : len(areas)] < MIN_VISIBLE * np.array(areas[1:])).any():
             continue
         owner = covered
         categories.append(category)
-        areas.append(shape.sum())
-        colour = _contrasting_colour(rng, pixels[shape].mean(axis=0))
+        areas.append(mask.sum())
+        colour = _contrasting_colour(rng, pixels[mask].mean(axis=0))
         pixels += coverage[..., None] * (colour - pixels)
     pixels += rng.normal(scale=SENSOR_NOISE, size=pixels.shape)
     shapes = [(category, owner == number) for number, category in enumerate(categories, start=1)]

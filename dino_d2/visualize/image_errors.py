@@ -1,7 +1,9 @@
 """Draws right, wrong and missed detections into an image."""
 
+import numpy as np
 from PIL import Image
 
+from ..data.masks import decode_mask
 from ..evaluation.matching import ERRORS, ImageMatches, detection_kinds
 from .marks import MARGIN, Mark, draw_marks, resize_long_side
 from .style import GREY, SKY, VERMILION, YELLOW, short_name
@@ -21,7 +23,8 @@ def draw_image_errors(
 ) -> Image.Image:
     """Draw the annotated boxes of an image and, to the right, its detections; see `LEGEND`.
 
-    Detections are labelled with class, score, and the IoU or the kind of error.
+    Detections are labelled with class, score, and the IoU or the kind of error. If they have masks,
+    these are drawn, and those of annotations.
 
     Args:
         image: in the size that annotations refer to
@@ -30,10 +33,18 @@ def draw_image_errors(
         side: the long side of either half, in pixels
     """
     image, scale = resize_long_side(image, side)
-    annotated, detected = (
-        draw_marks(image, [mark._replace(box=[scale * x for x in mark.box]) for mark in marks])
-        for marks in (_truth_marks(matching, names), _detection_marks(matching, names))
-    )
+    has_masks = any("segmentation" in detection for detection in matching.detections)
+    halves = []
+    for marks in (_truth_marks(matching, names), _detection_marks(matching, names)):
+        scaled = [
+            mark._replace(
+                box=[scale * x for x in mark.box],
+                mask=_resize(mark.mask, image.size) if has_masks else None,
+            )
+            for mark in marks
+        ]
+        halves.append(draw_marks(image, scaled))
+    annotated, detected = halves
     pair = Image.new("RGB", (2 * image.width + MARGIN, image.height), "white")
     pair.paste(annotated, (0, 0))
     pair.paste(detected, (image.width + MARGIN, 0))
@@ -47,7 +58,8 @@ def _truth_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark]:
     for annotation, missed, crowd in rows:
         name = short_name(names[annotation["category_id"]])
         style = CROWD if crowd else STYLES["missed" if missed else "correct"]
-        marks.append((not missed, Mark(_corners(annotation), name, *style)))
+        mask = _mask(annotation, matching)
+        marks.append((not missed, Mark(_corners(annotation), name, *style, mask=mask)))
     return [mark for _, mark in sorted(marks, key=lambda pair: pair[0])]
 
 
@@ -60,8 +72,19 @@ def _detection_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark
         style = CROWD if kind == "ignored" else STYLES["wrong" if kind in ERRORS else "correct"]
         name, score = short_name(names[detection["category_id"]]), f"{detection['score']:.2f}"
         text = f"{name} {score} {kind if iou is None else f'IoU {iou:.2f}'}"
-        marks.append((kind not in ERRORS, Mark(_corners(detection), text, *style)))
+        mask = _mask(detection, matching)
+        marks.append((kind not in ERRORS, Mark(_corners(detection), text, *style, mask=mask)))
     return [mark for _, mark in sorted(marks, key=lambda pair: pair[0])]
+
+
+def _mask(entry: dict, matching: ImageMatches) -> np.ndarray | None:
+    size = matching.image["height"], matching.image["width"]
+    return decode_mask(entry["segmentation"], size) if entry.get("segmentation") else None
+
+
+def _resize(mask: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
+    """To a width and height."""
+    return None if mask is None else np.array(Image.fromarray(mask).resize(size))
 
 
 def _corners(box: dict) -> list[float]:

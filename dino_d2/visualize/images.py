@@ -16,17 +16,19 @@ BESIDE = ("bbox/", "with_nms/", "without_nms/")  # there is one of the last two
 
 
 def draw_instances(image: Image.Image, instances: Instances, classes: Sequence[str]) -> Image.Image:
-    """Draw boxes, classes and scores into a copy of an image.
+    """Draw boxes, classes, scores and masks into a copy of an image.
 
     Args:
         image: in any mode
-        instances: with pred_boxes in pixels, scores and pred_classes, in descending order of score
+        instances: with pred_boxes in pixels, scores, pred_classes and possibly pred_masks, in
+            descending order of score
         classes: names of all classes
     """
-    found = zip(instances.pred_boxes, instances.scores, instances.pred_classes, strict=True)
+    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else [None] * len(instances)
+    parts = instances.pred_boxes, instances.scores, instances.pred_classes, masks
     marks = [
-        Mark(box.tolist(), f"{classes[label]} {score:.2f}", class_colour(int(label)))
-        for box, score, label in found
+        Mark(box.tolist(), f"{classes[label]} {score:.2f}", class_colour(int(label)), mask=mask)
+        for box, score, label, mask in zip(*parts, strict=True)
     ]
     return draw_marks(image, marks)
 

@@ -26,6 +26,7 @@ class Mark(NamedTuple):
     text: str  # label, drawn on one line; "" for none
     colour: str  # of the line and of the label's background
     dash: tuple[int, ...] = ()  # lengths of stroke and gap, in line widths; () is a solid line
+    mask: np.ndarray | None = None  # (H, W) bool of the image, filled with the colour
 
 
 def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
@@ -33,7 +34,7 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
 
     Labels do not overlap; one without a free place at its box is left out.
     """
-    picture = image.convert("RGB")
+    picture = fill_masks(image.convert("RGB"), marks)
     canvas = ImageDraw.Draw(picture)
     width = max(2, round(min(picture.size) / 160))
     for mark in reversed(marks):
@@ -49,6 +50,17 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
             canvas.rectangle(place, fill=mark.colour)
             canvas.text(place[:2], mark.text, ink_on(mark.colour), font, anchor="la")
     return picture
+
+
+def fill_masks(picture: Image.Image, marks: Sequence[Mark]) -> Image.Image:
+    """Blend the masks of marks with an RGB image, each half of the colour."""
+    masks = [(mark.mask, mark.colour) for mark in reversed(marks) if mark.mask is not None]
+    if not masks:
+        return picture
+    pixels = np.array(picture, dtype=np.float32)
+    for mask, colour in masks:
+        pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.array(ImageColor.getrgb(colour)[:3])
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 @cache

@@ -225,11 +225,15 @@ class Annotator:
 
 
 def enlarge(image: Image.Image, instances: Instances) -> tuple[Image.Image, Instances]:
-    """Enlarge a small image and its boxes by an integer, to at most `ENLARGED_SIDE`."""
+    """Enlarge a small image, its boxes and masks by an integer, to at most `ENLARGED_SIDE`."""
     factor = max(1, ENLARGED_SIDE // max(image.size))
     width, height = (factor * side for side in image.size)
     larger = Instances((height, width), **instances.get_fields())
     larger.pred_boxes = Boxes(factor * instances.pred_boxes.tensor)
+    if instances.has("pred_masks"):
+        masks = instances.pred_masks
+        larger.remove("pred_masks")
+        larger.pred_masks = masks.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     return image.resize((width, height)), larger
 
 

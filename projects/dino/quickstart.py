@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""See DINO learn in minutes: generate shapes, train on them, evaluate, draw the results."""
+"""See DINO learn in minutes: generate shapes, train on them, evaluate, draw the results.
+
+With --masks it is Mask DINO, which also learns the shapes' visible pixels.
+"""
 
 import argparse
 import json
@@ -18,13 +21,28 @@ Example, which is `make demo` with other random numbers, in a folder of its own:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
-    parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
+    parser.add_argument("--masks", action="store_true", help="train Mask DINO")
+    parser.add_argument(
+        "--output", type=Path, help="default: output/quickstart, or output/quickstart_masks"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes of the YAML config")
     return parser
 
 
+def name_of(args: argparse.Namespace) -> str:
+    """Of the config, and of the folder."""
+    return "quickstart_masks" if args.masks else "quickstart"
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argument_parser()
+    args = parser.parse_args()
+    args.output = args.output or Path("output", name_of(args))
+    return parser, args
+
+
 if __name__ == "__main__":  # so that --help and wrong options do not wait for the imports below
-    argument_parser().parse_args()
+    parse()
 
 
 import torch
@@ -63,7 +81,7 @@ def training_arguments(args: argparse.Namespace, data: Path) -> argparse.Namespa
     ours = (args.output / "data" / "images" / "train_00000.jpg").is_file()
     return train_net.argument_parser().parse_args(
         [
-            *("--config-file", "quickstart.yaml", *(["--overwrite"] if ours else [])),
+            *("--config-file", f"{name_of(args)}.yaml", *(["--overwrite"] if ours else [])),
             *("--train-json", str(data / "train.json"), "--train-images", str(data / "images")),
             *("--val-json", str(data / "val.json"), "--val-images", str(data / "images")),
             *("MODEL.DEVICE", device, "OUTPUT_DIR", str(args.output), *args.opts),
@@ -92,8 +110,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argument_parser()
-    args = parser.parse_args()
+    parser, args = parse()
     data, metrics = args.output / "data", args.output / "metrics.json"
 
     with one_sentence(parser.prog):
@@ -107,8 +124,13 @@ def main() -> None:
         results = args.output / "inference" / "coco_instances_results.json"
         draw_detections(data, results, args.output / "detections.png")
     result = json.loads(metrics.read_text().splitlines()[-1])
+    kinds = {"bbox": "", "segm": " of masks"} if args.masks else {"bbox": ""}
+    said = [
+        f"AP{what} {result[f'{kind}/AP']:.1f}, AP50 {result[f'{kind}/AP50']:.1f}"
+        for kind, what in kinds.items()
+    ]
     print(
-        f"AP {result['bbox/AP']:.1f}, AP50 {result['bbox/AP50']:.1f} on the validation images. "
+        f"{' and '.join(said)} on the validation images. "
         f"See {args.output}/: detections.png, curves.png, model_final.pth, log.txt"
     )
 

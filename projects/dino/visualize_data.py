@@ -73,6 +73,8 @@ if __name__ == "__main__":  # so that --help and wrong options do not wait for t
     parse()
 
 
+import numpy as np
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 from PIL import Image
 
 from dino_d2 import data
@@ -143,11 +145,26 @@ def draw(sample: dict, source: Source, side: int | None) -> tuple[Image.Image, s
     caption = f"{name}  {picture.width} x {picture.height}, {plural(len(instances), 'box')}"
     picture, scale = resize_long_side(picture, side or max(picture.size))
     labels = instances.gt_classes.tolist()
+    masks = masks_of(instances, picture.size)
     marks = [
-        Mark([scale * x for x in box], source.classes[label], class_colour(label))
-        for box, label in zip(instances.gt_boxes.tensor.tolist(), labels, strict=True)
+        Mark([scale * x for x in box], source.classes[label], class_colour(label), mask=mask)
+        for box, label, mask in zip(instances.gt_boxes.tensor.tolist(), labels, masks, strict=True)
     ]
     return draw_marks(picture, marks), caption
+
+
+def masks_of(instances: Instances, size: tuple[int, int]) -> list[np.ndarray | None]:
+    """The known masks of objects, resized to a width and height; None for others."""
+    if not instances.has("gt_masks"):
+        return [None] * len(instances)
+    masks = instances.gt_masks
+    if isinstance(masks, PolygonMasks):  # of Mask R-CNN
+        masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
+    known = instances.has_mask.tolist()
+    return [
+        np.array(Image.fromarray(mask).resize(size)) if is_known else None
+        for mask, is_known in zip(masks.tensor.numpy(), known, strict=True)
+    ]
 
 
 def run(stream: Iterator[dict], source: Source, args: argparse.Namespace) -> Counter:
