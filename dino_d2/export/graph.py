@@ -17,8 +17,10 @@ from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
 from ..modeling.dino import DINO
-from ..modeling.postprocess import Detections, non_maximum_suppression
+from ..modeling.masks import mask_logits
+from ..modeling.postprocess import MaskDetections, non_maximum_suppression, reorder
 from ..ops import reference
+from ..structures import Pixels
 from .runtime import ABOUT, INPUTS, About, ExportError, kind_of, needs
 
 OPSET = 18  # has GridSample, LayerNormalization and everything else as one operator
@@ -34,7 +36,7 @@ class Exportable(nn.Module):
         training = "denoising", "branches", "passes"
         self.model._modules = {k: x for k, x in model._modules.items() if k not in training}
 
-    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
         """Detect in padded images.
 
         Args:
@@ -44,24 +46,36 @@ class Exportable(nn.Module):
         Returns:
             the fields of `Detections`, as a tuple, so that files do not depend on this package;
             boxes (x0, y0, x1, y1) in pixels of the input, inside the image. With NMS, those that it
-            suppresses come last, with a score of 0
+            suppresses come last, with a score of 0. Of Mask DINO also logits of masks (B, N, h, w),
+            of the padded images
         """
         model = self.model
         padding = padding_of(images, image_sizes)
         pixels = (images.float() - model.pixel_mean) / model.pixel_std
         output = model.detect(pixels.masked_fill(padding[:, None], 0), padding)
-        found = model.best(output.result.layers[-1])
-        boxes, scores, labels = found if model.nms is None else distinct_first(found, model.nms)
-        limit = image_sizes.flip(1).tile(2)[:, None].to(boxes.dtype)
-        return (boxes * limit).clamp(min=0).minimum(limit), scores, labels
+        found: Any = model.best(output.result.layers[-1])
+        if model.nms is not None:
+            kept = non_maximum_suppression(found, model.nms)
+            found = found._replace(scores=found.scores.masked_fill(~kept, 0))
+        if output.pixels is not None:
+            found = with_maps(found, output.pixels)
+        if len(found) > 3 or model.nms is not None:
+            found = reorder(found, found.scores.topk(found.scores.shape[1], dim=1).indices)
+        limit = image_sizes.flip(1).tile(2)[:, None].to(found.boxes.dtype)
+        return tuple(found._replace(boxes=(found.boxes * limit).clamp(min=0).minimum(limit)))
 
 
-def distinct_first(found: Detections, nms: float) -> Detections:
-    """Detections in descending order of score, which is 0 for those that NMS suppresses."""
-    scores = found.scores.masked_fill(~non_maximum_suppression(found, nms), 0)
-    scores, order = scores.topk(scores.shape[1], dim=1)
-    boxes = found.boxes.gather(1, order[..., None].expand(-1, -1, 4))
-    return Detections(boxes, scores, found.labels.gather(1, order))
+def with_maps(found: MaskDetections, pixels: Pixels) -> MaskDetections:
+    """With maps of logits in place of embeddings, and scores times the certainty of masks."""
+    maps = mask_logits(found.masks, pixels.maps)
+    height, width = maps.shape[-2:]
+    limit = pixels.extent * torch.tensor([width, height], device=maps.device)
+    below = torch.arange(height, device=maps.device) < limit[:, 1:]
+    right = torch.arange(width, device=maps.device) < limit[:, :1]
+    inside = (maps > 0) & (below[:, None, :, None] & right[:, None, None])
+    total = (maps.sigmoid() * inside).sum((2, 3))
+    certainty = total / inside.sum((2, 3)).clamp(min=1)
+    return found._replace(scores=found.scores * certainty, masks=maps)
 
 
 def padding_of(images: Tensor, image_sizes: Tensor) -> Tensor:
@@ -174,7 +188,7 @@ def to_onnx(program: ExportedProgram) -> "torch.onnx.ONNXProgram":
         exported = torch.onnx.export(
             program,
             input_names=INPUTS,
-            output_names=Detections._fields,
+            output_names=MaskDetections._fields[: len(program.graph_signature.user_outputs)],
             opset_version=OPSET,
             external_data=False,
             verbose=False,

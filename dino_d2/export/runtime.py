@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.mapper import channels_of
-from ..modeling.postprocess import Detections
+from ..modeling.postprocess import Detections, MaskDetections
 from ..names import plural
 
 INPUTS = ("images", "image_sizes")
 ABOUT = "dino_d2"  # name of the metadata in a .pt2 file
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # in pixels, and absolute
+MASK_TOLERANCE = 0.01  # of the IoU
 
 
 class ExportError(ValueError):
@@ -76,7 +77,7 @@ class Exported:
         self.graph, self.about = read_pt2(path) if kind_of(path) == ".pt2" else read_onnx(path)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, image_sizes: Tensor) -> Detections:
+    def __call__(self, images: Tensor, image_sizes: Tensor) -> Detections | MaskDetections:
         """Detect in images as of `fit`; an ExportError for a wrong shape, number or type."""
         count, size = self.about.batch_size or max(len(images), 1), self.about.size
         expected = (count, channels_of(self.about.image_format), *size)
@@ -96,15 +97,21 @@ class Exported:
                 f"image_sizes {image_sizes.tolist()} should be height and width of each of the "
                 f"{plural(count, 'image')}, at most {size[0]} and {size[1]}"
             )
-        return Detections(*(x.to(images.device) for x in self.run(images, image_sizes)))
+        return detections(x.to(images.device) for x in self.run(images, image_sizes))
 
     def run(self, *inputs: Tensor) -> Iterable[Tensor]:
-        """Boxes, scores and labels, on the device of the graph."""
+        """Boxes, scores, labels and, of Mask DINO, masks, on the device of the graph."""
         if isinstance(self.graph, nn.Module):
             device = next(self.graph.parameters()).device
             return self.graph(*(x.to(device) for x in inputs))
         arrays = dict(zip(INPUTS, (x.cpu().numpy() for x in inputs), strict=True))
         return map(torch.from_numpy, self.graph.run(None, arrays))
+
+
+def detections(outputs: Iterable[Tensor]) -> Detections | MaskDetections:
+    """The outputs of a graph, by name."""
+    parts = tuple(outputs)
+    return Detections(*parts) if len(parts) == 3 else MaskDetections(*parts)
 
 
 def read_pt2(path: Path) -> tuple[nn.Module, About]:
@@ -146,20 +153,23 @@ class Differences(NamedTuple):
 
     boxes: Tensor  # (n,), the largest difference of four coordinates, in pixels
     scores: Tensor  # (n,)
+    masks: Tensor  # (n,), 1 - IoU; 0 without masks
 
     @property
     def tolerable(self) -> bool:
         close = (self.boxes <= BOX_TOLERANCE) & (self.scores <= SCORE_TOLERANCE)
-        return bool(close.all())
+        return bool((close & (self.masks <= MASK_TOLERANCE)).all())
 
 
-def compare(expected: Detections, actual: Detections, threshold: float) -> Differences:
+def compare(
+    expected: Detections | MaskDetections, actual: Detections | MaskDetections, threshold: float
+) -> Differences:
     """Differences of detections whose score is at least `threshold` in either result.
 
     Detections are paired one to one by class, box and score, as rounding may change their order.
     """
     pairs = []
-    for (box, score, label), (other_box, other_score, other_label) in zip(
+    for (box, score, label, *masks), (other_box, other_score, other_label, *other_masks) in zip(
         zip(*expected, strict=True), zip(*actual, strict=True), strict=True
     ):
         distance = (box[:, None] - other_box).abs().amax(-1)
@@ -171,8 +181,18 @@ def compare(expected: Detections, actual: Detections, threshold: float) -> Diffe
         tops = torch.maximum(F.pad(score, (0, below))[:, None], F.pad(other_score, (0, right)))
         cost = (apart / torch.tensor([BOX_TOLERANCE, SCORE_TOLERANCE])).amax(-1)
         rows, columns = map(torch.from_numpy, linear_sum_assignment(cost.nan_to_num(1e9, 1e9)))
-        pairs.append(apart[rows, columns][tops[rows, columns] >= threshold])
+        found, counted = apart[rows, columns], tops[rows, columns] >= threshold
+        differing = found.new_zeros(count, 1)
+        if masks and other_masks and len(score) == len(other_score):
+            differing = 1 - mask_iou(masks[0][rows] > 0, other_masks[0][columns] > 0)[:, None]
+        pairs.append(torch.cat([found, differing], 1)[counted])
     return Differences(*torch.cat(pairs).unbind(-1))
+
+
+def mask_iou(masks: Tensor, others: Tensor) -> Tensor:
+    """IoU (n,) of masks (n, h, w), one by one; 1 if both are empty."""
+    both, either = (masks & others).sum((1, 2)), (masks | others).sum((1, 2))
+    return torch.where(either > 0, both / either, 1)
 
 
 def kind_of(path: Path) -> str:

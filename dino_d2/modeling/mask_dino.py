@@ -1,7 +1,7 @@
 """Mask DINO as a Detectron2 meta-architecture (arXiv 2206.02777)."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -21,19 +21,10 @@ from ..structures import (
 from .detector import Batch
 from .dino import DINO
 from .masks import MaskDecoder, PixelEmbedding, UnifiedQuerySelection, mask_logits
-from .postprocess import detections_of, to_instances
+from .postprocess import MaskDetections, detections_of, to_instances
 from .tokens import take_tokens, valid_ratio
 
 MASKS_AT_ONCE = 16  # at full resolution, so that memory does not grow with detections
-
-
-class MaskDetections(NamedTuple):
-    """The N best (query, class) pairs of each image, see :class:`Detections`."""
-
-    boxes: Tensor  # (B, N, 4), corners
-    scores: Tensor  # (B, N), in [0, 1]
-    labels: Tensor  # (B, N), int64 in [0, K)
-    masks: Tensor  # (B, N, C), embeddings
 
 
 @META_ARCH_REGISTRY.register()

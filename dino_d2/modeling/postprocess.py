@@ -1,6 +1,6 @@
 """Turns the predictions of the last layer into detections and Detectron2's instances."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -17,6 +17,27 @@ class Detections(NamedTuple):
     boxes: Tensor  # (B, N, 4), corners
     scores: Tensor  # (B, N), in [0, 1]
     labels: Tensor  # (B, N), int64 in [0, K)
+
+
+class MaskDetections(NamedTuple):
+    """Those of Mask DINO."""
+
+    boxes: Tensor  # (B, N, 4), corners
+    scores: Tensor  # (B, N), in [0, 1]
+    labels: Tensor  # (B, N), int64 in [0, K)
+    masks: Tensor  # (B, N, C) embeddings; of exported files, (B, N, h, w) logits
+
+
+D = TypeVar("D", Detections, MaskDetections)
+
+
+def reorder(detections: D, order: Tensor) -> D:
+    """Those of each image that `order` (B, N) names."""
+    parts = [
+        take_tokens(x.flatten(2), order).view_as(x) if x.dim() > 2 else x.gather(1, order)
+        for x in detections
+    ]
+    return type(detections)(*parts)
 
 
 class Choice(NamedTuple):
@@ -61,7 +82,7 @@ def detections_of(predictions: Predictions, choice: Choice) -> Detections:
     return Detections(corners, choice.scores, choice.labels)
 
 
-def non_maximum_suppression(detections: Detections, iou: float) -> Tensor:
+def non_maximum_suppression(detections: Detections | MaskDetections, iou: float) -> Tensor:
     """Which detections have no better one of their class and image that overlaps them by more.
 
     Args:
@@ -74,7 +95,9 @@ def non_maximum_suppression(detections: Detections, iou: float) -> Tensor:
     return distinct(boxes, detections.scores, iou, detections.labels)
 
 
-def to_instances(detections: Detections, image_sizes: list[tuple[int, int]]) -> list[Instances]:
+def to_instances(
+    detections: Detections | MaskDetections, image_sizes: list[tuple[int, int]]
+) -> list[Instances]:
     """Detections of each image (height, width) as instances, with boxes in its pixels."""
     results = []
     parts = detections.boxes, detections.scores, detections.labels

@@ -80,13 +80,16 @@ from dino_d2.data.convert import SUFFIXES as IMAGE_SUFFIXES
 from dino_d2.export import Exportable, check, export, save
 from dino_d2.export.runtime import (
     BOX_TOLERANCE,
+    MASK_TOLERANCE,
     SCORE_TOLERANCE,
     About,
     Detections,
     Differences,
     Exported,
     ExportError,
+    MaskDetections,
     compare,
+    detections,
     fit,
     kind_of,
     needs,
@@ -115,10 +118,10 @@ def compare_all(
 
 
 @torch.no_grad()
-def padded(model: dino_d2.DINO, images: Tensor, sizes: Tensor) -> Detections:
+def padded(model: dino_d2.DINO, images: Tensor, sizes: Tensor) -> Detections | MaskDetections:
     """The model's detections in padded images, which the file should reproduce."""
     found = Exportable(model)(images.to(model.device), sizes.to(model.device))
-    return Detections(*(x.cpu() for x in found))
+    return detections(x.cpu() for x in found)
 
 
 @torch.no_grad()
@@ -150,7 +153,8 @@ def verify(
     effect = compare_all(alone, expected, threshold)
     print(
         f"{plural(len(found.boxes), 'detection')} compared with the model's: boxes differ by up to "
-        f"{found.boxes.max():.2g} pixels, scores by up to {found.scores.max():.2g}\n"
+        f"{found.boxes.max():.2g} pixels, scores by up to {found.scores.max():.2g}, masks by up to "
+        f"{found.masks.max():.2g} of their union\n"
         f"without padding the model's own would differ by {effect.boxes.median():.2g} pixels and "
         f"{effect.scores.median():.2g} (medians)"
     )
@@ -214,8 +218,9 @@ def main() -> None:
         sys.exit(f"{parser.prog}: {error}")
     if not verify(unverified, predictor.model, batches, expected, threshold):
         sys.exit(
-            f"{parser.prog}: that is more than {BOX_TOLERANCE} pixels or {SCORE_TOLERANCE} of a "
-            f"score: '{unverified}' is kept to look at, but does not do what the model does"
+            f"{parser.prog}: that is more than {BOX_TOLERANCE} pixels, {SCORE_TOLERANCE} of a "
+            f"score or {MASK_TOLERANCE} of a mask: '{unverified}' is kept to look at, but does not "
+            "do what the model does"
         )
     unverified.replace(args.output)
     print(f"'{args.output}' holds what was compared: see EXPORT.md for how to run it")

@@ -33,7 +33,10 @@ class OnnxDetector:
             raise ValueError(f"'{path}' was not written by export.py: {reason}") from error
 
     def __call__(self, image: Image.Image, threshold: float = 0.3) -> list[dict]:
-        """Detections of at least the threshold: class, score, box (x0, y0, x1, y1 in pixels)."""
+        """Detections of at least the threshold: class, score, box (x0, y0, x1, y1 in pixels).
+
+        Of Mask DINO also mask, in COCO's uncompressed RLE.
+        """
         (height, width), count = self.about["size"], self.about["batch_size"] or 1
         scale = min(height / image.height, width / image.width)
         h, w = max(1, round(image.height * scale)), max(1, round(image.width * scale))
@@ -42,7 +45,24 @@ class OnnxDetector:
         padded = picture.resize((w, h), Image.Resampling.BILINEAR).crop((0, 0, width, height))
         pixels = np.array([[padded.getchannel(x) for x in order]] * count)
         inputs = {"images": pixels, "image_sizes": np.array([[h, w]] * count, np.int64)}
-        boxes, scores, labels = (x[0] for x in self.session.run(None, inputs))
+        boxes, scores, labels, *masks = (x[0] for x in self.session.run(None, inputs))
         boxes = boxes * np.float32([image.width / w, image.height / h] * 2)
-        rows = zip(boxes.tolist(), scores.tolist(), labels, strict=True)
-        return [{"class": names[c], "score": s, "box": b} for b, s, c in rows if s >= threshold]
+        rows = zip(boxes.tolist(), scores.tolist(), labels, *masks, strict=True)
+        found = []
+        for box, score, label, *logits in rows:
+            if score >= threshold:
+                found.append({"class": names[label], "score": score, "box": box})
+                for maps in logits:
+                    whole = Image.fromarray(maps).resize((width, height), Image.Resampling.BILINEAR)
+                    own = whole.crop((0, 0, w, h)).resize(image.size, Image.Resampling.BILINEAR)
+                    found[-1]["mask"] = run_lengths(np.asarray(own) > 0)
+        return found
+
+
+def run_lengths(mask: np.ndarray) -> dict:
+    """COCO's uncompressed RLE of a mask (H, W) of bool: column by column, beginning with 0s."""
+    pixels = mask.T.ravel()
+    ends = np.flatnonzero(
+        np.concatenate([[False], pixels]) != np.concatenate([pixels, [not pixels[-1]]])
+    )
+    return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
