@@ -13,11 +13,11 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from torch import nn
 from torch.nn import functional as F
 
-from dino_d2 import DINO, modeling
+from dino_d2 import DINO, MaskDINO, modeling
 from dino_d2.boxes import cxcywh_to_xyxy
 from dino_d2.modeling.tokens import flatten
 from dino_d2.structures import Predictions, Target
@@ -208,3 +208,52 @@ def randomise():
         return module
 
     return fill
+
+
+@pytest.fixture
+def make_mask_dino():
+    """A Mask DINO of the size of `make_dino`, which takes the batches of `make_mask_batch`."""
+
+    def make(initialize_box_type="bitmask", budget=4, max_detections=20, num_points=64):
+        sizes = {"embed_dim": 64, "num_heads": 4, "ffn_dim": 64, "num_points": 2, "num_layers": 2}
+        backbone = TinyBackbone(features=("res2", "res3", "res4", "res5"))
+        shape, common = backbone.output_shape(), {"embed_dim": 64, "num_classes": NUM_CLASSES}
+        return MaskDINO(
+            backbone=backbone,
+            pixel_embedding=modeling.PixelEmbedding(input_shape=shape, embed_dim=64),
+            neck=modeling.ChannelMapper(
+                input_shape=shape, in_features=["res3", "res4", "res5"], out_channels=64
+            ),
+            encoder=modeling.Encoder(**sizes),
+            query_selection=modeling.UnifiedQuerySelection(
+                num_queries=20, initialize_box_type=initialize_box_type, **common
+            ),
+            decoder=modeling.MaskDecoder(num_classes=NUM_CLASSES, eps=1e-5, **sizes),
+            criterion=modeling.MaskCriterion(matcher=modeling.MaskMatcher(), num_points=num_points),
+            denoising=modeling.CenterDenoising(budget=budget, eps=1e-5, **common),
+            num_classes=NUM_CLASSES,
+            max_detections=max_detections,
+            pixel_mean=[120.0, 115.0, 105.0],
+            pixel_std=[60.0, 58.0, 57.0],
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_mask_batch(make_batch):
+    """As `make_batch`; an object's mask is the ellipse in its box."""
+
+    def make(*counts, sizes=None):
+        batch = make_batch(*counts, sizes=sizes)
+        for x in batch:
+            instances = x["instances"]
+            height, width = instances.image_size
+            y, x_ = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+            low, high = instances.gt_boxes.tensor[:, :, None, None].split(2, 1)
+            center, size = (low + high) / 2, high - low
+            apart = (torch.stack([x_, y]) + 0.5 - center) / size
+            instances.gt_masks = BitMasks((apart**2).sum(1) <= 0.25)
+        return batch
+
+    return make

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dino_d2 import modeling
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine import Trainer
+from dino_d2.modeling import mask_loss
 from dino_d2.modeling.criterion import BoxesOnly
 from dino_d2.modeling.denoising import IndicatorDenoising
 from dino_d2.modeling.postprocess import postprocess
@@ -245,6 +246,21 @@ def test_a_training_step_waits_once_for_the_costs(waits, make_dino, make_batch, 
         model = build(make_dino)
     batch = make_batch(*counts, sizes=[(64, 64), (48, 80)])  # padded
     waits.clear()  # of building
+    losses = model(batch)
+    (wait,) = waits
+    assert "costs.cpu()" in wait
+    assert all(loss.is_cuda for loss in losses.values())
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (0, 0)], ids=str)
+def test_a_training_step_with_masks_waits_once_for_the_costs(
+    waits, make_mask_dino, make_mask_batch, counts, monkeypatch
+):
+    monkeypatch.setattr(mask_loss, "recompute", lambda call, *args: call(*args))
+    with torch.device("cuda"):
+        model = make_mask_dino()
+    batch = make_mask_batch(*counts, sizes=[(64, 64), (48, 80)])
+    waits.clear()
     losses = model(batch)
     (wait,) = waits
     assert "costs.cpu()" in wait

@@ -114,13 +114,20 @@ class Mapper(DatasetMapper):
             if not self.use_keypoint:
                 annotation.pop("keypoints", None)
             # A box without a mask goes through augmentation as a mask does.
-            annotation.setdefault("segmentation", [rectangle(annotation)])
+            mask = annotation.pop("segmentation", [rectangle(annotation)])
+            if isinstance(mask, list) and self.instance_mask_format == "bitmask":
+                # Not cut by a crop, for which Detectron2 needs another package; pixels will be.
+                points = [np.asarray(part, dtype=np.float64).reshape(-1, 2) for part in mask]
+                moved = {"segmentation": [transforms.apply_coords(x).ravel() for x in points]}
+            else:
+                annotation["segmentation"], moved = mask, {}
             detection_utils.transform_instance_annotations(
                 annotation,
                 transforms,
                 image_shape,
                 keypoint_hflip_indices=self.keypoint_hflip_indices,
             )
+            annotation |= moved
         instances = detection_utils.annotations_to_instances(
             objects, image_shape, mask_format=self.instance_mask_format
         )

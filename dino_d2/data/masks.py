@@ -72,6 +72,8 @@ def to_rle(value: dict, size: tuple[int, int]) -> dict | None:
     counts = value.get("counts")
     if value.get("size") not in (list(size), size):
         return None
+    if not isinstance(counts, list | str | bytes):
+        return None
     try:
         if isinstance(counts, list):
             if sum(counts) != size[0] * size[1] or min(counts) < 0:
@@ -79,7 +81,7 @@ def to_rle(value: dict, size: tuple[int, int]) -> dict | None:
             counts = mask.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"]
         if isinstance(counts, bytes):
             counts = counts.decode("ascii")
-        mask.toBbox({"size": list(size), "counts": str(counts).encode("ascii")})
+        mask.toBbox({"size": list(size), "counts": counts.encode("ascii")})
     except Exception:  # pycocotools raises anything
         return None
     return {"size": list(size), "counts": counts}

@@ -19,6 +19,7 @@ from ..structures import (
     MaskPredictions,
     MaskTarget,
     Match,
+    send_to_device,
 )
 from .criterion import CRITERION_REGISTRY, SetCriterion
 from .masks import mask_logits
@@ -150,7 +151,8 @@ class MaskCriterion(SetCriterion):
             masks: embeddings (N, B, Q, C)
         """
         stages, counts = len(masks), match.images.bincount(minlength=len(targets)).tolist()
-        pairs = (x.expand(stages, -1).to(masks.device).split(counts, 1) for x in match[1:])
+        sent = (send_to_device(x, like=masks).expand(stages, -1) for x in match[1:])
+        pairs = (x.split(counts, 1) for x in sent)
         sums, start = masks.new_zeros(2, stages), 0
         for image, (target, queries, boxes) in enumerate(zip(targets, *pairs, strict=True)):
             own = take_tokens(masks[:, image], queries).flatten(0, 1)  # of all stages

@@ -1,0 +1,235 @@
+"""Mask DINO's parts against slow implementations, and what holds for any image and batch.
+
+That it computes what its authors' code does is for `test_golden_mask.py`.
+"""
+
+from math import exp, log
+
+import pytest
+import torch
+from detectron2.structures import BitMasks, PolygonMasks
+from outputs import run_detector
+from torch.nn import functional as F
+
+from dino_d2.boxes import cxcywh_to_xyxy
+from dino_d2.modeling import (
+    MaskDecoder,
+    MaskMatcher,
+    PixelEmbedding,
+    UnifiedQuerySelection,
+    mask_loss,
+)
+from dino_d2.modeling.mask_dino import resize_masks
+from dino_d2.modeling.masks import mask_boxes, mask_logits
+from dino_d2.structures import MaskPredictions, Pixels
+
+
+def whole(maps):
+    """Pixel embeddings of images without padding."""
+    return Pixels(maps, maps.new_ones(len(maps), 2))
+
+
+# ---- masks at points
+
+
+def test_masks_are_sampled_as_grid_sample_does():
+    masks = torch.rand(5, 9, 7) > 0.5
+    which = torch.tensor([4, 0, 0, 2])
+    points = torch.rand(4, 50, 2) * 1.2 - 0.1  # some are outside
+    points[0, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.5, 0.5]])
+    grid = 2 * points[:, :, None] - 1
+    expected = F.grid_sample(masks[which][:, None].float(), grid, align_corners=False)[:, 0, :, 0]
+    torch.testing.assert_close(mask_loss.sample_masks(masks, which, points), expected)
+
+
+def test_a_logit_at_a_point_is_that_of_the_pixel_embedding_there():
+    embeddings, maps, points = torch.randn(3, 8), torch.randn(8, 6, 5), torch.rand(1, 40, 2)
+    of_maps = mask_loss.sample(mask_logits(embeddings, maps)[None], points)[0]
+    of_pixels = embeddings @ mask_loss.sample(maps[None], points)[0]
+    torch.testing.assert_close(of_maps, of_pixels)
+
+
+def test_costs_are_means_over_points():
+    logits, masks = torch.randn(4, 30).double(), torch.rand(3, 30).double()
+    entropy, dice = (
+        mask_loss.pairwise_cross_entropy(logits, masks),
+        mask_loss.pairwise_dice(logits, masks),
+    )
+    for i, row in enumerate(logits.tolist()):
+        p = [1 / (1 + exp(-x)) for x in row]
+        for j, target in enumerate(masks.tolist()):
+            pairs = list(zip(p, target, strict=True))
+            expected = -sum(t * log(x) + (1 - t) * log(1 - x) for x, t in pairs) / 30
+            assert entropy[i, j].item() == pytest.approx(expected)
+            overlap = sum(x * t for x, t in pairs)
+            expected = 1 - (2 * overlap + 1) / (sum(p) + sum(target) + 1)
+            assert dice[i, j].item() == pytest.approx(expected)
+
+
+def test_the_least_certain_points_are_kept(make_mask_dino):
+    criterion = make_mask_dino(num_points=40).criterion
+    maps = torch.full((2, 8, 8), 9.0)
+    maps[:, :, 4:] = 0.0  # uncertain at the right
+    points = criterion.uncertain_points(maps, torch.ones(2))
+    assert points.shape == (2, 40, 2)
+    assert (points[:, :30, 0] > 0.4).all()  # three quarters
+    half = torch.tensor([0.5, 1.0])  # the right half is padding: nothing is drawn there
+    at = mask_loss.sample(maps[:, None], criterion.uncertain_points(maps, half) * half)
+    assert (at > 4).all()
+
+
+# ---- boxes of masks
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_boxes_of_masks_are_tight(exclusive):
+    logits = torch.full((1, 3, 6, 8), -1.0)
+    logits[0, 0, 1:4, 2:7] = 1.0
+    logits[0, 1, 5, 7] = 1.0
+    maps = logits.flatten(1, 2)[:, :, :].view(1, 3, 6, 8)
+    boxes = mask_boxes(torch.eye(3)[None], whole(maps), exclusive)
+    corners = cxcywh_to_xyxy(boxes)[0] * torch.tensor([8, 6, 8, 6])
+    less = 1 if exclusive else 0
+    expected = [
+        [2, 1, 7 - less, 4 - less],
+        [7, 5, 8 - less, 6 - less],
+        [8, 6, 8, 6] if exclusive else [0] * 4,
+    ]
+    torch.testing.assert_close(corners, torch.tensor(expected).float())
+
+
+def test_boxes_of_masks_are_relative_to_the_image_without_padding():
+    maps = torch.full((1, 1, 4, 8), -1.0)
+    maps[0, 0, :3, 1:6] = 1.0  # the image is 4 x 4 pixels wide, the rest padding
+    boxes = mask_boxes(torch.ones(1, 1, 1), Pixels(maps, torch.tensor([[0.5, 1.0]])))
+    expected = torch.tensor([0.25, 0.0, 1.0, 0.75])
+    torch.testing.assert_close(cxcywh_to_xyxy(boxes)[0, 0], expected)
+
+
+# ---- the detector
+
+
+def test_there_is_a_prediction_before_the_first_layer(make_mask_dino, make_mask_batch):
+    model = make_mask_dino()
+    images = model.preprocess_images(make_mask_batch(1))
+    output = run_detector(model, images)
+    first, *layers = output.result.layers
+    assert len(layers) == 2
+    assert torch.equal(first.boxes, output.result.queries.reference)
+    assert not first.boxes.requires_grad and layers[0].boxes.requires_grad
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (0, 2), (0, 0), (25, 1)], ids=str)
+def test_every_parameter_takes_part_in_a_step(make_mask_dino, make_mask_batch, counts):
+    model = make_mask_dino()
+    losses = model(make_mask_batch(*counts, sizes=[(64, 64), (48, 80)]))
+    assert {name.split("_")[1] for name in losses} == {"class", "bbox", "giou", "mask", "dice"}
+    sum(losses.values()).backward()
+    without = [name for name, x in model.named_parameters() if x.grad is None]
+    assert not without
+    assert all(torch.isfinite(x.grad).all() for x in model.parameters())
+
+
+def test_losses_do_not_depend_on_how_many_maps_are_made_at_once(
+    make_mask_dino, make_mask_batch, monkeypatch
+):
+    model, batch, losses = make_mask_dino(), make_mask_batch(3, 2), []
+    table = torch.rand(1, 1000, 2)
+    monkeypatch.setattr(
+        mask_loss, "draw_points", lambda n, count, like: table[:, :count].expand(n, -1, -1)
+    )
+    for elements in (1, 2**23):
+        monkeypatch.setattr(mask_loss, "MAP_ELEMENTS", elements)
+        torch.manual_seed(1)
+        losses.append(model(batch))
+    torch.testing.assert_close(*losses)
+
+
+def test_a_mask_that_nobody_knows_neither_costs_nor_is_learned(make_mask_dino, make_mask_batch):
+    model, batch = make_mask_dino(), make_mask_batch(2)
+    losses = []
+    for known in ([True, True], [True, False], [False, False]):
+        batch[0]["instances"].has_mask = torch.tensor(known)
+        torch.manual_seed(1)
+        losses.append({name: x.item() for name, x in model(batch).items()})
+    everything, some, nothing = losses
+    assert 0 < some["loss_mask_dn"] < everything["loss_mask_dn"]
+    assert all(x == 0 for name, x in nothing.items() if "mask" in name or "dice" in name)
+    boxes = MaskMatcher(mask_cost=0.0, dice_cost=0.0)
+    (target,) = model.prepare_targets(batch)
+    predictions = MaskPredictions(
+        torch.randn(1, 1, 9, 3), torch.rand(1, 1, 9, 4), torch.randn(1, 1, 9, 64)
+    )
+    truth = mask_loss.PointTruth(
+        target.labels, target.boxes, torch.rand(2, 30), target.known, torch.randn(64, 30)
+    )
+    costs = [matcher.costs(predictions, [truth]) for matcher in (MaskMatcher(), boxes)]
+    torch.testing.assert_close(*costs)
+
+
+def test_boxes_without_masks_are_refused(make_mask_dino, make_batch):
+    with pytest.raises(ValueError, match="boxes but no masks"):
+        make_mask_dino()(make_batch(2))
+
+
+def test_polygons_are_rasterised(make_mask_dino, make_mask_batch):
+    batch = make_mask_batch(1)
+    instances = batch[0]["instances"]
+    instances.gt_masks = PolygonMasks([[[8.0, 8.0, 40.0, 8.0, 40.0, 24.0, 8.0, 24.0]]])
+    (target,) = make_mask_dino().prepare_targets(batch)
+    assert target.masks.sum() == 32 * 16 and target.masks[0, 8:24, 8:40].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_detections_do_not_depend_on_the_batch(make_mask_dino, make_mask_batch, randomise, dtype):
+    model = make_mask_dino().eval()
+    randomise(model.decoder.mask_head)
+    batch = make_mask_batch(1, 1, sizes=[(50, 70), (37, 90)])
+    batch[1] |= {"height": 74, "width": 180}
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        together, alone = model(batch), [model([x])[0] for x in batch]
+    for both, one, size in zip(together, alone, [(50, 70), (74, 180)], strict=True):
+        both, one = both["instances"], one["instances"]
+        assert both.pred_masks.shape == (20, *size) and both.pred_masks.dtype == torch.bool
+        assert torch.equal(both.pred_masks, one.pred_masks)
+        assert torch.equal(both.scores, one.scores)
+        assert (both.scores.diff() <= 0).all() and (both.scores >= 0).all()
+
+
+def test_what_nms_suppresses_has_masks_too(make_mask_dino, make_mask_batch):
+    model = make_mask_dino().eval()
+    model.nms = 0.1
+    with torch.no_grad():
+        (found,) = model(make_mask_batch(1))
+    assert len(found["instances"]) + len(found["suppressed"]) == 20
+    assert found["suppressed"].pred_masks.shape[1:] == (64, 64)
+
+
+def test_masks_are_resized_as_maps_of_logits(monkeypatch):
+    """To the padded image, cut to the image, to the size wanted."""
+    logits, (height, width) = torch.randn(5, 8, 10).double(), (29, 37)
+    padded = F.interpolate(logits[None], (32, 40), mode="bilinear", align_corners=False)
+    cut = padded[..., :height, :width]
+    maps = F.interpolate(cut, (58, 50), mode="bilinear", align_corners=False)[0]
+    logits[3] = -1.0
+    maps[3] = -1.0
+    masks, certainty = resize_masks(logits, 4, (height, width), (58, 50))
+    assert torch.equal(masks, maps > 0)
+    expected = [x[x > 0].sigmoid().mean() if (x > 0).any() else torch.tensor(0.0) for x in maps]
+    torch.testing.assert_close(certainty, torch.stack(expected).double())
+
+
+def test_wrong_options_are_sentences():
+    common = {"embed_dim": 32, "num_classes": 3}
+    with pytest.raises(ValueError, match="initialize_box_type is 'boxes'"):
+        UnifiedQuerySelection(num_queries=5, initialize_box_type="boxes", **common)
+    with pytest.raises(ValueError, match="one class head"):
+        MaskDecoder(shared_heads=False, num_heads=4, **common)
+    with pytest.raises(ValueError, match="no 'res2'"):
+        PixelEmbedding(input_shape={"res3": None})
+
+
+def test_has_masks_of_all_boxes_by_default(make_mask_dino, make_mask_batch):
+    batch = make_mask_batch(3)
+    (target,) = make_mask_dino().prepare_targets(batch)
+    assert target.known.all() and isinstance(batch[0]["instances"].gt_masks, BitMasks)
