@@ -44,7 +44,7 @@ from dino_d2.distributed.sharing import (
 )
 from dino_d2.engine import EMA, NonFiniteLoss, Trainer
 from dino_d2.engine.evaluator import ErrorAnalysisEvaluator
-from dino_d2.modeling import ChannelMapper, ContrastiveDenoising, HungarianMatcher
+from dino_d2.modeling import ChannelMapper, ContrastiveDenoising, HungarianMatcher, mask_loss
 from dino_d2.modeling.criterion import BoxesOnly, average_over_workers
 from dino_d2.modeling.swin import SwinTransformer
 from dino_d2.solver import ClippedAdamW, parameter_groups
@@ -183,6 +183,33 @@ def test_two_workers_with_an_image_each_do_what_one_does_with_both(
         for losses, grads in workers:
             assert_close(losses, {k: share * x for k, x in expected_losses.items()}, rtol=1e-5)
             assert_close(grads, {k: share * x for k, x in expected_grads.items()})
+
+
+def same_points(masks, count, *, like):
+    """In place of `mask_loss.draw_points`."""
+    return torch.linspace(0.02, 0.98, 2 * count).view(1, count, 2).to(like).expand(masks, -1, -1)
+
+
+def masked_steps(rank, model, batch, fsdp):
+    """Two steps with masks at the same points."""
+    mask_loss.draw_points = same_points
+    model = distribute(model, fsdp=fsdp)
+    step(model, batch[rank : rank + 1])
+    return step(model, batch[rank : rank + 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_workers_do_with_masks_what_one_does(
+    run, make_mask_dino, make_mask_batch, randomise, monkeypatch, fsdp
+):
+    model, batch = randomise(make_mask_dino(), std=0.1), make_mask_batch(2, 2)
+    model.denoising.label_noise = model.denoising.box_noise = 0.0
+    monkeypatch.setattr(mask_loss, "draw_points", same_points)
+    expected_losses, expected_grads = step(model, batch)
+    for losses, grads in run(masked_steps, model=model, batch=batch, fsdp=fsdp):
+        assert_close(losses, expected_losses, rtol=1e-5)
+        assert_close(grads, expected_grads)
 
 
 def means(rank, counts):

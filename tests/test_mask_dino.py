@@ -20,7 +20,7 @@ from dino_d2.modeling import (
     mask_loss,
 )
 from dino_d2.modeling.mask_dino import resize_masks
-from dino_d2.modeling.masks import mask_boxes, mask_logits
+from dino_d2.modeling.masks import DistinctUnifiedQuerySelection, mask_boxes, mask_logits
 from dino_d2.structures import MaskPredictions, Pixels
 
 
@@ -233,3 +233,23 @@ def test_has_masks_of_all_boxes_by_default(make_mask_dino, make_mask_batch):
     batch = make_mask_batch(3)
     (target,) = make_mask_dino().prepare_targets(batch)
     assert target.known.all() and isinstance(batch[0]["instances"].gt_masks, BitMasks)
+
+
+def test_a_step_in_bfloat16_with_many_objects_is_finite(make_mask_dino, make_mask_batch):
+    model = make_mask_dino(budget=10)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(make_mask_batch(300, 0))
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(x) and x.dtype == torch.float32 for x in losses.values())
+    assert all(torch.isfinite(x.grad).all() for x in model.parameters())
+
+
+def test_distinct_queries_are_selected_by_the_heads_of_the_decoder(make_mask_dino, make_mask_batch):
+    model = make_mask_dino()
+    model.query_selection = DistinctUnifiedQuerySelection(
+        num_queries=20, embed_dim=64, num_classes=3
+    )
+    assert not hasattr(model.query_selection, "class_head")
+    losses = model(make_mask_batch(2))
+    sum(losses.values()).backward()
+    assert model.query_selection.content_proj.weight.grad.any()

@@ -27,7 +27,7 @@ from .matcher import MATCHER_REGISTRY, HungarianMatcher
 from .tokens import take_tokens
 
 # Of the maps that are made at once, so that memory does not grow with masks and stages.
-MAP_ELEMENTS = 2**21
+MAP_ELEMENTS = 2**20
 
 
 class MaskTruth(NamedTuple):

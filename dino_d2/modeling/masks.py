@@ -29,7 +29,12 @@ from ..structures import (
     Queries,
 )
 from .decoder import Decoder
-from .query_selection import QUERY_SELECTION_REGISTRY, PureQuerySelection, selection_from_config
+from .query_selection import (
+    QUERY_SELECTION_REGISTRY,
+    DistinctQuerySelection,
+    PureQuerySelection,
+    selection_from_config,
+)
 from .tokens import take_tokens
 
 BOX_TYPES = "bitmask", "mask2box", "no"
@@ -168,9 +173,10 @@ class UnifiedQuerySelection(PureQuerySelection):
         self, memory: FeaturePyramid, decoder: MaskDecoder, pixels: Pixels
     ) -> tuple[Queries, MaskPredictions]:
         tokens, anchors = self.features(memory)
-        best = self.best(decoder.class_heads[0](tokens).amax(-1))
+        class_head, box_head = decoder.class_heads[0], decoder.box_heads[0]
+        best = self.choose(tokens, anchors, class_head(tokens), box_head)
         tokens, anchors = take_tokens(tokens, best), take_tokens(anchors, best)
-        boxes = (decoder.box_heads[0](tokens) + anchors).sigmoid()
+        boxes = (box_head(tokens) + anchors).sigmoid()
         proposals = decoder.output_of(0, tokens, boxes, anchors).predictions
         start = boxes
         if self.initialize_box_type != "no":
@@ -179,6 +185,11 @@ class UnifiedQuerySelection(PureQuerySelection):
             # often at the border, where references are cut off
             start = inverse_sigmoid(start, decoder.eps).sigmoid()
         return Queries(self.content_of(tokens), start.detach()), proposals
+
+
+@QUERY_SELECTION_REGISTRY.register()
+class DistinctUnifiedQuerySelection(UnifiedQuerySelection, DistinctQuerySelection):
+    """Of the decoder's heads, and distinct: see both."""
 
 
 @torch.no_grad()
