@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -27,6 +28,7 @@ from .weights.checkpointer import Checkpointer
 from .weights.fitting import OpenedWeights, open_weights
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
+PUBLISHED = model_zoo.ReleaseHandler.PREFIX
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -130,7 +132,7 @@ class Predictor:
 
 
 def load(
-    config: str | os.PathLike,
+    config: str | os.PathLike = "",
     weights: str | os.PathLike = "",
     device: str | None = None,
     overrides: Sequence[str] = (),
@@ -142,9 +144,11 @@ def load(
     Args:
         config: name of a published checkpoint, such as "dino_R_50_4scale_12ep" of the paper's
             authors or "detrex/dino_R_50_4scale_12ep" of detrex; or, with `weights`, of any config,
-            see `model_zoo`; or a config file
-        weights: file, URL or `dino_d2://NAME`; default: those of the published checkpoint, or those
-            that the config file names
+            see `model_zoo`; or a config file; or the output folder of a training, or a checkpoint
+            in it, which bring their config along
+        weights: file, URL or `dino_d2://NAME`; default: those of the published checkpoint, those
+            that the config file names, or the best or else the last of a training. Without a
+            config, a checkpoint of a training
         device: default: the GPU if there is one
         overrides: of the config, see `apply_overrides`
         dtype: of autocast, see `Predictor`
@@ -153,12 +157,13 @@ def load(
             otherwise 0
 
     Raises:
-        FileNotFoundError: no such config or, without weights, no such published checkpoint
+        FileNotFoundError: no such config or, without weights, no such published checkpoint; or a
+            folder is not of a training
         ValueError: an invalid device, dtype, override, name or threshold, or a config of another
             model or of images with other channels
         CheckpointError: the weights cannot be found, or are not complete
     """
-    config, weights = _name("config", config), _name("weights", weights or "")
+    config, weights = of_training(_name("config", config), _name("weights", weights or ""))
     cfg = model_zoo.get_config(config, trained=not weights)
     apply_overrides(cfg, overrides)
     augmentations = evaluation_augmentations(cfg)
@@ -178,6 +183,39 @@ def load(
         thresholds=merge_thresholds(opened.settings.get("thresholds", {}), thresholds, classes),
         dtype=dtype,
     )
+
+
+def of_training(config: str, weights: str) -> tuple[str, str]:
+    """A config and weights, which the folder or a checkpoint of a training brings along.
+
+    Raises:
+        ValueError: nothing is named
+        FileNotFoundError: there is no config in the folder, or no checkpoint
+    """
+    if not config and not weights:
+        raise ValueError("name a published checkpoint, a config, or the folder of a training")
+    if not config and weights.startswith(PUBLISHED):
+        return weights.removeprefix(PUBLISHED), ""
+    place = Path(config or weights).expanduser()
+    if not config and place.is_dir():
+        weights = ""
+    if config and not place.is_dir() and place.suffix != ".pth":
+        return config, weights
+    folder = place if place.is_dir() else place.parent
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"'{folder}' has no config.yaml, which a training leaves beside its checkpoints: name "
+            "the config as well"
+        )
+    if place.is_file():
+        return str(file), weights or str(place)
+    last = folder / "last_checkpoint"
+    names = ["model_best.pth", *([last.read_text().strip()] if last.is_file() else [])]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not weights and not found:
+        raise FileNotFoundError(f"'{folder}' has a config, but no checkpoint of a training yet")
+    return str(file), weights or str(found[0])
 
 
 def merge_thresholds(

@@ -19,7 +19,7 @@ import dino_d2
 from dino_d2.config.styles import read_config
 from dino_d2.data import DatasetError, generate
 from dino_d2.layouts.renaming import CheckpointError
-from dino_d2.predictor import Predictor
+from dino_d2.predictor import Predictor, of_training
 from dino_d2.weights.checkpointer import Checkpointer
 from dino_d2.weights.files import write
 from dino_d2.weights.fitting import open_weights
@@ -551,3 +551,55 @@ def test_the_code_of_these_files_runs_where_they_are_trusted(file, tmp_path):
     else:
         pickle.loads((tmp_path / file).read_bytes())
     assert (tmp_path / "it ran").exists()
+
+
+# ---- a training brings its config along
+
+
+@pytest.fixture
+def training(tmp_path, monkeypatch):
+    """A folder as a training leaves it; what would be loaded is returned."""
+
+    def make(*checkpoints, last="", config=True):
+        if config:
+            (tmp_path / "config.yaml").touch()
+        for name in checkpoints:
+            (tmp_path / name).touch()
+        if last:
+            (tmp_path / "last_checkpoint").write_text(last)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_folder_of_a_training_has_config_and_weights(training, best):
+    names = ["model_final.pth", *(["model_best.pth"] if best else [])]
+    folder = training(*names, last="model_final.pth")
+    expected = str(folder / "config.yaml"), str(folder / ("model_best.pth" if best else names[0]))
+    assert of_training(str(folder), "") == of_training("", str(folder)) == expected
+    assert of_training(str(folder), "other.pth") == (expected[0], "other.pth")
+
+
+def test_a_checkpoint_of_a_training_has_a_config(training):
+    folder = training("model_0000499.pth")
+    file = str(folder / "model_0000499.pth")
+    for given in ((file, ""), ("", file)):
+        assert of_training(*given) == (str(folder / "config.yaml"), file)
+
+
+def test_what_is_named_is_taken_as_it_is(training):
+    file = str(training("a.pth") / "a.pth")
+    assert of_training("quickstart", file) == ("quickstart", file)
+    assert of_training("quickstart", "") == ("quickstart", "")
+    assert of_training("", "dino_d2://detrex/x") == ("detrex/x", "")
+
+
+def test_folders_that_are_of_no_training_are_sentences(training):
+    with pytest.raises(ValueError, match="name a published checkpoint"):
+        dino_d2.load()
+    folder = training("a.pth", config=False)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.yaml"):
+        dino_d2.load(weights=folder / "a.pth")
+    with pytest.raises(FileNotFoundError, match="no checkpoint of a training yet"):
+        dino_d2.load(training())

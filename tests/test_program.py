@@ -212,7 +212,7 @@ for name in sys.argv[2:]:
 
 
 def test_help_and_wrong_options_do_not_wait_for_what_takes_seconds_to_import():
-    assert len(ALL) == 15
+    assert len(ALL) == 16
     asked = subprocess.run(
         [sys.executable, "-c", ASK, PROGRAMS, *ALL], capture_output=True, text=True
     )

@@ -288,7 +288,8 @@ def work(prog: str, args: argparse.Namespace) -> None:
         queries = choose(args.query, recorded)
     facts = [
         resized,
-        f"The model is {args.config_file} with {plural(recorded.scores[-1].shape[1], 'query')} and "
+        f"The model is {args.config_file or args.weights} with "
+        f"{plural(recorded.scores[-1].shape[1], 'query')} and "
         f"{plural(len(predictor.classes), 'class')}; explained are the queries "
         f"{', '.join(map(str, queries))}.",
     ]

@@ -76,13 +76,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options for the model and its device, as of `dino_d2.load`."""
     parser.add_argument(
         "--config-file",
-        required=True,
+        default="",
         metavar="CONFIG",
-        help="a file or, with its published weights, a name of the model zoo: "
-        "dino_R_50_4scale_12ep, detrex/dino_R_50_4scale_24ep",
+        help="a file, the output folder of a training or, with its published weights, a name of "
+        "the model zoo: dino_R_50_4scale_12ep, detrex/dino_R_50_4scale_24ep",
     )
     parser.add_argument(
-        "--weights", default="", help="file, URL or dino_d2://NAME; default: the config's"
+        "--weights",
+        default="",
+        help="file, URL or dino_d2://NAME; default: the config's. A checkpoint of a training needs "
+        "no config",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: cuda if there is one")
     parser.add_argument(
