@@ -7,6 +7,7 @@ from math import exp, log
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, PolygonMasks
 from outputs import run_detector
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from dino_d2.modeling import (
 from dino_d2.modeling.mask_dino import resize_masks
 from dino_d2.modeling.masks import DistinctUnifiedQuerySelection, mask_boxes, mask_logits
 from dino_d2.structures import MaskPredictions, Pixels
+from dino_d2.weights import model_zoo
 
 
 def whole(maps):
@@ -217,6 +219,24 @@ def test_masks_are_resized_as_maps_of_logits(monkeypatch):
     assert torch.equal(masks, maps > 0)
     expected = [x[x > 0].sigmoid().mean() if (x > 0).any() else torch.tensor(0.0) for x in maps]
     torch.testing.assert_close(certainty, torch.stack(expected).double())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("QUERY_SELECTION", "MixedQuerySelection", "query selection of Mask DINO has to be"),
+        ("CRITERION", "SetCriterion", "criterion of Mask DINO has to be a MaskCriterion"),
+        ("MATCHER.NAME", "HungarianMatcher", "matcher of Mask DINO has to be a MaskMatcher"),
+        ("BRANCHES", ["OneToManyHead"], "OneToManyHead .* does not know masks"),
+        ("PASSES", ["SeparatePass"], "SeparatePass .* does not know masks"),
+    ],
+)
+def test_parts_that_do_not_know_masks_are_refused(key, value, said):
+    cfg = model_zoo.get_config("quickstart_masks")
+    options = ["MODEL.DEVICE", "meta", "MODEL.DINO.NUM_CLASSES", 3, "MODEL.DINO.RELATION", ""]
+    cfg.merge_from_list([*options, f"MODEL.DINO.{key}", value])
+    with pytest.raises(ValueError, match=said):
+        build_model(cfg)
 
 
 def test_wrong_options_are_sentences():

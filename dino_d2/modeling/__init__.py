@@ -18,7 +18,12 @@ from .decoder_layers import DECODER_LAYER_REGISTRY
 from .denoising import DENOISING_REGISTRY, CenterDenoising, ContrastiveDenoising, Denoising
 from .encoder import ENCODER_LAYER_REGISTRY, Encoder
 from .mask_loss import MaskCriterion, MaskMatcher
-from .masks import MaskDecoder, PixelEmbedding, UnifiedQuerySelection
+from .masks import (
+    DistinctUnifiedQuerySelection,
+    MaskDecoder,
+    PixelEmbedding,
+    UnifiedQuerySelection,
+)
 from .matcher import (
     MATCHER_REGISTRY,
     HungarianMatcher,
@@ -45,6 +50,7 @@ from .query_selection import (
 from .relations import RELATION_REGISTRY, DistinctQueries, PositionRelation
 
 __all__ = [
+    "DistinctUnifiedQuerySelection",
     "UnifiedQuerySelection",
     "PixelEmbedding",
     "MaskDecoder",

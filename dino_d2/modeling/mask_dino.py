@@ -20,6 +20,7 @@ from ..structures import (
 )
 from .detector import Batch
 from .dino import DINO
+from .mask_loss import MaskCriterion, MaskMatcher
 from .masks import MaskDecoder, PixelEmbedding, UnifiedQuerySelection, mask_logits
 from .postprocess import MaskDetections, detections_of, to_instances
 from .tokens import take_tokens, valid_ratio
@@ -39,8 +40,11 @@ class MaskDINO(DINO):
 
     Args:
         pixel_embedding: maps the backbone's features and the encoder's memory to pixel embeddings
-        arguments: of :class:`DINO`, with a :class:`MaskDecoder`, a :class:`UnifiedQuerySelection`
-            and a :class:`MaskCriterion`
+        arguments: of :class:`DINO`, with a :class:`MaskDecoder`, a :class:`UnifiedQuerySelection`,
+            and a :class:`MaskCriterion` with a :class:`MaskMatcher`
+
+    Raises:
+        ValueError: a part is not made for masks
     """
 
     decoder_type = MaskDecoder
@@ -50,8 +54,28 @@ class MaskDINO(DINO):
     @configurable
     def __init__(self, *, pixel_embedding: PixelEmbedding, **arguments: Any):
         super().__init__(**arguments)
+        self.check_parts()
         self.pixel_embedding = pixel_embedding.to(memory_format=torch.channels_last)
         self.size_divisibility = pixel_embedding.stride  # a pixel of masks is of whole pixels
+
+    def check_parts(self) -> None:
+        """Raise a ValueError for parts that are not made for masks."""
+        for kind, part, name in (
+            (UnifiedQuerySelection, self.query_selection, "query selection"),
+            (MaskDecoder, self.decoder, "decoder"),
+            (MaskCriterion, self.criterion, "criterion"),
+            (MaskMatcher, self.criterion.matcher, "matcher"),
+        ):
+            if not isinstance(part, kind):
+                raise ValueError(
+                    f"the {name} of Mask DINO has to be a {kind.__name__}, but it is a "
+                    f"{type(part).__name__}: start from a config of configs/MaskDINO/"
+                )
+        for part in (*self.branches, *self.passes):
+            raise ValueError(
+                f"{type(part).__name__} (MODEL.DINO.BRANCHES and PASSES, model.branches and "
+                "passes) does not know masks: leave it out, or train a DINO"
+            )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -159,7 +159,9 @@ class MaskCriterion(SetCriterion):
             boxes = (boxes - start).flatten()
             at_once = max(1, MAP_ELEMENTS // target.pixels[0].numel())
             parts = zip(own.split(at_once), boxes.split(at_once), strict=True)
-            losses = [recompute(self.losses, part, target, box) for part, box in parts]
+            # Few maps can be kept; of many, those of a part are made again in the backward pass.
+            call = recompute if len(own) > at_once else lambda losses, *args: losses(*args)
+            losses = [call(self.losses, part, target, box) for part, box in parts]
             sums = sums + torch.cat(losses, 1).unflatten(1, queries.shape).sum(2)
             start += len(target.labels)
         return dict(zip(("loss_mask", "loss_dice"), sums, strict=True))
