@@ -72,32 +72,41 @@ class Predictor:
                 raise ValueError(f"there is a threshold for {name!r}; {hint(name, self.classes)}")
         require_share(**{f"the threshold of {name}": x for name, x in thresholds.items()})
         self.thresholds = dict(thresholds)
+        self.highest = 0.0  # score that any detection has had, whatever the thresholds
 
     @torch.inference_mode()
-    def __call__(self, images: Picture | list | tuple) -> Instances | list[Instances]:
+    def __call__(
+        self, images: Picture | list | tuple, threshold: float | None = None
+    ) -> Instances | list[Instances]:
         """Detect in one image or a list of images.
 
         Args:
             images: paths, PIL images (their EXIF orientation is ignored) or uint8 arrays, RGB (H,
                 W, 3) or grey (H, W); or one of these. They are converted to the model's format, and
                 transparency is dropped
+            threshold: least score of detections of all classes, in place of `thresholds`
 
         Returns:
             for each image, pred_boxes in pixels, scores in descending order and from the threshold
-            of the class on, and pred_classes
+            of the class on, pred_classes and, of Mask DINO, pred_masks (n, height, width) bool
 
         Raises:
-            ValueError: the input is none of these
+            ValueError: the input is none of these, or the threshold is not in [0, 1]
             DatasetError: a file cannot be read, or an image has more than 8 bits per channel
         """
         if isinstance(images, list | tuple):
             narrow = self.dtype != torch.float32
             with torch.autocast(self.model.device.type, self.dtype, enabled=narrow):
                 results = self.model([self.prepare(image) for image in images])
-            least = torch.tensor([self.thresholds.get(name, 0.0) for name in self.classes])
+            thresholds = self.thresholds
+            if threshold is not None:
+                require_share(threshold=threshold)
+                thresholds = dict.fromkeys(self.classes, threshold)
+            least = torch.tensor([thresholds.get(name, 0.0) for name in self.classes])
             found = [x["instances"].to("cpu") for x in results]
+            self.highest = max([self.highest, *(x.scores.max().item() for x in found if len(x))])
             return [x[x.scores >= least[x.pred_classes]] for x in found]
-        return self([images])[0]
+        return self([images], threshold)[0]
 
     def prepare(self, image: Picture) -> dict:
         """Detectron2's input for one image."""

@@ -269,6 +269,14 @@ def test_results_are_counted_and_only_kept_where_they_are_wanted(annotator, fold
     assert annotator.summary() == f"{annotator.detections} detections in 1 image"
 
 
+def test_where_nothing_is_found_the_highest_score_is_said(annotator, folder):
+    annotator.predictor.thresholds = dict.fromkeys(annotator.predictor.classes, 1.0)
+    assert annotator.run_images([folder / "a.png"], [1])
+    score = f"{annotator.predictor.highest:.2f}"
+    said = f"0 detections in 1 image, as no score is above {score}: lower --confidence-threshold"
+    assert annotator.summary() == said and score != "0.00"
+
+
 def test_an_interrupted_run_says_what_was_done(folder, detector, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -829,6 +829,8 @@ def test_the_server_refuses_what_is_no_image_of_8_bits(start, picture):
     for upload in (b"no image", b"", whole[:2000], deep.getvalue()):
         status, answer = post(address, upload)
         assert status == 400 and "no whole image with 8 bits" in answer["error"]
+    with urllib.request.urlopen(address, timeout=600) as answer:  # a GET, as of a browser
+        assert b"post an image" in answer.read()
 
 
 def test_the_server_ends_at_control_c_without_a_trace(start):

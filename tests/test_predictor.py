@@ -78,6 +78,13 @@ def test_detections_below_the_threshold_of_their_class_are_left_out(make_predict
     circle, square, _ = (everything.pred_classes == i for i in range(3))
     kept = ~square & ~(circle & (everything.scores < middle))
     assert torch.equal(found.scores, everything.scores[kept]) and 0 < len(found) < len(everything)
+    assert torch.equal(
+        predictor(image, threshold=middle).scores, everything.scores[everything.scores >= middle]
+    )
+    assert len(predictor([image], threshold=1.0)[0]) == 0
+    assert predictor.highest == everything.scores.max().item()
+    with pytest.raises(ValueError, match="threshold is 1.5"):
+        predictor(image, threshold=1.5)
 
 
 @pytest.mark.parametrize(

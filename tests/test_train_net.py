@@ -16,6 +16,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from torch.multiprocessing import ProcessExitedException
 
+from dino_d2.config.styles import get, keys_for
 from dino_d2.data import generate
 from dino_d2.engine import run
 from dino_d2.engine.plan import make_plan
@@ -365,6 +366,21 @@ def test_the_command_line_wins_over_the_config(style, device, data, monkeypatch)
     option = [f"train.device={device}"] if style == ".py" else ["MODEL.DEVICE", device]
     cfg = train_net.load_job(parse(*config(style), *data, *overrides(style), *option)).cfg
     assert (cfg.train.device if style == ".py" else cfg.MODEL.DEVICE) == device
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_options_stand_for_keys_of_either_style(style, data, tmp_path, monkeypatch):
+    words = ("--epochs", "2", "--batch-size", "2", "--lr", "1e-5", "--device", "cpu")
+    output = ("--output", tmp_path / "out")
+    cfg = train_net.load_job(parse(*config(style), *data, *words, *output)).cfg
+    keys = keys_for(cfg)
+    names = ("max_iter", "batch", "device", "output_dir")
+    found = [get(cfg, getattr(keys, name)) for name in names]
+    assert found == [12, 2, "cpu", str(tmp_path / "out")]  # of 12 images
+    assert get(cfg, keys.lr) <= 1e-5  # it may follow the batch
+    twice = overrides(style, output=tmp_path)
+    message = complaint(monkeypatch, *config(style), *data, *output, *twice)
+    assert f"--output is in place of {keys.output_dir}: give either" in message
 
 
 @pytest.mark.parametrize("style", STYLES)

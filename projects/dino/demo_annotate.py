@@ -217,6 +217,10 @@ class Annotator:
         if self.videos:
             parts.append(f"{plural(self.frames, 'frame')} of {plural(self.videos, 'video')}")
         said = f"{plural(self.detections, 'detection')} in {' and '.join(parts)}"
+        if not self.detections and self.images + self.frames:
+            said += (
+                f", as no score is above {self.predictor.highest:.2f}: lower --confidence-threshold"
+            )
         if self.left_out:
             said += f", {plural(self.left_out, 'input')} left out"
         if self.passed_over:

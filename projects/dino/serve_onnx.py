@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from onnx_detector import OnnxDetector
 from PIL import Image, ImageOps
 
-EXAMPLE = "then, for example: curl --data-binary @image.jpg http://127.0.0.1:8000"
+EXAMPLE = "for example: curl --data-binary @image.jpg http://127.0.0.1:8000"
 REFUSAL = "this is no whole image with 8 bits a channel: post the bytes of a file"
 
 
@@ -28,9 +28,14 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"post an image to get detections; {EXAMPLE}\n".encode())
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"Then, {EXAMPLE}")
     parser.add_argument("file", help="written by export.py, ending in .onnx")
     parser.add_argument("port", type=int, nargs="?", default=8000, help="0: any; default: 8000")
     args = parser.parse_args()

@@ -13,7 +13,7 @@ from itertools import product
 from logging.handlers import MemoryHandler
 from typing import NamedTuple
 
-from program import add_training_arguments, make_parser, one_sentence
+from program import add_training_arguments, make_parser, one_sentence, short_overrides
 
 EPILOG = """
 Examples:
@@ -31,9 +31,9 @@ Train on files in COCO format; works with .py configs too:
         --train-json my/train.json --train-images my/images \\
         --val-json my/val.json --val-images my/images
 
-Train for 50 passes over it, 16 images a step, worked on 2 at a time:
+Train for 50 epochs, 16 images a step, with gradient accumulation over 8 batches of 2:
     $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
-        --train-json ... SOLVER.EPOCHS 50 SOLVER.ACCUMULATE 8
+        --train-json ... --epochs 50 --batch-size 16 --output out SOLVER.ACCUMULATE 8
 
 Change the config at the end of the command, YAML and LazyConfig:
     $ python projects/dino/train_net.py --config-file configs/quickstart.yaml \\
@@ -144,7 +144,8 @@ def load_job(args: argparse.Namespace) -> Job:
     if not file.endswith((".yaml", ".yml", ".py")):
         raise ValueError(f"--config-file is {file!r}, neither a .yaml nor a .py file")
     cfg = read_config(file)
-    given, keys = apply_overrides(cfg, args.opts), keys_for(cfg)
+    keys = keys_for(cfg)
+    given = apply_overrides(cfg, short_overrides(args, keys))
     if keys is LAZY:
         require_sections(cfg)
     set_data(cfg, args, given)
