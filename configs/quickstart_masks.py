@@ -1,10 +1,10 @@
-# A small Mask DINO for the generated shapes: minutes on two CPU cores, from scratch.
+# A small Mask DINO for the generated shapes: minutes on two CPU cores, from scratch. Its queries are
+# DINO's, from proposals with heads of their own, as masks take longer than boxes to be of use.
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 
 from dino_d2.modeling import (
     CenterDenoising,
-    DistinctUnifiedQuerySelection,
     MaskCriterion,
     MaskDecoder,
     MaskMatcher,
@@ -23,11 +23,6 @@ model.pixel_embedding = L(PixelEmbedding)(
 model.backbone.out_features = ["res2", "res3", "res4"]
 model.neck.input_shape["res2"] = ShapeSpec(channels=64)
 model.neck.in_features = ["res3", "res4"]
-model.query_selection.update(
-    _target_=DistinctUnifiedQuerySelection,
-    initialize_box_type="no",  # masks take longer than boxes to be of use
-    anchor_sides=[0.3, 0.45, 0.6],  # as the shapes: one box head serves proposals and all layers
-)
 model.decoder.update(_target_=MaskDecoder, eps=1e-5)
 model.denoising.update(_target_=CenterDenoising, label_noise=0.4, box_noise=0.4, eps=1e-5)
 model.criterion.update(

@@ -19,7 +19,6 @@ from .denoising import DENOISING_REGISTRY, CenterDenoising, ContrastiveDenoising
 from .encoder import ENCODER_LAYER_REGISTRY, Encoder
 from .mask_loss import MaskCriterion, MaskMatcher
 from .masks import (
-    DistinctUnifiedQuerySelection,
     MaskDecoder,
     PixelEmbedding,
     UnifiedQuerySelection,
@@ -50,7 +49,6 @@ from .query_selection import (
 from .relations import RELATION_REGISTRY, DistinctQueries, PositionRelation
 
 __all__ = [
-    "DistinctUnifiedQuerySelection",
     "UnifiedQuerySelection",
     "PixelEmbedding",
     "MaskDecoder",

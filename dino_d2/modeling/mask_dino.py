@@ -40,15 +40,15 @@ class MaskDINO(DINO):
 
     Args:
         pixel_embedding: maps the backbone's features and the encoder's memory to pixel embeddings
-        arguments: of :class:`DINO`, with a :class:`MaskDecoder`, a :class:`UnifiedQuerySelection`,
-            and a :class:`MaskCriterion` with a :class:`MaskMatcher`
+        arguments: of :class:`DINO`, with a :class:`MaskDecoder`, a :class:`MaskCriterion` and a
+            :class:`MaskMatcher`. Its query selection is a :class:`UnifiedQuerySelection`; others,
+            whose proposals have no masks, are possible
 
     Raises:
         ValueError: a part is not made for masks
     """
 
     decoder_type = MaskDecoder
-    query_selection: UnifiedQuerySelection
     decoder: MaskDecoder
 
     @configurable
@@ -61,7 +61,6 @@ class MaskDINO(DINO):
     def check_parts(self) -> None:
         """Raise a ValueError for parts that are not made for masks."""
         for kind, part, name in (
-            (UnifiedQuerySelection, self.query_selection, "query selection"),
             (MaskDecoder, self.decoder, "decoder"),
             (MaskCriterion, self.criterion, "criterion"),
             (MaskMatcher, self.criterion.matcher, "matcher"),
@@ -89,6 +88,8 @@ class MaskDINO(DINO):
 
     def settings(self) -> dict[str, Any]:
         selection = self.query_selection
+        if not isinstance(selection, UnifiedQuerySelection):
+            return super().settings()
         return super().settings() | {
             "anchor_sides": list(selection.anchor_sides),
             "initialize_box_type": selection.initialize_box_type,
@@ -102,7 +103,11 @@ class MaskDINO(DINO):
         memory = self.encoder(self.neck(features), padding)
         maps = self.pixel_embedding(features, memory)
         embedded = Pixels(maps, valid_ratio(padding, memory.valid_ratios.dtype))
-        queries, proposals = self.query_selection(memory, self.decoder, embedded)
+        selection = self.query_selection
+        if isinstance(selection, UnifiedQuerySelection):
+            queries, proposals = selection(memory, self.decoder, embedded)
+        else:  # has heads of its own, or none
+            queries, proposals = selection(memory)
         result = Branch("", queries, proposals=proposals)
         return DetectorOutput(self.decode(memory, result, targets), embedded)
 

@@ -69,6 +69,8 @@ class MaskMatcher(HungarianMatcher):
 
     def fill(self, costs: Tensor, predictions: Any, target: Any) -> None:
         super().fill(costs, predictions, target)
+        if not isinstance(predictions, MaskPredictions):  # proposals of boxes alone
+            return
         for part, masks in zip(costs, predictions.masks, strict=True):
             logits = (masks @ target.pixels).to(costs.dtype)  # (Q, P), of a stage
             with torch.autocast(costs.device.type, enabled=False):
@@ -121,6 +123,16 @@ class MaskCriterion(SetCriterion):
         parts = zip(targets, *output.pixels, strict=True)
         truth: list[Any] = [MaskTruth(*target, maps, extent) for target, maps, extent in parts]
         return super().forward(output, truth)
+
+    def branch_losses(
+        self, branch: Branch, targets: list[Any], num_boxes: Tensor
+    ) -> dict[str, Tensor]:
+        proposals = branch.proposals
+        if proposals is None or isinstance(proposals, MaskPredictions):
+            return super().branch_losses(branch, targets, num_boxes)
+        losses = super().branch_losses(branch._replace(proposals=None), targets, num_boxes)
+        without_masks = Branch("enc", queries=None, layers=[proposals])
+        return losses | super().branch_losses(without_masks, targets, num_boxes)
 
     def match(self, branch: Branch, predictions: Any, targets: list[Any]) -> Match:
         if isinstance(predictions, MaskPredictions) and not isinstance(branch.match, Match):

@@ -31,7 +31,6 @@ from ..structures import (
 from .decoder import Decoder
 from .query_selection import (
     QUERY_SELECTION_REGISTRY,
-    DistinctQuerySelection,
     PureQuerySelection,
     selection_from_config,
 )
@@ -185,11 +184,6 @@ class UnifiedQuerySelection(PureQuerySelection):
             # often at the border, where references are cut off
             start = inverse_sigmoid(start, decoder.eps).sigmoid()
         return Queries(self.content_of(tokens), start.detach()), proposals
-
-
-@QUERY_SELECTION_REGISTRY.register()
-class DistinctUnifiedQuerySelection(UnifiedQuerySelection, DistinctQuerySelection):
-    """Of the decoder's heads, and distinct: see both."""
 
 
 @torch.no_grad()
