@@ -1,5 +1,5 @@
-# A small Mask DINO for the generated shapes: minutes on two CPU cores, from scratch. Its queries are
-# DINO's, from proposals with heads of their own, as masks take longer than boxes to be of use.
+# A small Mask DINO for the generated shapes: minutes on two CPU cores, from scratch. Its queries
+# are made by a selection with heads of its own, as masks take longer than boxes to be of use.
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 
