@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
+import benchmark_masks  # noqa: E402
 import benchmark_model  # noqa: E402
 import benchmark_ops  # noqa: E402
 import benchmarking  # noqa: E402
@@ -383,3 +384,20 @@ def test_a_compiled_model_is_measured_beside_the_plain_one(tmp_path, monkeypatch
     rows = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [row["variant"] for row in rows] == ["published form", "plain", "compiled"]
     assert set(rows[1]["stages_ms"]) == set(rows[2]["stages_ms"])
+
+
+# ---- masks
+
+
+def test_both_sides_of_the_masks_compute_the_same(monkeypatch):
+    monkeypatch.setattr(benchmark_masks, "BUDGET", 7)
+    problem = benchmark_masks.make_problem(128, 3, torch.float32)
+    assert problem.noised.shape[1] == 2 * 3  # groups of all objects
+    found = [side(problem, (120, 125)) for side in benchmark_masks.SIDES["inference"].values()]
+    assert torch.equal(*found) and found[0].shape == (100, 120, 125)
+    losses = [side(problem) for side in benchmark_masks.SIDES["training"].values()]
+    # Their points are random.
+    torch.testing.assert_close(*losses, rtol=0.05, atol=0)
+    for loss in losses:
+        loss.backward()
+        assert all(x.grad.any() for x in problem[:3])

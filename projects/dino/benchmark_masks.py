@@ -175,6 +175,12 @@ def detect_published(problem: Problem, size: tuple[int, int]) -> Tensor:
     return found > 0
 
 
+SIDES: dict[str, dict[str, Callable]] = {
+    "training": {"published form": train_published, "ours": train_ours},
+    "inference": {"published form": detect_published, "ours": detect_ours},
+}
+
+
 def measure(
     side: str, objects: int, size: tuple[int, int], dtype: torch.dtype, repeats: int
 ) -> dict:
@@ -183,14 +189,13 @@ def measure(
     if not objects:
         height, width = (-(-x // 4) for x in size)
         problem = problem._replace(pixels=problem.pixels[:, :height, :width].detach())
-    train: Callable = train_ours if side == "ours" else train_published
-    detect: Callable = detect_ours if side == "ours" else detect_published
+    run = SIDES["training" if objects else "inference"][side]
 
     def step() -> None:
         if not objects:
-            detect(problem, size)
+            run(problem, size)
             return
-        train(problem).backward()
+        run(problem).backward()
         for x in problem[:3]:
             x.grad = None
 
@@ -211,7 +216,7 @@ def main() -> None:
     for objects, size in problems:
         sides = {
             side: in_new_process(measure, side, objects, size, dtype, args.repeats)
-            for side in ("published form", "ours")
+            for side in SIDES["training"]
         }
         name = f"training, {objects} objects" if objects else f"inference, {DETECTIONS} detections"
         results.append({"problem": name, "size": size, **sides})
