@@ -13,6 +13,7 @@ from outputs import run_detector
 from torch.nn import functional as F
 
 from dino_d2.boxes import cxcywh_to_xyxy
+from dino_d2.export import Exportable, compare
 from dino_d2.modeling import (
     DistinctQuerySelection,
     MaskDecoder,
@@ -26,6 +27,7 @@ from dino_d2.modeling import (
 )
 from dino_d2.modeling.mask_dino import resize_masks
 from dino_d2.modeling.masks import mask_boxes, mask_logits
+from dino_d2.modeling.postprocess import MaskDetections
 from dino_d2.structures import MaskPredictions, Pixels
 from dino_d2.weights import model_zoo
 
@@ -281,3 +283,30 @@ def test_a_step_in_bfloat16_with_many_objects_is_finite(make_mask_dino, make_mas
     sum(losses.values()).backward()
     assert all(torch.isfinite(x) and x.dtype == torch.float32 for x in losses.values())
     assert all(torch.isfinite(x.grad).all() for x in model.parameters())
+
+
+def test_an_exported_graph_detects_the_same(make_mask_dino, make_mask_batch, randomise):
+    model = make_mask_dino().eval()
+    randomise(model.decoder.mask_head)
+    graph = Exportable(model)
+    image = make_mask_batch(1)[0]["image"]
+    sizes = torch.tensor([[64, 64], [48, 40]])
+    images = torch.stack([image, F.pad(image[:, :48, :40], (0, 24, 0, 16))])
+    with torch.no_grad():
+        boxes, scores, labels, masks = graph(images, sizes)
+        whole = model([{"image": image}])[0]["instances"]
+        model.nms = 0.5
+        fewer = Exportable(model)(images, sizes)[1]
+    assert masks.shape == (2, 20, 16, 16) and (scores.diff(dim=1) <= 0).all()
+    found = F.interpolate(masks[:1], scale_factor=4, mode="bilinear", align_corners=False)[0] > 0
+    # Certainty is that of the smaller maps here, and of the image there.
+    torch.testing.assert_close(scores[0], whole.scores, atol=0.02, rtol=0)
+    equal = (found[:, None] == whole.pred_masks).float().mean((2, 3))
+    assert (equal.amax(1) > 0.999).all()  # in nearly the same order
+    assert (fewer == 0).sum() > (scores == 0).sum()
+    same = compare(
+        MaskDetections(boxes, scores, labels, masks),
+        MaskDetections(boxes, scores, labels, -masks),
+        0.0,
+    )
+    assert not same.tolerable and (same.masks > 0.5).all() and (same.boxes == 0).all()

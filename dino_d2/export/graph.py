@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..modeling.dino import DINO
 from ..modeling.masks import mask_logits
-from ..modeling.postprocess import MaskDetections, non_maximum_suppression, reorder
+from ..modeling.postprocess import D, MaskDetections, non_maximum_suppression, reorder
 from ..ops import reference
 from ..structures import Pixels
 from .runtime import ABOUT, INPUTS, About, ExportError, kind_of, needs
@@ -55,14 +55,22 @@ class Exportable(nn.Module):
         output = model.detect(pixels.masked_fill(padding[:, None], 0), padding)
         found: Any = model.best(output.result.layers[-1])
         if model.nms is not None:
-            kept = non_maximum_suppression(found, model.nms)
-            found = found._replace(scores=found.scores.masked_fill(~kept, 0))
+            found = distinct_first(found, model.nms)
         if output.pixels is not None:
-            found = with_maps(found, output.pixels)
-        if len(found) > 3 or model.nms is not None:
-            found = reorder(found, found.scores.topk(found.scores.shape[1], dim=1).indices)
+            found = best_first(with_maps(found, output.pixels))
         limit = image_sizes.flip(1).tile(2)[:, None].to(found.boxes.dtype)
         return tuple(found._replace(boxes=(found.boxes * limit).clamp(min=0).minimum(limit)))
+
+
+def distinct_first(found: D, nms: float) -> D:
+    """Detections in descending order of score, which is 0 for those that NMS suppresses."""
+    suppressed = ~non_maximum_suppression(found, nms)
+    return best_first(found._replace(scores=found.scores.masked_fill(suppressed, 0)))
+
+
+def best_first(found: D) -> D:
+    """Detections in descending order of score."""
+    return reorder(found, found.scores.topk(found.scores.shape[1], dim=1).indices)
 
 
 def with_maps(found: MaskDetections, pixels: Pixels) -> MaskDetections:
