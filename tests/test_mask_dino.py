@@ -14,8 +14,11 @@ from torch.nn import functional as F
 
 from dino_d2.boxes import cxcywh_to_xyxy
 from dino_d2.export import Exportable, compare
+from dino_d2.layouts.maskdino import to_maskdino
+from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.modeling import (
     DistinctQuerySelection,
+    MaskCriterion,
     MaskDecoder,
     MaskMatcher,
     MixedQuerySelection,
@@ -260,10 +263,26 @@ def test_parts_that_do_not_know_masks_are_refused(key, value, said):
         build_model(cfg)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("QUERY_SELECTION", "UnifiedQuerySelection"), ("CRITERION", "MaskCriterion")],
+)
+def test_parts_that_need_masks_are_refused_without(key, value):
+    cfg = model_zoo.get_config("quickstart")
+    cfg.merge_from_list(["MODEL.DEVICE", "meta", "MODEL.DINO.NUM_CLASSES", 3])
+    cfg.merge_from_list([f"MODEL.DINO.{key}", value])
+    with pytest.raises(ValueError, match=f"{value} is for MaskDINO, and the model is a DINO"):
+        build_model(cfg)
+
+
 def test_wrong_options_are_sentences():
     common = {"embed_dim": 32, "num_classes": 3}
     with pytest.raises(ValueError, match="initialize_box_type is 'boxes'"):
         UnifiedQuerySelection(num_queries=5, initialize_box_type="boxes", **common)
+    with pytest.raises(ValueError, match="oversample is 0.5"):
+        MaskCriterion(matcher=MaskMatcher(), oversample=0.5)
+    with pytest.raises(CheckpointError, match="keep the layout of dino_d2"):
+        to_maskdino({"query_selection.class_head.bias": torch.zeros(3)}, coarsest_first=True)
     with pytest.raises(ValueError, match="one class head"):
         MaskDecoder(shared_heads=False, num_heads=4, **common)
     with pytest.raises(ValueError, match="no 'res2'"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dino import with_empty_slot
-from .renaming import State, rename
+from .renaming import CheckpointError, State, rename
 
 HEADS = 8  # of every published model
 _ENCODER = "sem_seg_head.pixel_decoder.transformer."
@@ -61,7 +61,16 @@ def from_maskdino(state: State) -> State:
 
 
 def to_maskdino(state: State, *, coarsest_first: bool) -> State:
-    """Convert ours back, with the aliases of the published files, for either order of levels."""
+    """Convert ours back, with the aliases of the published files, for either order of levels.
+
+    A CheckpointError for a model with parts that the authors' code does not have.
+    """
+    for key in ("query_selection.class_head.", "query_selection.content"):
+        if other := [x for x in state if x.startswith(key)]:
+            raise CheckpointError(
+                f"Mask DINO of its authors has no {other[0]}, so their layout has no place for it: "
+                "keep the layout of dino_d2"
+            )
     state = _flip(state, "encoder" if coarsest_first else "decoder")
     state["denoising.label_embed.weight"] = state["denoising.label_embed.weight"][:-1]
     state = rename(state, _TABLE, back=True)

@@ -79,6 +79,7 @@ class DINO(Detector):
     """
 
     decoder_type: type[Decoder] = Decoder  # what a YAML config makes
+    has_masks = False  # whether it computes what parts need that have `needs_masks`
     size_divisibility = 1  # images are padded to multiples of it, and of the backbone's
 
     @configurable
@@ -146,6 +147,12 @@ class DINO(Detector):
         self.max_detections, self.nms = max_detections, nms
         self.softmax = isinstance(decoder.class_heads[0], SoftmaxHead)
         self.check_softmax()
+        for part in (query_selection, decoder, criterion):
+            if getattr(part, "needs_masks", False) and not self.has_masks:
+                raise ValueError(
+                    f"{type(part).__name__} is for MaskDINO, and the model is a "
+                    f"{type(self).__name__}: start from a config of configs/MaskDINO/"
+                )
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
     @classmethod

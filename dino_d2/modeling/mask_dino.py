@@ -48,7 +48,7 @@ class MaskDINO(DINO):
         ValueError: a part is not made for masks
     """
 
-    decoder_type = MaskDecoder
+    decoder_type, has_masks = MaskDecoder, True
     decoder: MaskDecoder
 
     @configurable
@@ -70,9 +70,9 @@ class MaskDINO(DINO):
                     f"the {name} of Mask DINO has to be a {kind.__name__}, but it is a "
                     f"{type(part).__name__}: start from a config of configs/MaskDINO/"
                 )
-        for part in (*self.branches, *self.passes):
+        if further := [*self.branches, *self.passes]:
             raise ValueError(
-                f"{type(part).__name__} (MODEL.DINO.BRANCHES and PASSES, model.branches and "
+                f"{type(further[0]).__name__} (MODEL.DINO.BRANCHES and PASSES, model.branches and "
                 "passes) does not know masks: leave it out, or train a DINO"
             )
 
@@ -196,9 +196,9 @@ def resize_masks(
     certainty = logits.new_empty(
         len(logits), dtype=torch.promote_types(logits.dtype, torch.float32)
     )
+    padded = [stride * x for x in logits.shape[-2:]]
     for start in range(0, len(logits), MASKS_AT_ONCE):
         part = slice(start, start + MASKS_AT_ONCE)
-        padded = [stride * x for x in logits.shape[-2:]]
         maps = interpolate(logits[part].to(certainty.dtype), padded)
         maps = interpolate(maps[:, : image_size[0], : image_size[1]], size)
         masks[part] = inside = maps > 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layers.blocks import recompute
-from ..ranges import require_not_negative, require_positive, require_share, require_whole
+from ..ranges import require_not_negative, require_share, require_whole
 from ..structures import (
     Branch,
     DetectorOutput,
@@ -94,6 +94,7 @@ class MaskCriterion(SetCriterion):
         arguments: of :class:`SetCriterion`; the matcher is a :class:`MaskMatcher`
     """
 
+    needs_masks = True
     further_options = "mask_weight", "dice_weight", "num_points"
 
     def __init__(
@@ -109,8 +110,9 @@ class MaskCriterion(SetCriterion):
         super().__init__(**arguments)
         require_not_negative(mask_weight=mask_weight, dice_weight=dice_weight)
         require_whole(num_points=num_points)
-        require_positive(oversample=oversample)
         require_share(importance=importance)
+        if oversample < 1:
+            raise ValueError(f"oversample is {oversample}; it has to be at least 1")
         self.num_points, self.oversample, self.importance = num_points, oversample, importance
         of_masks = {"loss_mask": mask_weight, "loss_dice": dice_weight}
         self.weights |= of_masks

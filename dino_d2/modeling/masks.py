@@ -92,6 +92,8 @@ class MaskDecoder(Decoder):
         arguments: of :class:`Decoder`
     """
 
+    needs_masks = True
+
     def __init__(self, *, num_classes: int, embed_dim: int = 256, **arguments: Any):
         super().__init__(num_classes=num_classes, embed_dim=embed_dim, **arguments)
         if len(self.class_heads) > 1:
@@ -138,6 +140,8 @@ class UnifiedQuerySelection(PureQuerySelection):
         anchor_sides: of the boxes that the box head refines, of each level, finest first; by
             default 0.05, 0.1, 0.2, ... Some published weights have them in descending order
     """
+
+    needs_masks = True
 
     @configurable
     def __init__(
