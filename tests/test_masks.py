@@ -153,3 +153,12 @@ def test_masks_are_evaluated_where_there_are_any(name_of, tmp_path, caplog, mask
         assert results["segm"]["AP"] > 50
     assert (said is None) == ("mask" not in caplog.text)
     assert said is None or said in caplog.text
+
+
+@pytest.mark.parametrize(
+    "mask", [None, [], [[8, 8, 24, 24]], [["a"] * 6], encode_mask(PIXELS.T), {"counts": 1}, 7]
+)
+def test_what_is_no_mask_is_drawn_without(mask):
+    """Pictures read the annotations of a user as they are."""
+    assert decode_mask(mask, PIXELS.shape) is None
+    assert np.array_equal(decode_mask(SQUARE, PIXELS.shape), PIXELS)

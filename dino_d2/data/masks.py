@@ -38,7 +38,7 @@ def normalise_masks(dataset: dict[str, list], repairs: Repairs) -> None:
                 what = "masks in RLE that is damaged or of another size than the image"
                 repairs.note(f"{what}, left out", where)
         elif isinstance(given, list) and given:
-            parts = given if isinstance(given[0], list) else [given]  # one polygon by itself
+            parts = parts_of(given)
             found = [polygon for part in parts if (polygon := to_polygon(part))]
             if len(found) < len(parts):
                 repairs.note(NO_POLYGON, where)
@@ -49,6 +49,11 @@ def normalise_masks(dataset: dict[str, list], repairs: Repairs) -> None:
         if "segmentation" in annotation:
             del annotation["segmentation"]
             repairs.changed = True
+
+
+def parts_of(given: list) -> list:
+    """The polygons of a mask, which may be one without a list around it."""
+    return given if isinstance(given[0], list) else [given]
 
 
 def to_polygon(value: Any) -> list[float] | None:
@@ -93,12 +98,16 @@ def encode_mask(pixels: np.ndarray) -> dict:
     return {"size": list(pixels.shape), "counts": rle["counts"].decode("ascii")}
 
 
-def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """The mask (H, W) bool of an annotation of `normalise_masks`, or of a detection.
+def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray | None:
+    """The mask (H, W) bool of an annotation or a detection; None if it is no mask.
 
     Args:
-        size: height and width of the image, for polygons
+        size: height and width of the image
     """
-    if isinstance(segmentation, list):
-        segmentation = mask.merge(mask.frPyObjects(segmentation, *size))
-    return mask.decode(segmentation).astype(bool)
+    rle = None
+    if isinstance(segmentation, dict):
+        rle = to_rle(segmentation, size)
+    elif isinstance(segmentation, list) and segmentation:
+        polygons = [polygon for part in parts_of(segmentation) if (polygon := to_polygon(part))]
+        rle = mask.merge(mask.frPyObjects(polygons, *size)) if polygons else None
+    return None if rle is None else mask.decode(rle).astype(bool)

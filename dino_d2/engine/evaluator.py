@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import BoxMode
 from pycocotools.cocoeval import COCOeval
 
+from ..data.mapper import rectangle
 from ..evaluation.analysis import (
     IOU_50,
     IOU_75,
@@ -93,9 +95,8 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
                 "their boxes are evaluated as masks"
             )
         for annotation in without:
-            x, y, width, height = annotation["bbox"]
-            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
-            annotation["segmentation"] = [corners]
+            box = annotation | {"bbox_mode": BoxMode.XYWH_ABS}
+            annotation["segmentation"] = [rectangle(box)]
         return tasks
 
     def _suppressed(self, predictions: list[dict]) -> list[dict]:

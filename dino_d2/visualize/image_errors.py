@@ -32,38 +32,46 @@ def draw_image_errors(
         names: of the categories by their ids
         side: the long side of either half, in pixels
     """
+    if any("segmentation" in detection for detection in matching.detections):
+        size = image.height, image.width
+    else:
+        size = None
     image, scale = resize_long_side(image, side)
-    has_masks = any("segmentation" in detection for detection in matching.detections)
-    halves = []
-    for marks in (_truth_marks(matching, names), _detection_marks(matching, names)):
-        scaled = [
-            mark._replace(
-                box=[scale * x for x in mark.box],
-                mask=_resize(mark.mask, image.size) if has_masks else None,
-            )
-            for mark in marks
-        ]
-        halves.append(draw_marks(image, scaled))
-    annotated, detected = halves
+    annotated, detected = (
+        draw_marks(
+            image,
+            [
+                mark._replace(
+                    box=[scale * x for x in mark.box], mask=_resize(mark.mask, image.size)
+                )
+                for mark in marks
+            ],
+        )
+        for marks in (_truth_marks(matching, names, size), _detection_marks(matching, names, size))
+    )
     pair = Image.new("RGB", (2 * image.width + MARGIN, image.height), "white")
     pair.paste(annotated, (0, 0))
     pair.paste(detected, (image.width + MARGIN, 0))
     return pair
 
 
-def _truth_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark]:
+def _truth_marks(
+    matching: ImageMatches, names: dict[int, str], size: tuple[int, int] | None
+) -> list[Mark]:
     """Missed boxes come first, so that they are drawn on top."""
     marks = []
     rows = zip(matching.truth, matching.missed, matching.crowd, strict=True)
     for annotation, missed, crowd in rows:
         name = short_name(names[annotation["category_id"]])
         style = CROWD if crowd else STYLES["missed" if missed else "correct"]
-        mask = _mask(annotation, matching)
+        mask = _mask(annotation, size)
         marks.append((not missed, Mark(_corners(annotation), name, *style, mask=mask)))
     return [mark for _, mark in sorted(marks, key=lambda pair: pair[0])]
 
 
-def _detection_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark]:
+def _detection_marks(
+    matching: ImageMatches, names: dict[int, str], size: tuple[int, int] | None
+) -> list[Mark]:
     """False positives come first, so that they are drawn on top, in descending order of score."""
     marks = []
     for index, kind in enumerate(detection_kinds(matching)):
@@ -72,14 +80,14 @@ def _detection_marks(matching: ImageMatches, names: dict[int, str]) -> list[Mark
         style = CROWD if kind == "ignored" else STYLES["wrong" if kind in ERRORS else "correct"]
         name, score = short_name(names[detection["category_id"]]), f"{detection['score']:.2f}"
         text = f"{name} {score} {kind if iou is None else f'IoU {iou:.2f}'}"
-        mask = _mask(detection, matching)
+        mask = _mask(detection, size)
         marks.append((kind not in ERRORS, Mark(_corners(detection), text, *style, mask=mask)))
     return [mark for _, mark in sorted(marks, key=lambda pair: pair[0])]
 
 
-def _mask(entry: dict, matching: ImageMatches) -> np.ndarray | None:
-    size = matching.image["height"], matching.image["width"]
-    return decode_mask(entry["segmentation"], size) if entry.get("segmentation") else None
+def _mask(entry: dict, size: tuple[int, int] | None) -> np.ndarray | None:
+    """The mask in an image of a height and width; None without masks, or if it has none."""
+    return decode_mask(entry.get("segmentation"), size) if size else None
 
 
 def _resize(mask: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
