@@ -12,7 +12,7 @@ import torch
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from .layers import ConditionalSelfAttention, DeformableAttention, DenseAttention
+from .layers import DeformableAttention, DenseAttention, SelfAttention
 from .modeling.dino import DINO, padding_mask
 from .modeling.matcher import queries_of_boxes
 from .modeling.query_selection import ProposalQueries, PureQuerySelection
@@ -128,7 +128,7 @@ class Recorder:
         for layer in model.decoder.layers:
             add(layer.register_forward_pre_hook(self.see_reference))
             attention = layer.get_submodule("self_attn")
-            add(attention.register_forward_hook(self.see_attention, with_kwargs=True))
+            add(attention.register_forward_hook(self.see_attention))
             add(layer.get_submodule("cross_attn").register_forward_hook(self.see_look))
 
     def see_selection(self, module: nn.Module, args: tuple, output: tuple) -> None:
@@ -144,12 +144,8 @@ class Recorder:
     def see_reference(self, module: nn.Module, args: tuple) -> None:
         self.references.append(args[2])
 
-    def see_attention(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if isinstance(module, nn.MultiheadAttention):
-            found: tuple[Tensor, Any] = module.forward(*args, **kwargs | {"need_weights": True})
-            self.attention.append(found[1])
-        else:
-            self.attention.append(cast(ConditionalSelfAttention, module).weights(*args))
+    def see_attention(self, module: SelfAttention, args: tuple, output: Tensor) -> None:
+        self.attention.append(module.weights(*args))
 
     def see_look(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if isinstance(module, DeformableAttention):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dino_d2.boxes import refine
-from dino_d2.layers import encode_boxes
+from dino_d2.layers import SelfAttention, encode_boxes
 from dino_d2.modeling import Decoder
 from dino_d2.modeling.branches import group_attn_mask
 from dino_d2.modeling.positions import AnchorPosition, LearnedPosition
@@ -213,10 +213,27 @@ def test_positions_are_added_to_queries_and_keys_but_not_to_values(make_decoder,
     for attention in (layer.self_attn, layer.cross_attn):
         attention.register_forward_hook(lambda *call: asked.append(call[1:]))
     layer(x, position, reference, memory)
-    ((query, key, value), (found, _)), ((cross_query, *_), _) = asked
-    assert torch.equal(query, x + position) and torch.equal(key, x + position)
-    assert torch.equal(value, x)
+    (_, found), ((cross_query, *_), _) = asked
+    query = x + position
+    expected, _ = nn.MultiheadAttention.forward(layer.self_attn, query, query, x)
+    torch.testing.assert_close(found, expected)
     torch.testing.assert_close(cross_query, layer.norm1(x + found) + position)
+
+
+@pytest.mark.parametrize("of_heads", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_masks_of_self_attention_are_those_of_pytorch(randomise, of_heads, dtype):
+    attention = randomise(SelfAttention(embed_dim=16, num_heads=4))
+    x, position = torch.randn(2, 2, 5, 16)
+    mask = torch.rand(8, 5, 5) if of_heads else torch.rand(5, 5)
+    if dtype == torch.bool:
+        mask = (mask > 0.5) & ~torch.eye(5, dtype=torch.bool)
+    query = x + position
+    expected, weights = nn.MultiheadAttention.forward(
+        attention, query, query, x, attn_mask=mask, average_attn_weights=True
+    )
+    torch.testing.assert_close(attention(x, position, mask), expected)
+    torch.testing.assert_close(attention.weights(x, position, mask), weights)
 
 
 def test_the_position_of_a_query_is_made_of_sines_of_its_anchor(randomise):

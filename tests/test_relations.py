@@ -39,9 +39,7 @@ def attention_masks(decoder, run):
     """What the self-attention of each layer was given, and what the decoder returned."""
     masks, outputs = [], []
     hooks = [
-        layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs: masks.append(kwargs["attn_mask"]), with_kwargs=True
-        )
+        layer.self_attn.register_forward_pre_hook(lambda module, args: masks.append(args[2]))
         for layer in decoder.layers
     ]
     hooks.append(decoder.register_forward_hook(lambda module, args, out: outputs.extend(out)))

@@ -15,6 +15,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from outputs import run_detector
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -141,7 +142,8 @@ def waits(monkeypatch):
     torch._C._ensureCUDADeviceGuardSet()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) copies visibly
     try:
-        with PretendedDevice() as device:
+        # Where there is a GPU, other kernels would be chosen, which a CPU does not have.
+        with sdpa_kernel(SDPBackend.MATH), PretendedDevice() as device:
             yield device.waits
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
@@ -345,4 +347,5 @@ def test_cuda_waits_once_in_a_training_step(make_dino, make_batch, counts):
             model(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchroniz" in str(x.message) for x in caught) == 1
+    waits = sum("synchroniz" in str(x.message) for x in caught)
+    assert waits == any(counts)  # without boxes there are no costs to wait for

@@ -113,7 +113,7 @@ def test_recorded_self_attention_makes_the_output_of_a_layer_of_one_head(make_tr
         calls, module = [], layer.self_attn
         with torch.no_grad(), record(module, calls):
             run_detector(model, *inputs)
-        ((_, _, content), _, (output, _)) = calls[0]
+        ((content, *_), _, output) = calls[0]
         weight, bias = module.in_proj_weight.chunk(3)[2], module.in_proj_bias.chunk(3)[2]
         expected = module.out_proj(recorded.self_attention @ F.linear(content, weight, bias))
         torch.testing.assert_close(expected, output, rtol=1e-4, atol=1e-4)

@@ -569,6 +569,7 @@ def test_what_the_command_line_says_is_not_scaled(style, data, tmp_path):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_batch_that_workers_cannot_share_is_one_sentence(style, data, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # or there are fewer than workers
     options = overrides(style, output=tmp_path)
     words = [*config(style), *data, "--num-gpus", "3", *options]
     assert "2 images cannot be divided" in complaint(monkeypatch, *words)

@@ -236,7 +236,8 @@ def test_only_the_matching_queries_see_the_tokens(make_dino):
     for rows, seen in ((slice(noised), x), (slice(noised, 9), torch.cat([tokens[0], x[:, 4:]], 1))):
         where = position if seen is x else torch.cat([tokens[1], position[:, noised:]], 1)
         q, keys = (x + position)[:, rows], seen + where
-        y = x[:, rows] + layer.self_attn(q, keys, seen, need_weights=False)[0]
+        attention = torch.nn.MultiheadAttention.forward(layer.self_attn, q, keys, seen)
+        y = x[:, rows] + attention[0]
         torch.testing.assert_close(found[:, rows], instruction.norm(y))
     of_heads = mask.expand(2 * layer.self_attn.num_heads, 9, 9)  # as those of relations
     bias = torch.zeros_like(of_heads, dtype=torch.float32).masked_fill(of_heads, -torch.inf)

@@ -6,6 +6,7 @@ from .dense_attention import (
     ConditionalCrossAttention,
     ConditionalSelfAttention,
     DenseAttention,
+    SelfAttention,
 )
 from .position import encode_boxes, encode_pixels
 
@@ -15,6 +16,7 @@ __all__ = [
     "ConditionalSelfAttention",
     "DeformableAttention",
     "DenseAttention",
+    "SelfAttention",
     "SoftmaxHead",
     "absolute_box_head",
     "box_head",

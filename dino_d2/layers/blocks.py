@@ -28,9 +28,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
+        # Of more than two dimensions layers give views: in place, their gradients would be copied.
+        rows = x.reshape(-1, x.shape[-1])
         for layer in hidden:
-            x = self.dropout(self.activation(layer(x)))
-        return last(x)
+            rows = self.dropout(self.activation(layer(rows)))
+        rows = last(rows)
+        return rows.view(x.shape[:-1] + rows.shape[1:])
 
 
 def class_head(embed_dim: int, num_classes: int, prior: float = 0.01) -> nn.Module:

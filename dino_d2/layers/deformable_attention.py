@@ -63,8 +63,10 @@ class DeformableAttention(nn.Module):
             memory: the tokens
         """
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
-        value = self.value_proj(memory.tokens).masked_fill_(memory.padding[..., None], 0)
-        value = value.unflatten(-1, (heads, -1))  # (B, S, H, D)
+        # in place, in rows of two dimensions: gradients of a view would be copied
+        rows = self.value_proj(memory.tokens.flatten(0, 1))
+        rows = rows.masked_fill_(memory.padding.flatten()[:, None], 0)
+        value = rows.view(*memory.padding.shape, heads, -1)  # (B, S, H, D)
         offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
         logits = self.attention_weights(query).unflatten(-1, (heads, levels, points))
         return self.output_proj(

@@ -41,6 +41,43 @@ class DenseAttention(nn.MultiheadAttention):
         return found[1]
 
 
+class SelfAttention(nn.MultiheadAttention):
+    """Self-attention of queries, whose positions are added to queries and keys.
+
+    Computes what PyTorch's does, without copies of its inputs.
+
+    Args:
+        embed_dim, num_heads, dropout: as of :class:`DenseAttention`
+    """
+
+    def __init__(self, *, embed_dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__(embed_dim, num_heads, dropout, batch_first=True)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, position: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """Content and position are (B, Q, C), as the result; `attn_mask` as of `DecoderLayer`."""
+        dropout = self.training * self.dropout
+        return self.out_proj(attend(*self.project(x, position, attn_mask), dropout))
+
+    def weights(self, x: Tensor, position: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Whom each query attends to, (B, Q, Q), a mean over heads; rows sum to 1."""
+        return mean_weights(*self.project(x, position, attn_mask))
+
+    def project(
+        self, x: Tensor, position: Tensor, attn_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Query, key and value of each head, (B, Q, H, .), and the mask as of PyTorch."""
+        sizes = [2 * self.embed_dim, self.embed_dim]
+        both, of_value = zip(
+            self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes), strict=True
+        )
+        query, key = F.linear(x + position, *both).chunk(2, -1)
+        value = F.linear(x, *of_value)
+        query, key, value = (y.unflatten(-1, (self.num_heads, -1)) for y in (query, key, value))
+        return query, key, value, allowed(attn_mask, self.num_heads)
+
+
 class ConditionalSelfAttention(nn.Module):
     """Self-attention of queries, whose positions are added after linear maps of their own.
 
@@ -75,10 +112,7 @@ class ConditionalSelfAttention(nn.Module):
         query, key, value = (
             y.unflatten(-1, (self.num_heads, -1)) for y in (query, key, self.value(x))
         )
-        if attn_mask is not None:
-            mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
-            attn_mask = mask.unflatten(0, (-1, self.num_heads)) if mask.dim() == 3 else mask
-        return query, key, value, attn_mask
+        return query, key, value, allowed(attn_mask, self.num_heads)
 
 
 class ConditionalCrossAttention(nn.Module):
@@ -134,6 +168,14 @@ class ConditionalCrossAttention(nn.Module):
         )
         query, key = torch.cat([query, sine], -1), torch.cat([key, key_position], -1)
         return query, key, value, ~memory.padding[:, None, None]
+
+
+def allowed(attn_mask: Tensor | None, num_heads: int) -> Tensor | None:
+    """A mask of `DecoderLayer` as `attend` takes it: True where attention is allowed."""
+    if attn_mask is None:
+        return None
+    mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
+    return mask.unflatten(0, (-1, num_heads)) if mask.dim() == 3 else mask
 
 
 def attend(

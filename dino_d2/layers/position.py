@@ -35,10 +35,10 @@ def encode_pixels(
     inside = (~padding).to(dtype)
     y, x = inside.cumsum(1), inside.cumsum(2)
     y, x = (y + offset) / (y[:, -1:] + 1e-6), (x + offset) / (x[:, :, -1:] + 1e-6)
-    return torch.cat([encode(v, channels // 2, temperature) for v in (y, x)], -1)
+    return encode(torch.stack([y, x], -1), channels // 2, temperature).flatten(-2)
 
 
 def encode_boxes(boxes: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
     """Encode boxes (..., 4) as (..., 4 * channels), in order y, x, w, h (DAB-DETR, sec. 4.2)."""
     x, y, w, h = boxes.unbind(-1)
-    return torch.cat([encode(v, channels, temperature) for v in (y, x, w, h)], -1)
+    return encode(torch.stack([y, x, w, h], -1), channels, temperature).flatten(-2)

@@ -18,6 +18,7 @@ from ..layers import (
     ConditionalSelfAttention,
     DeformableAttention,
     DenseAttention,
+    SelfAttention,
 )
 from ..layers.blocks import xavier_uniform_
 from ..structures import FeaturePyramid
@@ -63,7 +64,7 @@ class DecoderLayer(nn.Module):
         xavier_uniform_(self.ffn)
 
     def make_self_attention(self, *, embed_dim: int, num_heads: int, dropout: float) -> nn.Module:
-        return nn.MultiheadAttention(embed_dim, num_heads, dropout, batch_first=True)
+        return SelfAttention(embed_dim=embed_dim, num_heads=num_heads, dropout=dropout)
 
     def make_cross_attention(
         self, *, embed_dim: int, num_heads: int, dropout: float, num_levels: int, num_points: int
@@ -106,8 +107,7 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """Self-attention among queries with its residual connection and norm, by default its own;
         arguments and result are as of `forward`."""
-        q = x + position
-        y = self.self_attn(q, q, x, attn_mask=attn_mask, need_weights=False)[0]
+        y = self.self_attn(x, position, attn_mask)
         return (norm or self.norm1)(x + self.dropout(y))
 
     def look(
