@@ -1,20 +1,14 @@
 """Multi-scale deformable attention for NVIDIA GPUs, in Triton.
 
-A program computes one head of a block of queries. A thread owns eight channels of a query: it
-reads rows of `value` in vectors and computes each sampling point once. Coordinates, weights and
+A program computes one head of a block of queries. A thread owns a vector of channels of a query:
+it reads rows of `value` in vectors and computes each sampling point once. Coordinates, weights and
 sums are float32 whatever the dtype of `value`.
-If the queries are the tokens themselves, a block is a square of a level instead of a run of
-queries: neighbours sample the same rows, which are then in the L1 cache.
 
-Shapes in the kernels: BLOCK queries; the channels of a head are CHUNKS x LANES x VECTOR. Lanes
-are the neighbouring threads that share a query. Values of a query or of one of its points are
-(BLOCK, LANES), equal in all lanes, so that nothing moves through shared memory (unless the number
-of channels is not a multiple of four).
-
-Numbers in comments are from code compiled for an H100 (sm_90), not from timings.
+Shapes in the kernels: BLOCK queries; the channels of a head are LANES x VECTOR. Lanes are the
+neighbouring threads that share a query. Values of a query or of one of its points are
+(BLOCK, LANES), equal in all lanes, so that little moves through shared memory.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 
@@ -25,9 +19,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_ELEMENTS = 2**31  # offsets inside an image are int32
-CHANNELS_PER_THREAD = 8
+BLOCK = 32  # queries of a program; few, as the queries of a decoder have to occupy a GPU
 KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
-SQUARE = tl.constexpr(8)
 
 
 def forward(
@@ -77,9 +70,7 @@ def backward(
     if grad.numel():
         inputs = (value, shapes, points, weights, reference)
         grads = (aligned(grad), grad_value, grad_points, grad_weights)
-        # Four channels at once, as the gradient of value is float32. The compiler would use up to
-        # 99 registers; with 80, three programs of 256 threads fit on a multiprocessor, not two.
-        launch(backward_kernel, *inputs, *grads, vector=4, maxnreg=80)
+        launch(backward_kernel, *inputs, *grads, vector=4)  # the gradient of value is float32
     return grad_value.to(value.dtype), grad_points, grad_weights
 
 
@@ -105,18 +96,17 @@ def launch(
     reference: Tensor | None,
     *others: Tensor,
     vector: int,
-    **options: int,
 ) -> None:
     """Start a program for every block of queries, head and image.
 
-    `others` are aligned; `vector` channels are one memory access; options are the compiler's.
+    `others` are aligned; `vector` channels are one memory access.
     """
     tensors = [x if x is None else aligned(x) for x in (points, weights, reference)]
     table = level_table(value.device, *shapes)
     sizes = points.shape[1], value.shape[1]
-    grid, constants = plan(value, shapes, points, reference, vector)
+    grid, constants = plan(value, points, reference, vector)
     with torch.cuda.device_of(value):
-        kernel[grid](aligned(value), table, *tensors, *others, *sizes, **constants, **options)
+        kernel[grid](aligned(value), table, *tensors, *others, *sizes, **constants)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -127,108 +117,63 @@ def aligned(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def level_table(device: torch.device, *shapes: int) -> Tensor:
-    """(L, 4) int32: height, width, first token, first square of each level.
+    """(L, 3) int32: height, width and first token of each level.
 
     Cached, as the copy would synchronise, and is impossible while a CUDA graph is captured.
     """
     heights, widths = shapes[::2], shapes[1::2]
-    areas = [h * w for h, w in zip(heights, widths, strict=True)]
-    starts = (accumulate(x, initial=0) for x in (areas, squares_of_levels(shapes)))
-    table = zip(heights, widths, *starts, strict=False)
+    starts = accumulate((h * w for h, w in zip(heights, widths, strict=True)), initial=0)
+    table = zip(heights, widths, starts, strict=False)
     return torch.tensor(list(table), dtype=torch.int32, device=device)
 
 
-def squares_of_levels(shapes: Sequence[int]) -> list[int]:
-    """The number of squares of queries that cover each level."""
-    side = SQUARE.value
-    sides = zip(shapes[::2], shapes[1::2], strict=True)
-    return [triton.cdiv(h, side) * triton.cdiv(w, side) for h, w in sides]
-
-
 def plan(
-    value: Tensor, shapes: list[int], points: Tensor, reference: Tensor | None, vector: int
+    value: Tensor, points: Tensor, reference: Tensor | None, vector: int
 ) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
     """The grid of programs, and the constants of the kernel."""
-    batch, tokens, heads, channels = value.shape
+    batch, _, heads, channels = value.shape
     _, queries, _, levels, num_points, _ = points.shape
-    regions = queries == tokens
-    # Small blocks for decoders, whose few queries would not occupy all multiprocessors.
-    block = SQUARE.value**2 if regions else 32
-    blocks = sum(squares_of_levels(shapes)) if regions else triton.cdiv(queries, block)
-    padded = triton.next_power_of_2(channels)
-    chunks = max(min(CHANNELS_PER_THREAD, padded) // vector, 1)
-    lanes = max(padded // (chunks * vector), 1)
+    lanes = triton.cdiv(triton.next_power_of_2(channels), vector)
     constants = {
         "HEADS": heads,
         "CHANNELS": channels,
         "LEVELS": levels,
         "POINTS": num_points,
         "REFERENCE": 0 if reference is None else reference.shape[-1],
-        "REGIONS": regions,
-        "BLOCK": block,
-        "CHUNKS": chunks,
+        "BLOCK": BLOCK,
         "LANES": lanes,
         "VECTOR": vector,
-        "num_warps": min(block * lanes // 32, 16),
+        "num_warps": min(BLOCK * lanes // 32, 16),
         "enable_fp_fusion": True,
     }
-    return (blocks, heads, batch), constants
+    return (triton.cdiv(queries, BLOCK), heads, batch), constants
 
 
 @triton.jit
-def queries_of_program(
-    levels,
-    num_queries,
-    LEVELS: tl.constexpr,
-    REGIONS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-):
+def queries_of_program(num_queries, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """(BLOCK, LANES): indices of queries in the batch, and which of them exist.
 
     Queries that do not exist repeat the last one, and their results are not stored.
     """
-    block = tl.program_id(0)
-    if REGIONS:
-        query, exists = queries_of_square(levels, block, LEVELS)
-    else:
-        query = block * BLOCK + tl.arange(0, BLOCK)
-        exists = query < num_queries
+    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = query < num_queries
     query = tl.minimum(query, num_queries - 1) + tl.program_id(2).to(tl.int64) * num_queries
     shape: tl.constexpr = [BLOCK, LANES]
     return tl.broadcast_to(query[:, None], shape), tl.broadcast_to(exists[:, None], shape)
 
 
 @triton.jit
-def queries_of_square(levels, block, LEVELS: tl.constexpr):
-    """The tokens of a square, (BLOCK,), and which of them are inside the level."""
-    level = 0
-    for i in range(1, LEVELS):
-        level += (block >= tl.load(levels + 4 * i + 3)).to(tl.int32)
-    height, width = tl.load(levels + 4 * level), tl.load(levels + 4 * level + 1)
-    square = block - tl.load(levels + 4 * level + 3)
-    across = tl.cdiv(width, SQUARE)
-    index = tl.arange(0, SQUARE * SQUARE)
-    y = square // across * SQUARE + index // SQUARE
-    x = square % across * SQUARE + index % SQUARE
-    return tl.load(levels + 4 * level + 2) + y * width + x, (y < height) & (x < width)
-
-
-@triton.jit
-def channels_of_row(
-    CHANNELS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
-):
-    """(CHUNKS, 1, LANES, VECTOR): channels, and which of them exist."""
-    chunk = tl.arange(0, CHUNKS)[:, None, None, None]
-    lane = tl.arange(0, LANES)[None, None, :, None]
-    channel = (chunk * LANES + lane) * VECTOR + tl.arange(0, VECTOR)[None, None, None, :]
+def channels_of_row(CHANNELS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """(1, LANES, VECTOR): channels, and which of them exist."""
+    lane = tl.arange(0, LANES)[None, :, None]
+    channel = lane * VECTOR + tl.arange(0, VECTOR)[None, None, :]
     return channel, channel < CHANNELS
 
 
 @triton.jit
 def per_channel(x):
-    """(BLOCK, LANES) as (1, BLOCK, LANES, 1)."""
-    return x[None, :, :, None]
+    """(BLOCK, LANES) as (BLOCK, LANES, 1)."""
+    return x[:, :, None]
 
 
 @triton.jit
@@ -271,7 +216,7 @@ def open_level(levels, level, reference, POINTS: tl.constexpr, REFERENCE: tl.con
     A step is 0 on levels of a single column or row. Along x and y, a point is at
     origin + unit * point, in pixels.
     """
-    rows, columns = tl.load(levels + 4 * level), tl.load(levels + 4 * level + 1)
+    rows, columns = tl.load(levels + 3 * level), tl.load(levels + 3 * level + 1)
     right, down = tl.minimum(columns - 1, 1), tl.minimum(rows - 1, 1) * columns
     height, width = rows.to(tl.float32), columns.to(tl.float32)
     x_origin, y_origin, x_unit, y_unit = -0.5, -0.5, width, height
@@ -283,7 +228,7 @@ def open_level(levels, level, reference, POINTS: tl.constexpr, REFERENCE: tl.con
     if REFERENCE == 4:
         x_unit = tl.load(reference + 2) * width * (0.5 / POINTS)
         y_unit = tl.load(reference + 3) * height * (0.5 / POINTS)
-    first_token = tl.load(levels + 4 * level + 2)
+    first_token = tl.load(levels + 3 * level + 2)
     return height, width, right, down, (first_token, columns, x_origin, y_origin, x_unit, y_unit)
 
 
@@ -336,7 +281,7 @@ def hat_slope(distance):
 @triton.jit
 def dot(x, y):
     """(BLOCK, LANES): sums over the channels of each lane, see `sum_lanes`."""
-    return tl.sum(tl.sum(x * y, 3), 0)
+    return tl.sum(x * y, 2)
 
 
 @triton.jit
@@ -360,7 +305,7 @@ def point_gradients(dot00, dot01, dot10, dot11, x0, x1, y0, y1):
 
 @triton.jit
 def load_rows(rows, is_channel):
-    """(CHUNKS, BLOCK, LANES, VECTOR) float32, zero in channels that do not exist."""
+    """(BLOCK, LANES, VECTOR) float32, zero in channels that do not exist."""
     return tl.load(rows, mask=is_channel, other=0.0).to(tl.float32)
 
 
@@ -387,16 +332,14 @@ def forward_kernel(
     LEVELS: tl.constexpr,
     POINTS: tl.constexpr,
     REFERENCE: tl.constexpr,
-    REGIONS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     TOKEN: tl.constexpr = HEADS * CHANNELS
-    query, exists = queries_of_program(levels, num_queries, LEVELS, REGIONS, BLOCK, LANES)
+    query, exists = queries_of_program(num_queries, BLOCK, LANES)
     item = query * HEADS + tl.program_id(1)
-    channel, is_channel = channels_of_row(CHANNELS, CHUNKS, LANES, VECTOR)
+    channel, is_channel = channels_of_row(CHANNELS, LANES, VECTOR)
     value += tl.program_id(2).to(tl.int64) * num_tokens * TOKEN + tl.program_id(1) * CHANNELS
     pairs = points.to(tl.pointer_type(tl.int64)) + item * (LEVELS * POINTS)
     weights += item * (LEVELS * POINTS)
@@ -404,7 +347,7 @@ def forward_kernel(
         reference += query * (LEVELS * REFERENCE)
         peak, total = softmax_terms(weights, LEVELS * POINTS, BLOCK, LANES)
 
-    result = tl.full([CHUNKS, BLOCK, LANES, VECTOR], 0.0, tl.float32)
+    result = tl.full([BLOCK, LANES, VECTOR], 0.0, tl.float32)
     for level in range(LEVELS):
         height, width, right, down, frame = open_level(levels, level, reference, POINTS, REFERENCE)
         for point in tl.static_range(POINTS):
@@ -444,17 +387,15 @@ def backward_kernel(
     LEVELS: tl.constexpr,
     POINTS: tl.constexpr,
     REFERENCE: tl.constexpr,
-    REGIONS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     TOKEN: tl.constexpr = HEADS * CHANNELS
-    query, exists = queries_of_program(levels, num_queries, LEVELS, REGIONS, BLOCK, LANES)
+    query, exists = queries_of_program(num_queries, BLOCK, LANES)
     item = query * HEADS + tl.program_id(1)
     first_lane = exists & (tl.arange(0, LANES)[None, :] == 0)
-    channel, is_channel = channels_of_row(CHANNELS, CHUNKS, LANES, VECTOR)
+    channel, is_channel = channels_of_row(CHANNELS, LANES, VECTOR)
     start = tl.program_id(2).to(tl.int64) * num_tokens * TOKEN + tl.program_id(1) * CHANNELS
     value += start
     grad_value += start

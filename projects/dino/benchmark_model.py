@@ -3,7 +3,8 @@
 
 Weights and images are random. Beside every model is the same one on the published form of
 deformable attention, grid_sample, which is what other implementations run without a CUDA kernel of
-their own: nothing else differs. Both take turns in one run.
+their own, and on a GPU on that kernel, where torch-ms-deform-attn is installed: nothing else
+differs. All take turns in one run.
 """
 
 import argparse
@@ -86,11 +87,13 @@ from benchmarking import (
     cell,
     draw_growth,
     find_device,
+    has_original,
     headline,
     in_new_process,
     interleave,
     machine,
     markdown,
+    original_form_from_offsets,
     published_form_from_offsets,
     save,
 )
@@ -111,7 +114,8 @@ from dino_d2.names import plural
 from dino_d2.solver import ClippedAdamW, parameter_groups
 from dino_d2.weights import model_zoo
 
-PUBLISHED = "published form"
+PUBLISHED, ORIGINAL_KERNEL = "published form", "original kernel"
+OPERATORS = {PUBLISHED: published_form_from_offsets, ORIGINAL_KERNEL: original_form_from_offsets}
 
 # Operators by prefixes of their names; all others are the rest.
 KINDS = {
@@ -248,10 +252,10 @@ def make_batch(setting: Setting, channels: int) -> list[dict]:
 
 def operator_of(setting: Setting) -> AbstractContextManager:
     """The operator that the setting's model uses."""
-    if setting.variant != PUBLISHED:
+    if setting.variant not in OPERATORS:
         return nullcontext()
     name = "ms_deform_attn_from_offsets"
-    return mock.patch.object(deformable_attention, name, published_form_from_offsets)
+    return mock.patch.object(deformable_attention, name, OPERATORS[setting.variant])
 
 
 def autocast(setting: Setting) -> AbstractContextManager:
@@ -264,7 +268,7 @@ def measure(settings: Sequence[Setting], repeats: int) -> list[dict]:
     workloads = {setting.variant: Workload(setting) for setting in settings}
     steps = {name: partial(x.step, x.batch) for name, x in workloads.items()}
     laps = interleave(steps, repeats)
-    shares = {name: kinds_of(x) for name, x in workloads.items() if name != PUBLISHED}
+    shares = {name: kinds_of(x) for name, x in workloads.items() if name not in OPERATORS}
     del workloads, steps
     rows = []
     for setting in settings:
@@ -335,8 +339,8 @@ def page(rows: list[dict], args: argparse.Namespace) -> str:
     parts = [
         f"`{args.config_file}` with random weights, {plural(args.boxes, 'box')} in an image. "
         f"Milliseconds, medians of {plural(args.repeats, 'round')}. *{PUBLISHED}* is the same "
-        "model on the published form (grid_sample) of deformable attention. Memory is what a step "
-        "takes at most on top of the model and the optimizer.",
+        f"model on grid_sample, *{ORIGINAL_KERNEL}* on the CUDA kernel of Deformable DETR. Memory "
+        "is what a step takes at most on top of the model and the optimizer.",
         headline(machine(torch.device(args.device))),
     ]
     for mode in args.mode:
@@ -381,7 +385,8 @@ def compare(args: argparse.Namespace) -> None:
     sizes = args.size or [base.size]
     for mode, batch, size, precision in product(args.mode, args.batch, sizes, args.precision):
         setting = base._replace(mode=mode, batch=batch, size=tuple(size), precision=precision)
-        variants = [PUBLISHED, *(name for name in args.variant if name in VARIANTS[mode])]
+        operators = OPERATORS if has_original(torch.device(args.device)) else [PUBLISHED]
+        variants = [*operators, *(name for name in args.variant if name in VARIANTS[mode])]
         rows += measure([setting._replace(variant=name) for name in variants], args.repeats)
     facts = machine(torch.device(args.device))
     save(args.output, page(rows, args), {"machine": facts, "results": rows})

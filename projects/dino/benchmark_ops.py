@@ -47,15 +47,18 @@ if __name__ == "__main__":  # so that --help and wrong options do not wait for t
 
 import torch
 from benchmarking import (
+    ORIGINAL,
     find_device,
     headline,
     interleave,
     is_installed,
     machine,
     markdown,
+    original_form,
     published_form,
     published_form_from_offsets,
     save,
+    sizes_and_starts,
     timer,
 )
 from torch import Tensor
@@ -192,15 +195,13 @@ def without_compiler() -> AbstractContextManager:
 
 def other_packages(shapes: Sequence, device: torch.device) -> Iterator[tuple[str, Callable]]:
     """Installed packages, by name, as functions of value, locations and weights."""
-    sizes = torch.tensor(shapes, device=device)
-    starts = sizes.prod(1).cumsum(0) - sizes.prod(1)
-    if is_installed("torch_ms_deform_attn"):
-        from torch_ms_deform_attn import ms_deform_attn as original
+    sizes, starts = sizes_and_starts(tuple(shapes), device)
+    if is_installed(ORIGINAL):
 
-        def in_float32(value, *places):  # as under autocast, 16-bit tensors are cast
-            return original(value.float(), sizes, starts, *places).to(value.dtype)
+        def original(value, *places):
+            return original_form(value, shapes, *places)
 
-        yield f"torch-ms-deform-attn {version('torch-ms-deform-attn')}", in_float32
+        yield f"torch-ms-deform-attn {version(ORIGINAL)}", original
     if device.type == "cuda" and is_installed("deformops"):
         from deformops.registry import msda
 

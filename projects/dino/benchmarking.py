@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from statistics import linear_regression
 
@@ -25,6 +26,7 @@ from dino_d2.ops import backends
 from dino_d2.ops.reference import resolve
 
 MIB = 2**20
+ORIGINAL = "torch_ms_deform_attn"
 STATUS = Path("/proc/self/status")
 REPLAYS = 20  # replays of a CUDA graph between two events
 Shapes = Sequence[tuple[int, int]]
@@ -61,6 +63,39 @@ def published_form_from_offsets(
     sides = [side for shape in shapes for side in shape]
     locations, weights = resolve(sides, offsets.float(), logits.float(), reference)
     return published_form(value.float(), shapes, locations, weights).to(value.dtype)
+
+
+def has_original(device: torch.device) -> bool:
+    """Whether the CUDA kernel of Deformable DETR can take part: a package of it is installed."""
+    return device.type == "cuda" and is_installed(ORIGINAL)
+
+
+def original_form(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Deformable attention by the kernels of :data:`ORIGINAL`, which are those of Deformable DETR.
+
+    In float32, to which published models cast under autocast. Arguments and result as of
+    `published_form`.
+    """
+    from torch_ms_deform_attn import ms_deform_attn
+
+    sizes, starts = sizes_and_starts(tuple(shapes), value.device)
+    return ms_deform_attn(value.float(), sizes, starts, locations, weights).to(value.dtype)
+
+
+def original_form_from_offsets(
+    value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """The same from offsets and logits."""
+    sides = [side for shape in shapes for side in shape]
+    locations, weights = resolve(sides, offsets.float(), logits.float(), reference)
+    return original_form(value, shapes, locations, weights)
+
+
+@lru_cache
+def sizes_and_starts(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(height, width) of levels, and their first tokens; a copy to a GPU would wait."""
+    sizes = torch.tensor(shapes, device=device)
+    return sizes, sizes.prod(1).cumsum(0) - sizes.prod(1)
 
 
 def find_device(name: str) -> torch.device:
