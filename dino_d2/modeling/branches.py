@@ -57,7 +57,8 @@ def decode(
 def predict(branch: Branch, outputs: Sequence[LayerOutput]) -> Branch:
     """A branch with its predictions, by its own heads if it has some."""
     layers = branch.heads(outputs) if branch.heads else [x.predictions for x in outputs]
-    return branch._replace(layers=layers)
+    # Not by `_replace`: compiled by PyTorch 2.11, it cannot be returned.
+    return Branch(**(branch._asdict() | {"layers": layers}))
 
 
 def groups_of(branch: Branch, queries: Queries) -> Tensor:

@@ -291,7 +291,7 @@ class IndicatorQueries(StaticQueries):
 
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
         queries, _ = super().forward(memory)
-        return queries._replace(content=F.pad(queries.content, (0, 1))), None
+        return Queries(F.pad(queries.content, (0, 1)), queries.reference), None
 
 
 @QUERY_SELECTION_REGISTRY.register()
@@ -380,4 +380,4 @@ class IndicatorPatternQueries(PatternQueries):
 
     def forward(self, memory: FeaturePyramid) -> tuple[Queries, None]:
         queries, _ = super().forward(memory)
-        return queries._replace(content=F.pad(queries.content, (0, 1))), None
+        return Queries(F.pad(queries.content, (0, 1)), queries.reference), None
