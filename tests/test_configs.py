@@ -3,15 +3,17 @@
 import re
 from copy import deepcopy
 from functools import cache
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data.benchmark import DataLoaderBenchmark
 from detectron2.modeling import build_model
 
 from dino_d2 import add_dino_config
-from dino_d2.data import detr_augmentation
+from dino_d2.data import build_train_loader, detr_augmentation
 from dino_d2.engine.plan import Plan, make_plan, yaml_scheduler
 from dino_d2.modeling import (
     AlignLoss,
@@ -139,7 +141,9 @@ def test_twins_feed_the_same_data(name):
     assert list(cfg.DATASETS.TEST) == list(lazy.test.dataset.names)
     assert cfg.SOLVER.IMS_PER_BATCH == lazy.train.total_batch_size
     assert cfg.DATALOADER.NUM_WORKERS == lazy.train.num_workers == lazy.test.num_workers
-    assert cfg.DATALOADER.ASPECT_RATIO_GROUPING == lazy.train.aspect_ratio_grouping
+    assert not cfg.DATALOADER.ASPECT_RATIO_GROUPING and lazy.train._target_ is build_train_loader
+    # so that Detectron2's tools/benchmark.py --task data takes it
+    assert {*lazy.train} - {"_target_"} <= {*signature(DataLoaderBenchmark).parameters}
     assert cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS == lazy.train.dataset.filter_empty
     resize = lazy.test.mapper.augmentations[0]
     assert cfg.INPUT.MIN_SIZE_TEST == resize.short_edge_length

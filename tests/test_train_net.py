@@ -10,6 +10,7 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
+from detectron2 import model_zoo as detectron2_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
@@ -478,9 +479,35 @@ def test_annotations_without_their_images(monkeypatch, capsys):
 def test_other_models_of_detectron2_train_with_their_own_optimizer(data, tmp_path):
     file = tmp_path / "faster_rcnn.yaml"
     file.write_text("MODEL: {META_ARCHITECTURE: GeneralizedRCNN, DEVICE: cpu}")
-    cfg = train_net.load_job(parse("--config-file", file, *data, "SOLVER.OPTIMIZER", "SGD")).cfg
-    optimizer = make_plan(cfg).build_optimizer(torch.nn.Linear(1, 1))
-    assert isinstance(optimizer, torch.optim.SGD)
+    words = ["--config-file", file, *data, "MODEL.ROI_HEADS.NUM_CLASSES", 4]
+    for optimizer, kind in (([], "SGD"), (["SOLVER.OPTIMIZER", "ADAMW"], "AdamW")):
+        plan = make_plan(train_net.load_job(parse(*words, *optimizer)).cfg)
+        assert isinstance(plan.build_optimizer(torch.nn.Linear(1, 1)), getattr(torch.optim, kind))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key"),
+    [
+        ("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES"),
+        ("RetinaNet", "MODEL.RETINANET.NUM_CLASSES"),
+    ],
+)
+def test_other_models_have_as_many_classes_as_the_data(
+    architecture, key, data, monkeypatch, tmp_path
+):
+    file = tmp_path / "other.yaml"
+    file.write_text(f"MODEL: {{META_ARCHITECTURE: {architecture}, DEVICE: cpu}}")
+    message = complaint(monkeypatch, "--config-file", file, *data)
+    assert message.endswith(
+        f"{key} is 80, but the data has 4 classes: end the command with {key} 4"
+    )
+
+
+def test_lazy_configs_of_detectron2_are_told_from_ours(data, monkeypatch):
+    file = detectron2_zoo.get_config_file("COCO-Detection/fcos_R_50_FPN_1x.py")
+    message = complaint(monkeypatch, "--config-file", file, *data)
+    assert "the section 'train.ema' of the LazyConfig is missing" in message
+    assert "lazyconfig_train_net.py" in message
 
 
 def test_the_optimizer_of_the_config(data):

@@ -1,17 +1,22 @@
 from detectron2.config import LazyCall as L
 from detectron2.data import (
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from omegaconf import OmegaConf
 
-from dino_d2.data import Mapper, Mixing, ResizeShortestEdge, detr_augmentation
+from dino_d2.data import (
+    Mapper,
+    Mixing,
+    ResizeShortestEdge,
+    build_train_loader,
+    detr_augmentation,
+)
 from dino_d2.engine.evaluator import ErrorAnalysisEvaluator
 
 dataloader = OmegaConf.create()
 
-dataloader.train = L(build_detection_train_loader)(
+dataloader.train = L(build_train_loader)(
     dataset=L(get_detection_dataset_dicts)(names=["coco_2017_train"], filter_empty=False),
     mapper=L(Mapper)(
         is_train=True,
@@ -28,7 +33,6 @@ dataloader.train = L(build_detection_train_loader)(
         image_format="RGB",
     ),
     total_batch_size=16,
-    aspect_ratio_grouping=False,
     num_workers=4,
 )
 

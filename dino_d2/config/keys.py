@@ -95,7 +95,8 @@ def add_dino_config(cfg: CN) -> None:
     cfg.MODEL.TIMM = CN({"NAME": "convnext_tiny", "NORM": False})
     cfg.MODEL.TIMM.OPTIONS = CN({"drop_path_rate": None}, new_allowed=True)  # of create_model
 
-    cfg.SOLVER.OPTIMIZER = "ADAMW"  # or "SGD", Detectron2's own, for other meta-architectures
+    # "ADAMW", or "SGD", Detectron2's own; "": what the meta-architecture is trained with
+    cfg.SOLVER.OPTIMIZER = ""
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # learning rate of the backbone, relative to BASE_LR
     cfg.SOLVER.OFFSETS_MULTIPLIER = 1.0  # of sampling offsets; Deformable DETR has 0.1
     cfg.SOLVER.AMP.DTYPE = "bfloat16"  # of AMP; float16 comes with a gradient scaler

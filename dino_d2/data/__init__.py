@@ -17,5 +17,6 @@ from .folder import find_folder
 from .mapper import Mapper, read_image
 from .mixing import Mixing
 from .shapes import generate
+from .stream import build_train_loader
 from .voc import from_voc
 from .yolo import from_yolo

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from detectron2.data import build_detection_train_loader
 from detectron2.data.common import ToIterableDataset
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -23,6 +24,18 @@ def seed_for(*what: int) -> int:
     """
     # With their count, as SeedSequence ignores trailing zeros.
     return int(np.random.SeedSequence((len(what), *what)).generate_state(1)[0])
+
+
+def build_train_loader(
+    dataset: Any, *, aspect_ratio_grouping: bool = False, **options: Any
+) -> DataLoader:
+    """Detectron2's `build_detection_train_loader`, whose batches are by default of any images.
+
+    A LazyConfig with it has only what `tools/benchmark.py` of Detectron2 takes too.
+    """
+    return build_detection_train_loader(
+        dataset, aspect_ratio_grouping=aspect_ratio_grouping, **options
+    )
 
 
 class TrainingStream:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..config.keys import add_dino_config
 from ..config.overrides import keys_of
 from ..config.styles import get
+from ..modeling.build import named
 from ..modeling.detector import Detector
 from ..modeling.mask_dino import MaskDINO
 from ..names import hint, nearest
@@ -42,6 +43,12 @@ OF_MASK_DINO = (
     *("MODEL.DINO.MASK", "MODEL.DINO.MATCHER.MASK_COST", "MODEL.DINO.MATCHER.DICE_COST"),
     *("MODEL.DINO.LOSS.MASK_WEIGHT", "MODEL.DINO.LOSS.DICE_WEIGHT", "MODEL.DINO.LOSS.NUM_POINTS"),
 )
+# Other models' own number of classes, by the meta-architecture.
+NUM_CLASSES = {
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+}
 OF_ADAMW = ("SOLVER.BACKBONE_MULTIPLIER", "SOLVER.OFFSETS_MULTIPLIER")
 OF_SGD = ("SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.CLIP_GRADIENTS.NORM_TYPE")
 # By the backbone that ignores them; unknown backbones may use any key.
@@ -67,6 +74,12 @@ def is_detector(cfg: CfgNode, kind: type = Detector) -> bool:
     return issubclass(dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE, object), kind)
 
 
+def optimizer_of(cfg: CfgNode) -> str:
+    """ADAMW or SGD: that of the config or, where it names none, of the meta-architecture."""
+    name: str = cfg.SOLVER.OPTIMIZER or ("ADAMW" if is_detector(cfg) else "SGD")
+    return name
+
+
 def check_keys(cfg: CfgNode | DictConfig) -> None:
     """Refuse keys of a config of either style that have no effect.
 
@@ -77,8 +90,9 @@ def check_keys(cfg: CfgNode | DictConfig) -> None:
     if isinstance(cfg, DictConfig):
         check_train(cfg.train)
         return
+    named(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
     check_optimizer(cfg)
-    is_ours, backbone, optimizer = is_detector(cfg), cfg.MODEL.BACKBONE.NAME, cfg.SOLVER.OPTIMIZER
+    is_ours, backbone, optimizer = is_detector(cfg), cfg.MODEL.BACKBONE.NAME, optimizer_of(cfg)
     by_model = OF_OTHER_MODELS if is_ours else OF_OUR_MODELS
     refuse(cfg, NOWHERE, "here")
     refuse(cfg, by_model, f"on a {cfg.MODEL.META_ARCHITECTURE}")
@@ -97,7 +111,7 @@ def check_keys(cfg: CfgNode | DictConfig) -> None:
 
 def check_optimizer(cfg: CfgNode) -> None:
     """Raise a ValueError for an optimizer that is unknown, unsuitable or cannot clip gradients."""
-    optimizer, clip = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.CLIP_GRADIENTS
+    optimizer, clip = optimizer_of(cfg), cfg.SOLVER.CLIP_GRADIENTS
     if optimizer not in ("ADAMW", "SGD"):
         raise ValueError(
             f"SOLVER.OPTIMIZER is {optimizer!r}; it can be ADAMW or SGD; "

@@ -26,7 +26,6 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
     DatasetMapperTTA,
     build_model,
 )
@@ -53,7 +52,7 @@ from ..ranges import require_share, require_whole
 from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
 from .evaluator import ErrorAnalysisEvaluator
-from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_detector, refuse
+from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_detector, optimizer_of, refuse
 from .schedule import flat_cosine, share_of
 from .writers import plain_config
 
@@ -209,7 +208,6 @@ def built(what: str, make: Callable, *arguments: Any, **options: Any) -> Any:
 
 
 def yaml_model(cfg: CfgNode, device: str | None = None) -> nn.Module:
-    named(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
     named(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
     if device:
         cfg = cfg.clone()
@@ -241,7 +239,7 @@ def flat_cosine_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRM
 
 def yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
-    if solver.OPTIMIZER == "SGD":
+    if optimizer_of(cfg) == "SGD":
         return build_optimizer(cfg, model)
     groups = parameter_groups(
         model,
@@ -370,7 +368,8 @@ def require_sections(cfg: DictConfig) -> None:
             what = "is missing" if found is None else f"is {found!r}"
             raise ValueError(
                 f"the section '{key}' of the LazyConfig {what}; it has to hold the keys that it "
-                "has in configs/common"
+                "has in configs/common (Detectron2's own LazyConfigs train with its "
+                "tools/lazyconfig_train_net.py)"
             )
 
 

@@ -97,7 +97,7 @@ from dino_d2.data import DatasetError
 from dino_d2.data.coco_json import dataset_name
 from dino_d2.distributed.launch import check_gpus, is_worker, launch, world_size
 from dino_d2.engine.folder import check_folder, claim_folder
-from dino_d2.engine.keys import is_detector
+from dino_d2.engine.keys import NUM_CLASSES, is_detector
 from dino_d2.engine.plan import Plan, make_plan, part_of_batch, require_sections
 from dino_d2.engine.run import check, test, train
 from dino_d2.engine.schedule import scale_schedule
@@ -105,7 +105,7 @@ from dino_d2.engine.trainer import NonFiniteLoss
 from dino_d2.engine.writers import require_wandb
 from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.modeling import BackboneError
-from dino_d2.names import check_device
+from dino_d2.names import check_device, plural
 from dino_d2.weights import model_zoo
 
 logger = logging.getLogger("dino_d2")
@@ -173,9 +173,17 @@ def set_data(cfg: CfgNode | DictConfig, args: argparse.Namespace, given: Collect
         put(cfg, key, datasets(args, split, get(cfg, key), key in given))
     test_sets, number = get(cfg, keys.test_sets), get(cfg, keys.num_classes)
     # A LazyConfig may call a function of the training data; other models have a key of their own.
-    if isinstance(number, DictConfig) or (keys is YAML and not is_detector(cfg)):
+    others = keys is YAML and not is_detector(cfg)
+    if isinstance(number, DictConfig) or others:
         number = None
-    put(cfg, keys.num_classes, check_data(args, get(cfg, keys.train_sets), test_sets, number))
+    found = check_data(args, get(cfg, keys.train_sets), test_sets, number)
+    put(cfg, keys.num_classes, found)
+    own = NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE) if others else None
+    if own and get(cfg, own) != found:
+        raise ValueError(
+            f"{own} is {get(cfg, own)}, but the data has {plural(found, 'class')}: end the "
+            f"command with {own} {found}"
+        )
     if keys is LAZY and not test_sets:
         del cfg.dataloader.evaluator
 
