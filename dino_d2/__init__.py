@@ -1,13 +1,13 @@
 """DINO (DETR with Improved DeNoising Anchor Boxes) for Detectron2.
 
 Importing the package registers the meta-architectures `DINO` and `MaskDINO`; `load` gives a trained
-one.
+one, and `train` trains one.
 """
 
 import sys
 import warnings
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from .moved import MOVED, MovedModules
 
@@ -27,11 +27,26 @@ warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release")
 
 sys.meta_path.append(MovedModules())
 
-__all__ = ["DINO", "Checkpointer", "MaskDINO", "Predictor", "add_dino_config", "load", "model_zoo"]
+__all__ = [
+    "DINO",
+    "Checkpointer",
+    "MaskDINO",
+    "Predictor",
+    "add_dino_config",
+    "load",
+    "model_zoo",
+    "train",
+]
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Modules by their former names, such as `dino_d2.model_zoo`."""
+if TYPE_CHECKING:
+    from .engine.job import train
+
+
+def __getattr__(name: str) -> Any:
+    """`train`, whose import takes a second, and modules by their former names."""
+    if name == "train":
+        return import_module(".engine.job", __name__).train
     if name in MOVED:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from torch.multiprocessing import ProcessExitedException
 
-from dino_d2.config.styles import get, keys_for
+from dino_d2.config.styles import get, keys_for, read_config
 from dino_d2.data import generate
 from dino_d2.engine import run
 from dino_d2.engine.plan import make_plan
@@ -385,11 +385,38 @@ def test_options_stand_for_keys_of_either_style(style, data, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("style", STYLES)
+def test_all_sides_of_images_follow_one(style, data):
+    words = ["--config-file", f"dino_R_50_4scale_12ep{style}", *data, "--size", "400"]
+    weights = ["train.init_checkpoint="] if style == ".py" else ["MODEL.WEIGHTS", ""]
+    cfg = train_net.load_job(parse(*words, *weights)).cfg
+    if style == ".py":
+        train = cfg.dataloader.train.mapper.augmentations
+        test = cfg.dataloader.test.mapper.augmentations[0]
+        found = test.short_edge_length, test.max_size, train.max_size
+        lists = train.min_sizes, train.crop_min_sizes, train.crop_size
+    else:
+        sizes = cfg.INPUT
+        found = sizes.MIN_SIZE_TEST, sizes.MAX_SIZE_TEST, sizes.MAX_SIZE_TRAIN
+        lists = sizes.MIN_SIZE_TRAIN, sizes.CROP.MIN_SIZE_TRAIN, sizes.CROP.SIZE
+    assert found == (400, 666, 666)
+    assert [*lists[0][:2], *lists[1], *lists[2]] == [240, 256, 200, 250, 300, 192, 300]
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_a_gpu_that_is_not_there_is_one_sentence(style, data, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = complaint(monkeypatch, *config(style), *data)
+    message = complaint(monkeypatch, *config(style), *data, "--device", "cuda")
     remedy = "train.device=cpu" if style == ".py" else "MODEL.DEVICE cpu"
     assert "no GPU" in message and remedy in message and "\n" not in message
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_where_no_device_is_named_it_is_what_there_is(style, data, monkeypatch, caplog):
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        cfg = train_net.load_job(parse(*config(style), *data, "--epochs", "1")).cfg
+        assert get(cfg, keys_for(cfg).device) == device
+        assert ("no GPU here: the CPU is used" in caplog.text) == (device == "cpu")
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -796,7 +823,7 @@ def test_an_interrupted_evaluation_is_not_told_to_resume(data, monkeypatch, shap
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_net, "main", main)
-    monkeypatch.setattr(train_net, "check", lambda *args, **options: None)
+    monkeypatch.setattr(run, "check", lambda *args, **options: None)
     options = overrides(".yaml", output=tmp_path, weights=shapes / "val.json")
     message = complaint(monkeypatch, *config(".yaml"), *data, "--eval-only", *options)
     assert message == "train_net.py: interrupted"
@@ -821,10 +848,10 @@ def test_annotations_and_images_that_are_swapped_are_said_to_be(data, monkeypatc
 def test_a_comment_does_not_make_a_lazy_config(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("# _target_: nothing\nSEED: 3")
-    assert train_net.read_config(str(file)).SEED == 3
+    assert read_config(str(file)).SEED == 3
 
 
 def test_the_home_folder_has_its_sign(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.yml").write_text("SEED: 3")
-    assert train_net.model_zoo.get_config_file("~/mine.yml") == str(tmp_path / "mine.yml")
+    assert get_config_file("~/mine.yml") == str(tmp_path / "mine.yml")

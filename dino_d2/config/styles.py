@@ -1,6 +1,7 @@
 """The two styles of config: yacs keys in YAML, and LazyConfig."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from traceback import extract_tb
 from types import SimpleNamespace
@@ -168,6 +169,69 @@ class Keys(SimpleNamespace):
 
 
 YAML, LAZY = (Keys(**{name: both[i] for name, both in _KEYS.items()}) for i in (0, 1))
+
+
+# Settings in place of keys, by the names in the table: options of programs, arguments of `train`.
+SHORT = {
+    "epochs": "epochs",
+    "batch_size": "batch",
+    "lr": "lr",
+    "device": "device",
+    "output": "output_dir",
+}
+
+
+def short_overrides(settings: Mapping[str, Any], keys: Keys, others: Sequence[str]) -> list[str]:
+    """Settings of `SHORT` that are not None as overrides, and then others.
+
+    Raises:
+        ValueError: a setting is given and its key as well
+    """
+    overrides = []
+    for option, name in SHORT.items():
+        value, key = settings.get(option), getattr(keys, name)
+        if value is None:
+            continue
+        if any(word.partition("=")[0] == key for word in others):
+            said = option.replace("_", "-")
+            raise ValueError(f"--{said} is in place of {key}: give either")
+        overrides += keys.change(key, str(value)).split(" ", 1)
+    return [*overrides, *others]
+
+
+# Sides of images in pixels; the first is what they are relative to.
+_SIDES = (
+    (
+        *("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "INPUT.MIN_SIZE_TRAIN"),
+        *("INPUT.MAX_SIZE_TRAIN", "INPUT.CROP.MIN_SIZE_TRAIN", "INPUT.CROP.SIZE"),
+    ),
+    (
+        *(f"test.mapper.augmentations.0.{x}" for x in ("short_edge_length", "max_size")),
+        *(f"train.mapper.augmentations.{x}" for x in ("min_sizes", "max_size")),
+        *(f"train.mapper.augmentations.{x}" for x in ("crop_min_sizes", "crop_size")),
+    ),
+)
+
+
+def scale_images(cfg: CfgNode | DictConfig, size: int) -> None:
+    """Make `size` the short side of images in evaluation, and change all others in proportion.
+
+    Crops that are shares of an image stay as they are.
+    """
+    is_yaml = isinstance(cfg, CfgNode)
+    section, keys = (cfg, _SIDES[0]) if is_yaml else (cfg.dataloader, _SIDES[1])
+    factor = size / get(section, keys[0])
+
+    def scaled(x: float) -> float:
+        return round(factor * x) if x > 1 else x
+
+    crops = not is_yaml or cfg.INPUT.CROP.ENABLED
+    for key in keys if crops else keys[:4]:
+        value = get(section, key, None)
+        if isinstance(value, int | float):
+            put(section, key, scaled(value))
+        elif value is not None:
+            put(section, key, [*map(scaled, value)])
 
 
 def keys_for(cfg: CfgNode | DictConfig) -> Keys:

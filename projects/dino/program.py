@@ -17,7 +17,6 @@ from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 # What Detectron2 raises for invalid configs, besides omegaconf's errors.
 BAD_INPUT = (ValueError, AssertionError, KeyError, ImportError, OSError, SyntaxError, NameError)
@@ -129,39 +128,17 @@ def data_of(args: argparse.Namespace) -> str:
     return name
 
 
-# Options in place of keys of the config, of either style: the key's name in
-# `dino_d2.config.styles.Keys`, and the option's type and help.
-SHORT: dict[str, tuple[str, Callable, str]] = {
-    "epochs": ("epochs", float, "passes over the training data: SOLVER.EPOCHS, train.epochs"),
+# Options in place of keys of the config, see `dino_d2.config.styles.SHORT`: type and help.
+SHORT: dict[str, tuple[Callable, str]] = {
+    "epochs": (float, "passes over the training data: SOLVER.EPOCHS, train.epochs"),
     "batch-size": (
-        "batch",
         int,
         "images a step, of all workers: SOLVER.IMS_PER_BATCH, dataloader.train.total_batch_size",
     ),
-    "lr": ("lr", float, "learning rate: SOLVER.BASE_LR, optimizer.lr"),
-    "device": ("device", str, "cpu, cuda, mps: MODEL.DEVICE, train.device"),
-    "output": ("output_dir", str, "folder for results: OUTPUT_DIR, train.output_dir"),
+    "lr": (float, "learning rate: SOLVER.BASE_LR, optimizer.lr"),
+    "device": (str, "cpu, cuda, mps: MODEL.DEVICE, train.device; default: the GPU if there is one"),
+    "output": (str, "folder for results: OUTPUT_DIR, train.output_dir"),
 }
-
-
-def short_overrides(args: argparse.Namespace, keys: Any) -> list[str]:
-    """The options of `SHORT` as overrides, and then those at the end of the command.
-
-    Args:
-        keys: of the config's style, see `dino_d2.config.styles.keys_for`
-
-    Raises:
-        ValueError: an option is given and its key as well
-    """
-    overrides = []
-    for option, (name, _, _) in SHORT.items():
-        value, key = getattr(args, option.replace("-", "_")), getattr(keys, name)
-        if value is None:
-            continue
-        if any(word.partition("=")[0] == key for word in args.opts):
-            raise ValueError(f"--{option} is in place of {key}: give either")
-        overrides += keys.change(key, str(value)).split(" ", 1)
-    return [*overrides, *args.opts]
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,8 +158,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     for split in ("train", "val"):
         add(f"--{split}-json", metavar="FILE", help="annotations, COCO format")
         add(f"--{split}-images", metavar="FOLDER", help="where its images are")
-    for option, (_, kind, what) in SHORT.items():
+    for option, (kind, what) in SHORT.items():
         add(f"--{option}", type=kind, help=what)
+    add("--size", type=int, help="short side of images; other sides follow in proportion")
     add("--num-gpus", type=int, default=1, help="workers of *each machine*; default: 1")
     add("--num-machines", type=int, default=1, help="default: 1")
     add("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")

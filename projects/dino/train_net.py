@@ -7,13 +7,10 @@ import logging
 import multiprocessing
 import os
 import sys
-import tempfile
-from collections.abc import Collection, Sequence
 from itertools import product
 from logging.handlers import MemoryHandler
-from typing import NamedTuple
 
-from program import add_training_arguments, make_parser, one_sentence, short_overrides
+from program import add_training_arguments, make_parser, one_sentence
 
 EPILOG = """
 Examples:
@@ -83,30 +80,20 @@ if __name__ == "__main__":  # so that --help and wrong options do not wait for t
     parse()
 
 
-from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
 from torch.multiprocessing import ProcessExitedException
 
 from dino_d2 import data
-from dino_d2.config.overrides import apply_overrides
-from dino_d2.config.styles import LAZY, YAML, get, keys_for, put, read_config
 from dino_d2.data import DatasetError
-from dino_d2.data.coco_json import dataset_name
-from dino_d2.distributed.launch import check_gpus, is_worker, launch, world_size
-from dino_d2.engine.folder import check_folder, claim_folder
-from dino_d2.engine.keys import NUM_CLASSES, is_detector
-from dino_d2.engine.plan import Plan, make_plan, part_of_batch, require_sections
-from dino_d2.engine.run import check, test, train
-from dino_d2.engine.schedule import scale_schedule
+from dino_d2.distributed.launch import check_gpus, is_worker, launch
+from dino_d2.engine.folder import claim_folder
+from dino_d2.engine.job import check_all, load_job
+from dino_d2.engine.run import test, train
 from dino_d2.engine.trainer import NonFiniteLoss
-from dino_d2.engine.writers import require_wandb
 from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.modeling import BackboneError
-from dino_d2.names import check_device, plural
-from dino_d2.weights import model_zoo
 
 logger = logging.getLogger("dino_d2")
 
@@ -115,156 +102,6 @@ EARLY = MemoryHandler(10_000, logging.CRITICAL + 1)
 
 # Later errors that need no traceback.
 SENTENCES = (BackboneError, CheckpointError, DatasetError, NonFiniteLoss)
-
-
-class Contents(NamedTuple):
-    """The data set in the folder of --data."""
-
-    line: str  # description
-    splits: tuple[str, ...]
-
-
-class Job(NamedTuple):
-    """What the command line asks for."""
-
-    cfg: CfgNode | DictConfig  # with the command line merged in
-    plan: Plan
-
-
-def load_job(args: argparse.Namespace) -> Job:
-    """Load a config of either style, check its data, and make its plan.
-
-    Raises:
-        ValueError: the config, the data or the machine does not allow it
-    """
-    if not args.config_file:
-        raise ValueError("--config-file is missing: a file, or a name such as quickstart.py")
-    # Resolve the name here: Detectron2 also opens the file, and does not know names.
-    args.config_file = file = model_zoo.get_config_file(args.config_file)
-    if not file.endswith((".yaml", ".yml", ".py")):
-        raise ValueError(f"--config-file is {file!r}, neither a .yaml nor a .py file")
-    cfg = read_config(file)
-    keys = keys_for(cfg)
-    given = apply_overrides(cfg, short_overrides(args, keys))
-    if keys is LAZY:
-        require_sections(cfg)
-    set_data(cfg, args, given)
-    require_device(get(cfg, keys.device), keys.change(keys.device, "cpu"))
-    check_weights(args, get(cfg, keys.weights), keys.weights)
-    check_output(get(cfg, keys.output_dir), keys.output_dir)
-    if not args.eval_only:
-        if keys is YAML and cfg.SOLVER.REFERENCE_WORLD_SIZE:  # Detectron2's own scaling
-            cfg = DefaultTrainer.auto_scale_workers(cfg, world_size(args))
-            cfg.SOLVER.REFERENCE_BATCH = cfg.SOLVER.IMS_PER_BATCH
-        scale_schedule(cfg, given=given)
-        part_of_batch(get(cfg, keys.batch), get(cfg, keys.accumulate), world_size(args))
-    if keys is YAML:
-        cfg.freeze()
-    plan = make_plan(cfg)
-    if plan.wandb_project and not args.eval_only:
-        require_wandb()
-    return Job(cfg, plan)
-
-
-def set_data(cfg: CfgNode | DictConfig, args: argparse.Namespace, given: Collection[str]) -> None:
-    """Set data sets and number of classes, also for those who load the saved config."""
-    keys = keys_for(cfg)
-    for split, key in (("train", keys.train_sets), ("val", keys.test_sets)):
-        put(cfg, key, datasets(args, split, get(cfg, key), key in given))
-    test_sets, number = get(cfg, keys.test_sets), get(cfg, keys.num_classes)
-    # A LazyConfig may call a function of the training data; other models have a key of their own.
-    others = keys is YAML and not is_detector(cfg)
-    if isinstance(number, DictConfig) or others:
-        number = None
-    found = check_data(args, get(cfg, keys.train_sets), test_sets, number)
-    put(cfg, keys.num_classes, found)
-    own = NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE) if others else None
-    if own and get(cfg, own) != found:
-        raise ValueError(
-            f"{own} is {get(cfg, own)}, but the data has {plural(found, 'class')}: end the "
-            f"command with {own} {found}"
-        )
-    if keys is LAZY and not test_sets:
-        del cfg.dataloader.evaluator
-
-
-def datasets(args: argparse.Namespace, split: str, names: Sequence[str], given: bool) -> Sequence:
-    """The dataset names of a split, from the command line or the config.
-
-    If the command line gives data for another split, COCO's names are dropped from the config,
-    where they are only placeholders.
-
-    Args:
-        split: "train" or "val"
-        names: of the config
-        given: whether the command line gave these names
-    """
-    if args.data:
-        if args.found is None:
-            found = data.find_folder(os.path.expanduser(args.data))
-            args.found = Contents(str(found), tuple(found.splits))
-        own = [f"{args.data}@{split}"] if split in args.found.splits else []
-    else:
-        file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
-        own = [dataset_name(file, images)] if file else []
-    if own and given:
-        raise ValueError(f"the {split} data is named as {own[0]!r} and as {list(names)}: drop one")
-    if own or given or not (args.data or args.train_json or args.val_json):
-        return own or names
-    return [name for name in names if not data.is_built_in(name)]
-
-
-def check_data(
-    args: argparse.Namespace, train: Sequence[str], test: Sequence[str], num_classes: int | None
-) -> int:
-    """The number of classes of the data, checked as by `data.check`."""
-    if args.eval_only:  # does not need the training data
-        train = ()
-    if not (test if args.eval_only else train):
-        split = "val" if args.eval_only else "train"
-        raise ValueError(
-            f"there is no {split} data: give --data, or --{split}-json and --{split}-images"
-        )
-    return data.check(train, test, num_classes)
-
-
-def check_weights(args: argparse.Namespace, path: str, key: str) -> None:
-    if args.eval_only and not path and not args.resume:
-        raise ValueError(f"--eval-only needs a checkpoint: name one as {key}")
-    if path and not args.resume:
-        try:
-            model_zoo.fetch_weights(path)
-        except CheckpointError as error:
-            raise ValueError(f"{key}: {error}") from error
-
-
-def check_output(folder: str, key: str) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        raise ValueError(f"{key} is {folder!r}, which cannot be written to: {error}") from error
-
-
-def require_device(device: str, remedy: str) -> None:
-    try:
-        check_device(device)
-    except ValueError as error:
-        raise ValueError(f"{error}; end the command with {remedy} to do without") from error
-
-
-def check_all(args: argparse.Namespace) -> Job:
-    """Run the checks of `main` without writing anything; returns the job.
-
-    Raises:
-        ValueError: the config, the data, the weights or the machine does not allow it
-    """
-    job = load_job(args)
-    if not args.eval_only:
-        check_folder(job.plan.output_dir, resume=args.resume, overwrite=args.overwrite)
-    check(job.plan, resume=args.resume, eval_only=args.eval_only)
-    return job
 
 
 def main(args: argparse.Namespace) -> None:

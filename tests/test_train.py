@@ -1,0 +1,59 @@
+"""`dino_d2.train`: a training in one call."""
+
+import pytest
+import torch
+
+import dino_d2
+from dino_d2.data import generate
+
+SMALL = [
+    *("MODEL.DINO.ENCODER_LAYERS", 1, "MODEL.DINO.DECODER_LAYERS", 1, "MODEL.DINO.FFN_DIM", 32),
+    *("SOLVER.STEPS", "()", "DATALOADER.NUM_WORKERS", 0, "MODEL.DEVICE", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    generate(folder, num_train=4, num_val=2)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_training_is_one_call_and_gives_its_predictor(shapes, tmp_path):
+    out = tmp_path / "out"
+    options = {"output": out, "batch_size": 2, "lr": 1e-4, "overrides": SMALL}
+    predictor = dino_d2.train("quickstart", shapes, epochs=1, **options)
+    assert predictor.classes == ["circle", "square", "triangle", "star"]
+    (image, *_) = sorted((shapes / "images").iterdir())
+    with torch.no_grad():
+        found, loaded = (x(image) for x in (predictor, dino_d2.load(out)))
+    assert torch.equal(found.scores, loaded.scores)
+    with pytest.raises(ValueError, match="training"):  # is there already
+        dino_d2.train("quickstart", shapes, epochs=1, **options)
+    dino_d2.train("quickstart", shapes, epochs=2, resume=True, **options)
+    lines = (out / "metrics.json").read_text().splitlines()
+    assert '"iteration": 4' in lines[-1]  # of four images, twice, two a step
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"config": "quickstrat"}, "quickstart"),
+        ({"data": "no/folder"}, "no/folder"),
+        ({"device": "cud"}, "the nearest: cuda"),
+        ({"lr": 0.1, "overrides": ["SOLVER.BASE_LR", 1]}, "--lr is in place of SOLVER.BASE_LR"),
+        ({"overrides": ["SOLVER.BASE_RL", 1]}, "BASE_LR"),
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(shapes, tmp_path, options, sentence):
+    defaults = {"config": "quickstart", "data": shapes, "output": tmp_path / "out"}
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        dino_d2.train(**(defaults | options))
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_the_data_may_be_those_of_the_config(tmp_path):
+    with pytest.raises(ValueError, match="coco_2017_train"):
+        dino_d2.train("dino_R_50_4scale_12ep", output=tmp_path, device="cpu")
