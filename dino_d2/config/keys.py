@@ -95,6 +95,10 @@ def add_dino_config(cfg: CN) -> None:
     cfg.MODEL.TIMM = CN({"NAME": "convnext_tiny", "NORM": False})
     cfg.MODEL.TIMM.OPTIONS = CN({"drop_path_rate": None}, new_allowed=True)  # of create_model
 
+    # Python files, or modules, that are imported before anything is built: they register parts. A
+    # file is relative to the config, or else to the working directory.
+    cfg.IMPORTS = []
+
     # "ADAMW", or "SGD", Detectron2's own; "": what the meta-architecture is trained with
     cfg.SOLVER.OPTIMIZER = ""
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # learning rate of the backbone, relative to BASE_LR
@@ -123,6 +127,9 @@ def add_dino_config(cfg: CN) -> None:
     # Short sides before the crop of DETR's augmentation; see dino_d2/data/augmentation.py.
     cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
     cfg.INPUT.CROP.MIN_VISIBLE = 0.0  # boxes of which less of the area is left are dropped
+    # Further augmentations, the last, by name, or [name, {arguments}]: of Detectron2's transforms,
+    # or registered; see projects/dino/OWN_PARTS.md.
+    cfg.INPUT.AUGMENTATIONS = []
     # For data of one's own, all off; see projects/dino/DATA.md. RANDOM_FLIP may be "both", too.
     cfg.INPUT.PHOTOMETRIC = 0.0  # largest change of brightness, contrast and saturation
     cfg.INPUT.SCALE_JITTER = ()  # or two factors of MAX_SIZE_TRAIN, in place of MIN_SIZE_TRAIN

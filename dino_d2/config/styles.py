@@ -1,8 +1,13 @@
 """The two styles of config: yacs keys in YAML, and LazyConfig."""
 
 import logging
+import sys
+import zlib
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import cache, reduce
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from traceback import extract_tb
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -52,7 +57,57 @@ def read_config(file: str) -> CfgNode | DictConfig:
         given = keys_of(CfgNode.load_yaml_with_base(file, allow_unsafe=True))
         unknown = next(key for key in given if key not in known)
         raise ValueError(f"'{file}': {unknown_key(unknown, known)}") from error
+    cfg.IMPORTS = [import_parts(name, Path(file).parent) for name in cfg.IMPORTS]
     return rename_keys(cfg, file)
+
+
+def import_parts(name: str, folder: Path) -> str:
+    """Import a Python file or a module once, so that what it registers is known.
+
+    Args:
+        name: a module, or a file, which ends in .py
+        folder: where a file is looked for first; then in the working directory
+
+    Returns:
+        the name, of a file its whole path
+
+    Raises:
+        ValueError: there is none, or it fails; says in which line
+    """
+    places = (folder / name, Path(name).expanduser()) if name.endswith(".py") else ()
+    found = [str(x.resolve()) for x in places if x.is_file()]
+    if places and not found:
+        raise ValueError(
+            f"IMPORTS names '{name}', but there is no such file in '{folder}', or here"
+        )
+    try:
+        import_file(found[0]) if found else import_module(name)
+    except Exception as error:  # it is a program, and may raise anything
+        raise ValueError(f"IMPORTS names '{name}': {failed_line(error)}") from error
+    return found[0] if found else name
+
+
+@cache
+def import_file(path: str) -> None:
+    """Run a Python file as a module of its name, where there is none yet."""
+    name = Path(path).stem
+    if name in sys.modules:
+        name = f"{name}_{zlib.crc32(path.encode()):x}"
+    spec = spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception:
+        del sys.modules[name]
+        raise
+
+
+def failed_line(error: Exception) -> str:
+    """Where an import failed and why, in one line."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    lines = [x for x in extract_tb(error.__traceback__) if x.name == "<module>"]
+    return f"'{lines[-1].filename}', line {lines[-1].lineno}: {reason}" if lines else reason
 
 
 def rename_keys(cfg: Config, file: str) -> Config:
@@ -80,13 +135,8 @@ def _run_config(file: str) -> DictConfig:
         line = f", line {cause.lineno} ({cause.msg})" if isinstance(cause, SyntaxError) else ""
         raise ValueError(f"{error}{line}") from error
     except Exception as error:  # a config is a program, and may raise anything
-        lines = [x for x in extract_tb(error.__traceback__) if x.name == "<module>"]
-        if not lines:
-            raise ValueError(f"'{file}' cannot be read: {error}") from error
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"'{lines[-1].filename}', line {lines[-1].lineno}: {type(error).__name__}: {reason}"
-        ) from error
+        said = failed_line(error)
+        raise ValueError(said if said[0] == "'" else f"'{file}' cannot be read: {said}") from error
 
 
 def _yaml_keys(file: str) -> set[str]:

@@ -1,7 +1,12 @@
 """Datasets and augmentation."""
 
 from .adopt import is_built_in
-from .augmentation import ResizeShortestEdge, detr_augmentation
+from .augmentation import (
+    AUGMENTATION_REGISTRY,
+    ResizeShortestEdge,
+    detr_augmentation,
+    named_augmentations,
+)
 from .coco import (
     annotations_of,
     check,

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes
+from detectron2.utils.registry import Registry
 from torch import Tensor
 
+from ..names import hint
 from ..ranges import require_positive, require_share
 
+AUGMENTATION_REGISTRY = Registry("AUGMENTATION")
 MIN_SIZES = tuple(range(480, 801, 32))
 # Long side in pixels before a crop: resizing a strip of 1 x 10,000 would take gigabytes.
 MAX_SIZE_BEFORE_CROP = 10_000
@@ -106,6 +109,36 @@ def detr_augmentation(
     flips["both"] = flips["horizontal"] + flips["vertical"]
     # Colours come last, as photographs are larger before the resize.
     return [*flips[flip], *([crop] if crop else []), *resize, *_change_colours(photometric)]
+
+
+def named_augmentations(names: Sequence) -> list[T.Augmentation]:
+    """Augmentations of INPUT.AUGMENTATIONS: registered ones, or Detectron2's transforms.
+
+    Args:
+        names: a name, or a name and a dict of arguments, of each
+
+    Raises:
+        ValueError: a name is unknown, or its arguments are not those that it takes
+    """
+    known = {name: x for name, x in vars(T).items() if _is_augmentation(x)}
+    known |= dict(AUGMENTATION_REGISTRY)
+    found = []
+    for entry in names:
+        name, options = (entry, {}) if isinstance(entry, str) else (entry[0], dict(*entry[1:]))
+        if name not in known:
+            raise ValueError(
+                f"INPUT.AUGMENTATIONS has {name!r}, which is unknown; "
+                + hint(str(name), sorted(known))
+            )
+        try:
+            found.append(known[name](**options))
+        except TypeError as error:
+            raise ValueError(f"INPUT.AUGMENTATIONS, {name}: {error}") from error
+    return found
+
+
+def _is_augmentation(x: object) -> bool:
+    return isinstance(x, type) and issubclass(x, T.Augmentation) and x is not T.Augmentation
 
 
 def _jitter_scale(scales: Sequence[float], size: int) -> list[T.Augmentation]:

@@ -278,6 +278,7 @@ def yaml_mapper(cfg: CfgNode, is_train: bool = True) -> data.Mapper:
             scale_jitter=cfg.INPUT.SCALE_JITTER,
             photometric=cfg.INPUT.PHOTOMETRIC,
         )
+        options["augmentations"] += data.named_augmentations(cfg.INPUT.AUGMENTATIONS)
         options["min_visible"] = cfg.INPUT.CROP.MIN_VISIBLE
     return data.Mapper(cfg, is_train=is_train, **options)
 
