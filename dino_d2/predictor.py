@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,8 +28,13 @@ from .weights import model_zoo
 from .weights.checkpointer import Checkpointer
 from .weights.fitting import OpenedWeights, open_weights
 
+if TYPE_CHECKING:
+    from .export import ExportedModel
+
 Picture = str | os.PathLike | Image.Image | np.ndarray
 PUBLISHED = model_zoo.ReleaseHandler.PREFIX
+EXPORTED = (".onnx", ".pt2")
+Thresholds = float | Mapping[str, float] | None
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -36,7 +42,7 @@ class Predictor:
     """Detects in images of any kind.
 
     Args:
-        model: in evaluation mode
+        model: in evaluation mode, or an exported one
         classes: names of its classes
         augmentations: resize an image as in evaluation
         image_format: of the model: "RGB", "BGR", "L" (grey values)
@@ -51,7 +57,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: Detector,
+        model: "Detector | ExportedModel",
         *,
         classes: Sequence[str],
         augmentations: Sequence[T.Augmentation],
@@ -146,7 +152,7 @@ def load(
     device: str | None = None,
     overrides: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
-    thresholds: float | Mapping[str, float] | None = None,
+    thresholds: Thresholds = None,
 ) -> Predictor:
     """Load a model with its weights.
 
@@ -154,7 +160,7 @@ def load(
         config: name of a published checkpoint, such as "dino_R_50_4scale_12ep" of the paper's
             authors or "detrex/dino_R_50_4scale_12ep" of detrex; or, with `weights`, of any config,
             see `model_zoo`; or a config file; or the output folder of a training, or a checkpoint
-            in it, which bring their config along
+            in it, which bring their config along; or an exported file, .onnx or .pt2
         weights: file, URL or `dino_d2://NAME`; default: those of the published checkpoint, those
             that the config file names, or the best or else the last of a training. Without a
             config, a checkpoint of a training
@@ -171,8 +177,16 @@ def load(
         ValueError: an invalid device, dtype, override, name or threshold, or a config of another
             model or of images with other channels
         CheckpointError: the weights cannot be found, or are not complete
+        ExportError: an exported file is damaged or not ours, or ONNX Runtime is missing
     """
-    config, weights = of_training(_name("config", config), _name("weights", weights or ""))
+    config, weights = _name("config", config), _name("weights", weights or "")
+    if (weights or config).endswith(EXPORTED):
+        if overrides or (config and weights):
+            raise ValueError(
+                f"'{weights or config}' is exported: it has no config to name or change"
+            )
+        return load_exported(weights or config, device, dtype, thresholds)
+    config, weights = of_training(config, weights)
     cfg = model_zoo.get_config(config, trained=not weights)
     apply_overrides(cfg, overrides)
     augmentations = evaluation_augmentations(cfg)
@@ -191,6 +205,30 @@ def load(
         image_format=get(cfg, keys_for(cfg).image_format),
         thresholds=merge_thresholds(opened.settings.get("thresholds", {}), thresholds, classes),
         dtype=dtype,
+    )
+
+
+def load_exported(
+    file: str, device: str | None, dtype: torch.dtype, thresholds: Thresholds
+) -> Predictor:
+    """The predictor of an exported file, which runs where it was exported, in its own precision.
+
+    Raises:
+        ValueError: another device or dtype is named, or a threshold is invalid
+        FileNotFoundError, ExportError: as of `export.Exported`
+    """
+    from .export import ExportedModel
+
+    model = ExportedModel(Path(file).expanduser())
+    if dtype != torch.float32 or torch.device(device or model.device).type != model.device.type:
+        raise ValueError(f"'{file}' runs in float32 on {model.device.type}: name nothing else")
+    about = model.file.about
+    return Predictor(
+        model,
+        classes=about.classes,
+        augmentations=(),
+        image_format=about.image_format,
+        thresholds=merge_thresholds(about.thresholds, thresholds, about.classes),
     )
 
 

@@ -12,6 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,10 +27,10 @@ from torch.nn import functional as F
 import dino_d2
 from dino_d2 import modeling
 from dino_d2.boxes import cxcywh_to_xyxy, refine
-from dino_d2.export import Exportable, check, export, save
+from dino_d2.export import Exportable, check, export, runtime, save
 from dino_d2.export.graph import distinct_first, nearest, to_onnx
 from dino_d2.export.runtime import About, Detections, Exported, ExportError, compare, fit
-from dino_d2.modeling.postprocess import postprocess
+from dino_d2.modeling.postprocess import MaskDetections, postprocess
 from dino_d2.modeling.relations import SUPPRESSED, PositionRelation
 from dino_d2.structures import FeaturePyramid, LayerOutput
 
@@ -680,6 +681,76 @@ def test_the_model_runs_once_on_each_batch_as_the_file_does(run, pretend, monkey
     assert counts == [1]
 
 
+# ---- dino_d2.load
+
+
+@pytest.mark.slow
+@KINDS
+def test_an_exported_file_is_loaded_as_a_training_is(exported, picture, kind):
+    predictor = dino_d2.load(exported(kind))
+    assert predictor.classes == CLASSES and predictor.image_format == "RGB"
+    wide = np.zeros((20, 100, 3), np.uint8)
+    square, strip = predictor([picture, wide])
+    assert square.image_size == (60, 60) and strip.image_size == (20, 100)
+    assert (strip.pred_boxes.tensor <= torch.tensor([100, 20, 100, 20])).all()
+    array, size = fit(np.asarray(Image.open(picture)), SIZE)
+    boxes, scores, labels = Exported(exported(kind))(
+        torch.from_numpy(array)[None], torch.tensor([size])
+    )
+    kept = (boxes[0, :, 2:] > boxes[0, :, :2]).all(-1)
+    torch.testing.assert_close(square.pred_boxes.tensor, boxes[0, kept] * (60 / 48))
+    assert square.scores.equal(scores[0, kept]) and square.pred_classes.equal(labels[0, kept])
+    least = float(square.scores.median())
+    assert (dino_d2.load("", exported(kind), thresholds=least)(picture).scores >= least).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"overrides": ["TEST.NMS", 0.5]}, "no config to name or change"),
+        ({"weights": "other.onnx"}, "no config to name or change"),
+        ({"dtype": torch.bfloat16}, "runs in float32 on cpu"),
+        ({"device": "cuda"}, "runs in float32 on cpu"),
+        ({"thresholds": {"dog": 0.5}}, "there is a threshold for 'dog'"),
+    ],
+    ids=str,
+)
+def test_an_exported_file_is_as_it_is(monkeypatch, options, said):
+    about = About(CLASSES, SIZE, "RGB", None)
+    monkeypatch.setattr(runtime, "Exported", lambda path: SimpleNamespace(about=about, graph=None))
+    with pytest.raises(ValueError, match=said):
+        dino_d2.load("model.onnx", **options)
+
+
+def test_an_exported_file_brings_its_thresholds_and_fixed_number_of_images(monkeypatch, model):
+    about = About(CLASSES, SIZE, "RGB", 2, {CLASSES[0]: 0.4})
+
+    class File(SimpleNamespace):
+        def __call__(self, images, image_sizes):
+            assert len(images) == 2
+            return detect(model, images, image_sizes)
+
+    monkeypatch.setattr(runtime, "Exported", lambda path: File(about=about, graph=None))
+    predictor = dino_d2.load("model.onnx")
+    assert predictor.thresholds == {CLASSES[0]: 0.4}
+    images = [np.full((30, 30 + i, 3), 60 * i, np.uint8) for i in range(3)]
+    together = predictor(images)
+    for image, found in zip(images, together, strict=True):
+        torch.testing.assert_close(predictor(image).scores, found.scores)
+
+
+def test_masks_of_an_exported_file_are_of_the_image():
+    # A mask of the left half of an image of 40 x 60, at 20 x 30 in a padded one of 32 x 32.
+    maps = torch.full((1, 8, 8), -9.0)
+    maps[..., :4] = 9.0
+    boxes = torch.tensor([[0.0, 0.0, 15.0, 20.0]])
+    found = MaskDetections(boxes, torch.tensor([0.9]), torch.tensor([1]), maps)
+    instances = runtime.in_pixels(found, (20, 30), (40, 60), (32, 32))
+    assert instances.pred_boxes.tensor.tolist() == [[0.0, 0.0, 30.0, 40.0]]
+    mask = instances.pred_masks[0]
+    assert mask.shape == (40, 60) and mask[:, :28].all() and not mask[:, 36:].any()
+
+
 # ---- serve_onnx.py
 
 
@@ -696,6 +767,7 @@ def serve(exported, tmp_path):
         onnx.helper.set_model_props(graph, notes)
         onnx.save(graph, tmp_path / f"{image_format}.onnx")
         words = [sys.executable, PROGRAMS / "serve_onnx.py", tmp_path / f"{image_format}.onnx", "0"]
+        words += ["--confidence-threshold", "0.3"]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         processes.append(process)
         return lambda: process.stdout.readline().strip()

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,14 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.mapper import channels_of
+from ..modeling.mask_dino import resize_masks
 from ..modeling.postprocess import Detections, MaskDetections
 from ..names import plural
 
@@ -40,6 +42,7 @@ class About(NamedTuple):
     size: tuple[int, int]  # height and width of images
     image_format: str  # channels of images: "RGB", "BGR", "L"
     batch_size: int | None  # None: any
+    thresholds: dict[str, float] = {}  # least scores by class, of the best F1, where known
 
 
 def fit(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
@@ -108,6 +111,66 @@ class Exported:
         return map(torch.from_numpy, self.graph.run(None, arrays))
 
 
+class ExportedModel:
+    """An exported file with the interface of a model: a list of dicts in, a list of dicts out.
+
+    Images (C, height, width) of any size are resized and padded to that of the file.
+
+    Args:
+        path: of the file
+
+    Raises:
+        FileNotFoundError, ExportError: as of `Exported`
+    """
+
+    def __init__(self, path: Path):
+        self.file = Exported(path)
+        self.pixel_mean = [0.0] * channels_of(self.file.about.image_format)  # is in the file
+        graph = self.file.graph
+        on_device = isinstance(graph, nn.Module)
+        self.device = next(graph.parameters()).device if on_device else torch.device("cpu")
+
+    def __call__(self, batch: list[dict]) -> list[dict]:
+        count = self.file.about.batch_size or len(batch)
+        parts = [batch[i : i + count] for i in range(0, len(batch), count)]
+        return [{"instances": x} for part in parts for x in self.detect(part, count)]
+
+    def detect(self, batch: list[dict], count: int) -> Iterator[Instances]:
+        """Detections in at most `count` images, in their own pixels."""
+        size = self.file.about.size
+        fitted = [fit(x["image"].permute(1, 2, 0).numpy(), size) for x in batch]
+        fitted += fitted[-1:] * (count - len(batch))
+        images, insides = zip(*fitted, strict=True)
+        found = self.file(torch.from_numpy(np.stack(images)), torch.tensor(insides))
+        for x, inside, *own in zip(batch, insides, *found, strict=False):
+            yield in_pixels(detections(own), inside, (x["height"], x["width"]), size)
+
+
+def in_pixels(
+    found: Detections | MaskDetections,
+    inside: tuple[int, int],
+    image: tuple[int, int],
+    size: tuple[int, int],
+) -> Instances:
+    """Detections (N, .) of a padded image in pixels of the image; without a score they are none.
+
+    Args:
+        inside: height and width of the image in the padded one
+        image: its own height and width
+        size: of the padded image
+    """
+    (height, width), (h, w) = image, inside
+    boxes = Boxes(found.boxes * torch.tensor([width / w, height / h] * 2))
+    boxes.clip(image)
+    kept = (found.scores > 0) & boxes.nonempty()
+    instances = Instances(image, pred_boxes=boxes[kept], scores=found.scores[kept])
+    instances.pred_classes = found.labels[kept]
+    if isinstance(found, MaskDetections):
+        stride = size[0] // found.masks.shape[-2]
+        instances.pred_masks = resize_masks(found.masks[kept], stride, inside, image)[0]
+    return instances
+
+
 def detections(outputs: Iterable[Tensor]) -> Detections | MaskDetections:
     """The outputs of a graph, by name."""
     parts = tuple(outputs)
@@ -143,7 +206,7 @@ def read_onnx(path: Path) -> tuple[Any, About]:
 
 def read_about(path: Path, notes: dict[str, Any]) -> About:
     """Parse the metadata of a file; raise an ExportError if they are not ours."""
-    if notes.keys() != set(About._fields):
+    if not set(About._fields) - {"thresholds"} <= notes.keys() <= set(About._fields):
         raise ExportError(f"'{path}' was not written by dino_d2: export it again")
     return About(**notes | {"size": tuple(notes["size"])})
 

@@ -209,7 +209,9 @@ def main() -> None:
     logging.getLogger("onnxscript").setLevel(
         logging.ERROR
     )  # it warns of constants that it cannot fold
-    about = About(predictor.classes, size, predictor.image_format, args.batch_size)
+    about = About(
+        predictor.classes, size, predictor.image_format, args.batch_size, predictor.thresholds
+    )
     try:
         with alive("the export"):
             graph = export(predictor.model, size, args.batch_size, args.keep_operator)

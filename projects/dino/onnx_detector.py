@@ -28,14 +28,19 @@ class OnnxDetector:
             self.session = InferenceSession(path, providers=["CPUExecutionProvider"])
             notes = self.session.get_modelmeta().custom_metadata_map
             self.about = {key: json.loads(notes[key]) for key in NOTES}
+            self.thresholds = json.loads(notes.get("thresholds", "{}"))
         except Exception as error:  # onnxruntime's exceptions have no common base class
             reason = "its notes are missing" if isinstance(error, KeyError) else error
             raise ValueError(f"'{path}' was not written by export.py: {reason}") from error
 
-    def __call__(self, image: Image.Image, threshold: float = 0.3) -> list[dict]:
-        """Detections of at least the threshold: class, score, box (x0, y0, x1, y1 in pixels).
+    def __call__(self, image: Image.Image, threshold: float | None = None) -> list[dict]:
+        """Detections: class, score, box (x0, y0, x1, y1 in pixels).
 
         Of Mask DINO also mask, in COCO's uncompressed RLE.
+
+        Args:
+            image: of any size
+            threshold: least score; default: that of the class in the file, otherwise 0.5
         """
         (height, width), count = self.about["size"], self.about["batch_size"] or 1
         scale = min(height / image.height, width / image.width)
@@ -50,8 +55,10 @@ class OnnxDetector:
         rows = zip(boxes.tolist(), scores.tolist(), labels, *masks, strict=True)
         found = []
         for box, score, label, *logits in rows:
-            if score >= threshold:
-                found.append({"class": names[label], "score": score, "box": box})
+            name = names[label]
+            least = self.thresholds.get(name, 0.5) if threshold is None else threshold
+            if score >= least:
+                found.append({"class": name, "score": score, "box": box})
                 for maps in logits:
                     whole = Image.fromarray(maps).resize((width, height), Image.Resampling.BILINEAR)
                     own = whole.crop((0, 0, w, h)).resize(image.size, Image.Resampling.BILINEAR)

@@ -23,7 +23,7 @@ class Handler(BaseHTTPRequestHandler):
             data = self.rfile.read(int(self.headers["Content-Length"]))
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         good = image is not None and image.mode[0] not in "IF"  # Pillow would clip 16 bits
-        answer = detect(image) if good else {"error": REFUSAL}
+        answer = detect(image, args.confidence_threshold) if good else {"error": REFUSAL}
         self.send_response(200 if good else 400)
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
@@ -38,6 +38,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"Then, {EXAMPLE}")
     parser.add_argument("file", help="written by export.py, ending in .onnx")
     parser.add_argument("port", type=int, nargs="?", default=8000, help="0: any; default: 8000")
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        metavar="SCORE",
+        help="0 to 1; default: those of the classes in the file, otherwise 0.5",
+    )
     args = parser.parse_args()
     try:
         detect = OnnxDetector(args.file)
