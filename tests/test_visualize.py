@@ -332,6 +332,23 @@ def test_an_unknown_format_of_images_is_one_sentence(shapes, tmp_path, monkeypat
     assert "image format is 'BRG'" in said and "the nearest: " in said
 
 
+@pytest.mark.parametrize(
+    ("style", "sizes"), [(".yaml", "INPUT.MIN_SIZE_TRAIN and MIN_SIZE_TEST"), (".py", "min_sizes")]
+)
+def test_small_boxes_and_more_boxes_than_queries_are_remarked(shapes, style, sizes):
+    source = source_of(shapes, style=style)
+    remarks = visualize_data.remarks
+    large = visualize_data.Seen(Counter({0: 3}), [2, 1], [20.0, 30.0, 40.0])
+    (line,) = remarks(large, source)
+    assert line == "Boxes as trained: 21, 30 and 39 pixels (5 %, median, 95 %)"
+    small = visualize_data.Seen(Counter({0: 31}), [31], [9.0] * 31)
+    _, of_size, of_queries = remarks(small, source)
+    assert "below 16 pixels" in of_size and sizes in of_size
+    assert "31 boxes, but the model 30 queries" in of_queries
+    assert of_queries.endswith(f"raise {source.keys.num_queries}")
+    assert not [*remarks(visualize_data.Seen(Counter(), [0], []), source)]
+
+
 def test_the_program_shows_the_same_images_again(shapes, tmp_path, monkeypatch, capsys):
     for name, iteration in (("a", 3), ("b", 3), ("c", 4)):
         words = ("--iteration", iteration, "--num-images", 3, "--per-sheet", 1)
@@ -340,7 +357,8 @@ def test_the_program_shows_the_same_images_again(shapes, tmp_path, monkeypatch, 
     assert [x.name for x in sheets["a"]] == [f"sheet_00{i}.png" for i in range(3)]
     a, b, c = ([x.read_bytes() for x in sheets[x]] for x in "abc")
     assert a == b != c
-    assert "3 images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 images" in said and "Boxes as trained: " in said
 
 
 def test_a_sheet_has_as_many_images_as_are_asked_for(shapes, tmp_path, monkeypatch):

@@ -181,6 +181,7 @@ _KEYS = {
     "test_sets": ("DATASETS.TEST", "dataloader.test.dataset.names"),
     "image_format": ("INPUT.FORMAT", "dataloader.test.mapper.image_format"),
     "num_classes": ("MODEL.DINO.NUM_CLASSES", "model.num_classes"),
+    "num_queries": ("MODEL.DINO.NUM_QUERIES", "model.query_selection.num_queries"),
     "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
     "device": ("MODEL.DEVICE", "train.device"),
     "output_dir": ("OUTPUT_DIR", "train.output_dir"),
