@@ -231,6 +231,16 @@ def test_a_file_that_is_not_json_is_refused(tmp_path, text):
     assert_refused(write(tmp_path, text), "data.json' is not JSON", "may be incomplete")
 
 
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [("annotations", "annotation"), ("images", "image"), ("categories", "category")],
+)
+def test_a_key_of_another_spelling_is_named(tmp_path, key, wrong):
+    dataset = {"images": [], "annotations": [], "categories": []}
+    dataset[wrong] = dataset.pop(key)
+    assert_refused(write(tmp_path, dataset), f"has '{wrong}' in place of '{key}': rename it")
+
+
 def test_a_file_of_detection_results_is_refused(tmp_path):
     assert_refused(write(tmp_path, "[]"), "has no list 'images' but a list", "detection results")
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..names import path_hint
+from ..names import nearest, path_hint
 
 KEYS = ("images", "annotations", "categories")
 
@@ -49,8 +49,12 @@ def parse(json_file: str) -> dict[str, list]:
         )
     dataset = read_json(json_file)
     found = ", ".join(dataset) if isinstance(dataset, dict) else f"a {type(dataset).__name__}"
-    if isinstance(dataset, dict) and {"images", "categories"} <= dataset.keys():
-        dataset.setdefault("annotations", [])
+    if isinstance(dataset, dict):
+        for key in (x for x in KEYS if x not in dataset):
+            if near := nearest(key, [x for x in dataset if x not in KEYS]):
+                raise DatasetError(f"'{json_file}' has '{near[0]}' in place of '{key}': rename it")
+        if {"images", "categories"} <= dataset.keys():
+            dataset.setdefault("annotations", [])
     for key in KEYS:
         if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
             raise DatasetError(

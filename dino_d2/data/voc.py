@@ -182,7 +182,8 @@ def label_image(
         if min(left, top) < shift and not zero_based:
             raise DatasetError(
                 f"{where} ('{name}') begins at ({left:g}, {top:g}), but VOC counts pixels from 1: "
-                "if this data set counts from 0, use zero_based (--zero-based)"
+                "if this data set counts from 0, use --data, which decides that by itself, or "
+                "convert_dataset.py voc --zero-based (zero_based=True of from_voc)"
             )
         corners = (left - shift, top - shift, right, bottom)
         boxes.append(LabelledBox(corners, classes.index(name), difficult, where))
