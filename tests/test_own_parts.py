@@ -13,6 +13,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 
 import dino_d2
 from dino_d2 import modeling
+from dino_d2.config.overrides import apply_overrides
 from dino_d2.config.styles import read_config
 from dino_d2.data import AUGMENTATION_REGISTRY, generate, register
 from dino_d2.engine.plan import make_plan
@@ -130,6 +131,11 @@ def test_what_cannot_be_imported_is_one_sentence(tmp_path, imports, text, said):
         read_config(str(tmp_path / "config.yaml"))
     assert str(caught.value).startswith(f"IMPORTS names '{imports}'")
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_cannot_name_them(config):
+    with pytest.raises(ValueError, match="has to be in the config file"):
+        apply_overrides(read_config(str(config)), ["IMPORTS", "['other.py']"])
 
 
 @pytest.mark.parametrize(

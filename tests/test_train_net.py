@@ -17,12 +17,12 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from torch.multiprocessing import ProcessExitedException
 
-from dino_d2.config.styles import get, keys_for, read_config
+from dino_d2.config.styles import get, keys_for, read_config, scale_images
 from dino_d2.data import generate
 from dino_d2.engine import run
 from dino_d2.engine.plan import make_plan
 from dino_d2.weights.checkpointer import Checkpointer
-from dino_d2.weights.model_zoo import get_config_file
+from dino_d2.weights.model_zoo import get_config, get_config_file
 
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
 sys.path.insert(0, str(PROGRAMS))
@@ -400,6 +400,27 @@ def test_all_sides_of_images_follow_one(style, data):
         lists = sizes.MIN_SIZE_TRAIN, sizes.CROP.MIN_SIZE_TRAIN, sizes.CROP.SIZE
     assert found == (400, 666, 666)
     assert [*lists[0][:2], *lists[1], *lists[2]] == [240, 256, 200, 250, 300, 192, 300]
+
+
+@pytest.mark.parametrize(
+    ("style", "size", "option", "said"),
+    [
+        (".yaml", "0", [], "the size of images (--size) is 0"),
+        (".yaml", "64", ["INPUT.MAX_SIZE_TEST", "80"], "in place of INPUT.MAX_SIZE_TEST"),
+        (".py", "64", ["dataloader.train.mapper.augmentations.max_size=80"], "in place of data"),
+    ],
+)
+def test_a_size_that_cannot_be_is_one_sentence(style, size, option, said, data, monkeypatch):
+    message = complaint(monkeypatch, *config(style), *data, "--size", size, *option)
+    assert said in message and "\n" not in message
+
+
+@pytest.mark.parametrize("short", [0, [64, 96], None])
+def test_sides_need_one_to_follow(short):
+    cfg = get_config("quickstart.yaml")
+    cfg.INPUT.MIN_SIZE_TEST = short
+    with pytest.raises(ValueError, match="in proportion to INPUT.MIN_SIZE_TEST, which is"):
+        scale_images(cfg, 64)
 
 
 @pytest.mark.parametrize("style", STYLES)

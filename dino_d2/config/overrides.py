@@ -38,6 +38,8 @@ def apply_overrides(cfg: CfgNode | DictConfig, overrides: Sequence[str]) -> list
                 f"{word!r} is an option, not a key of the config: write it before the changes of "
                 "the config, which are the last of a command"
             )
+    if is_yaml and "IMPORTS" in overrides[::2]:
+        raise ValueError("IMPORTS has to be in the config file: it is heeded when that is read")
     return list((_change_yaml if is_yaml else _change_lazy)(cfg, overrides))
 
 

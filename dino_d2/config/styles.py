@@ -268,10 +268,19 @@ def scale_images(cfg: CfgNode | DictConfig, size: int) -> None:
     """Make `size` the short side of images in evaluation, and change all others in proportion.
 
     Crops that are shares of an image stay as they are.
+
+    Raises:
+        ValueError: the config has no short side, or several
     """
     is_yaml = isinstance(cfg, CfgNode)
     section, keys = (cfg, _SIDES[0]) if is_yaml else (cfg.dataloader, _SIDES[1])
-    factor = size / get(section, keys[0])
+    short = get(section, keys[0], None)
+    if not isinstance(short, int | float) or short <= 0:
+        raise ValueError(
+            f"--size changes all sides of images in proportion to {keys[0]}, which is {short!r} in "
+            "this config: change them one by one"
+        )
+    factor = size / short
 
     def scaled(x: float) -> float:
         return round(factor * x) if x > 1 else x

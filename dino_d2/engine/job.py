@@ -48,6 +48,10 @@ NO_OPTIONS: dict[str, Any] = {
 }
 
 
+# The ends of keys, of either style, that --size changes.
+SIDES = ("_SIZE_TRAIN", "_SIZE_TEST", "CROP.SIZE", "_sizes", "max_size", "edge_length", "crop_size")
+
+
 class Contents(NamedTuple):
     """The data set in the folder of --data."""
 
@@ -79,9 +83,7 @@ def load_job(args: argparse.Namespace) -> Job:
     given = apply_overrides(cfg, short_overrides(vars(args), keys, args.opts))
     if keys is LAZY:
         require_sections(cfg)
-    if args.size:
-        require_whole(**{"the size of images (--size)": args.size})
-        scale_images(cfg, args.size)
+    set_size(cfg, args.size, given)
     set_data(cfg, args, given)
     if keys.device not in given:
         put(cfg, keys.device, device_here(get(cfg, keys.device)))
@@ -100,6 +102,16 @@ def load_job(args: argparse.Namespace) -> Job:
     if plan.wandb_project and not args.eval_only:
         require_wandb()
     return Job(cfg, plan)
+
+
+def set_size(cfg: CfgNode | DictConfig, size: int | None, given: Collection[str]) -> None:
+    """Scale images to the size of --size; None leaves them as they are."""
+    if size is None:
+        return
+    require_whole(**{"the size of images (--size)": size})
+    if sides := [x for x in given if x.endswith(SIDES)]:
+        raise ValueError(f"--size is in place of {sides[0]}: give either")
+    scale_images(cfg, size)
 
 
 def set_data(cfg: CfgNode | DictConfig, args: argparse.Namespace, given: Collection[str]) -> None:
