@@ -22,7 +22,7 @@ from .layouts.renaming import CheckpointError
 from .modeling.detector import Detector
 from .modeling.dino import WRONG_CHANNELS
 from .modeling.fold_norms import fold_norms
-from .names import hint, plural
+from .names import check_device, hint, plural
 from .ranges import require_share
 from .weights import model_zoo
 from .weights.checkpointer import Checkpointer
@@ -180,12 +180,11 @@ def load(
         ExportError: an exported file is damaged or not ours, or ONNX Runtime is missing
     """
     config, weights = _name("config", config), _name("weights", weights or "")
-    if (weights or config).endswith(EXPORTED):
+    files = [x for x in (weights, config) if x.lower().endswith(EXPORTED)]
+    if files:
         if overrides or (config and weights):
-            raise ValueError(
-                f"'{weights or config}' is exported: it has no config to name or change"
-            )
-        return load_exported(weights or config, device, dtype, thresholds)
+            raise ValueError(f"'{files[0]}' is exported: it has no config to name or change")
+        return load_exported(files[0], device, dtype, thresholds)
     config, weights = of_training(config, weights)
     cfg = model_zoo.get_config(config, trained=not weights)
     apply_overrides(cfg, overrides)
@@ -219,8 +218,9 @@ def load_exported(
     """
     from .export import ExportedModel
 
+    check_device(device or "cpu")
     model = ExportedModel(Path(file).expanduser())
-    if dtype != torch.float32 or torch.device(device or model.device).type != model.device.type:
+    if dtype != torch.float32 or torch.device(device or model.device) != model.device:
         raise ValueError(f"'{file}' runs in float32 on {model.device.type}: name nothing else")
     about = model.file.about
     return Predictor(

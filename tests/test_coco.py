@@ -241,6 +241,12 @@ def test_a_key_of_another_spelling_is_named(tmp_path, key, wrong):
     assert_refused(write(tmp_path, dataset), f"has '{wrong}' in place of '{key}': rename it")
 
 
+def test_other_keys_of_a_list_of_images_are_fine(tmp_path):
+    dataset = {"images": [], "categories": [], "annotator": "Eve", "captions": [], "annotation": 1}
+    write(tmp_path, dataset)
+    assert parse(str(tmp_path / "data.json"))["annotations"] == []
+
+
 def test_a_file_of_detection_results_is_refused(tmp_path):
     assert_refused(write(tmp_path, "[]"), "has no list 'images' but a list", "detection results")
 

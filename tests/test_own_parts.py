@@ -1,5 +1,6 @@
 """Parts of users, which a config imports: the page about them is run as it stands."""
 
+import multiprocessing
 import re
 import sys
 from importlib import import_module
@@ -14,7 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 import dino_d2
 from dino_d2 import modeling
 from dino_d2.config.overrides import apply_overrides
-from dino_d2.config.styles import read_config
+from dino_d2.config.styles import import_file, read_config
 from dino_d2.data import AUGMENTATION_REGISTRY, generate, register
 from dino_d2.engine.plan import make_plan
 
@@ -30,8 +31,10 @@ REGISTRIES = (
 @pytest.fixture(autouse=True)
 def forget():
     """What a test imports and registers is gone after it."""
-    before, modules = [dict(x) for x in REGISTRIES], set(sys.modules)
+    before, modules, path = [dict(x) for x in REGISTRIES], set(sys.modules), list(sys.path)
     yield
+    import_file.cache_clear()
+    sys.path[:] = path
     for registry, known in zip(REGISTRIES, before, strict=True):
         registry._obj_map.clear()
         registry._obj_map.update(known)
@@ -103,21 +106,41 @@ def test_a_module_may_be_named_too(tmp_path, monkeypatch):
     assert import_module("somewhere").HERE == 1
 
 
-def test_files_of_one_name_are_two(tmp_path):
+@pytest.mark.parametrize("known", [False, True], ids=["can be found", "imported already"])
+def test_a_file_that_python_finds_by_itself_is_no_other(config, monkeypatch, known):
+    """As a worker that is given `sys.path` does."""
+    monkeypatch.syspath_prepend(str(config.parent))
+    if known:
+        import_module("my_parts")
+    assert read_config(str(config)).IMPORTS == [str(config.parent / "my_parts.py")]
+
+
+def test_files_of_one_name_are_told(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "parts.py").write_text(f"import builtins\nbuiltins.seen_{folder} = 1")
+        (tmp_path / folder / "parts.py").write_text("")
         (tmp_path / folder / "config.yaml").write_text("IMPORTS: ['parts.py']")
-        read_config(str(tmp_path / folder / "config.yaml"))
-    import builtins
+    read_config(str(tmp_path / "a" / "config.yaml"))
+    with pytest.raises(ValueError, match="there is another module 'parts': rename this file"):
+        read_config(str(tmp_path / "b" / "config.yaml"))
 
-    assert builtins.seen_a == builtins.seen_b == 1
+
+@pytest.mark.slow
+def test_a_process_that_loads_images_finds_the_file(tmp_path):
+    """It is started anew, and given an object before it has read any config."""
+    (tmp_path / "plain_parts.py").write_text("class Plain:\n    pass")
+    (tmp_path / "config.yaml").write_text("IMPORTS: ['plain_parts.py']")
+    read_config(str(tmp_path / "config.yaml"))
+    plain = sys.modules["plain_parts"].Plain()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert "plain_parts.Plain" in pool.apply(repr, (plain,))
 
 
 @pytest.mark.parametrize(
     ("imports", "text", "said"),
     [
         ("parts.py", None, "there is no such file in"),
+        ("json.py", "", "ImportError: there is another module 'json'"),
         ("no_such_module", None, "ModuleNotFoundError: No module named 'no_such_module'"),
         ("parts.py", "x = 1\ny = z", "parts.py', line 2: NameError: name 'z' is not defined"),
         ("parts.py", "x = (", "SyntaxError"),
@@ -125,7 +148,7 @@ def test_files_of_one_name_are_two(tmp_path):
 )
 def test_what_cannot_be_imported_is_one_sentence(tmp_path, imports, text, said):
     if text is not None:
-        (tmp_path / "parts.py").write_text(text)
+        (tmp_path / imports).write_text(text)
     (tmp_path / "config.yaml").write_text(f"IMPORTS: ['{imports}']")
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         read_config(str(tmp_path / "config.yaml"))
@@ -144,6 +167,11 @@ def test_the_command_cannot_name_them(config):
         (["RandomRotatoin"], "the nearest: RandomRotation"),
         ([["RandomRotation", {"angel": 3}]], "RandomRotation: .*angel"),
         (["RandomRotation"], "RandomRotation: .*angle"),
+        ([["RandomRotation", 5]], r"write a name, or \[name, {argument: value}\]"),
+        ([["RandomRotation"]], "write a name"),
+        ([7], "write a name"),
+        (["RandomApply"], "unknown"),
+        ([["RandomCrop", {"crop_type": "foo", "crop_size": [3, 3]}]], "RandomCrop: its arguments"),
     ],
 )
 def test_an_augmentation_that_is_none_is_one_sentence(names, said):
@@ -152,6 +180,21 @@ def test_an_augmentation_that_is_none_is_one_sentence(names, said):
 
 
 def test_augmentations_of_detectron2_take_arguments():
-    (turn,) = dino_d2.data.named_augmentations([["RandomRotation", {"angle": [90, 90]}]])
-    image = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
-    assert turn.get_transform(image).apply_image(image).shape[:2] == (3, 2)
+    for entry in (["RandomRotation", {"angle": [90, 90]}], {"RandomRotation": {"angle": [90, 90]}}):
+        (turn,) = dino_d2.data.named_augmentations([entry])
+        image = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+        assert turn.get_transform(image).apply_image(image).shape[:2] == (3, 2)
+    (ours,) = dino_d2.data.named_augmentations([["ResizeShortestEdge", {"short_edge_length": 4}]])
+    assert type(ours).__module__.startswith("dino_d2")
+
+
+@pytest.mark.parametrize("text", ["IMPORTS:", "IMPORTS: []"])
+def test_nothing_to_import_is_fine(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    assert read_config(str(tmp_path / "config.yaml")).IMPORTS == []
+
+
+def test_what_is_no_name_is_one_sentence(tmp_path):
+    (tmp_path / "config.yaml").write_text("IMPORTS: [3]")
+    with pytest.raises(ValueError, match="IMPORTS has 3: name files"):
+        read_config(str(tmp_path / "config.yaml"))

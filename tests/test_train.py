@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2 import model_zoo as detectron2_zoo
 
 import dino_d2
 from dino_d2.data import generate
@@ -31,7 +32,14 @@ def test_a_training_is_one_call_and_gives_its_predictor(shapes, tmp_path):
     assert torch.equal(found.scores, loaded.scores)
     with pytest.raises(ValueError, match="training"):  # is there already
         dino_d2.train("quickstart", shapes, epochs=1, **options)
+    with pytest.raises(ValueError, match="--overwrite is for a training that begins"):
+        dino_d2.train("quickstart", shapes, resume=True, overwrite=True, **options)
+    log = (out / "log.txt").read_text()
+    dino_d2.train("quickstart", shapes, epochs=1, **options | {"output": tmp_path / "other"})
+    assert (out / "log.txt").read_text() == log
+    assert "Starting training" in (tmp_path / "other" / "log.txt").read_text()
     dino_d2.train("quickstart", shapes, epochs=2, resume=True, **options)
+    assert (out / "log.txt").read_text().count("Starting training") == 2
     lines = (out / "metrics.json").read_text().splitlines()
     assert '"iteration": 4' in lines[-1]  # of four images, twice, two a step
 
@@ -44,6 +52,8 @@ def test_a_training_is_one_call_and_gives_its_predictor(shapes, tmp_path):
         ({"device": "cud"}, "the nearest: cuda"),
         ({"lr": 0.1, "overrides": ["SOLVER.BASE_LR", 1]}, "--lr is in place of SOLVER.BASE_LR"),
         ({"overrides": ["SOLVER.BASE_RL", 1]}, "BASE_LR"),
+        ({"epochs": float("inf")}, "EPOCHS is inf"),
+        ({"config": "quickstart.py", "epochs": float("inf")}, "epochs is inf"),
     ],
     ids=lambda x: str(x)[:20],
 )
@@ -57,3 +67,19 @@ def test_what_is_wrong_is_said_before_anything_is_written(shapes, tmp_path, opti
 def test_the_data_may_be_those_of_the_config(tmp_path):
     with pytest.raises(ValueError, match="coco_2017_train"):
         dino_d2.train("dino_R_50_4scale_12ep", output=tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["my out", "2024", "a=b{c}"])
+@pytest.mark.parametrize("style", ["yaml", "py"])
+def test_a_folder_may_have_any_name(style, name, tmp_path):
+    config = "dino_R_50_4scale_12ep." + style
+    with pytest.raises(ValueError, match="coco_2017"):
+        dino_d2.train(config, output=tmp_path / name, device="cpu")
+
+
+def test_a_model_without_a_predictor_is_refused_before_it_is_trained(shapes, tmp_path):
+    config = detectron2_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    options = ["MODEL.WEIGHTS", "", "MODEL.RETINANET.NUM_CLASSES", 4]
+    with pytest.raises(ValueError, match="a RetinaNet has no predictor here"):
+        dino_d2.train(config, shapes, output=tmp_path / "out", overrides=options)
+    assert not (tmp_path / "out" / "log.txt").exists()

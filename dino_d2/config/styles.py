@@ -2,11 +2,10 @@
 
 import logging
 import sys
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache, reduce
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 from traceback import extract_tb
 from types import SimpleNamespace
@@ -57,7 +56,7 @@ def read_config(file: str) -> CfgNode | DictConfig:
         given = keys_of(CfgNode.load_yaml_with_base(file, allow_unsafe=True))
         unknown = next(key for key in given if key not in known)
         raise ValueError(f"'{file}': {unknown_key(unknown, known)}") from error
-    cfg.IMPORTS = [import_parts(name, Path(file).parent) for name in cfg.IMPORTS]
+    cfg.IMPORTS = [import_parts(name, Path(file).parent) for name in cfg.IMPORTS or ()]
     return rename_keys(cfg, file)
 
 
@@ -74,6 +73,8 @@ def import_parts(name: str, folder: Path) -> str:
     Raises:
         ValueError: there is none, or it fails; says in which line
     """
+    if not isinstance(name, str):
+        raise ValueError(f"IMPORTS has {name!r}: name files that end in .py, or modules")
     places = (folder / name, Path(name).expanduser()) if name.endswith(".py") else ()
     found = [str(x.resolve()) for x in places if x.is_file()]
     if places and not found:
@@ -89,18 +90,14 @@ def import_parts(name: str, folder: Path) -> str:
 
 @cache
 def import_file(path: str) -> None:
-    """Run a Python file as a module of its name, where there is none yet."""
-    name = Path(path).stem
-    if name in sys.modules:
-        name = f"{name}_{zlib.crc32(path.encode()):x}"
-    spec = spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = sys.modules[name] = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception:
-        del sys.modules[name]
-        raise
+    """Import a Python file by its name, under which other processes have to find it, too."""
+    name, folder = Path(path).stem, str(Path(path).parent)
+    loaded, spec = sys.modules.get(name), None if name in sys.modules else find_spec(name)
+    place = getattr(loaded, "__file__", None) or (spec and spec.origin) or ""
+    if (loaded or spec) and str(Path(place).resolve()) != path:
+        raise ImportError(f"there is another module '{name}': rename this file")
+    sys.path.append(folder)  # which other processes are given
+    import_module(name)
 
 
 def failed_line(error: Exception) -> str:
@@ -232,22 +229,31 @@ SHORT = {
 }
 
 
-def short_overrides(settings: Mapping[str, Any], keys: Keys, others: Sequence[str]) -> list[str]:
-    """Settings of `SHORT` that are not None as overrides, and then others.
+def put_short(
+    cfg: CfgNode | DictConfig, settings: Mapping[str, Any], given: Sequence[str]
+) -> list[str]:
+    """Change the keys that settings of `SHORT` stand for, where they are not None.
+
+    Args:
+        given: keys that are changed already
+
+    Returns:
+        the changed keys
 
     Raises:
         ValueError: a setting is given and its key as well
     """
-    overrides = []
+    changed = []
     for option, name in SHORT.items():
-        value, key = settings.get(option), getattr(keys, name)
+        value, key = settings.get(option), getattr(keys_for(cfg), name)
         if value is None:
             continue
-        if any(word.partition("=")[0] == key for word in others):
+        if key in given:
             said = option.replace("_", "-")
             raise ValueError(f"--{said} is in place of {key}: give either")
-        overrides += keys.change(key, str(value)).split(" ", 1)
-    return [*overrides, *others]
+        put(cfg, key, value)
+        changed.append(key)
+    return changed
 
 
 # Sides of images in pixels; the first is what they are relative to.
@@ -265,9 +271,9 @@ _SIDES = (
 
 
 def scale_images(cfg: CfgNode | DictConfig, size: int) -> None:
-    """Make `size` the short side of images in evaluation, and change all others in proportion.
+    """Make `size` the short side of images in evaluation; other sides follow in proportion.
 
-    Crops that are shares of an image stay as they are.
+    These are the sides that the config has. Crops that are shares of an image stay as they are.
 
     Raises:
         ValueError: the config has no short side, or several
@@ -285,8 +291,11 @@ def scale_images(cfg: CfgNode | DictConfig, size: int) -> None:
     def scaled(x: float) -> float:
         return round(factor * x) if x > 1 else x
 
-    crops = not is_yaml or cfg.INPUT.CROP.ENABLED
-    for key in keys if crops else keys[:4]:
+    if is_yaml:  # a key that has no effect has to stay as it is
+        keys = keys if cfg.INPUT.CROP.ENABLED else keys[:4]
+        views = ("TEST.AUG.MIN_SIZES", "TEST.AUG.MAX_SIZE")
+        keys = (*keys, *views) if cfg.TEST.AUG.ENABLED else keys
+    for key in keys:
         value = get(section, key, None)
         if isinstance(value, int | float):
             put(section, key, scaled(value))

@@ -1,6 +1,7 @@
 """The augmentation of DETR and its descendants, and more, from Detectron2's own transforms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from detectron2.data import transforms as T
@@ -115,30 +116,45 @@ def named_augmentations(names: Sequence) -> list[T.Augmentation]:
     """Augmentations of INPUT.AUGMENTATIONS: registered ones, or Detectron2's transforms.
 
     Args:
-        names: a name, or a name and a dict of arguments, of each
+        names: of each a name, [name, {arguments}] or {name: {arguments}}
 
     Raises:
         ValueError: a name is unknown, or its arguments are not those that it takes
     """
     known = {name: x for name, x in vars(T).items() if _is_augmentation(x)}
+    known |= {x.__name__: x for x in (ResizeShortestEdge, ResizeScale, RandomSaturation)}
     known |= dict(AUGMENTATION_REGISTRY)
-    found = []
-    for entry in names:
-        name, options = (entry, {}) if isinstance(entry, str) else (entry[0], dict(*entry[1:]))
-        if name not in known:
-            raise ValueError(
-                f"INPUT.AUGMENTATIONS has {name!r}, which is unknown; "
-                + hint(str(name), sorted(known))
-            )
-        try:
-            found.append(known[name](**options))
-        except TypeError as error:
-            raise ValueError(f"INPUT.AUGMENTATIONS, {name}: {error}") from error
-    return found
+    return [_named_augmentation(entry, known) for entry in names]
+
+
+def _named_augmentation(entry: Any, known: Mapping[str, Callable]) -> T.Augmentation:
+    name: Any = entry
+    options: Any = {}
+    if isinstance(entry, dict) and len(entry) == 1:
+        ((name, options),) = entry.items()
+    elif isinstance(entry, list | tuple) and len(entry) == 2:
+        name, options = entry
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise ValueError(
+            f"INPUT.AUGMENTATIONS has {entry!r}: write a name, or [name, {{argument: value}}]"
+        )
+    if name not in known:
+        raise ValueError(
+            f"INPUT.AUGMENTATIONS has {name!r}, which is unknown; " + hint(name, sorted(known))
+        )
+    try:
+        made: T.Augmentation = known[name](**options)
+    except (AssertionError, TypeError, ValueError) as error:
+        reason = str(error) or "its arguments are not those that it takes"
+        raise ValueError(f"INPUT.AUGMENTATIONS, {name}: {reason}") from error
+    return made
+
+
+_OF_OTHERS = (T.Augmentation, T.AugmentationList, T.RandomApply)  # which take augmentations
 
 
 def _is_augmentation(x: object) -> bool:
-    return isinstance(x, type) and issubclass(x, T.Augmentation) and x is not T.Augmentation
+    return isinstance(x, type) and issubclass(x, T.Augmentation) and x not in _OF_OTHERS
 
 
 def _jitter_scale(scales: Sequence[float], size: int) -> list[T.Augmentation]:

@@ -2,10 +2,11 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..names import nearest, path_hint
+from ..names import path_hint
 
 KEYS = ("images", "annotations", "categories")
 
@@ -50,9 +51,8 @@ def parse(json_file: str) -> dict[str, list]:
     dataset = read_json(json_file)
     found = ", ".join(dataset) if isinstance(dataset, dict) else f"a {type(dataset).__name__}"
     if isinstance(dataset, dict):
-        for key in (x for x in KEYS if x not in dataset):
-            if near := nearest(key, [x for x in dataset if x not in KEYS]):
-                raise DatasetError(f"'{json_file}' has '{near[0]}' in place of '{key}': rename it")
+        for key, found_as in misspelt(dataset):
+            raise DatasetError(f"'{json_file}' has '{found_as}' in place of '{key}': rename it")
         if {"images", "categories"} <= dataset.keys():
             dataset.setdefault("annotations", [])
     for key in KEYS:
@@ -62,6 +62,15 @@ def parse(json_file: str) -> dict[str, list]:
                 "annotations (not of detection results, captions or a labelling tool's own)"
             )
     return dataset
+
+
+def misspelt(dataset: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys of COCO that are missing, and lists that are called nearly so."""
+    for key, singular in zip(KEYS, ("image", "annotation", "category"), strict=True):
+        for other, value in dataset.items():
+            alike = other.lower() in (key, singular) and isinstance(value, list)
+            if alike and key not in dataset:
+                yield key, other
 
 
 def read_json(path: str | os.PathLike) -> Any:

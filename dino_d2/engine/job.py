@@ -4,12 +4,14 @@ import argparse
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.utils import logger as logger_module
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
@@ -21,9 +23,9 @@ from ..config.styles import (
     get,
     keys_for,
     put,
+    put_short,
     read_config,
     scale_images,
-    short_overrides,
 )
 from ..data.coco_json import dataset_name
 from ..distributed.launch import world_size
@@ -80,7 +82,8 @@ def load_job(args: argparse.Namespace) -> Job:
         raise ValueError(f"--config-file is {file!r}, neither a .yaml nor a .py file")
     cfg = read_config(file)
     keys = keys_for(cfg)
-    given = apply_overrides(cfg, short_overrides(vars(args), keys, args.opts))
+    given = apply_overrides(cfg, args.opts)
+    given += put_short(cfg, vars(args), given)
     if keys is LAZY:
         require_sections(cfg)
     set_size(cfg, args.size, given)
@@ -211,11 +214,13 @@ def require_device(device: str, remedy: str) -> None:
 
 
 def check_all(args: argparse.Namespace) -> Job:
-    """The job of `load_job`, checked whole without writing anything.
+    """The job of `load_job`, checked whole; only its output folder is created.
 
     Raises:
         ValueError: the config, the data, the weights or the machine does not allow it
     """
+    if args.resume and args.overwrite:
+        raise ValueError("--overwrite is for a training that begins, not for --resume: give either")
     job = load_job(args)
     if not args.eval_only:
         check_folder(job.plan.output_dir, resume=args.resume, overwrite=args.overwrite)
@@ -245,7 +250,8 @@ def train(
             the config names
         epochs, batch_size, lr, device, output: in place of the config's; the device is the GPU if
             there is one
-        size: short side of images in evaluation, in pixels; all other sides follow in proportion
+        size: short side of images in evaluation, in pixels; other sides of the config follow in
+            proportion
         resume: go on from the last checkpoint in the output folder
         overwrite: remove what an earlier training wrote into that folder
         overrides: of the config, see `apply_overrides`
@@ -254,7 +260,8 @@ def train(
         what `load` gives for the output folder: the best checkpoint, or else the last
 
     Raises:
-        ValueError: the config, the data or the machine does not allow it
+        ValueError: the config, the data or the machine does not allow it, or the model is none of
+            this package
         DatasetError, CheckpointError: likewise, of data and of weights
     """
     args = argparse.Namespace(
@@ -272,8 +279,29 @@ def train(
         **NO_OPTIONS,
     )
     job = check_all(args)
+    if isinstance(job.cfg, CfgNode) and not is_detector(job.cfg):
+        raise ValueError(
+            f"a {job.cfg.MODEL.META_ARCHITECTURE} has no predictor here: train it with "
+            "projects/dino/train_net.py"
+        )
     claim_folder(job.plan.output_dir, resume=resume, overwrite=overwrite)
-    default_setup(job.cfg, args)
-    setup_logger(job.plan.output_dir, name="dino_d2")
-    run.train(job.plan, resume=resume)
+    with logging_to(job.plan.output_dir):
+        default_setup(job.cfg, args)
+        run.train(job.plan, resume=resume)
     return load(job.plan.output_dir, device=device)
+
+
+@contextmanager
+def logging_to(folder: str) -> Iterator[None]:
+    """Log to a folder and the console, and to neither afterwards: another training may follow."""
+    loggers = [logging.getLogger(name) for name in ("fvcore", "detectron2", "dino_d2")]
+    before = [list(x.handlers) for x in loggers]
+    setup_logger(folder, name="dino_d2")
+    try:
+        yield
+    finally:
+        for own, kept in zip(loggers, before, strict=True):
+            for handler in [x for x in own.handlers if x not in kept]:
+                own.removeHandler(handler)
+        for cached in (setup_logger, logger_module._cached_log_stream):  # Detectron2's
+            cached.cache_clear()

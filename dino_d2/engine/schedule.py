@@ -1,5 +1,6 @@
 """Learning rate and length of a training for the batch and the data at hand."""
 
+import math
 from collections.abc import Collection
 
 from detectron2.config import CfgNode, instantiate
@@ -43,6 +44,8 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
         if value is not None and not (isinstance(value, kinds) and value > 0):
             raise ValueError(f"{key} is {value!r}; it has to be a number above 0")
     check_numbers(cfg, keys)
+    if epochs and not math.isfinite(epochs):
+        raise ValueError(f"{keys.epochs} is {epochs}: give a number of passes over the data")
     if epochs and keys.max_iter in given:
         raise ValueError(f"the length is given as {keys.epochs} and as {keys.max_iter}: drop one")
     per_image = batch / reference if reference else 1.0

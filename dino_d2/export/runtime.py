@@ -131,7 +131,7 @@ class ExportedModel:
         self.device = next(graph.parameters()).device if on_device else torch.device("cpu")
 
     def __call__(self, batch: list[dict]) -> list[dict]:
-        count = self.file.about.batch_size or len(batch)
+        count = self.file.about.batch_size or max(len(batch), 1)
         parts = [batch[i : i + count] for i in range(0, len(batch), count)]
         return [{"instances": x} for part in parts for x in self.detect(part, count)]
 

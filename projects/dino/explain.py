@@ -20,6 +20,7 @@ from program import (
     make_folder,
     make_parser,
     one_sentence,
+    require_model,
 )
 
 MAX_QUERIES = 8
@@ -281,6 +282,7 @@ def main() -> None:
 def work(prog: str, args: argparse.Namespace) -> None:
     with one_sentence(prog):
         predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts)
+        require_model(predictor)
         if isinstance(predictor.model, dino_d2.MaskDINO):
             raise ValueError("explain.py does not know masks yet: name a DINO of boxes")
         subject = read_subject(args, predictor.classes)

@@ -18,6 +18,7 @@ from program import (
     interruptible,
     make_parser,
     one_sentence,
+    require_model,
     score,
 )
 
@@ -193,6 +194,7 @@ def main() -> None:
         check_arguments(parser, args)
         paths = find_files(args.images, IMAGE_SUFFIXES, "--images")
         predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts)
+        require_model(predictor)
         check(predictor.model, size)
         images = [predictor.read(path) for path in paths]
         if images[0].dtype != np.uint8:

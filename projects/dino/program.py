@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 # What Detectron2 raises for invalid configs, besides omegaconf's errors.
 BAD_INPUT = (ValueError, AssertionError, KeyError, ImportError, OSError, SyntaxError, NameError)
@@ -179,6 +180,12 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
+
+
+def require_model(predictor: Any) -> None:
+    """Raise a ValueError for what is exported: that is no model any more."""
+    if type(predictor.model).__name__ == "ExportedModel":
+        raise ValueError("an exported file can only detect (demo.py): name the checkpoint it is of")
 
 
 def score(text: str) -> float:

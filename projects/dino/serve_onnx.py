@@ -34,13 +34,20 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"post an image to get detections; {EXAMPLE}\n".encode())
 
 
+def score(text: str) -> float:
+    """The `type` of an option that is a score from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"Then, {EXAMPLE}")
     parser.add_argument("file", help="written by export.py, ending in .onnx")
     parser.add_argument("port", type=int, nargs="?", default=8000, help="0: any; default: 8000")
     parser.add_argument(
         "--confidence-threshold",
-        type=float,
+        type=score,
         metavar="SCORE",
         help="0 to 1; default: those of the classes in the file, otherwise 0.5",
     )
