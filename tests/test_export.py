@@ -698,8 +698,10 @@ def test_an_exported_file_is_loaded_as_a_training_is(exported, picture, kind):
         torch.from_numpy(array)[None], torch.tensor([size])
     )
     kept = (boxes[0, :, 2:] > boxes[0, :, :2]).all(-1)
-    torch.testing.assert_close(square.pred_boxes.tensor, boxes[0, kept] * (60 / 48))
-    assert square.scores.equal(scores[0, kept]) and square.pred_classes.equal(labels[0, kept])
+    close = {"rtol": 1e-4, "atol": 1e-3}
+    torch.testing.assert_close(square.pred_boxes.tensor, boxes[0, kept] * (60 / 48), **close)
+    torch.testing.assert_close(square.scores, scores[0, kept], rtol=1e-4, atol=1e-5)
+    assert square.pred_classes.equal(labels[0, kept])
     least = float(square.scores.median())
     assert (dino_d2.load("", exported(kind), thresholds=least)(picture).scores >= least).all()
 
@@ -737,7 +739,7 @@ def test_an_exported_file_brings_its_thresholds_and_fixed_number_of_images(monke
     images = [np.full((30, 30 + i, 3), 60 * i, np.uint8) for i in range(3)]
     together = predictor(images)
     for image, found in zip(images, together, strict=True):
-        torch.testing.assert_close(predictor(image).scores, found.scores)
+        torch.testing.assert_close(predictor(image).scores, found.scores, rtol=1e-4, atol=1e-5)
 
 
 def test_masks_of_an_exported_file_are_of_the_image():

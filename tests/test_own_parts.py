@@ -14,8 +14,9 @@ from detectron2.modeling import BACKBONE_REGISTRY
 
 import dino_d2
 from dino_d2 import modeling
+from dino_d2.config.imports import import_file
 from dino_d2.config.overrides import apply_overrides
-from dino_d2.config.styles import import_file, read_config
+from dino_d2.config.styles import read_config
 from dino_d2.data import AUGMENTATION_REGISTRY, generate, register
 from dino_d2.engine.plan import make_plan
 

@@ -1,13 +1,9 @@
 """The two styles of config: yacs keys in YAML, and LazyConfig."""
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
-from functools import cache, reduce
-from importlib import import_module
-from importlib.util import find_spec
+from functools import reduce
 from pathlib import Path
-from traceback import extract_tb
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -18,6 +14,7 @@ from omegaconf import DictConfig
 from yaml import MappingNode, ScalarNode, SequenceNode, YAMLError, compose
 
 from ..data import ResizeShortestEdge
+from .imports import failed_line, import_parts
 from .keys import RENAMED, add_dino_config
 from .overrides import keys_of, unknown_key
 
@@ -58,53 +55,6 @@ def read_config(file: str) -> CfgNode | DictConfig:
         raise ValueError(f"'{file}': {unknown_key(unknown, known)}") from error
     cfg.IMPORTS = [import_parts(name, Path(file).parent) for name in cfg.IMPORTS or ()]
     return rename_keys(cfg, file)
-
-
-def import_parts(name: str, folder: Path) -> str:
-    """Import a Python file or a module once, so that what it registers is known.
-
-    Args:
-        name: a module, or a file, which ends in .py
-        folder: where a file is looked for first; then in the working directory
-
-    Returns:
-        the name, of a file its whole path
-
-    Raises:
-        ValueError: there is none, or it fails; says in which line
-    """
-    if not isinstance(name, str):
-        raise ValueError(f"IMPORTS has {name!r}: name files that end in .py, or modules")
-    places = (folder / name, Path(name).expanduser()) if name.endswith(".py") else ()
-    found = [str(x.resolve()) for x in places if x.is_file()]
-    if places and not found:
-        raise ValueError(
-            f"IMPORTS names '{name}', but there is no such file in '{folder}', or here"
-        )
-    try:
-        import_file(found[0]) if found else import_module(name)
-    except Exception as error:  # it is a program, and may raise anything
-        raise ValueError(f"IMPORTS names '{name}': {failed_line(error)}") from error
-    return found[0] if found else name
-
-
-@cache
-def import_file(path: str) -> None:
-    """Import a Python file by its name, under which other processes have to find it, too."""
-    name, folder = Path(path).stem, str(Path(path).parent)
-    loaded, spec = sys.modules.get(name), None if name in sys.modules else find_spec(name)
-    place = getattr(loaded, "__file__", None) or (spec and spec.origin) or ""
-    if (loaded or spec) and str(Path(place).resolve()) != path:
-        raise ImportError(f"there is another module '{name}': rename this file")
-    sys.path.append(folder)  # which other processes are given
-    import_module(name)
-
-
-def failed_line(error: Exception) -> str:
-    """Where an import failed and why, in one line."""
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    lines = [x for x in extract_tb(error.__traceback__) if x.name == "<module>"]
-    return f"'{lines[-1].filename}', line {lines[-1].lineno}: {reason}" if lines else reason
 
 
 def rename_keys(cfg: Config, file: str) -> Config:

@@ -184,7 +184,9 @@ def positive(text: str) -> int:
 
 def require_model(predictor: Any) -> None:
     """Raise a ValueError for what is exported: that is no model any more."""
-    if type(predictor.model).__name__ == "ExportedModel":
+    from dino_d2.export import ExportedModel
+
+    if isinstance(predictor.model, ExportedModel):
         raise ValueError("an exported file can only detect (demo.py): name the checkpoint it is of")
 
 
