@@ -153,6 +153,7 @@ def load(
     overrides: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     thresholds: Thresholds = None,
+    runtime: str = "",
 ) -> Predictor:
     """Load a model with its weights.
 
@@ -166,10 +167,12 @@ def load(
             config, a checkpoint of a training
         device: default: the GPU if there is one
         overrides: of the config, see `apply_overrides`
-        dtype: of autocast, see `Predictor`
+        dtype: of autocast, see `Predictor`; of an ONNX file what OpenVINO computes in
         thresholds: least score of detections, for all classes or by class name ("" for the others);
             default: those of the best F1 in the evaluation that the weights had in their training,
             otherwise 0
+        runtime: of an ONNX file, "onnxruntime" or "openvino"; default: the first of them that is
+            installed
 
     Raises:
         FileNotFoundError: no such config or, without weights, no such published checkpoint; or a
@@ -184,7 +187,9 @@ def load(
     if files:
         if overrides or (config and weights):
             raise ValueError(f"'{files[0]}' is exported: it has no config to name or change")
-        return load_exported(files[0], device, dtype, thresholds)
+        return load_exported(files[0], device, dtype, thresholds, runtime)
+    if runtime:
+        raise ValueError(f"a runtime is for exported files: leave out {runtime!r}")
     config, weights = of_training(config, weights)
     cfg = model_zoo.get_config(config, trained=not weights)
     apply_overrides(cfg, overrides)
@@ -208,20 +213,20 @@ def load(
 
 
 def load_exported(
-    file: str, device: str | None, dtype: torch.dtype, thresholds: Thresholds
+    file: str, device: str | None, dtype: torch.dtype, thresholds: Thresholds, runtime: str
 ) -> Predictor:
     """The predictor of an exported file, which runs where it was exported, in its own precision.
 
     Raises:
-        ValueError: another device or dtype is named, or a threshold is invalid
+        ValueError: another device is named, or a threshold is invalid
         FileNotFoundError, ExportError: as of `export.Exported`
     """
     from .export import ExportedModel
 
     check_device(device or "cpu")
-    model = ExportedModel(Path(file).expanduser())
-    if dtype != torch.float32 or torch.device(device or model.device) != model.device:
-        raise ValueError(f"'{file}' runs in float32 on {model.device.type}: name nothing else")
+    model = ExportedModel(Path(file).expanduser(), runtime, dtype)
+    if torch.device(device or model.device) != model.device:
+        raise ValueError(f"'{file}' runs on {model.device.type}: name no other device")
     about = model.file.about
     return Predictor(
         model,

@@ -7,6 +7,7 @@ are fixed on export, the number of images is not.
 import ast
 import json
 import warnings
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ SCOPES = "pkg.torch.onnx.name_scopes"  # PyTorch's exporter notes there which mo
 class Exportable(nn.Module):
     """DINO from pixels to detections, on tensors only, for export."""
 
-    def __init__(self, model: DINO):
+    def __init__(self, model: DINO, dtype: torch.dtype = torch.float32):
         super().__init__()
+        self.dtype = dtype  # of autocast
         self.model = copy(model)  # of the same parameters, but for those that only training needs
         training = "denoising", "branches", "passes"
         self.model._modules = {k: x for k, x in model._modules.items() if k not in training}
@@ -52,7 +54,11 @@ class Exportable(nn.Module):
         model = self.model
         padding = padding_of(images, image_sizes)
         pixels = (images.float() - model.pixel_mean) / model.pixel_std
-        output = model.detect(pixels.masked_fill(padding[:, None], 0), padding)
+        pixels = pixels.masked_fill(padding[:, None], 0)
+        # Autocast, even if not enabled, takes the names of modules out of the graph.
+        is_narrow = self.dtype != torch.float32
+        with torch.autocast(images.device.type, self.dtype) if is_narrow else nullcontext():
+            output = model.detect(pixels, padding)
         found: Any = model.best(output.result.layers[-1])
         if model.nms is not None:
             found = distinct_first(found, model.nms)
@@ -95,7 +101,11 @@ def padding_of(images: Tensor, image_sizes: Tensor) -> Tensor:
 
 
 def export(
-    model: DINO, size: tuple[int, int], batch_size: int | None = None, keep_operator: bool = False
+    model: DINO,
+    size: tuple[int, int],
+    batch_size: int | None = None,
+    keep_operator: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> ExportedProgram:
     """Export a graph.
 
@@ -105,6 +115,7 @@ def export(
         batch_size: B; None: any
         keep_operator: keep `dino_d2::ms_deform_attn` in the graph, which then needs this package
             and uses its kernels. By default it is decomposed into `grid_sample`
+        dtype: of autocast, which becomes part of the graph
 
     Raises:
         ExportError: the model cannot take this size, or needs a fixed number of images
@@ -116,7 +127,9 @@ def export(
     axes = {} if batch_size else {0: Dim("batch", min=1)}
     with torch.no_grad():
         try:
-            program = torch.export.export(Exportable(model), inputs, dynamic_shapes=(axes, axes))
+            program = torch.export.export(
+                Exportable(model, dtype), inputs, dynamic_shapes=(axes, axes)
+            )
         except UserError as error:
             raise ExportError(
                 "the graph of this model depends on the number of images: fix it, with "

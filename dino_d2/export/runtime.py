@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.mapper import channels_of
@@ -65,19 +65,41 @@ def fit(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int
     return padded.transpose(2, 0, 1), inside
 
 
+class Graph(NamedTuple):
+    """What a runtime makes of a file."""
+
+    run: Callable[[Tensor, Tensor], Iterable[Tensor]]  # boxes, scores, labels and maybe masks
+    about: About
+    device: torch.device = torch.device("cpu")
+
+
 class Exported:
-    """An exported file, ready to run: ONNX on a CPU, .pt2 on the device of its export.
+    """An exported file, ready to run, on as many threads as PyTorch has.
+
+    Args:
+        path: of the file
+        runtime: of an ONNX file, which runs on a CPU: "onnxruntime" or "openvino"; default: the
+            first of them that is installed. A .pt2 file runs in PyTorch, on the device of its
+            export
+        dtype: that OpenVINO computes in, float32 or bfloat16; of other files it is in the file
 
     Raises:
         FileNotFoundError: the file does not exist
-        ExportError: it is damaged, was not written by dino_d2, or a package is missing
+        ExportError: it is damaged, was not written by dino_d2, a package is missing, or the runtime
+            or dtype is not for it
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, runtime: str = "", dtype: torch.dtype = torch.float32):
         if not path.is_file():
             raise FileNotFoundError(f"there is no file '{path}'")
-        self.graph: Any
-        self.graph, self.about = read_pt2(path) if kind_of(path) == ".pt2" else read_onnx(path)
+        runtime = runtime_of(path, runtime)
+        if dtype != torch.float32 and (runtime != "openvino" or dtype != torch.bfloat16):
+            raise ExportError(
+                f"'{path}' computes in {runtime} as it was exported: leave out {dtype} (bfloat16 "
+                "is a choice in OpenVINO, for ONNX files)"
+            )
+        self.graph = read_openvino(path, dtype) if runtime == "openvino" else READ[runtime](path)
+        self.about = self.graph.about
 
     @torch.no_grad()
     def __call__(self, images: Tensor, image_sizes: Tensor) -> Detections | MaskDetections:
@@ -100,15 +122,8 @@ class Exported:
                 f"image_sizes {image_sizes.tolist()} should be height and width of each of the "
                 f"{plural(count, 'image')}, at most {size[0]} and {size[1]}"
             )
-        return detections(x.to(images.device) for x in self.run(images, image_sizes))
-
-    def run(self, *inputs: Tensor) -> Iterable[Tensor]:
-        """Boxes, scores, labels and, of Mask DINO, masks, on the device of the graph."""
-        if isinstance(self.graph, nn.Module):
-            device = next(self.graph.parameters()).device
-            return self.graph(*(x.to(device) for x in inputs))
-        arrays = dict(zip(INPUTS, (x.cpu().numpy() for x in inputs), strict=True))
-        return map(torch.from_numpy, self.graph.run(None, arrays))
+        found = self.graph.run(images, image_sizes)
+        return detections(x.to(images.device) for x in found)
 
 
 class ExportedModel:
@@ -117,18 +132,16 @@ class ExportedModel:
     Images (C, height, width) of any size are resized and padded to that of the file.
 
     Args:
-        path: of the file
+        path, runtime, dtype: as of `Exported`
 
     Raises:
         FileNotFoundError, ExportError: as of `Exported`
     """
 
-    def __init__(self, path: Path):
-        self.file = Exported(path)
+    def __init__(self, path: Path, runtime: str = "", dtype: torch.dtype = torch.float32):
+        self.file = Exported(path, runtime, dtype)
         self.pixel_mean = [0.0] * channels_of(self.file.about.image_format)  # is in the file
-        graph = self.file.graph
-        on_device = isinstance(graph, nn.Module)
-        self.device = next(graph.parameters()).device if on_device else torch.device("cpu")
+        self.device = self.file.graph.device
 
     def __call__(self, batch: list[dict]) -> list[dict]:
         count = self.file.about.batch_size or max(len(batch), 1)
@@ -177,7 +190,16 @@ def detections(outputs: Iterable[Tensor]) -> Detections | MaskDetections:
     return Detections(*parts) if len(parts) == 3 else MaskDetections(*parts)
 
 
-def read_pt2(path: Path) -> tuple[nn.Module, About]:
+def runtime_of(path: Path, name: str) -> str:
+    """The runtime of a file, checked; raises an ExportError."""
+    choices = RUNTIMES if kind_of(path) == ".onnx" else ("torch",)
+    if name and name not in choices:
+        raise ExportError(f"'{path}' does not run in {name!r}: it can in {' or '.join(choices)}")
+    installed = [x for x in choices if find_spec(x)]
+    return name or (installed or choices)[0]
+
+
+def read_pt2(path: Path) -> Graph:
     """Load a .pt2 file; raise an ExportError if it is damaged or not ours."""
     try:  # before PyTorch, which would log tracebacks
         with ZipFile(path) as archive:
@@ -188,20 +210,63 @@ def read_pt2(path: Path) -> tuple[nn.Module, About]:
     if not intact:
         raise ExportError(f"'{path}' is damaged or not a .pt2 file: export it again")
     about = read_about(path, json.loads(texts[0]) if texts else {})
-    return torch.export.load(path).module(), about
+    module = torch.export.load(path).module()
+    device = next(module.parameters()).device
+    return Graph(lambda *inputs: module(*(x.to(device) for x in inputs)), about, device)
 
 
-def read_onnx(path: Path) -> tuple[Any, About]:
+def read_onnx(path: Path) -> Graph:
     """Load an ONNX file; raise an ExportError if it is damaged or not ours."""
-    session_of = needs("onnxruntime").InferenceSession
+    runtime = needs("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = session_of(path, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base class
-        reason = str(error).splitlines()[0]
-        raise ExportError(f"'{path}' is damaged or not an ONNX file: {reason}") from error
+        raise damaged(path, error) from error
     notes = session.get_modelmeta().custom_metadata_map
-    found = {key: json.loads(notes[key]) for key in About._fields if key in notes}
-    return session, read_about(path, found)
+    about = read_about(path, {key: json.loads(notes[key]) for key in About._fields if key in notes})
+
+    def run(*inputs: Tensor) -> Iterable[Tensor]:
+        arrays = dict(zip(INPUTS, (x.cpu().numpy() for x in inputs), strict=True))
+        return map(torch.from_numpy, session.run(None, arrays))
+
+    return Graph(run, about)
+
+
+def read_openvino(path: Path, dtype: torch.dtype) -> Graph:
+    """As `read_onnx`, in OpenVINO; by itself it would compute in bfloat16 where the CPU can."""
+    core = needs("openvino").Core()
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+    }
+    try:
+        model = core.read_model(path)
+    except Exception as error:
+        raise damaged(path, error) from error
+    notes = {
+        key: json.loads(model.get_rt_info(place).value)
+        for key in About._fields
+        if model.has_rt_info(place := ["framework", key])
+    }
+    about = read_about(path, notes)
+    compiled = core.compile_model(model, "CPU", options)
+
+    def run(*inputs: Tensor) -> Iterable[Tensor]:
+        found = compiled(dict(zip(INPUTS, (x.cpu().numpy() for x in inputs), strict=True)))
+        return [torch.from_numpy(found[i].copy()) for i in range(len(compiled.outputs))]
+
+    return Graph(run, about)
+
+
+def damaged(path: Path, error: Exception) -> ExportError:
+    """What to say of an ONNX file that a runtime cannot read."""
+    return ExportError(f"'{path}' is damaged or not an ONNX file: {str(error).splitlines()[0]}")
+
+
+RUNTIMES = ("onnxruntime", "openvino")  # of ONNX files
+READ = {"torch": read_pt2, "onnxruntime": read_onnx}
 
 
 def read_about(path: Path, notes: dict[str, Any]) -> About:
@@ -268,5 +333,6 @@ def kind_of(path: Path) -> str:
 def needs(name: str) -> ModuleType:
     """Import an optional package; raise an ExportError if it is not installed."""
     if find_spec(name) is None:
-        raise ExportError(f"ONNX needs the package {name}: pip install onnx onnxscript onnxruntime")
+        others = "openvino" if name == "openvino" else "onnx onnxscript onnxruntime"
+        raise ExportError(f"ONNX needs the package {name}: pip install {others}")
     return import_module(name)

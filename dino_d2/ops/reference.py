@@ -106,7 +106,7 @@ def offset_unit(shapes: list[int], reference: Tensor, num_points: int) -> Tensor
         return reference[..., 2:] * (0.5 / num_points)
     # Built on the device, as a copy from the host would synchronise.
     sides = torch.cat([reference.new_full((1,), 1 / side) for side in shapes])
-    return sides.view(-1, 2).flip(-1).expand_as(reference)
+    return sides.view(1, 1, -1, 2).flip(-1)
 
 
 def levels(

@@ -9,11 +9,15 @@ import argparse
 import logging
 import sys
 import tempfile
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import cycle, islice
 from pathlib import Path
 
 from program import (
+    add_data_arguments,
     add_model_arguments,
+    data_of,
     find_files,
     interruptible,
     make_parser,
@@ -35,7 +39,15 @@ PyTorch's format, for one image at a time:
     $ python projects/dino/export.py --config-file output/quickstart/config.yaml \\
         --weights output/quickstart/model_final.pth --size 104 138 --batch-size 1 \\
         --images "output/quickstart/data/images/val_000*.jpg" --output output/model.pt2
+
+INT8, with ranges of numbers from images of the training:
+    $ python projects/dino/export.py --weights output/quickstart --size 104 138 \\
+        --images "output/quickstart/data/images/val_000*.jpg" --output output/model_int8.onnx \\
+        --int8 --calibration "output/quickstart/data/images/train_*.jpg" \\
+        --val-json output/quickstart/data/val.json --val-images output/quickstart/data/images
 """
+
+CALIBRATED = 64  # images, spread evenly over those that are named
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -64,6 +76,22 @@ def argument_parser() -> argparse.ArgumentParser:
         default=0.1,
         help="detections that score less are not compared; default: 0.1",
     )
+    narrow = parser.add_argument_group("a file in narrower numbers, checked by its AP")
+    kinds = narrow.add_mutually_exclusive_group()
+    kinds.add_argument(
+        "--int8", action="store_true", help="convolutions and linear layers of a .onnx in INT8"
+    )
+    kinds.add_argument("--bf16", action="store_true", help="a .pt2 in mixed precision, bfloat16")
+    narrow.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="IMAGES",
+        help="images, folders, patterns, typical of what will be detected: for the ranges of INT8; "
+        f"up to {CALIBRATED} are used",
+    )
+    narrow.add_argument("--val-json", metavar="FILE", help="annotations, COCO format")
+    narrow.add_argument("--val-images", metavar="FOLDER", help="where its images are")
+    add_data_arguments(parser, among=narrow)
     add_model_arguments(parser)
     return parser
 
@@ -74,11 +102,17 @@ if __name__ == "__main__":  # so that --help and wrong options do not wait for t
 
 import numpy as np
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.evaluation import inference_on_dataset
 from torch import Tensor
 
 import dino_d2
+from dino_d2.data import Mapper, register
+from dino_d2.data.coco_json import dataset_name
 from dino_d2.data.convert import SUFFIXES as IMAGE_SUFFIXES
-from dino_d2.export import Exportable, check, export, save
+from dino_d2.engine.evaluator import ErrorAnalysisEvaluator
+from dino_d2.export import Exportable, ExportedModel, check, export, save
+from dino_d2.export.quantize import quantize
 from dino_d2.export.runtime import (
     BOX_TOLERANCE,
     MASK_TOLERANCE,
@@ -99,6 +133,13 @@ from dino_d2.names import plural
 from dino_d2.progress import alive, progress
 
 Batch = tuple[Tensor, Tensor]  # images and image_sizes
+AP_TOLERANCE = 0.5  # of boxes and of masks, of 100
+
+
+def spread(paths: list[Path]) -> list[Path]:
+    """Some of many images, spread evenly."""
+    step = max(1, len(paths) / CALIBRATED)
+    return [paths[int(i * step)] for i in range(min(len(paths), CALIBRATED))]
 
 
 def make_batches(images: list[np.ndarray], size: tuple[int, int], count: int | None) -> list[Batch]:
@@ -162,14 +203,80 @@ def verify(
     return found.tolerable
 
 
+def average_precisions(path: Path, name: str) -> dict[str, float]:
+    """AP of boxes and, of Mask DINO, of masks, that a file has on a registered data set."""
+    model = ExportedModel(path)
+    image_format = model.file.about.image_format
+    mapper = Mapper(is_train=False, augmentations=[], image_format=image_format)
+    loader = build_detection_test_loader(DatasetCatalog.get(name), mapper=mapper)
+    with redirect_stdout(StringIO()):  # of pycocotools
+        found = inference_on_dataset(model, loader, ErrorAnalysisEvaluator(name))
+    return {kind: found[kind]["AP"] for kind in ("bbox", "segm") if kind in found}
+
+
+def to_int8(path: Path, batches: list[Batch]) -> None:
+    """Replace an ONNX file by its INT8 version."""
+    size = path.stat().st_size
+    with alive("the quantization"):
+        count = quantize(path, path, batches)
+    print(
+        f"{count} convolutions and linear layers are in INT8; the file has "
+        f"{path.stat().st_size / size:.0%} of its size"
+    )
+
+
+def narrowed_well(path: Path, name: str, before: dict[str, float]) -> bool:
+    """Whether a file in narrower numbers has AP close to that before; prints both."""
+    after = average_precisions(path, name)
+    for kind, ap in before.items():
+        print(f"AP of {kind} on the validation images: {ap:.2f} in float32, now {after[kind]:.2f}")
+    return all(ap - after[kind] < AP_TOLERANCE for kind, ap in before.items())
+
+
+def validation_set(args: argparse.Namespace, classes: list[str]) -> str:
+    """The name of the validation data, registered; a ValueError if its classes are others."""
+    if args.data:
+        name = data_of(args)
+    else:
+        register([name := dataset_name(args.val_json, args.val_images)])
+    own = MetadataCatalog.get(name).thing_classes
+    if own != classes:
+        raise ValueError(f"the validation data is of {own}, but the model of {classes}")
+    return name
+
+
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.batch_size is not None and args.batch_size < 1:
         parser.error("--batch-size has to be 1 or more")
-    if kind_of(args.output) == ".onnx":
+    is_onnx = kind_of(args.output) == ".onnx"
+    if is_onnx:
         if args.keep_operator:
             parser.error("--keep-operator is for .pt2 files: ONNX knows standard operators only")
         for name in ("onnx", "onnxscript", "onnxruntime"):
             needs(name)
+    if args.int8 and not is_onnx:
+        parser.error("--int8 is for .onnx files: ONNX Runtime and OpenVINO compute in INT8")
+    if args.bf16 and is_onnx:
+        parser.error(
+            "--bf16 is for .pt2 files: OpenVINO computes in bfloat16 whatever the file, on request "
+            "(demo.py --runtime openvino --precision bf16)"
+        )
+    check_narrow(parser, args)
+
+
+def check_narrow(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if bool(args.val_json) != bool(args.val_images):
+        parser.error("--val-json and --val-images go together")
+    if args.data and args.val_json:
+        parser.error("--data is in place of --val-json: give either")
+    if args.int8 != bool(args.calibration):
+        parser.error("--int8 and --calibration IMAGES go together")
+    narrow, has_data = args.int8 or args.bf16, bool(args.data or args.val_json)
+    if narrow != has_data:
+        parser.error(
+            "--int8 and --bf16 go together with validation data: --data, or --val-json and "
+            "--val-images"
+        )
 
 
 def check_output(path: Path) -> None:
@@ -193,12 +300,15 @@ def main() -> None:
     with one_sentence(parser.prog):
         check_arguments(parser, args)
         paths = find_files(args.images, IMAGE_SUFFIXES, "--images")
+        calibration = find_files(args.calibration or [], IMAGE_SUFFIXES, "--calibration")
         predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts)
         require_model(predictor)
         check(predictor.model, size)
         images = [predictor.read(path) for path in paths]
+        typical = [predictor.read(path) for path in spread(calibration)]
         if images[0].dtype != np.uint8:
             raise ExportError(f"files take images of 8 bits, not {predictor.image_format}")
+        name = validation_set(args, predictor.classes) if args.int8 or args.bf16 else ""
         check_output(args.output)
     batches = make_batches(images, size, args.batch_size)
     expected = [padded(predictor.model, *x) for x in progress(batches, "batch", what="detecting")]
@@ -214,10 +324,14 @@ def main() -> None:
     about = About(
         predictor.classes, size, predictor.image_format, args.batch_size, predictor.thresholds
     )
-    try:
+
+    def write(dtype: torch.dtype) -> None:
         with alive("the export"):
-            graph = export(predictor.model, size, args.batch_size, args.keep_operator)
-            save(graph, unverified, about)
+            options = size, args.batch_size, args.keep_operator, dtype
+            save(export(predictor.model, *options), unverified, about)
+
+    try:
+        write(torch.float32)
     except (ExportError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
     if not verify(unverified, predictor.model, batches, expected, threshold):
@@ -226,6 +340,17 @@ def main() -> None:
             f"score or {MASK_TOLERANCE} of a mask: '{unverified}' is kept to look at, but does not "
             "do what the model does"
         )
+    if name:
+        before = average_precisions(unverified, name)
+        if args.bf16:
+            write(torch.bfloat16)
+        else:
+            to_int8(unverified, make_batches(typical, size, args.batch_size))
+        if not narrowed_well(unverified, name, before):
+            sys.exit(
+                f"{parser.prog}: that is {AP_TOLERANCE} or more below: '{unverified}' is kept to "
+                "look at (INT8 may lose less with more typical --calibration images)"
+            )
     unverified.replace(args.output)
     print(f"'{args.output}' holds what was compared: see EXPORT.md for how to run it")
 
