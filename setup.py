@@ -15,7 +15,10 @@ class BuildKernels(build_ext):
 
     def run(self):
         folder = Path(OPS) if self.inplace else Path(self.build_lib, OPS)
-        reason = runpy.run_path(f"{OPS}/build.py")["build"](folder)
+        builder = runpy.run_path(f"{OPS}/build.py")
+        reason = builder["build"](folder)
+        if reason and not self.inplace:  # a wheel may be installed on another machine
+            (folder / builder["REASON"]).write_text(f"where it was built, {reason}")
         if reason:
             print(f"dino_d2 is installed without compiled CPU kernels, because {reason}")
 

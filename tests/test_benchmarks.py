@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
 import benchmark_masks  # noqa: E402
 import benchmark_model  # noqa: E402
 import benchmark_ops  # noqa: E402
+import benchmark_runtimes  # noqa: E402
 import benchmarking  # noqa: E402
 
 from dino_d2.layers import deformable_attention  # noqa: E402
@@ -396,3 +397,63 @@ def test_both_sides_of_the_masks_compute_the_same(monkeypatch):
     for loss in losses:
         loss.backward()
         assert all(x.grad.any() for x in problem[:3])
+
+
+# ---- runtimes of exported files
+
+
+@pytest.mark.slow
+@pytest.mark.no_cover
+def test_runtimes_are_measured_on_the_same_model(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    run_model(tmp_path, "--runtime", "eager", "onnxruntime-int8")
+    told = json.loads((tmp_path / "results.json").read_text())
+    eager, small = told["results"]
+    assert [x["runtime"] for x in (eager, small)] == ["eager", "onnxruntime-int8"]
+    assert eager["ratio"] == 1 and small["ratio"] == eager["total_ms"] / small["total_ms"]
+    assert eager["file_mib"] is None and small["limit_ms"] is None and eager["limit_ms"] > 0
+    whole, part = (
+        benchmark_runtimes.file_size(tmp_path / "files" / x) for x in ("float.onnx", "int8.onnx")
+    )
+    assert small["file_mib"] == part < whole / 2
+    assert "one image of 64 x 96" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("onxruntime", "the nearest: onnxruntime"), ("openvino", "pip install openvino")],
+)
+def test_a_runtime_that_cannot_be_measured_is_one_sentence(name, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_runtimes, "is_installed", lambda package: False)
+    with pytest.raises(SystemExit, match=said):
+        run_model(tmp_path, "--runtime", name)
+    assert benchmark_runtimes.installed() == ["eager", "eager-bf16", "compiled", "compiled-bf16"]
+
+
+def test_without_names_all_installed_runtimes_are_measured(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(benchmark_runtimes, "compare", lambda *x: asked.append(x) or ("table", []))
+    run_model(tmp_path, "--runtime")
+    ((names, make, size, folder, repeats),) = asked
+    assert names == benchmark_runtimes.installed() and size == (64, 96) and repeats == 1
+    assert folder == tmp_path / "files" and make().query_selection.num_queries == 10
+
+
+def test_the_limit_is_by_multiply_adds(monkeypatch):
+    monkeypatch.setattr(benchmark_runtimes, "SIDE", 8)
+    clock = iter(range(100))
+    monkeypatch.setattr(benchmark_runtimes.time, "perf_counter", lambda: next(clock))
+    assert benchmark_runtimes.seconds_by_products(2 * 8**3, torch.float32) == 2
+
+
+def test_detectors_in_pytorch_are_in_the_numbers_of_their_name(monkeypatch, tmp_path):
+    compiled, seen = [], []
+
+    class Model(torch.nn.Module):
+        def forward(self, batch):
+            seen.append((torch.is_autocast_enabled("cpu"), batch[0]["image"].shape))
+
+    monkeypatch.setattr(benchmark_runtimes, "compile_stages", compiled.append)
+    for name in ("eager", "compiled-bf16"):
+        benchmark_runtimes.detector(name, Model, (4, 6), tmp_path)()
+    assert seen == [(False, (3, 4, 6)), (True, (3, 4, 6))] and len(compiled) == 1

@@ -29,6 +29,7 @@ from dino_d2 import modeling
 from dino_d2.boxes import cxcywh_to_xyxy, refine
 from dino_d2.export import Exportable, check, export, runtime, save
 from dino_d2.export.graph import distinct_first, nearest, to_onnx
+from dino_d2.export.quantize import FLOAT, quantize
 from dino_d2.export.runtime import About, Detections, Exported, ExportError, compare, fit
 from dino_d2.modeling.postprocess import MaskDetections, postprocess
 from dino_d2.modeling.relations import SUPPRESSED, PositionRelation
@@ -299,6 +300,15 @@ def load(exported, done):
         return done[kind]
 
     return load
+
+
+@pytest.fixture
+def int8(exported, folder, done, images, image_sizes):
+    """Path of the ONNX file in INT8, and the number of its operators that are."""
+    path = folder / "int8.onnx"
+    if "int8" not in done:
+        done["int8"] = quantize(exported(".onnx"), path, [(images, image_sizes)])
+    return path, done["int8"]
 
 
 # PyTorch's exporter of ONNX takes twice as long when it is measured what is run.
@@ -681,6 +691,217 @@ def test_the_model_runs_once_on_each_batch_as_the_file_does(run, pretend, monkey
     assert counts == [1]
 
 
+# ---- INT8 and bfloat16, and OpenVINO
+
+
+@pytest.mark.slow
+@pytest.mark.no_cover
+def test_int8_is_where_it_does_no_harm(int8, load, images, image_sizes):
+    onnx = pytest.importorskip("onnx")
+    path, count = int8
+    nodes = onnx.load(path).graph.node
+    dequantized = {x.output[0]: x for x in nodes if x.op_type == "DequantizeLinear"}
+    weighted = [x for x in nodes if x.op_type in ("Conv", "Gemm", "MatMul")]
+    narrow = [x.name for x in weighted if set(x.input[:2]) <= dequantized.keys()]
+    # The neck, and of both layers value_proj, output_proj and the two of the FFN, in the decoder
+    # out_proj of self-attention as well; not what sees pixels.
+    assert next(x for x in weighted if x.op_type == "Conv").name not in narrow
+    assert len(narrow) == count > 8 and not any(map(FLOAT.search, narrow))
+    for part in ("value_proj", "output_proj", "ffn", "neck"):
+        assert any(part in x for x in narrow), part
+    for part in ("sampling_offsets", "attention_weights", "box_head", "class_head"):
+        kept = [x for x in weighted if part in x.name]
+        assert kept and not any(dequantized.keys() & x.input for x in kept), part
+    file = Exported(path)
+    assert file.about == load(".onnx").about
+    found, expected = file(images, image_sizes), load(".onnx")(images, image_sizes)
+    assert (found.scores - expected.scores).abs().max() < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.no_cover
+def test_openvino_gives_what_onnx_runtime_gives(exported, load, int8, images, image_sizes):
+    pytest.importorskip("openvino")
+    expected = load(".onnx")(images, image_sizes)
+    file = Exported(exported(".onnx"), "openvino")
+    assert file.about == load(".onnx").about
+    assert compare(expected, file(images, image_sizes), 0.0).tolerable
+    assert file(images[:1], image_sizes[:1]).boxes.shape == (1, 20, 4)
+    narrow = Exported(exported(".onnx"), "openvino", torch.bfloat16)(images, image_sizes)
+    small = Exported(int8[0], "openvino")(images, image_sizes)
+    for found in (narrow, small):
+        assert (found.scores - expected.scores).abs().max() < 0.05
+    predictor = dino_d2.load(exported(".onnx"), runtime="openvino", dtype=torch.bfloat16)
+    assert predictor.classes == CLASSES and len(predictor(np.zeros((30, 40, 3), np.uint8)))
+
+
+@pytest.mark.slow
+@pytest.mark.no_cover
+@pytest.mark.parametrize("name", runtime.RUNTIMES)
+def test_a_runtime_says_of_a_broken_file_that_it_is_damaged(tmp_path, name):
+    pytest.importorskip(name)
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ExportError, match="damaged or not an ONNX file"):
+        Exported(tmp_path / "model.onnx", name)
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "said"),
+    [
+        ("model.onnx", ("tensorrt",), "not run in 'tensorrt': it can in onnxruntime or openvino"),
+        ("model.pt2", ("openvino",), "not run in 'openvino': it can in torch"),
+        ("model.pt2", ("", torch.bfloat16), "in torch as it was exported: leave out torch.bfloat"),
+        ("model.onnx", ("onnxruntime", torch.float16), "in onnxruntime as it was exported"),
+        ("model.onnx", ("openvino", torch.float16), "in openvino as it was exported"),
+    ],
+)
+def test_a_runtime_that_is_not_for_a_file_is_refused(tmp_path, file, options, said):
+    (tmp_path / file).touch()
+    with pytest.raises(ExportError, match=said):
+        Exported(tmp_path / file, *options)
+
+
+@pytest.mark.parametrize("missing", runtime.RUNTIMES)
+def test_a_runtime_that_is_not_installed_is_named_with_its_command(monkeypatch, tmp_path, missing):
+    (tmp_path / "model.onnx").touch()
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=f"needs the package {missing}: pip install .*{missing}"):
+        Exported(tmp_path / "model.onnx", missing)
+
+
+def test_without_onnx_runtime_openvino_is_taken(monkeypatch):
+    monkeypatch.setattr(runtime, "find_spec", lambda name: name == "openvino" or None)
+    assert runtime.runtime_of(Path("model.onnx"), "") == "openvino"
+    assert runtime.runtime_of(Path("model.pt2"), "") == "torch"
+
+
+def test_a_runtime_is_for_exported_files():
+    with pytest.raises(ValueError, match="a runtime is for exported files: leave out 'openvino'"):
+        dino_d2.load("output/mine", runtime="openvino")
+
+
+def test_a_graph_in_bfloat16_is_the_model_in_mixed_precision(model, images, image_sizes):
+    with torch.no_grad():
+        found = Detections(*Exportable(model, torch.bfloat16)(images, image_sizes))
+        with torch.autocast("cpu", torch.bfloat16):
+            pixels = (images.float() - model.pixel_mean) / model.pixel_std
+            same = model([{"image": images[0]}])[0]["instances"]
+    assert pixels.dtype == found.boxes.dtype == torch.float32
+    torch.testing.assert_close(found.scores[0], same.scores, rtol=1e-2, atol=1e-3)
+    assert not found.scores.equal(detect(model, images, image_sizes).scores)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_in_the_graph(model, images, image_sizes, tmp_path):
+    graph = export(model, SIZE, 3, dtype=torch.bfloat16)
+    kinds = {x.meta["val"].dtype for x in graph.graph.nodes if x.target is torch.ops.aten.addmm}
+    kinds |= {
+        x.meta["val"].dtype
+        for x in graph.graph.nodes
+        if x.target in (torch.ops.aten.addmm.default, torch.ops.aten.linear.default)
+    }
+    assert torch.bfloat16 in kinds
+    save(graph, tmp_path / "model.pt2", About(CLASSES, SIZE, "RGB", 3))
+    found = Exported(tmp_path / "model.pt2")(images, image_sizes)
+    expected = Exportable(model, torch.bfloat16)(images, image_sizes)
+    torch.testing.assert_close(found.scores, expected[1], rtol=1e-2, atol=1e-3)
+
+
+@pytest.fixture
+def validation(tmp_path):
+    """The options for validation data of one image with one circle in it."""
+    image = {"id": 1, "file_name": "picture.png", "width": 60, "height": 60}
+    box = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [10, 10, 30, 20], "area": 600}
+    categories = [{"id": 7 + i, "name": name} for i, name in enumerate(CLASSES)]
+    content = {"images": [image], "annotations": [box | {"iscrowd": 0}], "categories": categories}
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    return "--val-json", str(tmp_path / "val.json"), "--val-images", str(tmp_path)
+
+
+INT8 = ("--int8", "--calibration", "picture.png")
+
+
+@pytest.mark.parametrize(("loss", "named"), [(0.4, True), (0.5, False), (-3.0, True)])
+def test_an_int8_file_gets_its_name_by_its_ap(
+    run, pretend, validation, monkeypatch, capsys, loss, named
+):
+    pretend()
+    after = {"openvino": {"bbox": 50.0, "segm": 40.0 - loss}}
+    float32 = {"bbox": 50.0, "segm": 40.0}
+    found = lambda path, name, runtime="": after.get(runtime, float32)  # noqa: E731
+    monkeypatch.setattr(program, "average_precisions", found)
+    monkeypatch.setattr(program, "installed", lambda path: ["onnxruntime", "openvino"])
+    given = []
+    monkeypatch.setattr(program, "quantize", lambda *x: given.append(x) or 12)
+    message = run("--output", "model.onnx", *LOW, *INT8, *validation)
+    ((source, target, batches),) = given
+    assert source == target == Path("model.unverified.onnx")
+    assert [x.shape for x, _ in batches] == [(1, 3, *SIZE)]
+    told = capsys.readouterr().out
+    assert "12 convolutions and linear layers are in INT8" in told
+    assert "onnxruntime: AP of bbox 50.00 in float32, 50.00 in this file" in told
+    assert f"openvino: AP of segm 40.00 in float32, {40 - loss:.2f} in this file" in told
+    assert Path("model.onnx").exists() == named
+    if not named:
+        assert "that is 0.5 or more below: 'model.unverified.onnx' is kept" in message
+
+
+def test_a_bfloat16_file_is_exported_again(run, pretend, validation, monkeypatch):
+    pretend()
+    monkeypatch.setattr(program, "average_precisions", lambda *_: {"bbox": 50.0})
+    dtypes = []
+    monkeypatch.setattr(program, "export", lambda *x: dtypes.append(x[-1]))
+    assert run("--output", "model.pt2", *LOW, "--bf16", *validation) is None
+    assert dtypes == [torch.float32, torch.bfloat16]
+
+
+def test_ap_of_a_file_is_that_of_its_data(validation, picture, monkeypatch):
+    class Perfect:
+        about = About(CLASSES, SIZE, "RGB", None)
+        graph = SimpleNamespace(device=torch.device("cpu"))
+
+        def __call__(self, images, sizes):
+            boxes = torch.tensor([[[10.0, 10, 40, 30], [0, 0, 5, 5]]]) * (sizes[0, 0] / 60)
+            return Detections(boxes, torch.tensor([[0.9, 0.1]]), torch.tensor([[0, 1]]))
+
+    monkeypatch.setattr(runtime, "Exported", lambda *_: Perfect())
+    args = program.argument_parser().parse_args(
+        ["--output", "x", "--size", "1", "1", "--images", "x", *validation]
+    )
+    name = program.validation_set(args, CLASSES)
+    assert program.average_precisions(Path("x"), name) == {"bbox": pytest.approx(100)}
+    with pytest.raises(ValueError, match="validation data is of .*'circle'.* the model of .*'dog'"):
+        program.validation_set(args, ["dog"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--output", "model.pt2", *INT8], "--int8 is for .onnx files"),
+        (["--output", "model.onnx", "--bf16"], "--runtime openvino --dtype bfloat16"),
+        (["--output", "model.onnx", "--int8"], "--int8 and --calibration IMAGES go together"),
+        (["--output", "model.onnx", *INT8], "go together with validation data: --data"),
+        (["--output", "model.pt2", "--bf16"], "go together with validation data: --data"),
+        (["--output", "model.pt2", "--data", "x"], "go together with validation data: --data"),
+        (["--output", "model.pt2", "--val-json", "x"], "--val-json and --val-images go together"),
+        (
+            ["--output", "m.pt2", "--val-json", "x", "--val-images", "x", "--data", "x"],
+            "--data is in place of --val-json",
+        ),
+    ],
+)
+def test_options_of_narrow_files_go_together(run, words, said, capsys):
+    assert run(*words) == "2"
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_some_of_many_images_calibrate():
+    paths = [Path(str(i)) for i in range(1000)]
+    some = program.spread(paths)
+    assert len(some) == 64 and some[0] == paths[0] and some[-1] == paths[984]
+    assert program.spread(paths[:10]) == paths[:10]
+
+
 # ---- dino_d2.load
 
 
@@ -711,8 +932,7 @@ def test_an_exported_file_is_loaded_as_a_training_is(exported, picture, kind):
     [
         ({"overrides": ["TEST.NMS", 0.5]}, "no config to name or change"),
         ({"weights": "other.onnx"}, "no config to name or change"),
-        ({"dtype": torch.bfloat16}, "runs in float32 on cpu"),
-        ({"device": "cpu:1"}, "runs in float32 on cpu"),
+        ({"device": "cpu:1"}, "runs on cpu: name no other device"),
         ({"device": "gpu"}, "PyTorch does not know"),
         ({"thresholds": {"dog": 0.5}}, "there is a threshold for 'dog'"),
     ],
@@ -720,7 +940,8 @@ def test_an_exported_file_is_loaded_as_a_training_is(exported, picture, kind):
 )
 def test_an_exported_file_is_as_it_is(monkeypatch, options, said):
     about = About(CLASSES, SIZE, "RGB", None)
-    monkeypatch.setattr(runtime, "Exported", lambda path: SimpleNamespace(about=about, graph=None))
+    graph = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(runtime, "Exported", lambda *_: SimpleNamespace(about=about, graph=graph))
     with pytest.raises(ValueError, match=said):
         dino_d2.load("model.onnx", **options)
 
@@ -733,7 +954,8 @@ def test_an_exported_file_brings_its_thresholds_and_fixed_number_of_images(monke
             assert len(images) == 2
             return detect(model, images, image_sizes)
 
-    monkeypatch.setattr(runtime, "Exported", lambda path: File(about=about, graph=None))
+    graph = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(runtime, "Exported", lambda *_: File(about=about, graph=graph))
     predictor = dino_d2.load("MODEL.ONNX")
     assert predictor([]) == [] and predictor.thresholds == {CLASSES[0]: 0.4}
     images = [np.full((30, 30 + i, 3), 60 * i, np.uint8) for i in range(3)]

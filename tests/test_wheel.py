@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dino_d2
-from dino_d2.ops.build import LIBRARY
+from dino_d2.ops.build import LIBRARY, REASON
 
 ROOT = Path(__file__).parents[1]
 PARTS = ["dino_d2", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE"]
@@ -57,6 +57,8 @@ def test_a_machine_without_a_compiler_gets_the_kernels(tmp_path):
 @pytest.mark.nightly
 def test_without_a_compiler_it_is_pure(tmp_path):
     wheel, names = build(tmp_path, CXX="no-such-compiler")
+    reason = zipfile.ZipFile(wheel).read(f"dino_d2/ops/{REASON}").decode()
+    assert reason == "where it was built, there is no C++ compiler called no-such-compiler"
     assert wheel.name == f"dino_d2-{dino_d2.__version__}-py3-none-any.whl"
     assert not [x for x in names if x.endswith(".so")]
     assert "dino_d2/configs/quickstart.yaml" in names and "dino_d2/ops/csrc/kernels.cpp" in names

@@ -190,13 +190,21 @@ def detections(outputs: Iterable[Tensor]) -> Detections | MaskDetections:
     return Detections(*parts) if len(parts) == 3 else MaskDetections(*parts)
 
 
+def installed(path: Path) -> list[str]:
+    """The runtimes of a file of this name that are installed, the default first."""
+    return [x for x in choices_of(path) if find_spec(x)]
+
+
+def choices_of(path: Path) -> tuple[str, ...]:
+    return RUNTIMES if kind_of(path) == ".onnx" else ("torch",)
+
+
 def runtime_of(path: Path, name: str) -> str:
     """The runtime of a file, checked; raises an ExportError."""
-    choices = RUNTIMES if kind_of(path) == ".onnx" else ("torch",)
+    choices = choices_of(path)
     if name and name not in choices:
         raise ExportError(f"'{path}' does not run in {name!r}: it can in {' or '.join(choices)}")
-    installed = [x for x in choices if find_spec(x)]
-    return name or (installed or choices)[0]
+    return name or (installed(path) or choices)[0]
 
 
 def read_pt2(path: Path) -> Graph:

@@ -32,6 +32,9 @@ Another model, larger, in half precision, as it is and compiled:
     $ python projects/dino/benchmark_model.py --config-file dino_Swin_L_384_4scale_12ep \\
         --mode inference --batch 1 4 --size 640 640 --size 800 1333 --precision fp32 bf16 --compile
 
+Detection in PyTorch, and exported in ONNX Runtime and OpenVINO, in all the numbers that they have:
+    $ python projects/dino/benchmark_model.py --runtime --size 800 1333
+
 How time and memory grow with the area of the image and with the number of boxes in it:
     $ python projects/dino/benchmark_model.py --growth area boxes
 """
@@ -68,6 +71,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--variant", nargs="+", choices=names, default=["plain"], help="default: plain")
     add("--compile", dest="variant", action="append_const", const="compiled", help="that, too")
     add("--growth", nargs="+", choices=GROWTH, help="plot time and memory against these instead")
+    runtimes = "compare detection in these, of one image on a CPU, instead; default: all installed"
+    add("--runtime", nargs="*", metavar="NAME", help=runtimes)
     add("--repeats", type=positive, default=3, help="rounds; default: 3")
     add("--device", default="", help="cpu or cuda; default: cuda if there is one")
     add("--threads", type=positive, help="default: PyTorch's")
@@ -80,6 +85,7 @@ if __name__ == "__main__":  # so that --help and wrong options do not wait for t
     argument_parser().parse_args()
 
 
+import benchmark_runtimes
 import torch
 from benchmarking import (
     PeakMemory,
@@ -392,6 +398,24 @@ def compare(args: argparse.Namespace) -> None:
     save(args.output, page(rows, args), {"machine": facts, "results": rows})
 
 
+def compare_runtimes(args: argparse.Namespace) -> None:
+    """Print the table of `benchmark_runtimes.compare`, and write it to the output folder."""
+    setting = first_setting(args, DEFAULT_SIZE)
+    make = partial(build, setting._replace(device="cpu"))
+    table, rows = benchmark_runtimes.compare(
+        args.runtime, make, setting.size, args.output / "files", args.repeats
+    )
+    facts = machine(torch.device("cpu"))
+    height, width = setting.size
+    about = (
+        f"`{args.config_file}` with random weights, one image of {height} x {width}. Medians of "
+        f"{plural(args.repeats, 'round')}, in turns. Memory is what the first detection takes at "
+        "most on top of the loaded model."
+    )
+    page = "\n\n".join([about, headline(facts), table])
+    save(args.output, page, {"machine": facts, "results": rows})
+
+
 def grow(args: argparse.Namespace) -> None:
     """Write a plot for each quantity, and growth.json, to the output folder."""
     layers = {"encoder layers": GROWTH_LAYERS, "decoder layers": GROWTH_LAYERS}
@@ -459,7 +483,12 @@ def main(words: Sequence[str] | None = None) -> None:
         args.device = str(find_device(args.device))
         args.output.mkdir(parents=True, exist_ok=True)
         build(first_setting(args, DEFAULT_SIZE))
-    (grow if args.growth else compare)(args)
+        if args.runtime is not None:
+            args.runtime = args.runtime or benchmark_runtimes.installed()
+            for name in args.runtime:
+                benchmark_runtimes.check(name)
+    measured = grow if args.growth else compare if args.runtime is None else compare_runtimes
+    measured(args)
 
 
 if __name__ == "__main__":

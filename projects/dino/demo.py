@@ -96,6 +96,12 @@ def argument_parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16", "float16"],
         help="of matrix products; bfloat16 is several times faster on hardware that knows it",
     )
+    parser.add_argument(
+        "--runtime",
+        default="",
+        metavar="NAME",
+        help="of a .onnx file: onnxruntime or openvino; default: the first that is installed",
+    )
     return parser
 
 
@@ -172,7 +178,9 @@ def make_annotator(
     """
     window = Window() if args.show else None
     dtype, least = getattr(torch, args.dtype), dict(args.confidence_threshold)
-    predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts, dtype, least)
+    predictor = dino_d2.load(
+        *(args.config_file, args.weights, args.device, args.opts, dtype, least, args.runtime)
+    )
     predictor.thresholds = dict.fromkeys(predictor.classes, THRESHOLD) | predictor.thresholds
     return Annotator(
         predictor,
