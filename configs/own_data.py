@@ -12,16 +12,16 @@ model.encoder.ffn_dim = 512
 model.query_selection._target_ = DistinctQuerySelection
 model.query_selection.num_queries = 100
 model.decoder.relation = DistinctQueries
-model.criterion.class_weight = 2.0
+model.criterion.class_weight = 4.0
 model.max_detections = 100
 
 dataloader.train.mapper.augmentations.crop_size = None
-dataloader.train.total_batch_size = 2
+dataloader.train.total_batch_size = 1
 
-optimizer.lr = 4e-4
+optimizer.lr = 3e-4
 optimizer.params.backbone_multiplier = 0.5
 lr_multiplier = L(flat_cosine)(flat=0.7)
 
 train.reference_batch = 0
-train.max_iter = 1200
-train.eval_period = train.checkpointer.period = 300
+train.max_iter = 2400
+train.eval_period = train.checkpointer.period = 600

@@ -68,7 +68,7 @@ def detector(make_dino, monkeypatch):
 
     def load(*args):
         asked.append(args)
-        predictor.thresholds = merge_thresholds({}, args[-1], CLASSES)
+        predictor.thresholds = merge_thresholds({}, args[-2], CLASSES)
         return predictor
 
     monkeypatch.setattr(dino_d2, "load", load)
@@ -157,10 +157,10 @@ def test_the_demo_draws_and_writes_what_it_detects(folder, trained, tmp_path, mo
 
 def test_what_is_asked_for_is_what_is_loaded(folder, detector, tmp_path, monkeypatch):
     words = ("--weights", "a.pth", "--device", "cpu", "--dtype", "bfloat16")
-    words = (*words, "--input", folder, "--json", tmp_path / "out.json")
+    words = (*words, "--runtime", "openvino", "--input", folder, "--json", tmp_path / "out.json")
     run_demo(monkeypatch, *options(*words), "--opts", "TEST.DETECTIONS_PER_IMAGE", "7")
     opts = ["TEST.DETECTIONS_PER_IMAGE", "7"]
-    assert detector == [("quickstart", "a.pth", "cpu", opts, torch.bfloat16, {"": 0.0})]
+    assert detector == [("quickstart", "a.pth", "cpu", opts, torch.bfloat16, {"": 0.0}, "openvino")]
 
 
 def test_the_threshold_of_the_demo_is_kept(folder, detector, tmp_path, monkeypatch):
