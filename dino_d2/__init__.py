@@ -7,10 +7,18 @@ one, and `train` trains one.
 import sys
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .moved import MOVED, MovedModules
 from .version import __version__
+
+if find_spec("detectron2") is None:
+    raise ModuleNotFoundError(
+        "dino_d2 needs Detectron2: its README says how to install it, and `make` in its sources "
+        "brings one. An exported ONNX file needs neither: projects/dino/onnx_detector.py runs it",
+        name="detectron2",
+    )
 
 with warnings.catch_warnings():
     # Detectron2 and fvcore use deprecated functions of PyTorch on import.

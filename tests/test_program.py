@@ -237,6 +237,12 @@ def test_the_package_imports_in_silence_and_nothing_that_only_some_calls_need():
     assert (ran.stdout, ran.stderr) == ("[]\n", "")
 
 
+def test_without_detectron2_the_package_says_what_is_missing():
+    code = "import sys; sys.modules['detectron2'] = None; import dino_d2"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 1 and "dino_d2 needs Detectron2: its README says" in ran.stderr
+
+
 def test_control_c_is_a_line_wherever_it_comes():
     code = "import program; raise KeyboardInterrupt"
     ran = subprocess.run([sys.executable, "-c", code], cwd=PROGRAMS, capture_output=True, text=True)
