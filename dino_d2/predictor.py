@@ -161,7 +161,8 @@ def load(
         config: name of a published checkpoint, such as "dino_R_50_4scale_12ep" of the paper's
             authors or "detrex/dino_R_50_4scale_12ep" of detrex; or, with `weights`, of any config,
             see `model_zoo`; or a config file; or the output folder of a training, or a checkpoint
-            in it, which bring their config along; or an exported file, .onnx or .pt2
+            in it, which bring their config along; or file or URL of an exported model, .onnx or
+            .pt2
         weights: file, URL or `dino_d2://NAME`; default: those of the published checkpoint, those
             that the config file names, or the best or else the last of a training. Without a
             config, a checkpoint of a training
@@ -220,11 +221,13 @@ def load_exported(
     Raises:
         ValueError: another device is named, or a threshold is invalid
         FileNotFoundError, ExportError: as of `export.Exported`
+        CheckpointError: it cannot be downloaded
     """
     from .export import ExportedModel
 
     check_device(device or "cpu")
-    model = ExportedModel(Path(file).expanduser(), runtime, dtype)
+    path = model_zoo.fetch_weights(file) if "://" in file else file
+    model = ExportedModel(Path(path).expanduser(), runtime, dtype)
     if torch.device(device or model.device) != model.device:
         raise ValueError(f"'{file}' runs on {model.device.type}: name no other device")
     about = model.file.about

@@ -946,6 +946,15 @@ def test_an_exported_file_is_as_it_is(monkeypatch, options, said):
         dino_d2.load("model.onnx", **options)
 
 
+def test_an_exported_file_may_be_a_url(monkeypatch):
+    about, asked = About(CLASSES, SIZE, "RGB", None), []
+    file = SimpleNamespace(about=about, graph=SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(runtime, "Exported", lambda path, *_: asked.append(path) or file)
+    monkeypatch.setattr(dino_d2.model_zoo, "fetch_weights", lambda url: f"/cache/{url[8:]}")
+    dino_d2.load("https://a/model.onnx")
+    assert asked == [Path("/cache/a/model.onnx")]
+
+
 def test_an_exported_file_brings_its_thresholds_and_fixed_number_of_images(monkeypatch, model):
     about = About(CLASSES, SIZE, "RGB", 2, {CLASSES[0]: 0.4})
 
