@@ -41,7 +41,7 @@ def quantize(source: Path, target: Path, batches: Iterable[tuple[Tensor, Tensor]
     Raises:
         ExportError: a package is missing
     """
-    onnx = needs("onnx")
+    onnx, _ = needs("onnx"), needs("onnxruntime")
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

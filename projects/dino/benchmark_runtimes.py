@@ -1,6 +1,5 @@
 """`benchmark_model.py --runtime`: one model in PyTorch, ONNX Runtime and OpenVINO, on a CPU."""
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from benchmarking import PeakMemory, cell, in_new_process, interleave, is_installed, markdown, timer
-from torch import nn
 
 from dino_d2 import DINO
 from dino_d2.costs import count_flops
@@ -19,8 +17,7 @@ from dino_d2.modeling.fold_norms import fold_norms
 from dino_d2.names import hint
 
 CPU = torch.device("cpu")
-FILES = FLOAT, INT8 = "float.onnx", "int8.onnx"
-STAGES = ("backbone", "neck", "encoder", "query_selection", "decoder")
+FLOAT, INT8 = "float.onnx", "int8.onnx"
 SIDE = 4096  # of the matrices whose product shows what the CPU can do
 
 
@@ -84,7 +81,8 @@ def detector(
         )
     model = fold_norms(build().eval())
     if runtime.compiled:
-        compile_stages(model)
+        torch._inductor.config.freezing = True  # weights are constants, in the layout of kernels
+        compiled(model)
 
     def detect() -> object:
         narrow = runtime.dtype != torch.float32
@@ -94,11 +92,11 @@ def detector(
     return detect
 
 
-def compile_stages(model: nn.Module) -> None:
-    """Compile each stage by itself, with weights as constants in the layout of the kernels."""
-    torch._inductor.config.freezing = True
-    for name in STAGES:
+def compiled(model: DINO) -> DINO:
+    """Compile each stage by itself, as the code between them depends on the images."""
+    for name in ("backbone", "neck", "encoder", "query_selection", "decoder"):
         setattr(model, name, torch.compile(getattr(model, name)))
+    return model
 
 
 def memory_of(
@@ -117,13 +115,10 @@ def memory_of(
 def seconds_by_products(multiply_adds: float, dtype: torch.dtype) -> float:
     """The time of as many multiply-adds in large matrix products: no model takes less."""
     a, b = torch.randn(2, SIDE, SIDE).to(dtype)
-    a @ b
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return multiply_adds / SIDE**3 * median(times)
+    product = timer(lambda: a @ b, CPU)
+    product()  # warms up
+    seconds = median(product() for _ in range(5)) / 1e3
+    return multiply_adds / SIDE**3 * seconds
 
 
 def compare(

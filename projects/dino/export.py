@@ -332,14 +332,14 @@ def main() -> None:
     )
 
     def write(dtype: torch.dtype) -> None:
-        with alive("the export"):
-            options = size, args.batch_size, args.keep_operator, dtype
-            save(export(predictor.model, *options), unverified, about)
+        options = size, args.batch_size, args.keep_operator, dtype
+        try:
+            with alive("the export"):
+                save(export(predictor.model, *options), unverified, about)
+        except (ExportError, OSError) as error:
+            sys.exit(f"{parser.prog}: {error}")
 
-    try:
-        write(torch.float32)
-    except (ExportError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+    write(torch.float32)
     if not verify(unverified, predictor.model, batches, expected, threshold):
         sys.exit(
             f"{parser.prog}: that is more than {BOX_TOLERANCE} pixels, {SCORE_TOLERANCE} of a "
