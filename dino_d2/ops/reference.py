@@ -114,8 +114,8 @@ def levels(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Inputs of grid_sample per level, with batch and heads merged.
 
-    Yields image (B * H, D, H_l, W_l), grid (B * H, P, Q, 2) in [-1, 1], weights (B * H, P, Q): the
-    sum over points is fastest, here and in exported files, where the queries are in a row.
+    Yields image (B * H, D, H_l, W_l), grid (B * H, P, Q, 2) in [-1, 1], weights (B * H, P, Q).
+    With queries last, the sum over points is fastest, here and in exported files.
     """
     pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
     images = value.to(locations.dtype).permute(0, 2, 3, 1).flatten(0, 1)
