@@ -9,7 +9,7 @@ import pytest
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
-from PIL import Image
+from PIL import Image, ImageColor
 from pycocotools.cocoeval import COCOeval
 from torch import tensor
 
@@ -490,6 +490,17 @@ def test_found_wrong_and_missed_have_their_colours(found, left, right):
     for half, expected in zip(halves, (left, right), strict=True):
         drawn = {colour for colour in (SKY, VERMILION, YELLOW) if count(half, colour)}
         assert drawn == {expected} - {None}
+
+
+def test_what_is_found_is_drawn_on_top_of_what_is_wrong():
+    """Of a surer class of the same query, and of a surer box that shares its left side."""
+    found = [detection([20, 20, 40, 40], score=0.5)]
+    for wrong in ([20, 20, 40, 40], [20, 20, 40, 60]):
+        both = [detection(wrong, DOG), *found]
+        matching = matched([annotation([20, 20, 40, 40])], both)
+        pair = draw_image_errors(Image.new("RGB", (100, 80)), matching, {CAT: "c", DOG: "d"}, 300)
+        assert pair.getpixel((312 + 60, 120)) == ImageColor.getrgb(SKY)
+        assert count(pair.crop((312, 0, 612, 240)), VERMILION)  # in the label, or below
 
 
 def test_lines_differ_too():

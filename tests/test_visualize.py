@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dino_d2.data import generate
 from dino_d2.engine.run import train
@@ -24,7 +24,7 @@ from dino_d2.visualize import (
     draw_marks,
     resize_long_side,
 )
-from dino_d2.visualize.marks import ink_on
+from dino_d2.visualize.marks import ink_on, load_font
 from dino_d2.visualize.style import escape_name
 from dino_d2.weights.model_zoo import get_config_file
 
@@ -77,14 +77,17 @@ def test_the_image_that_is_drawn_into_stays():
 
 
 def test_the_first_mark_is_on_top():
-    box = (50, 60, 120, 130)
-    picture = draw_marks(BLACK, [Mark(box, "", "#ff0000"), Mark(box, "", "#00ff00")])
-    assert count(picture, "#ff0000") and not count(picture, "#00ff00")
+    boxes = (50, 60, 120, 130), (50, 60, 120, 100)
+    colours = "#ff0000", "#00ff00"
+    marks = [Mark(box, "", colour) for box, colour in zip(boxes, colours, strict=True)]
+    picture = draw_marks(BLACK, marks)
+    assert picture.getpixel((50, 80)) == (255, 0, 0)  # on the left side of both
+    assert picture.getpixel((80, 100)) == (0, 255, 0)
 
 
 def test_labels_cover_no_other_label_and_are_left_out_without_room():
     colours = [f"#0000{i:02x}" for i in range(100, 140)]
-    marks = [Mark((50, 60, 120, 130), "label", colour) for colour in colours]
+    marks = [Mark((50 + i, 60, 120, 130), "label", x) for i, x in enumerate(colours)]
     picture = draw_marks(BLACK, marks)
     whole = count(draw_marks(BLACK, marks[:1]), colours[0]) - count(
         draw_marks(BLACK, [marks[0]._replace(text="")]), colours[0]
@@ -93,6 +96,36 @@ def test_labels_cover_no_other_label_and_are_left_out_without_room():
     labels = [number for number in drawn if number]
     assert 3 < len(labels) < len(drawn)
     assert min(labels) > 0.9 * whole
+
+
+def test_marks_of_one_box_are_the_first_with_a_label_of_them_all(monkeypatch):
+    written = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args, **_: written.append(args[1:3]))
+    box, mask = (50, 60, 120, 130), np.ones((150, 200), bool)
+    marks = [
+        Mark(box, "cat 0.81", "#ff0000", mask=mask),
+        Mark((10, 60, 40, 130), "bird 0.50", "#0000ff"),
+        Mark((50.2, 60, 119.7, 130), "dog 0.40", "#00ff00", mask=mask),  # up to rounding
+        Mark(box, "", "#ffff00"),
+        Mark((52, 60, 120, 130), "fox 0.30", "#00ffff"),  # another box
+    ]
+    picture = draw_marks(BLACK, marks)
+    texts = [text for _, text in written]
+    assert texts == ["cat 0.81, ", "dog 0.40", "bird 0.50", "fox 0.30"]
+    (left, top), (right, below) = (place for place, _ in written[:2])
+    assert top == below and right == pytest.approx(left + load_font(12).getlength("cat 0.81, "))
+    assert picture.getpixel((100, 100)) == (127, 0, 0)  # of one mask
+    assert count(picture, "#ff0000") and count(picture, "#00ff00")  # each text has its colour
+    assert not count(picture, "#ffff00")
+
+
+def test_a_label_of_many_classes_ends_at_the_image(monkeypatch):
+    written = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args, **_: written.append(args[2]))
+    draw_marks(BLACK, [Mark((50, 60, 120, 130), f"class {i} 0.50", "#ff0000") for i in range(80)])
+    text = "".join(written)
+    assert text.startswith("class 0 0.50, class 1 0.50") and text.endswith("…")
+    assert BLACK.width - 20 < load_font(12).getlength(text) <= BLACK.width
 
 
 def test_labels_stay_inside_the_image():

@@ -72,7 +72,7 @@ def _truth_marks(
 def _detection_marks(
     matching: ImageMatches, names: dict[int, str], size: tuple[int, int] | None
 ) -> list[Mark]:
-    """False positives come first, so that they are drawn on top, in descending order of score."""
+    """True positives come first, so that they are drawn on top, in descending order of score."""
     marks = []
     for index, kind in enumerate(detection_kinds(matching)):
         detection = matching.detections[index]
@@ -81,7 +81,7 @@ def _detection_marks(
         name, score = short_name(names[detection["category_id"]]), f"{detection['score']:.2f}"
         text = f"{name} {score} {kind if iou is None else f'IoU {iou:.2f}'}"
         mask = _mask(detection, size)
-        marks.append((kind not in ERRORS, Mark(_corners(detection), text, *style, mask=mask)))
+        marks.append((kind != "correct", Mark(_corners(detection), text, *style, mask=mask)))
     return [mark for _, mark in sorted(marks, key=lambda pair: pair[0])]
 
 

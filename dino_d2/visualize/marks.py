@@ -1,6 +1,8 @@
 """Draws boxes with labels into images, and arranges images in sheets."""
 
 import logging
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import count, pairwise, product
@@ -17,6 +19,7 @@ from .style import PALETTE, one_line
 
 FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 MARGIN = 12  # pixels between the pictures in a sheet
+SAME = 0.5  # pixels that the sides of boxes differ by at most which are drawn as one
 
 
 class Mark(NamedTuple):
@@ -32,24 +35,56 @@ class Mark(NamedTuple):
 def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     """Draw boxes with labels into an RGB copy of an image; the first mark is on top.
 
-    Labels do not overlap; one without a free place at its box is left out.
+    Labels do not overlap; one without a free place at its box is left out. Marks of the same box,
+    such as a query that is detected as several classes, are drawn as the first of them, with one
+    label of all their texts.
     """
-    picture = fill_masks(image.convert("RGB"), marks)
+    groups = _group_by_box(marks)
+    firsts = [group[0] for group in groups]
+    picture = fill_masks(image.convert("RGB"), firsts)
     canvas = ImageDraw.Draw(picture)
     width = max(2, round(min(picture.size) / 160))
-    for mark in reversed(marks):
+    for mark in reversed(firsts):
         _outline(canvas, mark, width)
     font = load_font(max(12, round(min(picture.size) / 36)))
     taken: list[tuple] = []
-    marks = [mark._replace(text=one_line(mark.text)) for mark in marks]
-    _warn_of_gaps(mark.text for mark in marks)
-    for mark in marks:
-        place = _free_place(canvas, mark, font, taken)
-        if mark.text and place:
+    for group in groups:
+        parts = [mark._replace(text=one_line(mark.text)) for mark in group if mark.text]
+        _warn_of_gaps(mark.text for mark in parts)
+        text = _cut(", ".join(mark.text for mark in parts), font, picture.width)
+        place = _free_place(canvas, group[0]._replace(text=text), font, taken)
+        if text and place:
             taken.append(place)
-            canvas.rectangle(place, fill=mark.colour)
-            canvas.text(place[:2], mark.text, ink_on(mark.colour), font, anchor="la")
+            _write(canvas, place, text, parts, font)
     return picture
+
+
+def _group_by_box(marks: Sequence[Mark]) -> list[list[Mark]]:
+    """Marks of the same box, in their order; groups are in that of their first marks."""
+    boxes = np.array([mark.box for mark in marks]).reshape(-1, 4)
+    groups = defaultdict(list)
+    for mark, box in zip(marks, boxes, strict=True):
+        groups[int((np.abs(boxes - box) <= SAME).all(1).argmax())].append(mark)
+    return list(groups.values())
+
+
+def _write(
+    canvas: ImageDraw.ImageDraw,
+    place: tuple,
+    text: str,
+    parts: Sequence[Mark],
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    """Write the texts of marks, which `text` has one after another, each in its colour."""
+    left, top, right, bottom = place
+    for mark in parts:
+        length = len(mark.text) + len(", ")
+        part, text = text[:length], text[length:]
+        if not part:  # it was cut
+            return
+        canvas.rectangle((left, top, right, bottom), fill=mark.colour)
+        canvas.text((left, top), part, ink_on(mark.colour), font, anchor="la")
+        left += canvas.textlength(part, font)
 
 
 def fill_masks(picture: Image.Image, marks: Sequence[Mark]) -> Image.Image:
@@ -177,9 +212,11 @@ def contact_sheet(
 def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """Cut text to one line of `width` pixels; "" if not even an ellipsis fits."""
     text = one_line(text)
-    while text and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…" if len(text) > 1 else ""
-    return text
+    if font.getlength(text) <= width:
+        return text
+    starts = [f"{text[:length].rstrip()}…" for length in range(len(text))]
+    fitting = bisect_right(starts, float(width), key=font.getlength)
+    return starts[fitting - 1] if fitting else ""
 
 
 def _draw_legend(
