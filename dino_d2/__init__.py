@@ -16,7 +16,8 @@ from .version import __version__
 if find_spec("detectron2") is None:
     raise ModuleNotFoundError(
         "dino_d2 needs Detectron2: its README says how to install it, and `make` in its sources "
-        "brings one. An exported ONNX file needs neither: projects/dino/onnx_detector.py runs it",
+        "brings one. Exported files need neither: projects/dino/onnx_detector.py runs an .onnx, "
+        "torch.export.load a .pt2",
         name="detectron2",
     )
 
