@@ -17,6 +17,7 @@ from detectron2.modeling import SwinTransformer, build_model
 from torch import nn
 
 from dino_d2.data.coco_classes import COCO_80, COCO_91
+from dino_d2.data.objects365 import OBJECTS365
 from dino_d2.engine.ema import EMA
 from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.names import plural
@@ -744,6 +745,39 @@ def test_fine_tuning_with_other_classes_keeps_all_but_what_depends_on_them(make_
     (line,) = messages(log, logging.WARNING)
     assert line.startswith(f"3 of 3 classes are new to '{path}' and initialised in ")
     assert line.endswith(": RBC, WBC, platelets")
+
+
+# ids of Objects365 of COCO's classes with another name there
+OTHER_NAMES = {
+    **{"bird": 57, "handbag": 14, "suitcase": 121, "skis": 120, "sports ball": 157, "bowl": 27},
+    **{"orange": 105, "dining table": 99, "tv": 38, "teddy bear": 71, "hair drier": 329},
+}
+
+
+@pytest.mark.parametrize("rows", [365, 366])  # by index, or by id
+def test_weights_of_objects365_give_every_class_of_coco_its_row(make_model, file, log, rows):
+    trained, model = make_model(rows), make_model(80)
+    path = file(layouts.official(trained.state_dict()))
+    Checkpointer(model, classes=COCO_80).load(path)
+    folded = [name.casefold() for name in OBJECTS365]
+    ids = [OTHER_NAMES.get(x) or folded.index(x) + 1 for x in COCO_80]
+    for key in CLASS_TENSORS:
+        given = trained.state_dict()[key][[i - (rows == 365) for i in ids]]
+        assert torch.equal(model.state_dict()[key][:80], given)
+    (said,) = [x for x in messages(log) if "other names" in x]
+    assert "bird (Wild Bird), handbag (Handbag/Satchel)" in said
+    assert said.count(" (") == len(OTHER_NAMES)
+    assert messages(log, logging.WARNING) == []  # none is new
+
+
+def test_classes_without_a_counterpart_in_objects365_are_said(make_model, file, log):
+    trained, model = make_model(365), make_model(4)
+    path = file(layouts.official(trained.state_dict()))
+    Checkpointer(model, classes=["Wild Bird", "bird", "TV", "tv"]).load(path)
+    given = trained.decoder.class_heads[0].bias
+    assert torch.equal(model.decoder.class_heads[0].bias[[0, 3]], given[[56, 37]])
+    (line,) = messages(log, logging.WARNING)
+    assert line.startswith("2 of 4 classes are new to ") and line.endswith(": bird, TV")
 
 
 def test_fine_tuning_keeps_the_rows_of_classes_of_the_same_name(make_model, file, log):

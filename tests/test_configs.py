@@ -94,11 +94,25 @@ def test_there_is_a_config_for_every_promise():
     assert sum(name.startswith("TrainingOnly/") for name in NAMES) == 4
 
 
-@pytest.mark.parametrize("folder", ["Ablations", "IoUAware", "Predecessors", "Relations"])
+@pytest.mark.parametrize(
+    "folder", ["Ablations", "IoUAware", "Objects365", "Predecessors", "Relations"]
+)
 def test_the_readme_lists_every_config_of_a_folder(folder):
     readme = (CONFIGS / "README.md").read_text()
     stems = {path.stem for path in (CONFIGS / folder).glob("*.py")}
     assert stems and not [stem for stem in stems if not re.search(rf"\b{stem}\b", readme)]
+
+
+def test_after_objects365_images_are_one_and_a_half_times_as_large():
+    usual, large = (
+        lazy_config(name).dataloader
+        for name in ("dino_R_50_4scale_12ep", "Objects365/dino_Swin_L_384_5scale_18ep_coco")
+    )
+    pairs = [(x.train.mapper.augmentations, x.test.mapper.augmentations[0]) for x in (usual, large)]
+    for key in ("min_sizes", "crop_min_sizes", "crop_size"):
+        assert list(pairs[1][0][key]) == [1.5 * x for x in pairs[0][0][key]]
+    assert pairs[1][0].max_size == pairs[1][1].max_size == 2000
+    assert pairs[1][1].short_edge_length == 1.5 * pairs[0][1].short_edge_length
 
 
 @pytest.mark.no_cover

@@ -21,6 +21,7 @@ from .coco_results import read_results
 from .folder import find_folder
 from .mapper import Mapper, read_image
 from .mixing import Mixing
+from .objects365 import OBJECTS365
 from .shapes import generate
 from .stream import build_train_loader
 from .voc import from_voc

@@ -214,7 +214,7 @@ def _register_content(
     json_file = source if can_be_read(source, repairs, dataset) else write_copy(dataset)
     categories = sorted(dataset["categories"], key=itemgetter("id"))
     classes = {category["id"]: index for index, category in enumerate(categories)}
-    records = _records(name, dataset, image_root, classes)
+    records = records_of(name, dataset, image_root, classes)
     metadata = {
         "json_file": json_file,
         "image_root": image_root,
@@ -320,7 +320,7 @@ def _suggest(what: str, path: str) -> None:
         raise DatasetError(f"{what} '{path}' does not exist{near}")
 
 
-def _records(
+def records_of(
     name: str, dataset: dict[str, list], image_root: str, classes: dict[int, int]
 ) -> list[dict]:
     """Detectron2's records of a checked dataset, with boxes clipped to their image or dropped.

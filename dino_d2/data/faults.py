@@ -15,7 +15,7 @@ def faults(dataset: dict[str, list], image_root: str) -> Iterator[str]:
         if not dataset[key]:
             yield f"there are no {key}: fill the list"
     yield from _name_faults(dataset["categories"])
-    yield from _image_faults(dataset["images"], image_root)
+    yield from image_faults(dataset["images"], image_root)
     yield from _category_faults(dataset)
     yield from _box_faults(dataset)
 
@@ -30,7 +30,8 @@ def _name_faults(categories: list[dict]) -> Iterator[str]:
         ids[name] = id
 
 
-def _image_faults(images: list[dict], image_root: str) -> Iterator[str]:
+def image_faults(images: list[dict], image_root: str) -> Iterator[str]:
+    """Sentences on a missing image folder or missing files."""
     if not os.path.isdir(image_root):
         yield f"its image folder '{image_root}' does not exist: correct its path"
     if missing := missing_images(images, image_root):

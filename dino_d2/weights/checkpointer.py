@@ -15,11 +15,11 @@ from ..modeling.detector import Detector
 from .files import DamagedCheckpoint, write
 from .fitting import (
     OpenedWeights,
-    coco_classes,
     fit_classes,
     fit_heads,
     fit_names,
     fit_windows,
+    known_classes,
     leave_training_only,
     open_weights,
 )
@@ -42,8 +42,8 @@ class Checkpointer(DetectionCheckpointer):
     Args:
         model: to load and save
         save_dir: where to save
-        classes: names of the model's classes; None: those of COCO if there are 80 or 91, numbers
-            otherwise
+        classes: names of the model's classes; None: those of COCO if there are 80 or 91, of
+            Objects365 if there are 365 or 366, numbers otherwise
         complete: weights have to fill the model, as for evaluation and when a training is resumed
         checkpointables: what else to save, and to load on a resume
     """
@@ -59,7 +59,7 @@ class Checkpointer(DetectionCheckpointer):
     ):
         super().__init__(model, save_dir, **checkpointables)
         number = self.model.num_classes
-        self.names = classes or coco_classes(number)
+        self.names = classes or known_classes(number)
         self.classes = self.names or [f"class {i}" for i in range(number)]
         self.complete = complete
         self.thresholds: tuple[int, dict] = -1, {}  # of the weights of an iteration

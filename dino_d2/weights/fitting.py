@@ -7,6 +7,7 @@ from typing import NamedTuple
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 
 from ..data.coco_classes import COCO_80, COCO_91
+from ..data.objects365 import OBJECTS365, counterparts
 from ..distributed.sharing import gather
 from ..layouts import adapt, backbones, detr, dino, maskdino
 from ..layouts.adapt import LABELS, ClassNames
@@ -51,7 +52,7 @@ class OpenedWeights(NamedTuple):
 
     def classes(self, number: int) -> ClassNames | None:
         """The names of the `number` rows of the class heads; None if unknown."""
-        return self.settings.get("classes") or coco_classes(number)
+        return self.settings.get("classes") or known_classes(number)
 
 
 def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> OpenedWeights:
@@ -84,6 +85,12 @@ def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> Op
 def coco_classes(number: int) -> ClassNames | None:
     """COCO's class names for 80 or 91 classes, else None."""
     return {80: COCO_80, 91: COCO_91}.get(number)
+
+
+def known_classes(number: int) -> ClassNames | None:
+    """The class names of COCO, or of Objects365 for its 365 classes or ids up to 365."""
+    objects365 = {365: OBJECTS365, 366: (None, *OBJECTS365)}
+    return coco_classes(number) or objects365.get(number)
 
 
 def fit_names(opened: OpenedWeights, model: Detector, *, complete: bool) -> State:
@@ -179,4 +186,9 @@ def fit_classes(
             f"'{opened.file}' does not name its classes: they are taken to be, in this order, "
             + ", ".join(map(str, classes))
         )
+    renamed = counterparts(given or (), classes)
+    if given and renamed:
+        pairs = (f"{name} ({given[row]})" for row, name in renamed.items())
+        logger.info(f"'{opened.file}' has classes under other names: {', '.join(pairs)}")
+        given = [renamed.get(row, name) for row, name in enumerate(given)]
     return adapt.select_classes(state, given, classes, gather(model.state_dict()))
