@@ -79,6 +79,15 @@ def test_merging_is_by_class_cut_to_the_image_and_limited():
     assert merged.pred_boxes.tensor[1].tolist() == [5, 5, 25, 20]
 
 
+def test_the_box_that_stays_is_the_mean_of_those_of_its_class_by_score():
+    model = WithTTA(Finder(), lambda x: [], iou=0.5, max_detections=3)
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 14], [0, 0, 10, 10], [15, 0, 15, 10]])
+    scores, labels = torch.tensor([0.6, 0.2, 0.5, 0.0]), torch.tensor([0, 0, 1, 0])
+    merged = model.merge(boxes, scores, labels, (20, 25)).pred_boxes.tensor
+    expected = [[0, 0, 10, 11], [0, 0, 10, 10], [15, 0, 15, 10]]  # 11 = (0.6 * 10 + 0.2 * 14) / 0.8
+    torch.testing.assert_close(merged, torch.tensor(expected).float())
+
+
 def test_the_detector_stays_in_its_mode():
     finder = Finder()
     for mode in (True, False):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
@@ -15,7 +15,8 @@ class WithTTA(nn.Module):
     """A detector with test-time augmentation, called as the detector is.
 
     As Detectron2's `GeneralizedRCNNWithTTA`: boxes of all views are brought back to the image, and
-    class-wise non-maximum suppression keeps the best of those that overlap.
+    class-wise non-maximum suppression keeps the best of those that overlap. Its box becomes the
+    mean of theirs, weighted by score (box voting, arXiv 1505.01749, section 5).
 
     Args:
         detector: called in evaluation mode
@@ -62,6 +63,9 @@ class WithTTA(nn.Module):
         corners = Boxes(boxes)
         corners.clip(size)
         kept = batched_nms(corners.tensor, scores, labels, self.iou)[: self.max_detections]
-        return Instances(
-            size, pred_boxes=corners[kept], scores=scores[kept], pred_classes=labels[kept]
-        )
+        near = pairwise_iou(corners[kept], corners) > self.iou
+        near[range(len(kept)), kept] = True  # itself, also without area or with an IoU of 1
+        # Distinct queries give a score of 0 to what they leave out.
+        votes = scores.clamp(min=1e-6) * (near & (labels[kept, None] == labels))
+        means = Boxes(votes @ corners.tensor / votes.sum(1, keepdim=True))
+        return Instances(size, pred_boxes=means, scores=scores[kept], pred_classes=labels[kept])
