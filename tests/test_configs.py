@@ -132,6 +132,7 @@ def test_twins_build_the_same_model(name, on_meta_device):
         assert getattr(from_yaml.encoder, encoding) == getattr(lazy.encoder, encoding)
     assert from_yaml.max_detections == lazy.max_detections
     assert from_yaml.nms == lazy.nms
+    assert from_yaml.one_class_per_query == lazy.one_class_per_query
     if from_yaml.denoising:
         scalars = ("num_classes", "budget", "label_noise", "box_noise")
         assert [getattr(from_yaml.denoising, x) for x in scalars] == [

@@ -79,7 +79,9 @@ def detections(boxes, scores, labels):
 # ---- what a graph computes
 
 
-def test_images_without_padding_give_what_the_model_gives(model, images):
+@pytest.mark.parametrize("one_class", [False, True])
+def test_images_without_padding_give_what_the_model_gives(model, images, one_class):
+    model.one_class_per_query = one_class
     found = detect(model, images, torch.tensor([SIZE] * 3))
     for i, x in enumerate(model([{"image": image} for image in images])):
         expected = x["instances"]

@@ -313,7 +313,9 @@ def test_the_mean_of_softmax_losses_does_not_depend_on_the_number_of_boxes():
 def test_a_query_of_detr_has_its_best_class_and_the_best_come_first():
     logits = torch.tensor([[[1.0, 3, 0, 2], [0, 0, 1, 5], [4, 0, 0, 0]]])
     boxes = torch.rand(1, 3, 4)
-    found = detections_of(Predictions(logits, boxes), choose_classes(logits, 2))
+    found = detections_of(
+        Predictions(logits, boxes), choose_classes(logits.softmax(-1)[..., :-1], 2)
+    )
     assert found.labels.tolist() == [[0, 1]]
     torch.testing.assert_close(found.scores, logits.softmax(-1)[0, [2, 0], [0, 1]][None])
     torch.testing.assert_close(found.boxes, cxcywh_to_xyxy(boxes[:, [2, 0]]))

@@ -386,6 +386,24 @@ def test_overrides_change_the_config(config, overrides, trained, image):
 
 
 @pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        ("quickstart", ["TEST.ONE_CLASS_PER_QUERY", "True"]),
+        ("quickstart.py", ["model.one_class_per_query=True"]),
+    ],
+)
+def test_a_query_can_be_detected_as_its_best_class_alone(config, overrides, trained, image):
+    everything = dino_d2.load(config, str(trained), "cpu")(image)
+    boxes = everything.pred_boxes.tensor.tolist()
+    best = [i for i, box in enumerate(boxes) if box not in boxes[:i]]
+    assert len(everything) == 3 * len(best)  # as each of the classes
+    found = dino_d2.load(config, str(trained), "cpu", overrides)(image)
+    assert found.pred_boxes.tensor.tolist() == [boxes[i] for i in best]
+    assert torch.equal(found.scores, everything.scores[best])
+    assert torch.equal(found.pred_classes, everything.pred_classes[best])
+
+
+@pytest.mark.parametrize(
     ("shape", "kind"),
     [
         ((60, 90, 3), np.float32),

@@ -117,6 +117,7 @@ def add_dino_config(cfg: CN) -> None:
     cfg.WANDB = CN({"PROJECT": ""})
     # Class-wise NMS of detections: the largest IoU of two of a class that are kept; None: no NMS.
     cfg.TEST.NMS = None
+    cfg.TEST.ONE_CLASS_PER_QUERY = False  # detect a query as its best class alone
     cfg.TEST.BEST_METRIC = "bbox/AP"  # metric that selects model_best.pth; "" disables it
     cfg.TEST.PATIENCE = 0  # evaluations in a row without a better one that end a training; 0: none
 

@@ -69,6 +69,8 @@ class DINO(Detector):
         max_detections: per image
         nms: largest IoU of two detections of a class, in (0, 1]; the one of the lower score is
             suppressed. None, as in the paper: no suppression
+        one_class_per_query: whether a query is detected as its best class alone, as those of
+            softmax are in any case; by default, as in the paper, as any of its classes
         pixel_mean, pixel_std: per channel, in the order and range of the input images
         activation_checkpointing: stages, of "backbone", "encoder" and "decoder", whose activations
             are recomputed in the backward pass: less memory, more time
@@ -98,6 +100,7 @@ class DINO(Detector):
         num_classes: int,
         max_detections: int = 300,
         nms: float | None = None,
+        one_class_per_query: bool = False,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         activation_checkpointing: Sequence[str] = (),
@@ -145,6 +148,7 @@ class DINO(Detector):
         self.encoder.recompute = "encoder" in activation_checkpointing
         self.decoder.recompute = "decoder" in activation_checkpointing
         self.max_detections, self.nms = max_detections, nms
+        self.one_class_per_query = one_class_per_query
         self.softmax = isinstance(decoder.class_heads[0], SoftmaxHead)
         self.check_softmax()
         for part in (query_selection, decoder, criterion):
@@ -163,6 +167,7 @@ class DINO(Detector):
             **build_parts(cfg, backbone.output_shape(), cls.decoder_type),
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "nms": cfg.TEST.NMS,
+            "one_class_per_query": cfg.TEST.ONE_CLASS_PER_QUERY,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "activation_checkpointing": cfg.MODEL.DINO.ACTIVATION_CHECKPOINTING,
@@ -275,8 +280,8 @@ class DINO(Detector):
         return detections_of(predictions, self.choose(predictions))
 
     def choose(self, predictions: Predictions) -> Choice:
-        choose = choose_classes if self.softmax else choose_pairs
-        return choose(predictions.logits, self.max_detections)
+        choose = choose_classes if self.softmax or self.one_class_per_query else choose_pairs
+        return choose(self.class_scores(predictions.logits), self.max_detections)
 
     def to_instances(
         self, output: DetectorOutput, found: Detections, images: ImageList
@@ -290,7 +295,9 @@ class DINO(Detector):
         return detector_postprocess(instances, x.get("height", height), x.get("width", width))
 
     def class_scores(self, logits: Tensor) -> Tensor:
-        """In [0, 1], of each class: (..., K)."""
+        """In [0, 1], of each class: (..., K), in float32 or wider."""
+        # Different logits can have equal probabilities in bfloat16.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.softmax(-1)[..., :-1] if self.softmax else logits.sigmoid()
 
     def preprocess_images(self, batched_inputs: Batch) -> ImageList:

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple, TypeVar
 
-import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
@@ -48,30 +47,27 @@ class Choice(NamedTuple):
     queries: Tensor  # (B, N), int64 in [0, Q)
 
 
-def choose_pairs(logits: Tensor, max_detections: int) -> Choice:
+def choose_pairs(scores: Tensor, max_detections: int) -> Choice:
     """The best (query, class) pairs of each image, without NMS; a query may appear several times.
 
     Args:
-        logits: (B, Q, K)
+        scores: (B, Q, K), in [0, 1]
         max_detections: N, at most Q * K
     """
-    num_classes = logits.shape[-1]
-    # Different logits can have equal probabilities in bfloat16.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scores = logits.flatten(1).sigmoid()
+    num_classes = scores.shape[-1]
+    scores = scores.flatten(1)
     scores, indices = scores.topk(min(max_detections, scores.shape[1]), dim=1)
     return Choice(scores, indices % num_classes, indices // num_classes)
 
 
-def choose_classes(logits: Tensor, max_detections: int) -> Choice:
+def choose_classes(scores: Tensor, max_detections: int) -> Choice:
     """The best class of each query, of those of an image the best (DETR's code).
 
     Args:
-        logits: (B, Q, K + 1), by softmax; the last is that of no object
+        scores: (B, Q, K), in [0, 1]
         max_detections: N, at most Q
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+    scores, labels = scores.max(-1)
     scores, queries = scores.topk(min(max_detections, scores.shape[1]), dim=1)
     return Choice(scores, labels.gather(1, queries), queries)
 
@@ -115,6 +111,7 @@ def postprocess(
 ) -> list[Instances]:
     """The best pairs of each image as instances.
 
+    >>> import torch
     >>> predictions = Predictions(torch.zeros(1, 1, 1), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]))
     >>> (instances,) = postprocess(predictions, [(480, 640)], max_detections=1)
     >>> instances.pred_boxes, instances.scores, instances.pred_classes
@@ -128,5 +125,5 @@ def postprocess(
     Returns:
         instances with pred_boxes, scores in descending order, and pred_classes
     """
-    choice = choose_pairs(predictions.logits, max_detections)
+    choice = choose_pairs(predictions.logits.sigmoid(), max_detections)
     return to_instances(detections_of(predictions, choice), image_sizes)

@@ -81,6 +81,7 @@ model = L(DINO)(
     num_classes=L(num_classes)(names="${dataloader.train.dataset.names}"),
     max_detections=300,
     nms=None,
+    one_class_per_query=False,
     pixel_mean=[123.675, 116.280, 103.530],
     pixel_std=[58.395, 57.120, 57.375],
     activation_checkpointing=[],
