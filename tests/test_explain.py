@@ -109,7 +109,7 @@ def test_the_surest_queries_come_first():
 def test_every_selected_token_has_a_marker_and_every_explained_query_its_proposal(
     make_traced, image
 ):
-    _, traced, _ = make_traced()
+    _, traced, target = make_traced()
     figure = draw_proposals(image, traced, [4, 7], CLASSES)
     left, right = figure.axes[:2]
     markers = [torch.as_tensor(x.get_offsets().data) for x in left.collections]
@@ -120,6 +120,10 @@ def test_every_selected_token_has_a_marker_and_every_explained_query_its_proposa
     boxes = drawn(right)
     assert len(boxes) == 20 + 2
     torch.testing.assert_close(boxes[-2:], in_pixels(traced.selection.boxes[0, [4, 7]]))
+    figure = draw_proposals(image, traced, [4, 7], CLASSES, target)
+    torch.testing.assert_close(drawn(figure.axes[1], "black"), in_pixels(target.boxes))
+    legend = figure.axes[3].get_legend()
+    assert [x.get_text() for x in legend.get_texts()][-1] == "ground truth"
 
 
 def test_a_box_is_drawn_as_it_starts_and_after_every_layer(make_traced, image):
@@ -467,7 +471,8 @@ def test_the_page_needs_no_other_file():
     png = BytesIO()
     Image.new("RGB", (3, 2)).save(png, "PNG")
     pictures = dict.fromkeys(TEXTS, png.getvalue()) | {"matching": "There is <none>."}
-    page = Page(explanation_page("About <a & b>", ["One.", "Two < three."], pictures))
+    page = Page(explanation_page("About <a & b>", ["One.", "Two < three."], {7: "a < b"}, pictures))
+    assert "query 7: a < b" in page.text
     assert "About <a & b>" in page.text and "Two < three." in page.text
     assert "There is <none>." in page.text and TEXTS["matching"].reading not in page.text
     assert len(page.images) == 6 and all(len(x["alt"]) > 20 for x in page.images)
@@ -552,6 +557,76 @@ def test_ground_truth_is_that_of_the_model_s_classes_relative_to_the_image(datas
     assert target.labels.tolist() == [2, 0]  # star and circle; no crowd
     expected = torch.tensor([[28 / 80, 21 / 60, 0.5, 0.5], [70 / 80, 40 / 60, 0.25, 20 / 60]])
     torch.testing.assert_close(target.boxes, expected)
+
+
+BOXES = torch.tensor(
+    [
+        *([0.25, 0.25, 0.3, 0.3], [0.75, 0.75, 0.4, 0.4], [0.25, 0.75, 0.1, 0.1]),
+        *([0.25, 0.26, 0.3, 0.3], [0.75, 0.80, 0.4, 0.4], [0.85, 0.25, 0.2, 0.2]),
+    ]
+)
+LOW = [0.1, 0.1, 0.1]
+
+
+@pytest.fixture
+def explained(make_dino):
+    """What is explained of a prediction of `BOXES` with scores, and of which detections."""
+
+    def explain_scores(scores, truth, thresholds=None, asked=(), nms=None):
+        model = make_dino().eval()
+        model.nms = nms
+        predictor = Predictor(model, classes=CLASSES, augmentations=[], image_format="RGB")
+        predictor.thresholds = thresholds or {}
+        scores = torch.tensor(scores)[None]
+        predictions = Predictions(scores.logit(), BOXES[None])
+        traced = explain.Trace(detector_output([predictions]), (), None, [], [scores])
+        corners = in_pixels(BOXES[[i for i, *_ in truth]]).tolist()
+        annotations = [
+            {
+                "bbox": [x, y, x_end - x, y_end - y],
+                "category_id": label,
+                "iscrowd": int(bool(crowd)),
+            }
+            for (x, y, x_end, y_end), (_, label, *crowd) in zip(corners, truth, strict=True)
+        ]
+        objects = [(i, label) for i, label, *crowd in truth if not crowd]
+        target = Target(
+            torch.tensor([label for _, label in objects], dtype=torch.int64),
+            BOXES[[i for i, _ in objects]].view(-1, 4),
+        )
+        subject = explain.Subject("", Image.new("RGB", SIZE), target, annotations)
+        return explain.choose(list(asked), subject, traced, predictor)
+
+    return explain_scores
+
+
+def test_a_right_a_wrong_and_a_missed_detection_are_explained(explained):
+    """Query 0 is right, 3 its duplicate, 4 is on the missed square, and 5 on a crowd region."""
+    scores = [[0.8, *LOW[1:]], LOW, LOW, [0.7, *LOW[1:]], [0.1, 0.4, 0.1], [0.1, 0.1, 0.95]]
+    truth = [(0, 0), (1, 1), (2, 2), (5, 2, "crowd")]
+    assert explained(scores, truth) == {
+        0: "the surest correct detection, circle 0.80",
+        3: "the surest false positive, circle 0.70 (duplicate)",
+        4: "matched with the largest missed object, square: its IoU is 0.78, its score for this "
+        "class 0.40",
+    }
+    found = explained(scores, truth, thresholds={"square": 0.3})
+    assert list(found) == [0, 3, 2]  # the next missed one is the star
+    assert list(explained(scores, truth, asked=[5, 1])) == [5, 1]
+
+
+def test_a_query_may_be_explained_for_two_reasons_and_the_surest_fill_up(explained):
+    scores = [[0.1, 0.9, 0.1], LOW, [0.2, 0.1, 0.1], LOW, LOW, [0.3, 0.1, 0.1]]
+    wrong = "the surest false positive, square 0.90 (classification); matched with the largest"
+    found = explained(scores, [(0, 0)])
+    assert list(found) == [0, 5, 2] and found[0].startswith(wrong)
+    assert found[5] == found[2] == "one of the surest"
+
+
+def test_what_nms_suppresses_is_no_false_positive(explained):
+    scores = [[0.8, *LOW[1:]], LOW, LOW, [0.7, *LOW[1:]], LOW, LOW]
+    assert "duplicate" in explained(scores, [(0, 0)])[3]
+    assert explained(scores, [(0, 0)], nms=0.8)[3] == "one of the surest"
 
 
 def test_an_image_of_nothing_but_crowds_is_not_the_first_with_boxes(dataset, monkeypatch):
@@ -685,7 +760,7 @@ def test_the_page_and_its_pictures_are_written(run, dataset, capsys):
     assert "explain.html and its 6 pictures are in 'out'" in capsys.readouterr().out
     page = Page((dataset / "out" / "explain.html").read_text(encoding="utf-8"))
     assert "How DINO sees full.png" in page.text and "resized to 85 × 64" in page.text
-    assert "20 queries and 3 classes" in page.text and "queries 3, 1." in page.text
+    assert "20 queries and 3 classes" in page.text and "query 3: asked for" in page.text
     embedded = [base64.b64decode(x["src"].split(",")[1]) for x in page.images]
     assert embedded == [(dataset / "out" / f"{name}.png").read_bytes() for name in PICTURES]
     for data in embedded:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, iou
 from ..names import plural
+from ..structures import Target
 from ..trace import Trace
 from .canvas import COLOURS, MARKERS, draw_box, shape_of, show_image, title_of, to_pixels, zoom_to
 from .style import BLUE, VERMILION
@@ -30,12 +31,20 @@ def surest_queries(trace: Trace, count: int = 3) -> list[int]:
 
 
 def draw_proposals(
-    image: Image.Image, trace: Trace, queries: Sequence[int], classes: Sequence[str]
+    image: Image.Image,
+    trace: Trace,
+    queries: Sequence[int],
+    classes: Sequence[str],
+    target: Target | None = None,
 ) -> Figure:
-    """Draw the tokens that query selection took, by level, and the boxes proposed there."""
+    """Draw the tokens that query selection took, by level, and the boxes proposed there.
+
+    With a target, its boxes, too.
+    """
     selection = trace.selection
     assert selection is not None
-    rows = max(len(trace.shapes), len(queries) + 1)  # of a legend
+    truth = torch.zeros(0, 4) if target is None else to_pixels(target.boxes, image)
+    rows = max(len(trace.shapes), len(queries) + 1 + bool(len(truth)))  # of a legend
     size = 11, 5.4 * shape_of(image) + 0.2 * rows + 0.7
     figure = Figure(figsize=size, layout="constrained")
     pictures, legends = figure.subplots(2, 2, height_ratios=[size[1] - 0.2 * rows, 0.2 * rows])
@@ -62,12 +71,17 @@ def draw_proposals(
     best = selection.scores[0].topk(min(PROPOSALS, len(boxes))).indices.tolist()
     for query in best:
         draw_box(right, boxes[query], "#555555", lw=0.8, alpha=0.6)
+    for box in truth:
+        draw_box(right, box, "black", lw=1.5)
     for i, query in enumerate(queries):
         draw_box(right, boxes[query], COLOURS[i % len(COLOURS)], lw=2.5)
     names = [title_of(query, trace.scores[-1], classes) for query in queries]
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2.5) for i in range(len(names))]
     handles.append(Line2D([], [], color="#555555", lw=0.8))
     names.append(f"the {len(best)} proposals of the highest scores")
+    if len(truth):
+        handles.append(Line2D([], [], color="black", lw=1.5))
+        names.append("ground truth")
     legends[1].legend(handles, names, loc="upper center", fontsize=8)
     right.set_title("boxes proposed there")
     figure.suptitle("Encoder proposals that became queries", weight="bold")

@@ -23,7 +23,8 @@ TEXTS = {
         "The encoder scores every token, one for each cell of its feature maps, and the best "
         "become the decoder's queries. On the left are their places, larger for coarser levels: "
         "they should gather on objects. On the right are the boxes that the encoder proposes "
-        "there; those in colour became the detections that are named.",
+        "there; those in colour became the queries that are named, and "
+        "those in black are the ground truth, if there is one.",
         "DINO, section 3.4 and figure 5",
     ),
     "refinement": Text(
@@ -87,14 +88,25 @@ LINKS = """<footer><p>DINO <a href="https://arxiv.org/abs/2203.03605">2203.03605
 """
 
 
-def explanation_page(heading: str, facts: list[str], pictures: Mapping[str, bytes | str]) -> str:
-    """A self-contained HTML page; facts are sentences below its heading.
+def explanation_page(
+    heading: str,
+    facts: list[str],
+    queries: Mapping[int, str],
+    pictures: Mapping[str, bytes | str],
+) -> str:
+    """A self-contained HTML page.
 
-    Pictures are by the names of `TEXTS`: a PNG, or a sentence that says why there is none.
+    Args:
+        heading: of the page
+        facts: sentences below it
+        queries: that are explained, each with the reason why
+        pictures: by the names of `TEXTS`, a PNG, or a sentence that says why there is none
     """
     sections = "".join(_section(TEXTS[name], picture) for name, picture in pictures.items())
     said = " ".join(map(escape, facts))
-    return html_page(heading, f"<p>{said}</p>\n<main>\n{sections}</main>\n{LINKS}")
+    reasons = "".join(f"<li>query {query}: {escape(why)}</li>\n" for query, why in queries.items())
+    body = f"<p>{said}</p>\n<ul>\n{reasons}</ul>\n<main>\n{sections}</main>\n{LINKS}"
+    return html_page(heading, body)
 
 
 def _section(text: Text, picture: bytes | str) -> str:

@@ -3,12 +3,13 @@
 
 Writes explain.html, a self-contained page, and each picture as a PNG: the encoder's proposals,
 boxes through the layers of the decoder, sampling points or maps of attention, attention between
-queries; for an image
-with ground truth also denoising and matching.
+queries; for an image with ground truth also denoising and matching. Such an image is explained by a
+right, a wrong and a missed detection, another one by the surest.
 """
 
 import argparse
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from program import (
 )
 
 MAX_QUERIES = 8
+SUREST = 3  # queries to explain by default
 EPILOG = """
 The image is resized as in evaluation, also where its ground truth is explained: training would flip
 and crop it besides. The noise of denoising is drawn with --seed.
@@ -64,7 +66,9 @@ def argument_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="N",
-        help=f"queries to explain, at most {MAX_QUERIES}; default: those of the 3 highest scores",
+        help=f"queries to explain, at most {MAX_QUERIES}; default: with ground truth those of the "
+        "surest correct detection, of the surest false positive and of the largest missed object, "
+        "otherwise those of the 3 highest scores",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the denoising noise; default: 0")
     parser.add_argument(
@@ -91,16 +95,21 @@ if __name__ == "__main__":  # so that --help and wrong options do not wait for t
     parse()
 
 
+import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from matplotlib.figure import Figure
 from PIL import Image
 
 import dino_d2
-from dino_d2.boxes import xyxy_to_cxcywh
+from dino_d2.boxes import cxcywh_to_xyxy, iou, xyxy_to_cxcywh
 from dino_d2.data import class_names, read_image
 from dino_d2.data.coco_json import dataset_name
 from dino_d2.data.mapper import check_pixels
+from dino_d2.evaluation.analysis import THRESHOLD
+from dino_d2.evaluation.matching import ERRORS, ImageMatches, detection_kinds, match_image
+from dino_d2.modeling.postprocess import detections_of, non_maximum_suppression
 from dino_d2.names import hint, path_hint, plural
 from dino_d2.structures import Target
 from dino_d2.trace import Trace, denoised_boxes, match_stages, trace
@@ -125,6 +134,8 @@ class Subject(NamedTuple):
     path: str
     picture: Image.Image
     target: Target | None  # None without ground truth
+    # Annotations with the model's positions of classes: those of the target, then crowd regions.
+    truth: list[dict]
 
 
 def find_record(dataset: str, name: str | None) -> tuple[dict, list[str]]:
@@ -174,13 +185,20 @@ def to_target(record: dict, classes: list[str], known: list[str]) -> Target:
     return Target(labels, xyxy_to_cxcywh(corners / size))
 
 
+def to_truth(record: dict, classes: list[str], known: list[str]) -> list[dict]:
+    """The `truth` of a `Subject`, of the arguments of `to_target`."""
+    named = [(x, classes[x["category_id"]]) for x in record["annotations"]]
+    truth = [x | {"category_id": known.index(name)} for x, name in named if name in known]
+    return sorted(truth, key=lambda x: x["iscrowd"])
+
+
 def read_subject(args: argparse.Namespace, known: list[str]) -> Subject:
     """Read the image and its ground truth.
 
     Raises:
         ValueError: the image or its ground truth cannot be read
     """
-    path, target = args.input, None
+    path, target, truth = args.input, None, []
     if args.input:
         if not os.path.isfile(path):
             raise ValueError(f"--input '{path}' is not a file{path_hint(path)}")
@@ -189,7 +207,8 @@ def read_subject(args: argparse.Namespace, known: list[str]) -> Subject:
         record, classes = find_record(name, args.image)
         check_pixels(record)
         path, target = record["file_name"], to_target(record, classes, known)
-    return Subject(path, Image.fromarray(read_image(path, "RGB")), target)
+        truth = to_truth(record, classes, known)
+    return Subject(path, Image.fromarray(read_image(path, "RGB")), target, truth)
 
 
 def run(predictor: dino_d2.Predictor, subject: Subject, seed: int) -> tuple[Trace, str]:
@@ -206,13 +225,83 @@ def run(predictor: dino_d2.Predictor, subject: Subject, seed: int) -> tuple[Trac
     )
 
 
-def choose(queries: list[int], recorded: Trace) -> list[int]:
-    """Indices of the queries to explain; raises a ValueError if one does not exist."""
+def choose(
+    asked: list[int], subject: Subject, recorded: Trace, predictor: dino_d2.Predictor
+) -> dict[int, str]:
+    """Queries to explain, and why each is; raises a ValueError if one does not exist."""
     count = recorded.scores[-1].shape[1]
-    for query in queries:
+    for query in asked:
         if not 0 <= query < count:
             raise ValueError(f"there is no query {query} for this image: choose 0 to {count - 1}")
-    return list(dict.fromkeys(queries)) or surest_queries(recorded)
+    if asked:
+        return dict.fromkeys(asked, "asked for")
+    chosen = judged_queries(subject, recorded, predictor) if subject.target else {}
+    for query in surest_queries(recorded, SUREST):
+        if len(chosen) < SUREST:
+            chosen.setdefault(query, "one of the surest")
+    return chosen
+
+
+def judged_queries(
+    subject: Subject, recorded: Trace, predictor: dino_d2.Predictor
+) -> dict[int, str]:
+    """Queries of a correct, a wrong and a missed detection as far as there are, with reasons."""
+    found = match_detections(subject, recorded, predictor)
+    judged = list(zip(found.detections, detection_kinds(found), strict=True))
+    reasons = defaultdict(list)
+    for name, kinds in (("correct detection", ("correct",)), ("false positive", ERRORS)):
+        for x, kind in [pair for pair in judged if pair[1] in kinds][:1]:
+            of_what = f"{predictor.classes[x['category_id']]} {x['score']:.2f}"
+            error = f" ({kind})" if kind in ERRORS else ""
+            reasons[x["query"]].append(f"the surest {name}, {of_what}{error}")
+    if subject.target and found.missed.any():
+        query, reason = missed_query(subject.target, found.missed, recorded, predictor)
+        reasons[query].append(reason)
+    return {query: "; ".join(parts) for query, parts in reasons.items() if query >= 0}
+
+
+def match_detections(
+    subject: Subject, recorded: Trace, predictor: dino_d2.Predictor
+) -> ImageMatches:
+    """What demo.py would draw, matched as in evaluation; each detection has its "query"."""
+    model, last = predictor.model, recorded.output.result.layers[-1]
+    choice = model.choose(last)
+    found = detections_of(last, choice)
+    found = found._replace(boxes=found.boxes.clamp(0, 1))
+    kept = torch.ones_like(choice.queries, dtype=torch.bool)
+    if model.nms is not None:
+        kept = non_maximum_suppression(found, model.nms)
+    corners = found.boxes * torch.tensor(subject.picture.size).tile(2)
+    boxes = BoxMode.convert(corners[0], BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+    columns = boxes, *(x[0] for x in choice)
+    names = "bbox", "score", "category_id", "query"
+    detections = [
+        dict(zip(names, row, strict=True))
+        for row in zip(*(x[kept[0]].tolist() for x in columns), strict=True)
+    ]
+    least = {i: predictor.thresholds.get(x, THRESHOLD) for i, x in enumerate(predictor.classes)}
+    return match_image({}, subject.truth, detections, len(detections)).above(THRESHOLD, least)
+
+
+def missed_query(
+    target: Target, missed: np.ndarray, recorded: Trace, predictor: dino_d2.Predictor
+) -> tuple[int, str]:
+    """The query that is matched with the largest missed object, or -1; and a reason.
+
+    Args:
+        target: of the image
+        missed: (M,) bool, or longer with crowd regions at its end
+    """
+    areas = target.boxes[:, 2:].prod(-1)
+    largest = max(np.flatnonzero(missed).tolist(), key=lambda i: float(areas[i]))
+    query = int(match_stages(predictor.model, recorded.output, target).queries[-1, largest])
+    box, label = recorded.output.result.layers[-1].boxes[0, query], target.labels[largest]
+    overlap = iou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(target.boxes[largest]))
+    score = recorded.scores[-1][0, query, label]
+    return query, (
+        f"matched with the largest missed object, {predictor.classes[int(label)]}: its IoU is "
+        f"{float(overlap):.2f}, its score for this class {float(score):.2f}"
+    )
 
 
 def draw(
@@ -230,7 +319,7 @@ def draw(
     elif one_map:
         look = {"attention": draw_attention_maps(*what)}
     pictures = {
-        "proposals": draw_proposals(*what) if recorded.selection else no_selection,
+        "proposals": draw_proposals(*what, subject.target) if recorded.selection else no_selection,
         "refinement": draw_refinement(*what),
         **look,
         "self_attention": draw_self_attention(*what),
@@ -258,7 +347,11 @@ def draw_training(
 
 
 def write(
-    pictures: dict[str, Figure | str], subject: Subject, facts: list[str], folder: Path
+    pictures: dict[str, Figure | str],
+    subject: Subject,
+    facts: list[str],
+    queries: dict[int, str],
+    folder: Path,
 ) -> None:
     """Write the page, and a PNG of each figure."""
     contents = {}
@@ -269,7 +362,7 @@ def write(
             figure.savefig(file, dpi=DPI)
             contents[name] = file.read_bytes()
     heading = f"How DINO sees {Path(subject.path).name}"
-    page = explanation_page(heading, facts, contents)
+    page = explanation_page(heading, facts, queries, contents)
     (folder / "explain.html").write_text(page, encoding="utf-8")
 
 
@@ -289,16 +382,15 @@ def work(prog: str, args: argparse.Namespace) -> None:
         make_folder(args.output, "--output")
     recorded, resized = run(predictor, subject, args.seed)
     with one_sentence(prog):
-        queries = choose(args.query, recorded)
+        queries = choose(args.query, subject, recorded, predictor)
     facts = [
         resized,
         f"The model is {args.config_file or args.weights} with "
         f"{plural(recorded.scores[-1].shape[1], 'query')} and "
-        f"{plural(len(predictor.classes), 'class')}; explained are the queries "
-        f"{', '.join(map(str, queries))}.",
+        f"{plural(len(predictor.classes), 'class')}. Explained are:",
     ]
-    pictures = draw(subject, recorded, predictor.model, queries, predictor.classes)
-    write(pictures, subject, facts, args.output)
+    pictures = draw(subject, recorded, predictor.model, list(queries), predictor.classes)
+    write(pictures, subject, facts, queries, args.output)
     number = sum(not isinstance(x, str) for x in pictures.values())
     print(f"explain.html and its {plural(number, 'picture')} are in '{args.output}'")
 
