@@ -64,12 +64,16 @@ def to_results(
 
     Args:
         names: image_id, and other keys to copy into every detection
-        instances: with pred_boxes in pixels, scores, pred_classes and possibly pred_masks
+        instances: with pred_boxes in pixels, scores, pred_classes and possibly pred_masks and
+            track_ids (-1: of no track)
         classes, categories: name and id of each class
     """
     masks: list[dict] = [{}] * len(instances)
     if instances.has("pred_masks"):
         masks = [{"segmentation": encode_mask(x)} for x in instances.pred_masks.numpy()]
+    tracks: list[dict] = [{}] * len(instances)
+    if instances.has("track_ids"):
+        tracks = [{"track_id": x} if x >= 0 else {} for x in instances.track_ids.tolist()]
     boxes = instances.pred_boxes.tensor
     boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
     scores, labels = instances.scores.tolist(), instances.pred_classes.tolist()
@@ -81,6 +85,7 @@ def to_results(
             "bbox": box,
             "score": score,
             **mask,
+            **track,
         }
-        for box, score, label, mask in zip(boxes, scores, labels, masks, strict=True)
+        for box, score, label, mask, track in zip(boxes, scores, labels, masks, tracks, strict=True)
     ]

@@ -20,15 +20,18 @@ def draw_instances(image: Image.Image, instances: Instances, classes: Sequence[s
 
     Args:
         image: in any mode
-        instances: with pred_boxes in pixels, scores, pred_classes and possibly pred_masks, in
-            descending order of score
+        instances: with pred_boxes in pixels, scores, pred_classes and possibly pred_masks and
+            track_ids (-1: of no track), in descending order of score
         classes: names of all classes
     """
-    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else [None] * len(instances)
-    parts = instances.pred_boxes, instances.scores, instances.pred_classes, masks
+    count = len(instances)
+    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else [None] * count
+    ids = instances.track_ids.tolist() if instances.has("track_ids") else [-1] * count
+    names = ["" if x < 0 else f"#{x} " for x in ids]
+    parts = instances.pred_boxes, instances.scores, instances.pred_classes, masks, names
     marks = [
-        Mark(box.tolist(), f"{classes[label]} {score:.2f}", class_colour(int(label)), mask=mask)
-        for box, score, label, mask in zip(*parts, strict=True)
+        Mark(box.tolist(), f"{name}{classes[label]} {score:.2f}", class_colour(int(label)), mask=x)
+        for box, score, label, x, name in zip(*parts, strict=True)
     ]
     return draw_marks(image, marks)
 

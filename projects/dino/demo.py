@@ -20,7 +20,8 @@ from program import (
 EPILOG = """
 The JSON is a list in COCO's results format, as pycocotools' loadRes reads it: image_id,
 category_id, bbox (x, y, width, height in pixels) and score; besides the names, file_name and
-category, and for videos the frame, counted from 0. With --annotations, ids are those of that file.
+category, and for videos the frame, counted from 0; with --track, the track_id of objects in more
+than one frame, counted from 0 in each video. With --annotations, ids are those of that file.
 Without, images and then frames are counted from 1 in the order of the input, and category ids are
 COCO's for the 80 classes of COCO, for others the position of the class, counted from 1.
 
@@ -44,6 +45,14 @@ Detections for an evaluation, all of them, with the ids of the annotations:
 A published checkpoint by name, see the README; folders, images and videos:
     $ python projects/dino/demo.py --config-file detrex/dino_R_50_4scale_24ep \\
         --input photos/ cat.jpg street.mp4 --output output/detected
+
+Small objects in large pictures, in tiles of 640 pixels:
+    $ python projects/dino/demo.py --weights output/mine --input aerial/ --tiles 640 \\
+        --output output/detected
+
+The objects of a video, with ids that they keep:
+    $ python projects/dino/demo.py --weights output/mine --input street.mp4 --track \\
+        --output output/detected --json tracks.json
 
 The camera, in a window until q is pressed:
     $ python projects/dino/demo.py --config-file detrex/dino_R_50_4scale_24ep --webcam --show
@@ -89,7 +98,21 @@ def argument_parser() -> argparse.ArgumentParser:
         help="0 to 1, or of single classes, as in cat=0.4 dog=0.3; default: those of the best F1 "
         "in the evaluation that the weights had in their training, otherwise 0.5",
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="images at once (default: 1)")
+    parser.add_argument(
+        "--tiles",
+        type=int,
+        metavar="PIXELS",
+        help="detect in tiles of so many pixels that overlap by a fifth, each resized as an image "
+        "would be, and merge what they find: for small objects in large images; needs supervision",
+    )
+    parser.add_argument(
+        "--track",
+        action="store_true",
+        help="give the objects of a video ids, which they keep from frame to frame; needs trackers",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="images, or tiles, at once (default: 1)"
+    )
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -124,6 +147,8 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         parser.error("--annotations is about the ids of --json FILE")
     if args.batch_size < 1:
         parser.error("--batch-size has to be 1 or more")
+    if args.tiles is not None and args.tiles < 1:
+        parser.error("--tiles has to be 1 or more")
     return parser, args
 
 
@@ -133,6 +158,7 @@ if __name__ == "__main__":  # so that --help and wrong options do not wait for t
 
 import torch
 from demo_annotate import Annotator, find_inputs, run
+from demo_track import trackers
 from demo_video import Video, Window, opencv
 from detectron2.data import MetadataCatalog
 
@@ -142,6 +168,28 @@ from dino_d2.data import annotations_of
 from dino_d2.data.coco_writer import category_ids, image_ids
 from dino_d2.data.normalise import read_annotations
 from dino_d2.evaluation.analysis import THRESHOLD
+from dino_d2.tiles import supervision
+
+
+def check_videos(
+    args: argparse.Namespace, videos: Sequence[Path | Video], annotations: dict[str, list] | None
+) -> None:
+    """Refuse what the videos, or their absence, and the installed packages rule out.
+
+    Raises:
+        ValueError: there are videos where there should be none, or none
+        ImportError: a package is missing
+    """
+    if videos and annotations:
+        raise ValueError("annotations are of images: leave out videos and cameras")
+    if args.track and not videos:
+        raise ValueError("--track is for videos and cameras, and there are none in the input")
+    if videos:
+        opencv()
+    if args.tiles:
+        supervision()
+    if args.track:
+        trackers()
 
 
 def prepare_outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
@@ -190,6 +238,8 @@ def make_annotator(
         taken=[*inputs, args.json] if args.json else inputs,
         window=window,
         passed_over=passed_over,
+        tiles=args.tiles,
+        track=args.track,
     )
 
 
@@ -205,12 +255,9 @@ def main() -> None:
         inputs = [*images, *videos]
         if args.webcam is not None:
             videos = [*videos, Video(args.webcam)]
-        if videos and annotations:
-            raise ValueError("annotations are of images: leave out videos and cameras")
+        check_videos(args, videos, annotations)
         ids = image_ids(images, annotations)
         prepare_outputs(args, inputs)
-        if videos:
-            opencv()
         annotator = make_annotator(args, inputs, annotations, passed_over)
     try:
         run(annotator, images, ids, videos)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import demo_video
 import numpy as np
+from demo_track import Tracker
 from demo_video import SOFTWARE, VIDEO_SUFFIXES, Video, VideoError, VideoWriter, Window
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -23,6 +24,7 @@ from dino_d2.data.coco_writer import to_results
 from dino_d2.data.mapper import SUFFIXES as IMAGE_SUFFIXES
 from dino_d2.names import plural
 from dino_d2.progress import progress
+from dino_d2.tiles import detect_in_tiles
 from dino_d2.visualize import draw_instances
 
 # Small images are enlarged to at most this long side in pixels, so that labels do not hide objects.
@@ -92,6 +94,8 @@ class Annotator:
         taken: files that annotated ones must not replace, such as the inputs
         window: shows the pictures
         passed_over: number of inputs skipped because `demo.py` drew them
+        tiles: size of the tiles to detect in, in pixels; None: in whole images
+        track: whether objects in videos get ids
     """
 
     def __init__(
@@ -104,9 +108,11 @@ class Annotator:
         taken: Iterable[Path],
         window: Window | None = None,
         passed_over: int = 0,
+        tiles: int | None = None,
+        track: bool = False,
     ):
         self.predictor, self.output, self.window = predictor, output, window
-        self.passed_over = passed_over
+        self.passed_over, self.tiles, self.track = passed_over, tiles, track
         self.batch_size, self.categories = batch_size, categories
         self.taken = {path.resolve() for path in taken}
         self.results: list[dict] = []  # of all images, in COCO's format
@@ -138,7 +144,8 @@ class Annotator:
         )
         path = self.output and self.free_path(video.name, ".mp4")
         writer = VideoWriter(path, video.rate, video.size) if path else None
-        found = progress(self.detect(shots), "frame", total=video.length or None)
+        tracker = Tracker(self.predictor, video.rate) if self.track else None
+        found = progress(self.detect(shots, tracker), "frame", total=video.length or None)
         self.videos += 1
         before = self.frames
         with writer or nullcontext():
@@ -164,10 +171,14 @@ class Annotator:
                 continue
             yield Shot(picture, {"image_id": image_id, "file_name": str(path)})
 
-    def detect(self, shots: Iterator[Shot]) -> Iterator[tuple[Shot, Instances]]:
+    def detect(
+        self, shots: Iterator[Shot], tracker: Tracker | None = None
+    ) -> Iterator[tuple[Shot, Instances]]:
         """Detect in batches, count the detections, and keep the results."""
         while batch := list(islice(shots, self.batch_size)):
-            found = self.predictor([shot.picture for shot in batch])
+            pictures = [shot.picture for shot in batch]
+            found = self.find(pictures, tracker.lowest if tracker else None)
+            found = map(tracker, found) if tracker else found
             for shot, instances in zip(batch, found, strict=True):
                 if self.categories:
                     self.results += to_results(
@@ -175,6 +186,13 @@ class Annotator:
                     )
                 self.detections += len(instances)
                 yield shot, instances
+
+    def find(self, pictures: list[np.ndarray], threshold: float | None) -> list[Instances]:
+        """The detections in whole pictures, or in their tiles."""
+        if not self.tiles:
+            return self.predictor(pictures, threshold)
+        known = {"size": self.tiles, "batch_size": self.batch_size, "threshold": threshold}
+        return [detect_in_tiles(self.predictor, x, **known) for x in pictures]
 
     def draw(
         self,
