@@ -281,3 +281,18 @@ def run_snippet(tmp_path, monkeypatch):
 
 def test_the_snippet_about_tiles_detects(supervision, run_snippet):
     assert sorted(objects_of(run_snippet("tiles")["instances"]))[0] == (0, 30, 10)
+
+
+def test_the_snippet_about_supervision_hands_detections_over(supervision, run_snippet):
+    found = run_snippet("supervision")["detections"]
+    assert sorted(found["class_name"]) == sorted(CLASSES) and found.mask.shape == (3, 200, 300)
+    assert found.xyxy[found.class_id == 1].tolist() == [[74, 50, 86, 62]]
+
+
+def test_the_snippet_about_fiftyone_hands_detections_over(run_snippet):
+    pytest.importorskip("fiftyone", reason="FiftyOne is missing")
+    found = {x.label: x for x in run_snippet("fiftyone")["sample"]["dino"].detections}
+    assert found.keys() == set(CLASSES) and found["blue"].confidence == 1
+    box = 74 / 300, 50 / 200, SIDE / 300, SIDE / 200
+    assert found["green"].bounding_box == pytest.approx(box)
+    assert found["green"].mask.mean() > 0.8  # the row and column beyond are outside
