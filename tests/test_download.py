@@ -11,7 +11,7 @@ import pytest
 
 from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.weights import download as module
-from dino_d2.weights.download import download
+from dino_d2.weights.download import download, in_drive
 
 DATA = bytes(range(256)) * 20
 HASH = hashlib.sha256(DATA).hexdigest()
@@ -23,6 +23,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, asked = self.server, self.headers.get("Range")
         server.asked.append(asked)
+        if page := server.lists.get(self.path):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(page.encode())
+            return
         same = server.resumes and asked and self.headers.get("If-Range") == server.etag
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if same else 0
         if server.error:
@@ -35,6 +40,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(206 if same else 200)
             if server.etag:
                 self.send_header("ETag", server.etag)
+            if server.kind:
+                self.send_header("Content-Type", server.kind)
             if server.says_size:
                 self.send_header("Content-Length", str(len(server.data) - start))
             self.end_headers()
@@ -54,6 +61,7 @@ def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.data, server.etag = DATA, '"first"'
     server.asked, server.error, server.stops_at = [], 0, None
+    server.kind, server.lists = "", {}
     server.resumes = server.says_size = True
     server.url = f"http://127.0.0.1:{server.server_port}/models/dino.pth"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -161,3 +169,52 @@ def test_progress_is_told_in_megabytes(server, path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 1000)
     download(server.url, str(path), HASH)
     assert told == [("MB", "dino.pth", 6)]  # of 5,120 bytes
+
+
+def test_a_web_page_is_no_file(server, path):
+    server.kind = "text/html; charset=utf-8"
+    with pytest.raises(OSError, match="a web page, not a file"):
+        download(server.url, str(path))
+    assert left_in(path) == []
+
+
+# ---- a folder of Google Drive, as gdown finds its lists to be; the real one was never asked
+
+FOLDER = "https://drive.google.com/drive/folders/top-1"
+ENTRY = """<div class="flip-entry" id="entry-{id}"><div class="flip-entry-info">
+<a href="https://drive.google.com/{kind}/{id}{end}" target="_blank">
+<div class="flip-entry-visual"></div><div class="flip-entry-title">{name}</div></a></div></div>"""
+
+
+def entry(name, id, kind="file/d", end="/view?usp=drive_web"):
+    return ENTRY.format(name=name, id=id, kind=kind, end=end)
+
+
+@pytest.fixture
+def drive(server, monkeypatch):
+    """A folder with two files and a folder with another, which links back."""
+    root = server.url.removesuffix("/models/dino.pth")
+    monkeypatch.setattr(module, "DRIVE_LIST", f"{root}/list?id={{}}")
+    monkeypatch.setattr(module, "DRIVE_FILE", f"{root}/download?id={{}}&confirm=t")
+    inner = entry("swin", "inner_2", "drive/folders", "")
+    outer = entry("models", "top-1", "drive/folders", "")
+    server.lists = {
+        "/list?id=top-1": entry("a_5scale.pth", "id-5") + entry("a&amp;b.pth", "id_4") + inner,
+        "/list?id=inner_2": outer + entry("swin.pth", "id-s"),
+    }
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "id"), [("a_5scale.pth", "id-5"), ("a&b.pth", "id_4"), ("swin.pth", "id-s")]
+)
+def test_a_file_of_a_folder_of_google_drive_is_found_by_its_name(drive, path, name, id):
+    url = in_drive(FOLDER, name)
+    assert url == f"{drive}/download?id={id}&confirm=t"
+    download(url, str(path), HASH)
+    assert path.read_bytes() == DATA
+
+
+def test_a_file_that_a_folder_does_not_have_is_named(drive):
+    with pytest.raises(OSError, match=f"5scale.pth is not in the list of {FOLDER}"):
+        in_drive(FOLDER, "5scale.pth")

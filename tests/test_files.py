@@ -23,7 +23,7 @@ from dino_d2.weights.releases import RELEASES
 
 STATE = {"decoder.class_heads.0.bias": torch.arange(6.0).view(2, 3)}
 URL = "https://example.com/models/dino.pth"
-OFFICIAL = RELEASES["official/dino_R_50_4scale_12ep"]
+OFFICIAL = RELEASES["official/dino_R_50_4scale_24ep"]  # in a folder, without a mirror
 DETREX = RELEASES["detrex/dino_R_50_4scale_12ep"]
 
 
@@ -57,6 +57,7 @@ def network(monkeypatch, tmp_path):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     network = Network()
     monkeypatch.setattr(checkpoint_io, "download", network)
+    monkeypatch.setattr(checkpoint_io, "in_drive", lambda folder, name: f"{folder}?{name}")
     return network
 
 
@@ -115,13 +116,24 @@ def test_a_published_checkpoint_without_a_network(network):
     assert_one_sentence(caught, DETREX.name, "Name or service not known", "copy the file here")
 
 
-def test_what_only_a_browser_can_download_says_what_and_from_where_to_where(network, tmp_path):
+def test_an_official_checkpoint_is_downloaded_from_its_folder_or_a_mirror(network, tmp_path):
+    place = tmp_path / "cache" / "dino_d2" / OFFICIAL.file
+    assert fetch(f"dino_d2://{OFFICIAL.name}") == str(place)
+    fetch("dino_d2://dino_R_50_4scale_12ep")
+    folder, mirror = network.downloads
+    assert folder == f"{OFFICIAL.url}?{OFFICIAL.file}"
+    assert mirror.startswith("https://huggingface.co/") and network.hashes == ["", "8b224307"]
+
+
+@pytest.mark.parametrize(
+    "error", [urllib.error.URLError("no network"), OSError("the answer is a web page")]
+)
+def test_what_a_folder_does_not_give_says_from_where_to_where(network, tmp_path, error):
+    network.error = error
     with pytest.raises(CheckpointError) as caught:
         fetch(f"dino_d2://{OFFICIAL.name}")
     place = tmp_path / "cache" / "dino_d2" / OFFICIAL.file
-    assert_one_sentence(caught, OFFICIAL.file, OFFICIAL.url, place)
-    assert "network" not in str(caught.value)
-    assert network.downloads == []
+    assert_one_sentence(caught, OFFICIAL.file, OFFICIAL.url, place, error)
 
 
 def test_what_was_downloaded_by_hand_is_used(network, tmp_path):

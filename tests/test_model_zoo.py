@@ -105,8 +105,12 @@ def test_a_file_name_tells_which_published_checkpoint_it_is():
     assert len(RELEASES) == 45 + 16
 
 
-def test_what_only_a_browser_can_download_is_the_official_ones():
-    assert all(x.by_hand == x.name.startswith("official/") for x in RELEASES.values())
+def test_official_files_lie_in_a_folder_unless_there_is_a_mirror():
+    in_folder = {x.name for x in RELEASES.values() if x.in_folder}
+    official = {name for name in RELEASES if name.startswith("official/")}
+    mirrored = ("R_50_4scale_12ep", "R_50_5scale_12ep", "Swin_L_384_5scale_36ep")
+    assert in_folder == official - {f"official/dino_{x}" for x in mirrored}
+    assert all(x.sha256 for x in RELEASES.values() if x.name in official - in_folder)
 
 
 def test_figures_are_those_that_their_authors_state():
@@ -181,9 +185,9 @@ def test_without_a_prefix_a_name_means_the_checkpoint_of_the_papers_authors(name
 
 
 def test_what_cannot_be_downloaded_has_alternatives_of_its_family_that_can():
-    found = releases.alternatives("dino_Swin_L_384_5scale_36ep")
-    assert found[0].endswith("/dino_Swin_L_384_5scale_36ep")
-    assert all("Swin_L_384_5scale" in name and not RELEASES[name].by_hand for name in found)
+    found = releases.alternatives("dino_Swin_L_384_5scale_12ep")
+    assert found[0] == "official/dino_Swin_L_384_5scale_36ep"  # which has a mirror
+    assert all("Swin_L_384_5scale" in name and not RELEASES[name].in_folder for name in found)
     assert releases.alternatives("detrex/dino_R_50_4scale_24ep") == []
     assert releases.alternatives("nowhere") == []
 

@@ -1,7 +1,9 @@
 """Downloads a published file: resumed, with progress, checked, and never half of it."""
 
 import hashlib
+import html
 import os
+import re
 from http import HTTPStatus
 from http.client import HTTPException, IncompleteRead
 from pathlib import Path
@@ -15,6 +17,14 @@ from ..progress import progress
 
 BLOCK = 2**20  # bytes
 TIMEOUT = 60  # seconds without a byte
+AGENT = {"User-Agent": "dino_d2"}
+# Google Drive's list of a public folder, links in it, and the address of a file without the
+# question whether to go on although it is too large for a virus scan (as gdown has them).
+DRIVE_LIST = "https://drive.google.com/embeddedfolderview?id={}"
+DRIVE_LINK = re.compile(
+    r'<a[^>]*href="[^"]*/(file/d|folders)/([-\w]+)[^"]*"[^>]*>(.*?)</a>', re.DOTALL
+)
+DRIVE_FILE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
 
 
 def download(url: str, path: str, sha256: str = "") -> None:
@@ -31,7 +41,7 @@ def download(url: str, path: str, sha256: str = "") -> None:
 
     Raises:
         CheckpointError: it is another file than published
-        OSError, HTTPException: the network fails
+        OSError, HTTPException: the network fails, or there is a web page in place of the file
     """
     part, tag = Path(f"{path}.part"), Path(f"{path}.etag")
     with file_lock(path):
@@ -59,9 +69,9 @@ def download(url: str, path: str, sha256: str = "") -> None:
 def download_rest(url: str, part: Path, tag: Path) -> None:
     """Complete a part of a file, whose ETag is in the file `tag`, or begin it."""
     start = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "dino_d2"}
+    headers = AGENT
     if start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": tag.read_text()}
+        headers = AGENT | {"Range": f"bytes={start}-", "If-Range": tag.read_text()}
     try:
         reply = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
@@ -71,6 +81,9 @@ def download_rest(url: str, part: Path, tag: Path) -> None:
             part.unlink()
             download_rest(url, part, tag)
         return
+    if reply.headers.get_content_type() == "text/html":
+        reply.close()
+        raise OSError("the answer is a web page, not a file")
     with reply, open(part, "ab") as file:
         if reply.status != HTTPStatus.PARTIAL_CONTENT:
             file.truncate(start := 0)
@@ -86,6 +99,27 @@ def download_rest(url: str, part: Path, tag: Path) -> None:
         missing = start + size - file.tell() if size else 0
     if missing > 0:
         raise IncompleteRead(b"", missing)
+
+
+def in_drive(folder: str, name: str) -> str:
+    """The URL of a file in a public folder of Google Drive, or in a folder of this.
+
+    Args:
+        folder: its URL, which ends in its id
+
+    Raises:
+        OSError, HTTPException: the network fails, or there is no such file
+    """
+    folders = [folder.rpartition("/")[2]]
+    for id in folders:  # grows
+        with urlopen(Request(DRIVE_LIST.format(id), headers=AGENT), timeout=TIMEOUT) as reply:
+            page = reply.read().decode(errors="replace")
+        for kind, found, text in DRIVE_LINK.findall(page):
+            if kind == "folders" and found not in folders:
+                folders.append(found)
+            elif html.unescape(re.sub("<[^>]*>", "", text)).strip() == name:
+                return DRIVE_FILE.format(found)
+    raise OSError(f"{name} is not in the list of {folder}")
 
 
 def hash_of(path: Path) -> str:

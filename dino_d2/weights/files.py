@@ -20,7 +20,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from ..atomic import replacing
 from ..layouts.dino import detect_format
 from ..layouts.renaming import CheckpointError, State
-from .download import download
+from .download import download, in_drive
 from .releases import find
 
 # What PyTorch's wrappers put into names: data-parallel training at their beginning; torch.compile,
@@ -39,16 +39,24 @@ class ReleaseHandler(PathHandler):
         return [self.PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        """Download a file; a FileNotFoundError if unknown, or only available by hand."""
+        """Download a file, unless it lies where a person was asked to put it.
+
+        Raises:
+            FileNotFoundError: its name is unknown, or a folder of files does not give it
+        """
         release = find(path.removeprefix(self.PREFIX))
-        if not release.by_hand:
-            return cached(release.url, release.sha256)
         local = os.path.join(get_cache_dir(), "dino_d2", release.file)
-        if not os.path.isfile(local):
+        if os.path.isfile(local):
+            return local
+        if not release.in_folder:
+            return cached(release.url, release.sha256)
+        try:
+            download(in_drive(release.url, release.file), local, release.sha256)
+        except (OSError, HTTPException) as error:
             raise FileNotFoundError(
-                f"{release.file} lies in a folder that only a browser opens, {release.url}: "
-                f"download it to {local}"
-            )
+                f"{release.file} cannot be downloaded ({error}): open {release.url} in a browser, "
+                f"and put the file at {local}"
+            ) from error
         return local
 
 

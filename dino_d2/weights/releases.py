@@ -2,8 +2,8 @@
 
 AP is on COCO val2017 as stated by their authors. Links and numbers are from the READMEs of
 IDEA-Research/DINO, IDEA-Research/detrex, open-mmlab/mmdetection and facebookresearch/detr, and from
-the pages of the Hugging Face hub; beginnings of hashes from mmdetection's file names and the hub's
-mirrors of the official files.
+the pages of the Hugging Face hub; beginnings of hashes from mmdetection's file names and, for the
+official files that the hub mirrors with their weights as they are, from LibreYOLO's tests.
 """
 
 import os
@@ -25,15 +25,15 @@ class Release(NamedTuple):
     epochs: int
     ap: float
     encoding: Encoding | None  # None: it follows from the names in the file
-    url: str  # of the file, or of the folder where a person finds it
-    file: str
+    url: str  # of the file, of a mirror, or of the folder that has it
+    file: str  # its name where it was published
     sha256: str  # how it begins; "": not known
     licence: str
 
     @property
-    def by_hand(self) -> bool:
-        """Whether it can only be downloaded by hand."""
-        return not self.url.endswith(self.file)
+    def in_folder(self) -> bool:
+        """Whether its URL is that of a folder, which does not always give it to a program."""
+        return "/folders/" in self.url
 
 
 def _release(
@@ -69,6 +69,7 @@ _official = partial(
     url="https://drive.google.com/drive/folders/1qD5m1NmK0kjE5hh-G17XUX751WsEG-h_",
     encoding=DINO_ENCODING,
 )
+_MIRROR = "https://huggingface.co/LibreYOLO/LibreDINODETR{0}/resolve/{1}/LibreDINODETR{0}.pt"
 _detrex = partial(
     _release,
     source="detrex",
@@ -95,16 +96,16 @@ _huggingface = partial(
 
 # fmt: off
 _ROWS = (
-    _official("dino_R_50_4scale_12ep", "checkpoint0011_4scale.pth", epochs=12, ap=49.0, sha256="0bcd6b0c"),
+    _official("dino_R_50_4scale_12ep", "checkpoint0011_4scale.pth", epochs=12, ap=49.0, sha256="8b224307", url=_MIRROR.format("r50", "462f5afabb53146d933827814199564a9bd6ed93")),
     _official("dino_R_50_4scale_24ep", "checkpoint0023_4scale.pth", epochs=24, ap=50.4),
     _official("dino_R_50_4scale_36ep", "checkpoint0033_4scale.pth", epochs=36, ap=50.9),
-    _official("dino_R_50_5scale_12ep", "checkpoint0011_5scale.pth", epochs=12, ap=49.4, sha256="1ccc1b6b"),
+    _official("dino_R_50_5scale_12ep", "checkpoint0011_5scale.pth", epochs=12, ap=49.4, sha256="8dd59b36", url=_MIRROR.format("r50s5", "7d04c21564296ed31385c2f93db749a568940ab1")),
     _official("dino_R_50_5scale_24ep", "checkpoint0022_5scale.pth", epochs=24, ap=51.3),
     _official("dino_R_50_5scale_36ep", "checkpoint0031_5scale.pth", epochs=36, ap=51.2),
     _official("dino_Swin_L_384_4scale_12ep", "checkpoint0011_4scale_swin.pth", epochs=12, ap=56.8, config="dino_Swin_L_384_4scale_12ep.py"),
     _official("dino_Swin_L_384_4scale_36ep", "checkpoint0029_4scale_swin.pth", epochs=36, ap=58.0, config="dino_Swin_L_384_4scale_36ep.py"),
     _official("dino_Swin_L_384_5scale_12ep", "checkpoint0011_5scale_swin.pth", epochs=12, ap=57.3, config="dino_Swin_L_384_5scale_12ep.py"),
-    _official("dino_Swin_L_384_5scale_36ep", "checkpoint0027_5scale_swin.pth", epochs=36, ap=58.5, config="dino_Swin_L_384_5scale_36ep.py", sha256="17ddce15"),
+    _official("dino_Swin_L_384_5scale_36ep", "checkpoint0027_5scale_swin.pth", epochs=36, ap=58.5, config="dino_Swin_L_384_5scale_36ep.py", sha256="15321350", url=_MIRROR.format("swinl", "3bc6420403413741e224529ff58dd6220e902220")),
     _detrex("dino_R_50_4scale_12ep", "v0.2.0/dino_r50_4scale_12ep_49_2AP.pth", epochs=12, ap=49.2),
     _detrex("dino_R_50_4scale_12ep_300dn", "v0.2.0/dino_r50_4scale_12ep_300dn.pth", epochs=12, ap=49.5, config="detrex/dino_R_50_4scale_12ep"),
     _detrex("dino_R_50_4scale_12ep_hacked", "v0.4.0/dino_r50_4scale_12ep_hacked_trainer.pth", epochs=12, ap=49.4, config="detrex/dino_R_50_4scale_12ep"),
@@ -179,15 +180,15 @@ def find(name: str) -> Release:
 
 
 def alternatives(name: str) -> list[str]:
-    """At most three downloadable checkpoints in place of one that is not, the most similar first.
+    """At most three checkpoints in place of one that lies in a folder, the most similar first.
 
-    They have the same backbone and levels; there are none for a downloadable one.
+    They have the same backbone and levels, and a URL each; there are none for one that has.
     """
     release = _lookup(name)
-    if release is None or not release.by_hand:
+    if release is None or not release.in_folder:
         return []
     family = release.name.split("/")[1].partition("scale")[0]
-    downloads = [x.name for x in RELEASES.values() if not x.by_hand]
+    downloads = [x.name for x in RELEASES.values() if not x.in_folder]
     return nearest(release.name, [x for x in downloads if x.split("/")[1].startswith(family)])
 
 
