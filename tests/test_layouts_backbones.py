@@ -1,6 +1,7 @@
 """ImageNet weights of a backbone alone, by their authors' names, reach every tensor of ours."""
 
 import logging
+import re
 import sys
 from functools import partial
 
@@ -14,13 +15,14 @@ from detectron2.config import instantiate
 from dino_d2.layouts.adapt import resize_windows
 from dino_d2.layouts.backbones import (
     convnext_of_timm,
+    focalnet_of_timm,
     from_convnext,
     from_model_zoo,
     from_timm,
     from_torchvision,
 )
 from dino_d2.layouts.dino import detect_format, from_detrex
-from dino_d2.layouts.renaming import CheckpointError
+from dino_d2.layouts.renaming import CheckpointError, move
 from dino_d2.modeling.backbones import TimmBackbone, ViT, ViTDet
 from dino_d2.modeling.swin import SwinTransformer
 from dino_d2.weights import model_zoo
@@ -223,6 +225,49 @@ def test_the_classifier_of_a_convnext_is_left_out():
 def test_the_norms_of_a_swin_transformer_are_not_taken_for_those_of_a_convnext():
     state = {"backbone.norm1.weight": torch.rand(1)}
     assert convnext_of_timm(state) == state
+
+
+# ---- FocalNet in a detector of detrex
+
+
+def tiny_focalnet_large(pretrained=False, **options):
+    """A FocalNet-L but for its size, of which timm has no option."""
+    from timm.models.focalnet import _create_focalnet
+
+    sizes = {"embed_dim": 8, "depths": [1, 2, 1, 1], "focal_levels": [3] * 4}
+    sizes |= {"focal_windows": [5] * 4, "use_overlap_down": True}
+    norms = {"use_post_norm": True, "layerscale_value": 1e-4}
+    return _create_focalnet("focalnet_large_fl3", pretrained, **sizes, **norms, **options)
+
+
+def test_a_focalnet_of_detrex_computes_what_timm_makes_of_its_authors_weights():
+    from timm.models.focalnet import checkpoint_filter_fn
+
+    timm.models.register_model(tiny_focalnet_large)
+    name = "tiny_focalnet_large"
+    backbone = TimmBackbone(name=name, out_features=("p2", "p5"), norm=True).eval()
+    small = {"num_classes": 0}
+    theirs = {}
+    for key, x in timm.create_model(name, **small).state_dict().items():
+        key = key.replace("stem", "patch_embed").replace("_post", "")
+        key = re.sub(r"(?<=layers\.)(\d)(?=\.downsample)", lambda m: str(int(m[1]) - 1), key)
+        key = re.sub(r"ls(\d)\.gamma", r"gamma_\1", key)
+        is_linear = re.search(r"(modulation\.(f|proj)|mlp\.fc\d)\.weight", key)
+        theirs[key] = torch.randn(x.shape[:2] if is_linear else x.shape) / 4
+    del theirs["norm.weight"], theirs["norm.bias"]  # before the classifier
+    norms = {f"norm{i}.{k}": torch.rand(8 * 2**i) for i in (0, 3) for k in ("weight", "bias")}
+    state = {f"backbone.{key}": x for key, x in (theirs | norms).items()}
+    backbone.load_state_dict(move(focalnet_of_timm(state), "backbone.", ""))
+
+    expected = timm.create_model(name, **small).eval()
+    expected.load_state_dict(checkpoint_filter_fn(theirs, expected), strict=False)
+    image = torch.rand(1, 3, 64, 96)
+    maps = expected.forward_intermediates(image, intermediates_only=True)
+    for i, found in zip((0, 3), backbone(image).values(), strict=True):
+        x = maps[i].permute(0, 2, 3, 1)
+        affine = norms[f"norm{i}.weight"], norms[f"norm{i}.bias"]
+        normed = F.layer_norm(x, x.shape[-1:], *affine, eps=1e-6)
+        assert torch.allclose(found.permute(0, 2, 3, 1), normed, rtol=1e-4, atol=1e-4)
 
 
 # ---- Swin transformers

@@ -44,8 +44,9 @@ def describe(cfg):
             f"Swin_{name[backbone.embed_dim, backbone.depths[2]]}_{backbone.pretrain_img_size}"
         )
     else:
-        size = backbone.name.removeprefix("convnext_")[0].upper()  # of tiny, small, base, large
-        backbone = f"ConvNeXt_{size}_384"
+        family, size, *levels = backbone.name.split("_")  # of tiny, small, base, large
+        family = {"convnext": "ConvNeXt", "focalnet": "FocalNet"}[family]
+        backbone = "_".join([family, size[0].upper(), "384", *(x for x in levels if x != "fl3")])
     return {
         "weights": cfg.train.init_checkpoint,
         "classes": cfg.model.num_classes,
@@ -94,15 +95,15 @@ def test_a_published_checkpoint_is_named_after_its_training(name):
 def test_another_model_has_the_config_of_its_name(name):
     cfg = model_zoo.get_config(name, trained=True)
     folder = "MaskDINO" if name.startswith("maskdino/") else "Predecessors"
-    assert RELEASES[name].config == f"{folder}/{name.split('/')[1]}"
+    assert RELEASES[name].config == f"{folder}/{name.split('/')[1].removesuffix('_new')}"
     assert cfg.MODEL.WEIGHTS == f"dino_d2://{name}" and cfg.MODEL.DINO.NUM_CLASSES == 80
 
 
 def test_a_file_name_tells_which_published_checkpoint_it_is():
     """Where no tensor tells the encoding of pixels."""
     files = [release.file for release in RELEASES.values() if release.encoding]
-    assert len(set(files)) == len(files) == 45
-    assert len(RELEASES) == 45 + 16
+    assert len(set(files)) == len(files) == 49
+    assert len(RELEASES) == 49 + 18
 
 
 def test_official_files_lie_in_a_folder_unless_there_is_a_mirror():

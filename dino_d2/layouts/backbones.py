@@ -46,6 +46,23 @@ _CONVNEXT = """
 """
 
 
+# As in its authors' code of detectors, of the models with norms after the parts of a block.
+_FOCALNET = """
+    backbone.net.stem                             backbone.patch_embed
+    backbone.net.layers_1.downsample              backbone.layers.0.downsample
+    backbone.net.layers_2.downsample              backbone.layers.1.downsample
+    backbone.net.layers_3.downsample              backbone.layers.2.downsample
+    backbone.net.layers_#.blocks.#.norm1_post     backbone.layers.#.blocks.#.norm1
+    backbone.net.layers_#.blocks.#.norm2_post     backbone.layers.#.blocks.#.norm2
+    backbone.net.layers_#.blocks.#.ls#.gamma      backbone.layers.#.blocks.#.gamma_#
+    backbone.net.layers_#.blocks.#                backbone.layers.#.blocks.#
+    backbone.norms.p2                             backbone.norm0
+    backbone.norms.p3                             backbone.norm1
+    backbone.norms.p4                             backbone.norm2
+    backbone.norms.p5                             backbone.norm3
+"""
+
+
 _MMDET_SWIN = """
     backbone.patch_embed.proj                 backbone.patch_embed.projection
     backbone.layers.#.blocks.#.attn           backbone.stages.#.blocks.#.attn.w_msa
@@ -76,6 +93,18 @@ def from_convnext(state: State) -> State:
 def convnext_of_timm(state: State) -> State:
     """Rename the ConvNeXt of a detector to `timm`'s names; other detectors are not changed."""
     return rename(state, _CONVNEXT) if "backbone.downsample_layers.0.0.weight" in state else state
+
+
+def focalnet_of_timm(state: State) -> State:
+    """Rename the FocalNet-L of a detector to `timm`'s names; other detectors are not changed.
+
+    Where `timm` has convolutions of 1 x 1 pixel, these are linear layers there.
+    """
+    if "backbone.layers.0.blocks.0.modulation.f.weight" not in state:
+        return state
+    linear = re.compile(r"backbone\..*\.(modulation\.(f|proj)|mlp\.fc\d)\.weight")
+    given = {k: x[..., None, None] if linear.match(k) else x for k, x in state.items()}
+    return rename(given, _FOCALNET)
 
 
 def swin_of_mmdet(state: State) -> State:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .adapt import CLASS_BIAS, HEAD, LABELS, TRAINING_ONLY
-from .backbones import convnext_of_timm, resnet_names, swin_of_mmdet
+from .backbones import convnext_of_timm, focalnet_of_timm, resnet_names, swin_of_mmdet
 from .renaming import CheckpointError, State, move, rename
 
 # Names: ours, theirs; see `rename`.
@@ -156,7 +156,8 @@ def from_official(state: State) -> State:
 
 def from_detrex(state: State) -> State:
     """Convert detrex; adds a row of zeros for empty slots to the label embedding."""
-    state = convnext_of_timm(rename(_without_aliases(state), DETREX))
+    state = rename(_without_aliases(state), DETREX)
+    state = focalnet_of_timm(convnext_of_timm(state))
     return with_empty_slot(share_heads(with_encoder_heads(state)))
 
 
