@@ -97,10 +97,16 @@ class Predictor:
             of the class on, pred_classes and, of Mask DINO, pred_masks (n, height, width) bool
 
         Raises:
-            ValueError: the input is none of these, or the threshold is not in [0, 1]
+            ValueError: the input is none of these, the threshold is not in [0, 1], or the model
+                gives no instances
             DatasetError: a file cannot be read, or an image has more than 8 bits per channel
         """
         if isinstance(images, list | tuple):
+            if not getattr(self.model, "instance_on", True):
+                raise ValueError(
+                    "this model gives maps and no instances: set MODEL.DINO.TEST.INSTANCE_ON "
+                    "(model.instance_on) to True, or call model([prepare(image)]) of the predictor"
+                )
             narrow = self.dtype != torch.float32
             with torch.autocast(self.model.device.type, self.dtype, enabled=narrow):
                 results = self.model([self.prepare(image) for image in images])

@@ -12,7 +12,7 @@ from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data.benchmark import DataLoaderBenchmark
 from detectron2.modeling import build_model
 
-from dino_d2 import add_dino_config
+from dino_d2 import MaskDINO, add_dino_config
 from dino_d2.data import build_train_loader, detr_augmentation
 from dino_d2.engine.plan import Plan, make_plan, yaml_scheduler
 from dino_d2.modeling import (
@@ -133,6 +133,13 @@ def test_twins_build_the_same_model(name, on_meta_device):
     assert from_yaml.max_detections == lazy.max_detections
     assert from_yaml.nms == lazy.nms
     assert from_yaml.one_class_per_query == lazy.one_class_per_query
+    if isinstance(from_yaml, MaskDINO):
+        own = ("instance_on", "panoptic_on", "semantic_on", "temperature", "stuff_classes")
+        own += ("object_mask_threshold", "overlap_threshold")
+        assert [getattr(from_yaml, x) for x in own] == [getattr(lazy, x) for x in own]
+        for x in ("initialize_box_type", "anchor_sides"):
+            selections = from_yaml.query_selection, lazy.query_selection
+            assert getattr(selections[0], x, None) == getattr(selections[1], x, None)
     if from_yaml.denoising:
         scalars = ("num_classes", "budget", "label_noise", "box_noise")
         assert [getattr(from_yaml.denoising, x) for x in scalars] == [

@@ -241,6 +241,40 @@ def test_detections_are_the_official_ones(rule, given, run, evaluated, prefix):
         assert_close(ours.pred_boxes.tensor / limit, (padded / limit).clamp(0, 1))
 
 
+def segment(run, given, monkeypatch, size=None, **options):
+    """The results of both images with other options of the model, in their own size by default."""
+    sizes = [tuple(x) for x in given.keys["sizes"]]
+    options = {"instance_on": False, "stuff_classes": frozenset(range(1, 80, 2))} | options
+    for name, value in options.items():
+        monkeypatch.setattr(run.model, name, value)
+    inputs = [dict(zip(("height", "width"), size or own, strict=True)) for own in sizes]
+    return run.model.results(run.output, ImageList(torch.zeros(2, 3, *SIZE), sizes), inputs)
+
+
+def test_panoptic_segments_are_the_official_ones(given, run, evaluated, monkeypatch):
+    options = {"panoptic_on": True, "object_mask_threshold": 0.4, "overlap_threshold": 0.2}
+    for i, result in enumerate(segment(run, given, monkeypatch, **options)):
+        ids, segments = result["panoptic_seg"]
+        expected = evaluated[f"panoptic/{i}/segments"].tolist()
+        ours = [[x["id"], x["category_id"], int(x["isthing"])] for x in segments]
+        assert ours == expected and result.keys() == {"panoptic_seg"}
+        assert ids.dtype == torch.int32
+        assert torch.equal(ids[::2, ::2], evaluated[f"panoptic/{i}/seg_every2"].int())
+        areas = ids.flatten().bincount(minlength=len(ours) + 1)[1:]
+        assert torch.equal(areas, evaluated[f"panoptic/{i}/area"])
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [("semantic", 0.06), ("semantic_plain", None)])
+def test_semantic_maps_are_the_official_ones(given, run, evaluated, monkeypatch, kind, temperature):
+    options = {"semantic_on": True, "temperature": temperature}
+    for i, result in enumerate(segment(run, given, monkeypatch, **options)):
+        expected = evaluated[f"{kind}/{i}/every16"].double()  # up to 39, stored in float32
+        torch.testing.assert_close(result["sem_seg"][:, ::16, ::16], expected, atol=1e-6, rtol=1e-7)
+        if temperature:
+            best = result["sem_seg"].argmax(0)[::4, ::4]
+            assert torch.equal(best, evaluated[f"{kind}/{i}/argmax_every4"].long())
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["no", "mask2box"])
 def test_other_anchors_are_the_official_ones(rule, given, evaluated, kind):

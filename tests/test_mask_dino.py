@@ -5,15 +5,17 @@ That it computes what its authors' code does is for `test_golden_mask.py`.
 
 from math import exp, log
 
+import numpy as np
 import pytest
 import torch
+from detectron2.config import instantiate
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, PolygonMasks
 from outputs import run_detector
 from torch.nn import functional as F
 
 from dino_d2.boxes import cxcywh_to_xyxy
-from dino_d2.export import Exportable, compare
+from dino_d2.export import Exportable, ExportError, compare, export
 from dino_d2.layouts.maskdino import to_maskdino
 from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.modeling import (
@@ -27,10 +29,12 @@ from dino_d2.modeling import (
     StaticQueries,
     UnifiedQuerySelection,
     mask_loss,
+    segmentation,
 )
-from dino_d2.modeling.mask_dino import resize_masks
 from dino_d2.modeling.masks import mask_boxes, mask_logits
 from dino_d2.modeling.postprocess import MaskDetections
+from dino_d2.modeling.segmentation import in_parts, panoptic_map, resize_masks, semantic_map
+from dino_d2.predictor import Predictor
 from dino_d2.structures import MaskPredictions, Pixels
 from dino_d2.weights import model_zoo
 
@@ -230,6 +234,74 @@ def test_masks_are_resized_as_maps_of_logits(monkeypatch):
     torch.testing.assert_close(certainty, torch.stack(expected).double())
 
 
+def panoptic_slowly(scores, labels, maps, stuff, overlap):
+    """As the published code does it: query after query, all maps at once."""
+    masks = maps.sigmoid()
+    owner = (scores[:, None, None] * masks).argmax(0)
+    ids, segments, of_stuff = torch.zeros(maps.shape[1:], dtype=torch.int32), [], {}
+    for k, label in enumerate(labels.tolist()):
+        won, mask = owner == k, masks[k] >= 0.5
+        if not (won & mask).any() or won.sum() / mask.sum() < overlap:
+            continue
+        if label not in of_stuff:
+            segments.append((len(segments) + 1, label, label not in stuff))
+        ids[won & mask] = of_stuff.get(label, len(segments))
+        if label in stuff:
+            of_stuff.setdefault(label, len(segments))
+    return ids, segments
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 40])
+def test_segments_are_those_of_all_maps_at_once(count):
+    scores, labels = torch.rand(count).double(), torch.randint(4, (count,))
+    maps = 4 * torch.randn(count, 7, 9).double()
+    if count > 1:
+        maps[1] = maps[0]  # of equals, the first wins
+        scores[1] = scores[0]
+    expected, segments = torch.zeros(7, 9), []
+    if count:
+        expected, segments = panoptic_slowly(scores, labels, maps, {1, 3}, 0.02)
+    parts = (x.clone() for x in in_parts(maps))
+    ids, ours = panoptic_map(scores, labels, parts, (7, 9), {1, 3}, 0.02)
+    assert [(x["id"], x["category_id"], x["isthing"]) for x in ours] == segments
+    assert ids.dtype == torch.int32 and torch.equal(ids, expected.int())
+    assert count < 40 or {x["category_id"] for x in ours} == {0, 1, 2, 3}
+
+
+def test_scores_of_pixels_are_sums_over_queries():
+    scores, maps = torch.rand(40, 5).double(), torch.randn(40, 7, 9).double()
+    expected = torch.einsum("qk,qhw->khw", scores, maps.sigmoid())
+    torch.testing.assert_close(semantic_map(scores, in_parts(maps), (7, 9)), expected)
+
+
+@pytest.mark.parametrize("instance_on", [True, False])
+def test_maps_have_the_size_that_is_asked_for_and_few_are_made_at_once(
+    make_mask_dino, make_mask_batch, randomise, monkeypatch, instance_on
+):
+    model, made = make_mask_dino().eval(), []
+    randomise(model.decoder.mask_head)
+    randomise(model.decoder.class_heads)
+    model.instance_on, model.panoptic_on, model.semantic_on = instance_on, True, True
+    model.stuff_classes, model.overlap_threshold = frozenset([0]), 0.0
+    (x, y) = make_mask_batch(1, 1, sizes=[(50, 70), (37, 90)])
+    y |= {"height": 74, "width": 180}
+    resize = segmentation.interpolate
+    monkeypatch.setattr(
+        segmentation, "interpolate", lambda maps, size: made.append(len(maps)) or resize(maps, size)
+    )
+    with torch.no_grad():
+        together, alone = model([x, y]), [model([x])[0], model([y])[0]]
+    assert max(made) == segmentation.MASKS_AT_ONCE < 20
+    for one, other, size in zip(together, alone, [(50, 70), (74, 180)], strict=True):
+        (ids, segments), (others, _) = one["panoptic_seg"], other["panoptic_seg"]
+        assert torch.equal(ids, others) and ids.shape == size and segments
+        assert {0, *(part["id"] for part in segments)} >= set(ids.unique().tolist())
+        assert one["sem_seg"].shape == (3, *size)
+        torch.testing.assert_close(one["sem_seg"], other["sem_seg"])
+        assert ("instances" in one) == instance_on
+        assert not instance_on or (one["instances"].pred_classes > 0).all()  # stuff is not counted
+
+
 @pytest.mark.parametrize(
     "selection", [MixedQuerySelection, DistinctQuerySelection, StaticQueries, PureQuerySelection]
 )
@@ -289,6 +361,32 @@ def test_wrong_options_are_sentences():
         PixelEmbedding(input_shape={"res3": None})
 
 
+def test_what_needs_instances_says_so(make_mask_dino):
+    model = make_mask_dino().eval()
+    model.instance_on = False
+    with pytest.raises(ExportError, match="exported files give instances"):
+        export(model, (64, 64))
+    predictor = Predictor(model, classes="abc", augmentations=[], image_format="RGB")
+    with pytest.raises(ValueError, match="this model gives maps and no instances"):
+        predictor(np.zeros((64, 64, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"instance_on": False}, "asked for no results: set one of MODEL.DINO.TEST.INSTANCE_ON"),
+        ({"stuff_classes": [0, 3]}, "class 3 is stuff .* but the model has 3 classes"),
+        ({"object_mask_threshold": 1.5}, "object_mask_threshold is 1.5"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+    ],
+)
+def test_wrong_results_are_sentences(options, said):
+    cfg = model_zoo.get_config("quickstart_masks.py")
+    cfg.model.update(num_classes=3, **options)
+    with torch.device("meta"), pytest.raises(ValueError, match=said):
+        instantiate(cfg.model)
+
+
 def test_has_masks_of_all_boxes_by_default(make_mask_dino, make_mask_batch):
     batch = make_mask_batch(3)
     (target,) = make_mask_dino().prepare_targets(batch)
@@ -323,6 +421,10 @@ def test_an_exported_graph_detects_the_same(make_mask_dino, make_mask_batch, ran
     equal = (found[:, None] == whole.pred_masks).float().mean((2, 3))
     assert (equal.amax(1) > 0.999).all()  # in nearly the same order
     assert (fewer == 0).sum() > (scores == 0).sum()
+    model.panoptic_on, model.stuff_classes = True, frozenset([0, 2])
+    with torch.no_grad():
+        _, scores, labels, _ = Exportable(model)(images, sizes)
+    assert (scores[labels != 1] == 0).all() and (scores > 0).any()
     same = compare(
         MaskDetections(boxes, scores, labels, masks),
         MaskDetections(boxes, scores, labels, -masks),

@@ -90,6 +90,10 @@ def add_dino_config(cfg: CN) -> None:
     c.MASK = CN({"FEATURE": "res2"})  # of the backbone, at the stride of masks
     c.MASK.INITIALIZE_BOX_TYPE = "bitmask"  # where decoding starts; or "mask2box", "no"
     c.MASK.ANCHOR_SIDES = []  # of each level, finest first; []: 0.05, 0.1, 0.2, ...
+    # Which results MaskDINO makes, and of panoptic ones the least score of a query, and the least
+    # share of its pixels that it wins; TEMPERATURE is of the softmax of sigmoids, or None.
+    c.TEST = CN({"INSTANCE_ON": True, "PANOPTIC_ON": False, "SEMANTIC_ON": False})
+    c.TEST.update({"OBJECT_MASK_THRESHOLD": 0.25, "OVERLAP_THRESHOLD": 0.8, "TEMPERATURE": 0.06})
 
     # With MODEL.BACKBONE.NAME "TimmBackbone"; its features, MODEL.DINO.IN_FEATURES, are p2 to p5.
     cfg.MODEL.TIMM = CN({"NAME": "convnext_tiny", "NORM": False})

@@ -15,6 +15,7 @@ from .coco import (
     register,
     register_again,
     registered,
+    stuff_classes,
 )
 from .coco_json import DatasetError
 from .coco_results import read_results

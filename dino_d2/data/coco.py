@@ -110,6 +110,23 @@ def class_names(names: Iterable[str]) -> list[str]:
     return classes
 
 
+def stuff_classes(names: Iterable[str]) -> list[int]:
+    """The indices of classes without instances, such as sky, of panoptic datasets.
+
+    Raises:
+        DatasetError: as of `class_names`, or the first dataset does not tell things from stuff
+    """
+    names = _as_list(names)
+    number = num_classes(names)
+    things = MetadataCatalog.get(names[0]).get("thing_dataset_id_to_contiguous_id")
+    if things is None:
+        raise DatasetError(
+            f"dataset '{names[0]}' does not tell things from stuff, which panoptic segmentation "
+            f"needs: set MetadataCatalog.get('{names[0]}').thing_dataset_id_to_contiguous_id"
+        )
+    return [i for i in range(number) if i not in things.values()]
+
+
 def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) -> int:
     """Check datasets before training for anything that would stop it or its evaluation later.
 
@@ -188,15 +205,18 @@ def _require_files(name: str) -> None:
 def _classes(name: str) -> list[str]:
     _require_known(name)
     metadata = MetadataCatalog.get(name)
-    if not metadata.get("thing_classes"):  # Detectron2 may learn them only as it loads the file
+    kind = "thing_classes"
+    if metadata.get("evaluator_type", "").endswith(("panoptic_seg", "sem_seg")):
+        # Stuff is what Detectron2 calls all classes of maps of pixels, if it does not separate it.
+        kind = max(("stuff_classes", kind), key=lambda x: len(metadata.get(x) or ()))
+    if not metadata.get(kind):  # Detectron2 may learn them only as it loads the file
         _require_files(name)
         DatasetCatalog.get(name)
-    if not metadata.get("thing_classes"):
+    if not metadata.get(kind):
         raise DatasetError(
-            f"dataset '{name}' does not name its classes: set "
-            f"MetadataCatalog.get('{name}').thing_classes"
+            f"dataset '{name}' does not name its classes: set MetadataCatalog.get('{name}').{kind}"
         )
-    return metadata.thing_classes
+    return metadata.get(kind)
 
 
 def _register(name: str, json_file: str, image_root: str) -> None:

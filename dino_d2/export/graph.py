@@ -18,6 +18,7 @@ from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
 from ..modeling.dino import DINO
+from ..modeling.mask_dino import MaskDINO
 from ..modeling.masks import mask_logits
 from ..modeling.postprocess import D, MaskDetections, non_maximum_suppression, reorder
 from ..ops import reference
@@ -49,7 +50,7 @@ class Exportable(nn.Module):
             the fields of `Detections`, as a tuple, so that files do not depend on this package;
             boxes (x0, y0, x1, y1) in pixels of the input, inside the image. With NMS, those that it
             suppresses come last, with a score of 0. Of Mask DINO also logits of masks (B, N, h, w),
-            of the padded images
+            of the padded images; stuff has a score of 0
         """
         model = self.model
         padding = padding_of(images, image_sizes)
@@ -63,7 +64,11 @@ class Exportable(nn.Module):
         if model.nms is not None:
             found = distinct_first(found, model.nms)
         if output.pixels is not None:
-            found = best_first(with_maps(found, output.pixels))
+            found = with_maps(found, output.pixels)
+            if isinstance(model, MaskDINO) and model.panoptic_on:
+                stuff = model.is_stuff(found.labels)
+                found = found._replace(scores=found.scores.masked_fill(stuff, 0))
+            found = best_first(found)
         limit = image_sizes.flip(1).tile(2)[:, None].to(found.boxes.dtype)
         return tuple(found._replace(boxes=(found.boxes * limit).clamp(min=0).minimum(limit)))
 
@@ -164,9 +169,15 @@ def nearest(image: Tensor, size: list[int] | None, scales: list[float] | None = 
 
 
 def check(model: DINO, size: tuple[int, int]) -> None:
-    """Raise an ExportError if the model is in training mode, or pads images of this size."""
+    """Raise an ExportError if the model is in training mode, gives no instances, or pads images of
+    this size."""
     if model.training:
         raise ExportError("the model is in training mode: call model.eval() before exporting it")
+    if not getattr(model, "instance_on", True):
+        raise ExportError(
+            "exported files give instances, and this model gives none: set MODEL.DINO.TEST."
+            "INSTANCE_ON (model.instance_on) to True"
+        )
     if min(size) < 1:
         raise ExportError(f"images of {size[0]} x {size[1]} pixels are empty: name another size")
     image = torch.zeros(len(model.pixel_mean), *size)

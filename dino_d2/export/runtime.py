@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.mapper import channels_of
-from ..modeling.mask_dino import resize_masks
 from ..modeling.postprocess import Detections, MaskDetections
+from ..modeling.segmentation import resize_masks
 from ..names import plural
 
 INPUTS = ("images", "image_sizes")

@@ -236,14 +236,24 @@ class DINO(Detector):
         for indices in same_size.values():
             images = self.preprocess_images([batched_inputs[i] for i in indices])
             output = self.detect(images.tensor, padding_mask(images))
-            found = self.best(output.result.layers[-1])
-            kept = None if self.nms is None else non_maximum_suppression(found, self.nms)
-            for j, instances in enumerate(self.to_instances(output, found, images)):
-                parts = {"instances": instances}
-                if kept is not None:
-                    parts = {"instances": instances[kept[j]], "suppressed": instances[~kept[j]]}
-                x = batched_inputs[indices[j]]
-                results[indices[j]] = {name: self.rescale(part, x) for name, part in parts.items()}
+            inputs = [batched_inputs[i] for i in indices]
+            for i, result in zip(indices, self.results(output, images, inputs), strict=True):
+                results[i] = result
+        return results
+
+    def results(
+        self, output: DetectorOutput, images: ImageList, batched_inputs: Batch
+    ) -> list[dict[str, Any]]:
+        """The results of each image of a forward pass, in the size that its input asks for."""
+        found = self.best(output.result.layers[-1])
+        kept = None if self.nms is None else non_maximum_suppression(found, self.nms)
+        results = []
+        for j, instances in enumerate(self.to_instances(output, found, images)):
+            parts = {"instances": instances}
+            if kept is not None:
+                parts = {"instances": instances[kept[j]], "suppressed": instances[~kept[j]]}
+            x = batched_inputs[j]
+            results.append({name: self.rescale(part, x) for name, part in parts.items()})
         return results
 
     def detect(

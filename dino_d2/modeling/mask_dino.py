@@ -1,6 +1,7 @@
 """Mask DINO as a Detectron2 meta-architecture (arXiv 2206.02777)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,9 +9,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..data import stuff_classes
 from ..layers.blocks import recompute
+from ..names import plural
+from ..ranges import require_positive, require_share
 from ..structures import (
     Branch,
     DetectorOutput,
@@ -23,17 +26,29 @@ from .dino import DINO
 from .mask_loss import MaskCriterion, MaskMatcher
 from .masks import MaskDecoder, PixelEmbedding, UnifiedQuerySelection, mask_logits
 from .postprocess import MaskDetections, detections_of, to_instances
+from .segmentation import (
+    in_parts,
+    interpolate,
+    panoptic_map,
+    resize_maps,
+    resize_masks,
+    semantic_map,
+    sharpen,
+)
 from .tokens import take_tokens, valid_ratio
-
-MASKS_AT_ONCE = 16  # at full resolution, so that memory does not grow with detections
 
 
 @META_ARCH_REGISTRY.register()
 class MaskDINO(DINO):
     """DINO that also predicts the mask of every object.
 
-    Results have "pred_masks", (n, height, width) bool, and scores that are the class score times
-    the mean probability of the mask's pixels; a mask without pixels scores 0.
+    Results have, in Detectron2's format and as far as they are asked for,
+
+    - "instances" with "pred_masks", (n, height, width) bool, and scores that are the class score
+      times the mean probability of the mask's pixels; a mask without pixels scores 0
+    - "panoptic_seg", a map (height, width) int32 of the ids of segments, 0 for none, and for each
+      segment a dict of "id", "isthing" and "category_id", see `panoptic_map`
+    - "sem_seg", scores (K, height, width) of every class at every pixel, see `semantic_map`
 
     Unlike in the published code, padding is told apart from the image, so that detections do not
     depend on what else is in a batch. They are equal where nothing is padded.
@@ -43,18 +58,58 @@ class MaskDINO(DINO):
         arguments: of :class:`DINO`, with a :class:`MaskDecoder`, a :class:`MaskCriterion` and a
             :class:`MaskMatcher`. Its query selection is a :class:`UnifiedQuerySelection`; others,
             whose proposals have no masks, are possible
+        instance_on, panoptic_on, semantic_on: which results are made
+        object_mask_threshold: least score, in [0, 1], of the queries that become segments
+        overlap_threshold: least share, in [0, 1], of its pixels that a segment wins from others
+        temperature: of the softmax that makes scores of sigmoids sharper, for segments and pixels;
+            None: they stay as they are
+        stuff_classes: indices of classes without instances, such as sky; their segments in an image
+            are one. With `panoptic_on` they are no "instances"
 
     Raises:
-        ValueError: a part is not made for masks
+        ValueError: a part is not made for masks, or a number is out of range
     """
 
     decoder_type, has_masks = MaskDecoder, True
     decoder: MaskDecoder
 
     @configurable
-    def __init__(self, *, pixel_embedding: PixelEmbedding, **arguments: Any):
+    def __init__(
+        self,
+        *,
+        pixel_embedding: PixelEmbedding,
+        instance_on: bool = True,
+        panoptic_on: bool = False,
+        semantic_on: bool = False,
+        object_mask_threshold: float = 0.25,
+        overlap_threshold: float = 0.8,
+        temperature: float | None = 0.06,
+        stuff_classes: Sequence[int] = (),
+        **arguments: Any,
+    ):
         super().__init__(**arguments)
         self.check_parts()
+        require_share(
+            object_mask_threshold=object_mask_threshold, overlap_threshold=overlap_threshold
+        )
+        if temperature is not None:
+            require_positive(temperature=temperature)
+        if not (instance_on or panoptic_on or semantic_on):
+            raise ValueError(
+                "Mask DINO is asked for no results: set one of MODEL.DINO.TEST.INSTANCE_ON, "
+                "PANOPTIC_ON and SEMANTIC_ON (model.instance_on, ...) to True"
+            )
+        if unknown := [x for x in stuff_classes if x not in range(self.num_classes)]:
+            raise ValueError(
+                f"class {unknown[0]} is stuff (model.stuff_classes), but the model has "
+                f"{plural(self.num_classes, 'class')}, counted from 0"
+            )
+        self.instance_on, self.panoptic_on, self.semantic_on = instance_on, panoptic_on, semantic_on
+        self.object_mask_threshold, self.overlap_threshold = (
+            object_mask_threshold,
+            overlap_threshold,
+        )
+        self.temperature, self.stuff_classes = temperature, frozenset(stuff_classes)
         self.pixel_embedding = pixel_embedding.to(memory_format=torch.channels_last)
         self.size_divisibility = pixel_embedding.stride  # a pixel of masks is of whole pixels
 
@@ -84,7 +139,12 @@ class MaskDINO(DINO):
             in_feature=cfg.MODEL.DINO.MASK.FEATURE,
             embed_dim=cfg.MODEL.DINO.EMBED_DIM,
         )
-        return arguments | {"pixel_embedding": pixel_embedding}
+        test = cfg.MODEL.DINO.TEST
+        return arguments | {
+            "pixel_embedding": pixel_embedding,
+            "stuff_classes": stuff_classes(cfg.DATASETS.TRAIN) if test.PANOPTIC_ON else (),
+            **{name.lower(): value for name, value in test.items()},
+        }
 
     def settings(self) -> dict[str, Any]:
         selection = self.query_selection
@@ -126,12 +186,70 @@ class MaskDINO(DINO):
             instances.mask_logits = mask_logits(masks, maps)
         return results
 
+    def results(
+        self, output: DetectorOutput, images: ImageList, batched_inputs: Batch
+    ) -> list[dict[str, Any]]:
+        results: list[dict[str, Any]] = [{} for _ in batched_inputs]
+        if self.instance_on:
+            results = super().results(output, images, batched_inputs)
+        if not (self.panoptic_on or self.semantic_on):
+            return results
+        assert output.pixels is not None
+        last: Any = output.result.layers[-1]
+        logits = last.logits.to(torch.promote_types(last.logits.dtype, torch.float32))
+        of_images = self.class_scores(logits), last.masks, output.pixels.maps
+        parts = zip(*of_images, images.image_sizes, strict=True)
+        for result, part, x in zip(results, parts, batched_inputs, strict=True):
+            result |= self.segment(*part, output_size(x, part[-1]))
+        return results
+
+    def segment(
+        self,
+        scores: Tensor,
+        masks: Tensor,
+        pixels: Tensor,
+        image_size: tuple[int, int],
+        size: tuple[int, int],
+    ) -> dict[str, Any]:
+        """The maps of an image that are asked for.
+
+        Args:
+            scores: (Q, K), in [0, 1]
+            masks: embeddings (Q, C)
+            pixels: embeddings (C, h, w), of the padded image
+            image_size: height and width of the image without padding
+            size: height and width of the maps
+        """
+        maps: dict[str, Any] = {}
+        resize = partial(resize_maps, stride=self.pixel_embedding.stride, image_size=image_size)
+        temperature = None if self.softmax else self.temperature
+        sharp = sharpen(scores, temperature)
+        if self.panoptic_on:
+            found = scores.amax(1) > self.object_mask_threshold
+            maps["panoptic_seg"] = panoptic_map(
+                *sharp[found].max(1),
+                (resize(mask_logits(x, pixels), size=size) for x in in_parts(masks[found])),
+                size,
+                self.stuff_classes,
+                self.overlap_threshold,
+            )
+        if self.semantic_on:
+            # alone, scores are resized, and not masks, as in the published code
+            own = size if self.instance_on or self.panoptic_on else image_size
+            logits = (resize(mask_logits(x, pixels), size=own) for x in in_parts(masks))
+            maps["sem_seg"] = interpolate(semantic_map(sharp, logits, own), size)
+        return maps
+
+    def is_stuff(self, labels: Tensor) -> Tensor:
+        """Which labels, of any shape, are of `stuff_classes`."""
+        stuff = torch.tensor(sorted(self.stuff_classes), dtype=labels.dtype, device=labels.device)
+        return (labels[..., None] == stuff).any(-1)
+
     def rescale(self, instances: Instances, x: dict[str, Any]) -> Instances:
         """Detections in the size that the input asks for, in descending order of score."""
-        size = (
-            int(x.get("height", instances.image_size[0])),
-            int(x.get("width", instances.image_size[1])),
-        )
+        size = output_size(x, instances.image_size)
+        if self.panoptic_on:
+            instances = instances[~self.is_stuff(instances.pred_classes)]
         boxes = Boxes(instances.pred_boxes.tensor.clone())
         boxes.scale(size[1] / instances.image_size[1], size[0] / instances.image_size[0])
         boxes.clip(size)
@@ -158,6 +276,11 @@ class MaskDINO(DINO):
         ]
 
 
+def output_size(x: dict[str, Any], image_size: tuple[int, int]) -> tuple[int, int]:
+    """The height and width that an input asks for, by default those of its image."""
+    return int(x.get("height", image_size[0])), int(x.get("width", image_size[1]))
+
+
 def masks_of(x: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The masks (M, H, W) bool of a training input, and (M,) which are known.
 
@@ -177,38 +300,3 @@ def masks_of(x: dict[str, Any]) -> tuple[Tensor, Tensor]:
             "MODEL.MASK_ON to True (use_instance_mask of the mapper), or train a DINO"
         )
     return torch.zeros(0, *instances.image_size, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
-
-
-def resize_masks(
-    logits: Tensor, stride: int, image_size: tuple[int, int], size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Masks of an image at another size, and how certain they are.
-
-    Args:
-        logits: (n, h, w) of the padded image, of which a pixel is `stride` of the image's
-        image_size: height and width of the image without padding
-        size: height and width of the masks
-
-    Returns:
-        masks (n, height, width) bool; and (n,) the mean probability of each one's pixels, in [0, 1]
-    """
-    masks = torch.empty(len(logits), *size, dtype=torch.bool, device=logits.device)
-    certainty = logits.new_empty(
-        len(logits), dtype=torch.promote_types(logits.dtype, torch.float32)
-    )
-    padded = [stride * x for x in logits.shape[-2:]]
-    for start in range(0, len(logits), MASKS_AT_ONCE):
-        part = slice(start, start + MASKS_AT_ONCE)
-        maps = interpolate(logits[part].to(certainty.dtype), padded)
-        maps = interpolate(maps[:, : image_size[0], : image_size[1]], size)
-        masks[part] = inside = maps > 0
-        total = (maps.sigmoid_() * inside).sum((1, 2))
-        certainty[part] = total / inside.sum((1, 2)).clamp(min=1)
-    return masks, certainty
-
-
-def interpolate(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, (n, h, w) to (n, height, width)."""
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps[None], tuple(size), mode="bilinear", align_corners=False)[0]

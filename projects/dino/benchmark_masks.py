@@ -51,7 +51,6 @@ from detectron2.projects.point_rend.point_features import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino_d2.modeling.mask_dino import resize_masks
 from dino_d2.modeling.mask_loss import (
     MaskCriterion,
     MaskMatcher,
@@ -60,6 +59,7 @@ from dino_d2.modeling.mask_loss import (
     pairwise_cross_entropy,
     pairwise_dice,
 )
+from dino_d2.modeling.segmentation import resize_masks
 from dino_d2.structures import Match
 
 STAGES, QUERIES, CHANNELS, POINTS, BUDGET, DETECTIONS = 11, 300, 256, 12544, 100, 100
