@@ -98,6 +98,7 @@ class MaskTarget(NamedTuple):
     boxes: Tensor  # (M, 4)
     masks: Tensor  # (M, H, W) bool, of the image without its padding
     known: Tensor  # (M,) bool, False for objects whose mask nobody knows
+    has_box: Tensor  # (M,) bool, False for stuff, whose box costs nothing
 
 
 class Match(NamedTuple):

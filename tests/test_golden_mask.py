@@ -128,7 +128,8 @@ def train(rule, given, recorded, case, gradients):
         packed = recorded[f"input/target{i}/masks_packed"][:count].numpy()
         masks = torch.from_numpy(np.unpackbits(packed, axis=-1)[..., : SIZE[1]]).bool()
         known = torch.ones(count, dtype=torch.bool)
-        targets.append(MaskTarget(parts["labels"].long(), parts["boxes"].double(), masks, known))
+        boxes = parts["boxes"].double()
+        targets.append(MaskTarget(parts["labels"].long(), boxes, masks, known, known))
     with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(gradients):
         draw_as_official(patch, rule, recorded, case)
         output = model.detect(*images, targets)

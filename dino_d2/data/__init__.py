@@ -23,6 +23,7 @@ from .folder import find_folder
 from .mapper import Mapper, read_image
 from .mixing import Mixing
 from .objects365 import OBJECTS365
+from .segments import read_label_map, with_label_maps
 from .shapes import generate
 from .stream import build_train_loader
 from .voc import from_voc

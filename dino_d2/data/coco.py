@@ -35,8 +35,11 @@ from .coco_json import DatasetError, parse
 from .faults import clip, faults
 from .masks import normalise_masks
 from .normalise import Repairs, normalise, place_images
+from .segments import NO_CLASS
 
 SEPARATOR = ".json@"
+# What metadata calls the places of a data set's files.
+FILES = ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root", "gt_dir")
 
 
 class Registered(NamedTuple):
@@ -147,6 +150,7 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) ->
     names = [*_as_list(train), *_as_list(test)]
     for name in names:
         _require_files(name)
+        _check_ignored(name)
     _check_annotated(_as_list(train), _as_list(test))
     classes = class_names(names)
     if num_classes not in (None, len(classes)):
@@ -155,6 +159,16 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) ->
             f"{shorten(', '.join(classes), 200)}; remove the number to take it from the data"
         )
     return len(classes)
+
+
+def _check_ignored(name: str) -> None:
+    """Refuse label maps with another number for pixels without a class."""
+    ignored = MetadataCatalog.get(name).get("ignore_label", NO_CLASS)
+    if ignored != NO_CLASS:
+        raise DatasetError(
+            f"'{name}' marks pixels without a class by {ignored}: write {NO_CLASS} into its label "
+            "maps, and into ignore_label of its metadata"
+        )
 
 
 def _check_annotated(train: list[str], test: list[str]) -> None:
@@ -193,7 +207,7 @@ def _require_known(name: str) -> None:
 def _require_files(name: str) -> None:
     _require_known(name)
     metadata = MetadataCatalog.get(name)
-    for path in (metadata.get("json_file"), metadata.get("image_root")):
+    for path in map(metadata.get, FILES):
         if path and not PathManager.exists(path):
             root = os.getenv("DETECTRON2_DATASETS", "datasets")
             raise DatasetError(

@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import Boxes, BoxMode
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, ImageMode, UnidentifiedImageError
 from torch import Tensor
@@ -19,6 +19,7 @@ from ..names import hint
 from ..ranges import require_share
 from .augmentation import ResizeShortestEdge, visible
 from .coco_json import DatasetError
+from .segments import MAPS, from_labels, from_segments, segment_ids
 
 # Photographs, scans and drawings. Pillow also opens .pcd, .h5 or .mpg, which may be anything.
 SUFFIXES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -30,7 +31,8 @@ class Mapper(DatasetMapper):
     """Detectron2's mapper, with a clear error for an image that cannot be used.
 
     Takes the same arguments, or a config. With masks, objects of which only the box is known take
-    part, told apart by "has_mask" of the instances.
+    part, told apart by "has_mask" of the instances. Records without annotations, but with a
+    panoptic PNG or else a label map, give an instance for each segment or class, see `segments.py`.
 
     From a config for evaluation, it resizes with our `ResizeShortestEdge`; for training,
     INPUT.RANDOM_FLIP may be "both", too. Pixels equal Detectron2's. Unlike Detectron2, integer
@@ -80,6 +82,13 @@ class Mapper(DatasetMapper):
                 size than its annotations say, or a box is not finite
         """
         check_header(dataset_dict["file_name"])
+        if self.is_train and "annotations" not in dataset_dict and any(map(dataset_dict.get, MAPS)):
+            if not self.use_instance_mask:
+                raise DatasetError(
+                    f"image '{dataset_dict['file_name']}' has a map of its pixels and no boxes, "
+                    "which only a Mask DINO learns: start from a config of configs/MaskDINO/"
+                )
+            dataset_dict = dataset_dict | {"annotations": None}  # Detectron2 transforms these
         try:
             return super().__call__(dataset_dict)
         except Exception:
@@ -90,6 +99,10 @@ class Mapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict, transforms: T.TransformList, image_shape: tuple[int, int]
     ) -> None:
+        if dataset_dict["annotations"] is None:
+            del dataset_dict["annotations"]
+            dataset_dict["instances"] = instances_of_map(dataset_dict, transforms, image_shape)
+            return
         for annotation in dataset_dict["annotations"]:
             # Detectron2 would silently round resized integers down, drop NaN, and clip infinite
             # boxes to the image.
@@ -142,6 +155,30 @@ class Mapper(DatasetMapper):
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         moved = torch.as_tensor(transforms.apply_box(np.array([box])))
         return bool(visible(Boxes(moved), image_shape, self.min_visible))
+
+
+def instances_of_map(
+    dataset_dict: dict, transforms: T.TransformList, image_shape: tuple[int, int]
+) -> Instances:
+    """The segments of the panoptic PNG of a record, or the classes of its label map.
+
+    Args:
+        dataset_dict: the maps are taken out of it; a label map is transformed already
+        image_shape: height and width of the transformed image
+    """
+    labels = dataset_dict.pop("sem_seg", None)
+    if "pan_seg_file_name" in dataset_dict:
+        png = read_image(dataset_dict.pop("pan_seg_file_name"), "RGB")
+        # as colours, so that what a crop adds is of no segment
+        labels = segment_ids(transforms.apply_segmentation(png))
+        found = from_segments(labels, dataset_dict.pop("segments_info"))
+    else:
+        found = from_labels(labels.numpy())
+    if tuple(labels.shape) != tuple(image_shape):
+        raise DatasetError(
+            f"the map of '{dataset_dict['file_name']}' has another size than the image: replace it"
+        )
+    return found
 
 
 def rectangle(annotation: dict) -> list[float]:
@@ -222,7 +259,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def check_pixels(record: dict) -> None:
-    """Decode an image and compare its size with that of its record."""
+    """Decode an image and its maps, and compare its size with theirs and that of its record."""
     path = record["file_name"]
     height, width = read_image(path, "RGB").shape[:2]
     said = record.get("width", width), record.get("height", height)
@@ -231,6 +268,13 @@ def check_pixels(record: dict) -> None:
             f"image '{path}' is {width} x {height} pixels after EXIF rotation, but its annotations "
             f"say {said[0]} x {said[1]}: correct them and the boxes"
         )
+    for file in (record[name] for name in MAPS if record.get(name)):
+        other = read_image(file, "RGB").shape[:2]
+        if other != (height, width):
+            raise DatasetError(
+                f"'{file}' is {other[1]} x {other[0]} pixels, but its image '{path}' is {width} x "
+                f"{height}: a map has the size of its image"
+            )
 
 
 @contextmanager

@@ -10,11 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    SemSegEvaluator,
+)
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import BoxMode
 from pycocotools.cocoeval import COCOeval
 
+from ..data import read_label_map, with_label_maps
 from ..data.mapper import rectangle
 from ..evaluation.analysis import (
     IOU_50,
@@ -32,6 +42,14 @@ from ..visualize import draw_error_plots
 
 BACKGROUND = "(background)"
 NMS_IOU = 0.8
+# By the `evaluator_type` of data sets with maps of pixels, which results are compared with them.
+OF_MAPS = {
+    "coco_panoptic_seg": ("instances", "sem_seg", "panoptic_seg"),
+    "sem_seg": ("sem_seg",),
+    "cityscapes_instance": ("instances",),
+    "cityscapes_sem_seg": ("sem_seg",),
+    "cityscapes_panoptic_seg": ("instances", "sem_seg", "panoptic_seg"),
+}
 logger = logging.getLogger(__name__)
 
 
@@ -117,6 +135,7 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
         self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
     ) -> dict[str, float]:
         # The only method that gets Detectron2's COCOeval; None if there are no detections.
+        class_names = class_names and thing_names(self._metadata)
         if iou_type == "bbox":
             with alive("the error analysis"):
                 analysis = analyse(coco_eval or evaluate_boxes(self._coco_api.dataset, []))
@@ -126,6 +145,62 @@ class ErrorAnalysisEvaluator(COCOEvaluator):
                     path = Path(self._output_dir, "thresholds.json")
                     path.write_text(json.dumps(self._thresholds, indent=2), encoding="utf-8")
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+
+def segmentation_evaluator(
+    dataset_name: str,
+    output_dir: str | None = None,
+    *,
+    instance_on: bool = True,
+    panoptic_on: bool = False,
+    semantic_on: bool = False,
+) -> DatasetEvaluator:
+    """The evaluators of a data set with maps of pixels, by the `evaluator_type` of its metadata.
+
+    As those of Detectron2's train_net, of the results that a Mask DINO is asked for; instances are
+    analysed as well. Panoptic data sets without label maps are evaluated by their segments.
+
+    Args:
+        dataset_name: of a kind in `OF_MAPS`, or else instances are evaluated
+        output_dir: for tables and predictions; None: none are written
+        instance_on, panoptic_on, semantic_on: as of `MaskDINO`
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    is_cityscapes = kind.startswith("cityscapes")
+    made = compared_results(dataset_name, instance_on, panoptic_on, semantic_on)
+    evaluators: list[DatasetEvaluator] = []
+    if "instances" in made and is_cityscapes:
+        evaluators.append(CityscapesInstanceEvaluator(dataset_name))
+    elif "instances" in made:
+        evaluators.append(ErrorAnalysisEvaluator(dataset_name, output_dir=output_dir))
+    if "sem_seg" in made and is_cityscapes:
+        evaluators.append(CityscapesSemSegEvaluator(dataset_name))
+    elif "sem_seg" in made:
+        name = with_label_maps(dataset_name)
+        # Detectron2's own way to read maps fails with NumPy 2.
+        options = {"output_dir": output_dir, "sem_seg_loading_fn": read_label_map}
+        evaluators.append(SemSegEvaluator(name, **options))
+    if "panoptic_seg" in made:
+        evaluators.append(COCOPanopticEvaluator(dataset_name, output_dir))
+    return DatasetEvaluators(evaluators)
+
+
+def compared_results(
+    dataset_name: str, instance_on: bool, panoptic_on: bool, semantic_on: bool
+) -> list[str]:
+    """Which results of a Mask DINO are compared with a data set."""
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = metadata.get("evaluator_type", "coco")
+    if kind == "coco_panoptic_seg" and not metadata.get("json_file"):  # of instances
+        instance_on = False
+    made = {"instances": instance_on, "sem_seg": semantic_on, "panoptic_seg": panoptic_on}
+    return [x for x in OF_MAPS.get(kind, ("instances",)) if made[x]]
+
+
+def thing_names(metadata: Any) -> list[str]:
+    """The classes with instances, which in panoptic data sets are some of all."""
+    names, things = metadata.thing_classes, metadata.get("thing_dataset_id_to_contiguous_id")
+    return names if things is None else [names[i] for i in sorted(things.values())]
 
 
 def threshold_metrics(thresholds: Mapping[str, Any]) -> dict[str, float]:

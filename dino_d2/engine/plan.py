@@ -51,7 +51,13 @@ from ..names import hint, plural
 from ..ranges import require_share, require_whole
 from ..solver import ClippedAdamW, parameter_groups
 from .ema import check_decay
-from .evaluator import ErrorAnalysisEvaluator
+from .evaluator import (
+    OF_MAPS,
+    ErrorAnalysisEvaluator,
+    compared_results,
+    segmentation_evaluator,
+    thing_names,
+)
 from .keys import OF_DETECTRON2S_TRAINER, check_keys, is_detector, optimizer_of, refuse
 from .schedule import flat_cosine, share_of
 from .writers import plain_config
@@ -72,6 +78,11 @@ OTHER_SCORES = {
     "pascal_voc": [*BOX_SCORES[:3]],
     "lvis": [*BOX_SCORES, "APr", "APc", "APf"],  # of rare, common and frequent classes
 }
+PIXEL_SCORES = ("mIoU", "fwIoU", "mACC", "pACC")
+CITYSCAPES_SCORES = {"segm": ["AP", "AP50"], "sem_seg": ["IoU", "iIoU", "IoU_sup", "iIoU_sup"]}
+PANOPTIC_SCORES = [f"{x}{of}" for of in ("", "_th", "_st") for x in ("PQ", "SQ", "RQ")]
+RESULTS = ("instance_on", "panoptic_on", "semantic_on")
+PANOPTICAPI = "git+https://github.com/cocodataset/panopticapi.git"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -153,7 +164,7 @@ def yaml_parts(cfg: CfgNode) -> dict[str, Any]:
         require_whole(**{f"TEST.AUG.MIN_SIZES[{i}]": x for i, x in enumerate(sizes)})
         if not sizes:
             raise ValueError("TEST.AUG.MIN_SIZES is empty: name the short sides to detect at")
-    require_lvis(cfg.DATASETS.TEST)
+    require_evaluators(cfg.DATASETS.TEST, yaml_results(cfg))
     return {
         "build_model": partial(built, "model", yaml_model, cfg),
         "build_optimizer": partial(built, "optimizer", yaml_optimizer, cfg),
@@ -338,6 +349,8 @@ def yaml_evaluator(cfg: CfgNode, name: str, folder: str = "") -> DatasetEvaluato
         return PascalVOCDetectionEvaluator(name)
     if kind == "lvis":
         return LVISEvaluator(name, output_dir=output_dir)
+    if kind in OF_MAPS and (results := yaml_results(cfg)):
+        return segmentation_evaluator(name, output_dir, **results)
     return ErrorAnalysisEvaluator(
         name, output_dir=output_dir, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS
     )
@@ -348,11 +361,52 @@ def kind_of(name: str) -> str:
     return MetadataCatalog.get(name).get("evaluator_type", "coco")
 
 
-def require_lvis(names: Sequence[str]) -> None:
-    """Raise a ValueError if one of the data sets is LVIS, and its package is not installed."""
+def yaml_results(cfg: CfgNode) -> dict[str, bool] | None:
+    """What a Mask DINO gives, as options of `segmentation_evaluator`; None for other models."""
+    if not is_detector(cfg, MaskDINO):
+        return None
+    return {name: cfg.MODEL.DINO.TEST[name.upper()] for name in RESULTS}
+
+
+def lazy_results(cfg: DictConfig) -> dict[str, bool] | None:
+    """As `yaml_results`."""
+    model = cfg.model.get("_target_")
+    model = locate(model) if isinstance(model, str) else model
+    if not (isinstance(model, type) and issubclass(model, MaskDINO)):
+        return None
+    return {name: cfg.model.get(name, name == "instance_on") for name in RESULTS}
+
+
+def require_evaluators(names: Sequence[str], results: dict[str, bool] | None) -> None:
+    """Raise a ValueError for a data set whose evaluation needs a package that is not installed, or
+    results that a Mask DINO does not give.
+
+    Args:
+        results: as of `yaml_results`
+    """
     for name in names:
-        if kind_of(name) == "lvis" and find_spec("lvis") is None:
+        kind = kind_of(name)
+        if kind == "lvis" and find_spec("lvis") is None:
             raise ValueError(f"'{name}' is evaluated by LVIS' own code: pip install lvis")
+        if results is None:
+            continue
+        made = compared_results(name, **results)
+        if not made:
+            key = (
+                "INSTANCE_ON" if "instances" in OF_MAPS.get(kind, ("instances",)) else "SEMANTIC_ON"
+            )
+            raise ValueError(
+                f"'{name}' is evaluated by results that the model does not give: set "
+                f"MODEL.DINO.TEST.{key} (model.{key.lower()}) to True"
+            )
+        if "panoptic_seg" in made and find_spec("panopticapi") is None:
+            raise ValueError(
+                f"'{name}' is evaluated by COCO's panopticapi: pip install {PANOPTICAPI}"
+            )
+        if kind.startswith("cityscapes") and find_spec("cityscapesscripts") is None:
+            raise ValueError(
+                f"'{name}' is evaluated by Cityscapes' own code: pip install cityscapesscripts"
+            )
 
 
 def own_folder(name: str, names: Sequence[str]) -> str:
@@ -379,6 +433,9 @@ def lazy_parts(cfg: DictConfig) -> dict[str, Any]:
     for key in ("train", "test"):
         number = cfg.dataloader[key].get("num_workers", 0)
         require_whole(0, **{f"dataloader.{key}.num_workers": number})
+    if lazy_evaluator(cfg) is segmentation_evaluator:
+        names = cfg.dataloader.test.dataset.names
+        require_evaluators([names] if isinstance(names, str) else names, lazy_results(cfg))
     return {
         "build_model": partial(built, "model", lazy_model, cfg),
         "build_optimizer": partial(built, "optimizer", lazy_optimizer, cfg),
@@ -459,42 +516,69 @@ def listed(evaluator: DictConfig | ListConfig) -> Sequence[DictConfig]:
 
 
 def lazy_metrics(cfg: DictConfig) -> Sequence[str]:
+    if lazy_evaluator(cfg) not in (ErrorAnalysisEvaluator, segmentation_evaluator):
+        return ()
+    return metrics_of(cfg.dataloader.test.dataset.names, lazy_results(cfg))
+
+
+def lazy_evaluator(cfg: DictConfig) -> Any:
+    """The class or function that makes the evaluator; None if there are none or several."""
     evaluator = cfg.dataloader.get("evaluator")
     target = evaluator.get("_target_") if isinstance(evaluator, DictConfig) else None
-    if isinstance(target, str):  # as a saved config has it
-        target = locate(target)
-    if target is not ErrorAnalysisEvaluator:
-        return ()
-    model = cfg.model.get("_target_")
-    model = locate(model) if isinstance(model, str) else model
-    has_masks = isinstance(model, type) and issubclass(model, MaskDINO)
-    return metrics_of(cfg.dataloader.test.dataset.names, has_masks)
+    return locate(target) if isinstance(target, str) else target  # as a saved config has it
 
 
 def yaml_metrics(cfg: CfgNode) -> Sequence[str]:
     if not is_detector(cfg):
         return ()
-    return metrics_of(cfg.DATASETS.TEST, is_detector(cfg, MaskDINO))
+    return metrics_of(cfg.DATASETS.TEST, yaml_results(cfg))
 
 
-def metrics_of(names: Sequence[str], has_masks: bool = False) -> list[str]:
-    """The metrics of a model's boxes, and masks if it has them, for data sets of these names, of
-    which higher is better.
+def metrics_of(names: Sequence[str], results: dict[str, bool] | None = None) -> list[str]:
+    """The metrics of a model's results for data sets of these names, of which higher is better.
 
     So without the costs of errors, and without AP with or without NMS, which is for comparison.
     Empty if the data sets are not registered, or have no class names.
+
+    Args:
+        results: as of `yaml_results`
     """
     found = []
     for name in names:
-        classes = MetadataCatalog.get(name).get("thing_classes") if name in DatasetCatalog else None
-        if not classes:
+        if name not in DatasetCatalog:
             return []
-        scores = [*BOX_SCORES, *(f"AP-{x}" for x in classes if len(classes) > 1)]
-        scores = OTHER_SCORES.get(kind_of(name), scores)
-        kinds = ("bbox", "segm") if has_masks else ("bbox",)
+        scores = {"bbox": box_scores(name)}
+        if results is not None:
+            made = compared_results(name, **results)
+            scores = {x: y for part in made for x, y in mask_scores(name, part).items()}
+        if not all(scores.values()):
+            return []
         prefix = f"{name}/" if len(names) > 1 else ""
-        found += [f"{prefix}{kind}/{x}" for kind in kinds for x in scores]
+        found += [f"{prefix}{part}/{x}" for part, own in scores.items() for x in own]
     return found
+
+
+def box_scores(name: str) -> list[str]:
+    """The scores of boxes, and of masks, for a data set; [] if it does not name its classes."""
+    metadata = MetadataCatalog.get(name)
+    if not metadata.get("thing_classes"):
+        return []
+    classes = thing_names(metadata)
+    scores = [*BOX_SCORES, *(f"AP-{x}" for x in classes if len(classes) > 1)]
+    return OTHER_SCORES.get(kind_of(name), scores)
+
+
+def mask_scores(name: str, result: str) -> dict[str, list[str]]:
+    """The scores of a result of Mask DINO for a data set, by the group that they are in."""
+    if result == "panoptic_seg":
+        return {result: PANOPTIC_SCORES}
+    if kind_of(name).startswith("cityscapes"):
+        group = result if result == "sem_seg" else "segm"
+        return {group: CITYSCAPES_SCORES[group]}
+    if result == "sem_seg":
+        classes = MetadataCatalog.get(name).get("stuff_classes") or ()
+        return {result: [*PIXEL_SCORES, *(f"IoU-{x}" for x in classes)]}
+    return dict.fromkeys(("bbox", "segm"), box_scores(name))
 
 
 def run_evaluator(model: nn.Module, loader: Any, evaluator: DatasetEvaluator) -> dict:

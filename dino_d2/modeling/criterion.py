@@ -1,5 +1,7 @@
 """Set loss: predictions of every stage are matched to the ground truth, then supervised."""
 
+from typing import Any
+
 import torch
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.registry import Registry
@@ -143,12 +145,13 @@ class SetCriterion(nn.Module):
         matched_logits = *matched, truth.labels[match.targets]
         fit = iou(*corners).detach()
         weights = self.pair_weights(branch, logits[matched_logits], fit, match.targets)
+        of_boxes = self.box_weights(weights, match, targets)
         # NaN if a box is not finite, matched or not, otherwise 0.
         broken = 0 * (boxes.detach().sum((1, 2, 3)) + truth.boxes.sum())
         return {
             "loss_class": self.class_loss_of(branch)(logits, matched_logits, fit, weights),
-            "loss_bbox": (weights * (predicted - expected).abs().sum(2)).sum(1) + broken,
-            "loss_giou": (weights * (1 - generalized_iou(*corners, self.giou_eps))).sum(1),
+            "loss_bbox": (of_boxes * (predicted - expected).abs().sum(2)).sum(1) + broken,
+            "loss_giou": (of_boxes * (1 - generalized_iou(*corners, self.giou_eps))).sum(1),
         }
 
     def class_loss_of(self, branch: Branch) -> ClassLoss | SoftmaxLoss:
@@ -163,6 +166,10 @@ class SetCriterion(nn.Module):
             targets: (n,) or (N, n), the boxes, -1 for none
         """
         return (targets >= 0).to(logits.dtype)
+
+    def box_weights(self, weights: Tensor, match: Match, targets: list[Any]) -> Tensor:
+        """Weights of pairs for the losses of boxes: `weights`, as of `pair_weights`."""
+        return weights
 
 
 def log_instability(match: Match, num_boxes: int, *, proposals_last: bool) -> None:

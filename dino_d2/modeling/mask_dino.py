@@ -281,22 +281,26 @@ def output_size(x: dict[str, Any], image_size: tuple[int, int]) -> tuple[int, in
     return int(x.get("height", image_size[0])), int(x.get("width", image_size[1]))
 
 
-def masks_of(x: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The masks (M, H, W) bool of a training input, and (M,) which are known.
+def masks_of(x: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The masks (M, H, W) bool of a training input, and (M,) which are known and which have a box.
 
-    All are, unless instances say otherwise by "has_mask". A ValueError if there are boxes, but no
-    masks at all.
+    All are and have, unless instances say otherwise by "has_mask" and "has_box". A ValueError if
+    there are boxes, but no masks at all.
     """
     instances: Instances = x["instances"]
+    everything = torch.ones(len(instances), dtype=torch.bool)
+    known, boxed = (
+        instances.get(name) if instances.has(name) else everything
+        for name in ("has_mask", "has_box")
+    )
     if instances.has("gt_masks"):
         masks = instances.gt_masks
         if isinstance(masks, PolygonMasks):
             masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
-        everything = torch.ones(len(instances), dtype=torch.bool)
-        return masks.tensor, instances.has_mask if instances.has("has_mask") else everything
+        return masks.tensor, known, boxed
     if len(instances):
         raise ValueError(
             f"{x.get('file_name', 'an image')} has boxes but no masks, which Mask DINO learns: set "
             "MODEL.MASK_ON to True (use_instance_mask of the mapper), or train a DINO"
         )
-    return torch.zeros(0, *instances.image_size, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
+    return torch.zeros(0, *instances.image_size, dtype=torch.bool), known, boxed

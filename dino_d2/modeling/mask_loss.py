@@ -37,6 +37,7 @@ class MaskTruth(NamedTuple):
     boxes: Tensor  # (M, 4)
     masks: Tensor  # (M, H, W) bool
     known: Tensor  # (M,) bool
+    has_box: Tensor  # (M,) bool
     pixels: Tensor  # (C, h, w), pixel embeddings
     extent: Tensor  # (2,), share of their (width, height) that is not padding
 
@@ -84,7 +85,8 @@ class MaskCriterion(SetCriterion):
     """Losses of classes and boxes, and of masks binary cross-entropy and dice loss.
 
     These are means over points of each mask: of uniform random ones, those are kept whose
-    predictions are least certain, and some more are drawn (PointRend, arXiv 1912.08193).
+    predictions are least certain, and some more are drawn (PointRend, arXiv 1912.08193). Boxes of
+    stuff are matched, as in the published code, but have no losses of boxes.
 
     Args:
         mask_weight, dice_weight: of the losses of masks
@@ -157,6 +159,9 @@ class MaskCriterion(SetCriterion):
         if isinstance(predictions, MaskPredictions):
             sums |= self.mask_sums(predictions.masks, match, targets)
         return sums
+
+    def box_weights(self, weights: Tensor, match: Match, targets: list[Any]) -> Tensor:
+        return weights * torch.cat([target.has_box for target in targets])[match.targets]
 
     def mask_sums(self, masks: Tensor, match: Match, targets: list[MaskTruth]) -> dict[str, Tensor]:
         """Sums (N,) of the losses of masks over the matched queries of N stages.

@@ -99,7 +99,7 @@ def train_ours(problem: Problem) -> Tensor:
     count, extent = len(truth), pixels.new_ones(2)
     labels, boxes = torch.zeros(count, dtype=torch.int64), torch.zeros(count, 4, dtype=pixels.dtype)
     known = torch.ones(count, dtype=torch.bool)
-    target = MaskTruth(labels, boxes, truth, known, pixels, extent)
+    target = MaskTruth(labels, boxes, truth, known, known, pixels, extent)
     with torch.no_grad():
         points = criterion.at_points(target)
         for stage in masks:
