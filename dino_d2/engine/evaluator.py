@@ -6,15 +6,15 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2 import evaluation
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
@@ -53,7 +53,41 @@ OF_MAPS = {
 logger = logging.getLogger(__name__)
 
 
-class ErrorAnalysisEvaluator(COCOEvaluator):
+@contextmanager
+def old_numpy() -> Iterator[None]:
+    """NumPy with names that it has no more, and that lvis 0.5.3 and cityscapesscripts 2.3.0 use."""
+    names = {"float": float, "in1d": lambda x, values: np.isin(x, values).ravel()}
+    lost = [name for name in names if not hasattr(np, name)]
+    for name in lost:
+        setattr(np, name, names[name])
+    try:
+        yield
+    finally:
+        for name in lost:
+            delattr(np, name)
+
+
+class LVISEvaluator(evaluation.LVISEvaluator):
+    """Detectron2's, with any NumPy."""
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        with old_numpy():
+            return super().evaluate()
+
+
+class CityscapesInstanceEvaluator(evaluation.CityscapesInstanceEvaluator):
+    """Detectron2's, with any NumPy, and without a file of matches in the current folder."""
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as theirs
+
+        # it writes NumPy's integers, which are no JSON
+        theirs.writeDict2JSON = lambda matches, file: None
+        with old_numpy():
+            return super().evaluate()
+
+
+class ErrorAnalysisEvaluator(evaluation.COCOEvaluator):
     """Detectron2's evaluator, which also analyses the errors of boxes.
 
     Beside "bbox" it returns as "dAP" what each kind of error costs, see `evaluation.costs.Costs`,
@@ -169,10 +203,11 @@ def segmentation_evaluator(
     is_cityscapes = kind.startswith("cityscapes")
     made = compared_results(dataset_name, instance_on, panoptic_on, semantic_on)
     evaluators: list[DatasetEvaluator] = []
+    if "instances" in made:
+        tasks = ("bbox",) if is_cityscapes else None
+        evaluators.append(ErrorAnalysisEvaluator(dataset_name, tasks, output_dir=output_dir))
     if "instances" in made and is_cityscapes:
         evaluators.append(CityscapesInstanceEvaluator(dataset_name))
-    elif "instances" in made:
-        evaluators.append(ErrorAnalysisEvaluator(dataset_name, output_dir=output_dir))
     if "sem_seg" in made and is_cityscapes:
         evaluators.append(CityscapesSemSegEvaluator(dataset_name))
     elif "sem_seg" in made:

@@ -19,7 +19,6 @@ from detectron2.data import (
 )
 from detectron2.evaluation import (
     DatasetEvaluator,
-    LVISEvaluator,
     PascalVOCDetectionEvaluator,
     inference_on_dataset,
     print_csv_format,
@@ -54,6 +53,7 @@ from .ema import check_decay
 from .evaluator import (
     OF_MAPS,
     ErrorAnalysisEvaluator,
+    LVISEvaluator,
     compared_results,
     segmentation_evaluator,
     thing_names,
@@ -164,7 +164,8 @@ def yaml_parts(cfg: CfgNode) -> dict[str, Any]:
         require_whole(**{f"TEST.AUG.MIN_SIZES[{i}]": x for i, x in enumerate(sizes)})
         if not sizes:
             raise ValueError("TEST.AUG.MIN_SIZES is empty: name the short sides to detect at")
-    require_evaluators(cfg.DATASETS.TEST, yaml_results(cfg))
+    require_packages([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    require_results(cfg.DATASETS.TEST, yaml_results(cfg))
     return {
         "build_model": partial(built, "model", yaml_model, cfg),
         "build_optimizer": partial(built, "optimizer", yaml_optimizer, cfg),
@@ -340,7 +341,8 @@ def yaml_test_loader(cfg: CfgNode, name: str) -> Any:
 def yaml_evaluator(cfg: CfgNode, name: str, folder: str = "") -> DatasetEvaluator:
     """The evaluator of a data set, by the `evaluator_type` of its metadata as in Detectron2.
 
-    Those of COCO's kind are analysed as well; `folder` is as of `yaml_evaluate`.
+    Those of COCO's kind are analysed as well, and boxes of Cityscapes; `folder` is as of
+    `yaml_evaluate`.
     """
     own = own_folder(name, cfg.DATASETS.TEST)
     output_dir = str(Path(cfg.OUTPUT_DIR, "inference", folder, own))
@@ -377,24 +379,26 @@ def lazy_results(cfg: DictConfig) -> dict[str, bool] | None:
     return {name: cfg.model.get(name, name == "instance_on") for name in RESULTS}
 
 
-def require_evaluators(names: Sequence[str], results: dict[str, bool] | None) -> None:
-    """Raise a ValueError for a data set whose evaluation needs a package that is not installed, or
-    results that a Mask DINO does not give.
+def require_packages(names: Sequence[str]) -> None:
+    """Raise a ValueError if the package that one of the data sets needs is not installed."""
+    for name in names:
+        kind = kind_of(name)
+        package = "cityscapesscripts" if kind.startswith("cityscapes") else kind
+        if package in ("lvis", "cityscapesscripts") and find_spec(package) is None:
+            raise ValueError(f"'{name}' needs the code of its authors: pip install {package}")
+
+
+def require_results(names: Sequence[str], results: dict[str, bool] | None) -> None:
+    """Raise a ValueError if a test set is compared with nothing that a Mask DINO gives.
 
     Args:
         results: as of `yaml_results`
     """
-    for name in names:
-        kind = kind_of(name)
-        if kind == "lvis" and find_spec("lvis") is None:
-            raise ValueError(f"'{name}' is evaluated by LVIS' own code: pip install lvis")
-        if results is None:
-            continue
+    for name in names if results else ():
         made = compared_results(name, **results)
         if not made:
-            key = (
-                "INSTANCE_ON" if "instances" in OF_MAPS.get(kind, ("instances",)) else "SEMANTIC_ON"
-            )
+            instances = "instances" in OF_MAPS.get(kind_of(name), ("instances",))
+            key = "INSTANCE_ON" if instances else "SEMANTIC_ON"
             raise ValueError(
                 f"'{name}' is evaluated by results that the model does not give: set "
                 f"MODEL.DINO.TEST.{key} (model.{key.lower()}) to True"
@@ -402,10 +406,6 @@ def require_evaluators(names: Sequence[str], results: dict[str, bool] | None) ->
         if "panoptic_seg" in made and find_spec("panopticapi") is None:
             raise ValueError(
                 f"'{name}' is evaluated by COCO's panopticapi: pip install {PANOPTICAPI}"
-            )
-        if kind.startswith("cityscapes") and find_spec("cityscapesscripts") is None:
-            raise ValueError(
-                f"'{name}' is evaluated by Cityscapes' own code: pip install cityscapesscripts"
             )
 
 
@@ -435,7 +435,9 @@ def lazy_parts(cfg: DictConfig) -> dict[str, Any]:
         require_whole(0, **{f"dataloader.{key}.num_workers": number})
     if lazy_evaluator(cfg) is segmentation_evaluator:
         names = cfg.dataloader.test.dataset.names
-        require_evaluators([names] if isinstance(names, str) else names, lazy_results(cfg))
+        names = [names] if isinstance(names, str) else names
+        require_packages(names)
+        require_results(names, lazy_results(cfg))
     return {
         "build_model": partial(built, "model", lazy_model, cfg),
         "build_optimizer": partial(built, "optimizer", lazy_optimizer, cfg),
@@ -573,8 +575,9 @@ def mask_scores(name: str, result: str) -> dict[str, list[str]]:
     if result == "panoptic_seg":
         return {result: PANOPTIC_SCORES}
     if kind_of(name).startswith("cityscapes"):
-        group = result if result == "sem_seg" else "segm"
-        return {group: CITYSCAPES_SCORES[group]}
+        if result == "sem_seg":
+            return {result: CITYSCAPES_SCORES[result]}
+        return {"bbox": box_scores(name), "segm": CITYSCAPES_SCORES["segm"]}
     if result == "sem_seg":
         classes = MetadataCatalog.get(name).get("stuff_classes") or ()
         return {result: [*PIXEL_SCORES, *(f"IoU-{x}" for x in classes)]}
