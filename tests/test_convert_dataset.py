@@ -529,6 +529,18 @@ def test_the_program_reads_voc(voc, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "all.json").read_text())["annotations"][0]["bbox"][0] == 0
 
 
+def test_the_program_changes_classes(yolo, tmp_path, monkeypatch, capsys):
+    root = yolo("0 0.5 0.5 1 1\n1 0.5 0.5 0.5 0.5")
+    run(monkeypatch, "yolo", root, "--ignore", "cat", "--output", tmp_path)
+    dataset = json.loads((tmp_path / "all.json").read_text())
+    assert [x["name"] for x in dataset["categories"]] == ["dog"]
+    assert [x["iscrowd"] for x in dataset["annotations"]] == [0, 1]
+    assert "all: ignored cat (1 box), as regions; 1 class left: dog" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has no class 'cet' to drop; the nearest: cat"):
+        run(monkeypatch, "yolo", root, "--drop", "cet", "--output", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_program_overwrites_nothing(yolo, tmp_path, monkeypatch):
     write(tmp_path / "all.json", "mine")
     with pytest.raises(SystemExit, match=r"all\.json' exists, and is not overwritten"):

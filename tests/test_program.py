@@ -50,6 +50,34 @@ def test_what_follows_two_dashes_is_no_option(parser):
     assert parser.parse_args(["--", "--xyz"]).words == ["--xyz"]
 
 
+def test_classes_are_changed_by_names_with_any_characters(parser):
+    program.add_data_arguments(parser)
+    words = ["--data", "x", "--drop", 'a b, "c, d"', "--drop", "e", "--merge", "f = g=h,i"]
+    args = parser.parse_args([*words, "--merge", "j=k", "--ignore", "DontCare"])
+    assert args.drop == ["a b", "c, d", "e"] and args.ignore == ["DontCare"]
+    assert args.merge == [("f", ["g=h", "i"]), ("j", ["k"])]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--drop", ""], "'' has an empty name: write CLASS,CLASS"),
+        (["--ignore", "a,,b"], "'a,,b' has an empty name"),
+        (["--merge", "a"], "'a' is not NEW=CLASS,CLASS"),
+        (["--merge", "=a"], "'=a' is not NEW=CLASS,CLASS"),
+        (["--merge", "a="], "'a=' is not NEW=CLASS,CLASS"),
+        (["--merge", "a=b,"], "'b,' has an empty name"),
+        (["--drop", "a"], "--drop changes the classes of --data or --train-json: give that"),
+    ],
+)
+def test_changes_of_classes_that_name_none_are_one_sentence(words, sentence, parser, capsys):
+    program.add_data_arguments(parser, files=["train_json"])
+    parser.add_argument("--train-json")
+    with pytest.raises(SystemExit):
+        parser.parse_args(words)
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_command_line_is_what_is_read_by_default(parser, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["it.py", "--outpt", "x"])
     with pytest.raises(SystemExit):

@@ -35,9 +35,14 @@ def test_a_training_is_one_call_and_gives_its_predictor(shapes, tmp_path):
     with pytest.raises(ValueError, match="--overwrite is for a training that begins"):
         dino_d2.train("quickstart", shapes, resume=True, overwrite=True, **options)
     log = (out / "log.txt").read_text()
-    dino_d2.train("quickstart", shapes, epochs=1, **options | {"output": tmp_path / "other"})
+    other = options | {"output": tmp_path / "other", "drop": "star"}
+    predictor = dino_d2.train(
+        "quickstart", shapes, epochs=1, merge={"polygon": ["square", "triangle"]}, **other
+    )
+    assert predictor.classes == ["circle", "polygon"]
     assert (out / "log.txt").read_text() == log
-    assert "Starting training" in (tmp_path / "other" / "log.txt").read_text()
+    other_log = (tmp_path / "other" / "log.txt").read_text()
+    assert "Starting training" in other_log and "dropped star (" in other_log
     dino_d2.train("quickstart", shapes, epochs=2, resume=True, **options)
     assert (out / "log.txt").read_text().count("Starting training") == 2
     lines = (out / "metrics.json").read_text().splitlines()
@@ -53,6 +58,8 @@ def test_a_training_is_one_call_and_gives_its_predictor(shapes, tmp_path):
         ({"lr": 0.1, "overrides": ["SOLVER.BASE_LR", 1]}, "--lr is in place of SOLVER.BASE_LR"),
         ({"overrides": ["SOLVER.BASE_RL", 1]}, "BASE_LR"),
         ({"epochs": float("inf")}, "EPOCHS is inf"),
+        ({"drop": "strar"}, "has no class 'strar' to drop; the nearest: star"),
+        ({"data": "", "ignore": "star"}, "change the classes of data: name its folder"),
         ({"config": "quickstart.py", "epochs": float("inf")}, "epochs is inf"),
     ],
     ids=lambda x: str(x)[:20],

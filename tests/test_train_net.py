@@ -695,6 +695,22 @@ def test_a_folder_is_data(style, shapes, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("style", STYLES)
+def test_classes_are_changed_in_all_data_that_the_command_line_names(style, data, shapes, tmp_path):
+    changes = ["--drop", "star", "--merge", "polygon=square,triangle", "--ignore", "circle"]
+    end = "?drop=star&merge=polygon=square,triangle&ignore=circle"
+    for words, names in (
+        (["--data", shapes], [f"{shapes}@{x}" for x in ("train", "val")]),
+        (data, [f"{shapes}/{x}.json@{shapes}/images" for x in ("train", "val")]),
+    ):
+        words = [*map(str, words), *changes, *overrides(style, output=tmp_path)]
+        assert chosen(style, *words) == [[f"{name}{end}"] for name in names]
+    # the names alone are enough, as saved configs have them
+    words = named(style, tmp_path, train=[names[0] + end], test=[names[1] + end])
+    cfg = train_net.load_job(parse(*config(style), *words)).cfg
+    assert get(cfg, keys_for(cfg).num_classes) == 1
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_what_the_command_line_names_stays(style, data, shapes, tmp_path):
     train, val = (f"{shapes}/{x}.json@{shapes}/images" for x in ("train", "val"))
     train_words, val_words = data[:4], data[4:]

@@ -7,8 +7,10 @@ from .augmentation import (
     detr_augmentation,
     named_augmentations,
 )
+from .classes import class_changes
 from .coco import (
     annotations_of,
+    changes_of,
     check,
     class_names,
     num_classes,

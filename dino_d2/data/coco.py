@@ -2,7 +2,8 @@
 
     dino_d2.data.register(["data/train.json@data/images"])
 
-The name then works wherever Detectron2 takes one. Datasets, also those that others registered, are
+The name then works wherever Detectron2 takes one; it may end in changes of the classes, see
+`classes`. Datasets, also those that others registered, are
 repaired and checked before training. Evaluation reads the repaired annotations.
 """
 
@@ -31,6 +32,7 @@ from ..names import nearest, path_hint, plural
 from ..ranges import require_whole
 from . import folder
 from .adopt import check_records, is_built_in
+from .classes import ClassChanges, change_classes, require_classes, split_changes
 from .coco_json import DatasetError, parse
 from .faults import clip, faults
 from .masks import normalise_masks
@@ -62,23 +64,52 @@ def register(names: Iterable[str]) -> None:
     before clipping.
 
     Args:
-        names: one name or several, ``ANNOTATIONS.json@IMAGE_FOLDER`` or ``FOLDER@train``; other
-            unknown names, and Detectron2's own datasets, are skipped
+        names: one name or several, ``ANNOTATIONS.json@IMAGE_FOLDER`` or ``FOLDER@train``, with
+            changes of classes if any; other unknown names, and Detectron2's own datasets, are
+            skipped
 
     Raises:
-        DatasetError: a file is missing, or a dataset cannot be used
+        DatasetError: a file is missing, or a dataset cannot be used, or none of those with the same
+            changes has a class that is changed
     """
-    for name in _as_list(names):
-        if name in DatasetCatalog:
-            _check_registered(name)
-        elif SEPARATOR in name:
-            stem, image_root = map(os.path.expanduser, name.split(SEPARATOR, 1))
-            _register(name, f"{stem}.json", image_root)
-        elif place := folder.split_name(name):
-            found = folder.find_folder(place.folder)
-            if place.split not in found.splits:
-                raise DatasetError(f"'{place.folder}' has no split '{place.split}': {found}")
-            _register_content(name, *found.splits[place.split], place.folder, keep_roots=True)
+    names = _as_list(names)
+    for name in names:
+        _register_name(name)
+    _require_changed_classes(names)
+
+
+def _register_name(name: str) -> None:
+    stem, _ = split_changes(name)
+    if name in DatasetCatalog:
+        _check_registered(name)
+    elif SEPARATOR in stem:
+        file, image_root = map(os.path.expanduser, stem.split(SEPARATOR, 1))
+        _register(name, f"{file}.json", image_root)
+    elif place := folder.split_name(stem):
+        found = folder.find_folder(place.folder)
+        if place.split not in found.splits:
+            raise DatasetError(f"'{place.folder}' has no split '{place.split}': {found}")
+        split, source = found.splits[place.split], place.folder
+        _register_content(name, *split, source, found.class_names, keep_roots=True)
+
+
+def _require_changed_classes(names: Iterable[str]) -> None:
+    """Each changed class has to be in one of the data sets that have the same changes."""
+    known: dict[ClassChanges, list[str]] = {}
+    places: dict[ClassChanges, str] = {}
+    for name in names:
+        stem, changes = split_changes(name)
+        if changes and name in DatasetCatalog:
+            known.setdefault(changes, []).extend(MetadataCatalog.get(name).known_classes)
+            places.setdefault(changes, f"'{stem}'")
+    for changes, classes in known.items():
+        require_classes(changes, [*dict.fromkeys(classes)], places[changes])
+
+
+def changes_of(names: Iterable[str]) -> list[str]:
+    """What changes of classes did to registered data sets, of those with any; with counts."""
+    told = ((name, MetadataCatalog.get(name).get("class_changes")) for name in _as_list(names))
+    return [f"'{split_changes(name)[0]}': {what}" for name, what in told if what]
 
 
 def annotations_of(name: str) -> dict[str, list]:
@@ -108,7 +139,7 @@ def class_names(names: Iterable[str]) -> list[str]:
                 raise DatasetError(
                     f"'{names[0]}' and '{other}' must have the same categories in the same order, "
                     f"but category number {index} is {expected} in the first and {found} in the "
-                    "second: make 'categories' equal"
+                    "second: make 'categories' equal (--drop and --merge change them)"
                 )
     return classes
 
@@ -151,6 +182,7 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int | None) ->
     for name in names:
         _require_files(name)
         _check_ignored(name)
+    _require_changed_classes(names)
     _check_annotated(_as_list(train), _as_list(test))
     classes = class_names(names)
     if num_classes not in (None, len(classes)):
@@ -194,7 +226,7 @@ def _as_list(names: Iterable[str]) -> list[str]:
 
 def _require_known(name: str) -> None:
     """Register a name of files; raise DatasetError if the name stays unknown."""
-    register([name])
+    _register_name(name)
     if name in DatasetCatalog:
         return
     near = ", ".join(nearest(name, DatasetCatalog.list())) or "none"
@@ -241,11 +273,31 @@ def _register(name: str, json_file: str, image_root: str) -> None:
 
 
 def _register_content(
-    name: str, dataset: dict[str, list], image_root: str, source: str, **options: bool
+    name: str,
+    dataset: dict[str, list],
+    image_root: str,
+    source: str,
+    known_classes: Sequence[str] = (),
+    **options: bool,
 ) -> None:
-    """Repair, check and register a parsed dataset; `source` is its file or name in messages."""
+    """Repair, check, change and register a parsed dataset.
+
+    Args:
+        source: its file or name in messages
+        known_classes: of all splits; default: its own
+        options: of `prepare`
+    """
     repairs = prepare(dataset, image_root, source, **options)
-    json_file = source if can_be_read(source, repairs, dataset) else write_copy(dataset)
+    changed = {}
+    if changes := split_changes(name)[1]:
+        known = [*(known_classes or (x["name"] for x in dataset["categories"]))]
+        try:
+            dataset, told = change_classes(dataset, changes)
+        except DatasetError as error:
+            raise DatasetError(f"'{source}': {error}") from error
+        changed = {"known_classes": known, "class_changes": told}
+    readable = not changes and can_be_read(source, repairs, dataset)
+    json_file = source if readable else write_copy(dataset)
     categories = sorted(dataset["categories"], key=itemgetter("id"))
     classes = {category["id"]: index for index, category in enumerate(categories)}
     records = records_of(name, dataset, image_root, classes)
@@ -257,6 +309,7 @@ def _register_content(
         "is_checked": True,
         "thing_classes": [category["name"] for category in categories],
         "thing_dataset_id_to_contiguous_id": classes,
+        **changed,
     }
     register_again([Registered(name, pickle.dumps(records), metadata)])
 

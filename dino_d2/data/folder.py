@@ -52,6 +52,12 @@ class Found(NamedTuple):
     splits: dict[str, Split]  # by "train", "val", "test"
     held_out: bool  # whether val was taken from train
 
+    @property
+    def class_names(self) -> list[str]:
+        """Those of all splits."""
+        datasets = (split.dataset for split in self.splits.values())
+        return [*dict.fromkeys(x["name"] for one in datasets for x in one["categories"])]
+
     def __str__(self) -> str:
         """One line with the kind, and the images, boxes and classes of the splits."""
         held = {"val": f" (held out: {HELD_OUT:.0%} of the images, seed {SEED})" * self.held_out}

@@ -4,8 +4,9 @@ import argparse
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +159,8 @@ def datasets(args: argparse.Namespace, split: str, names: Sequence[str], given: 
     else:
         file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
         own = [dataset_name(file, images)] if file else []
+    changes = data.class_changes(args.drop, args.merge, args.ignore)
+    own = [changes.add_to(name) for name in own]
     if own and given:
         raise ValueError(f"the {split} data is named as {own[0]!r} and as {list(names)}: drop one")
     if own or given or not (args.data or args.train_json or args.val_json):
@@ -241,6 +244,9 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     overrides: Sequence[str] = (),
+    drop: str | Collection[str] = (),
+    merge: Mapping[str, str | Collection[str]] = MappingProxyType({}),
+    ignore: str | Collection[str] = (),
 ) -> Predictor:
     """Train in this process, as projects/dino/train_net.py does with one worker.
 
@@ -255,6 +261,8 @@ def train(
         resume: go on from the last checkpoint in the output folder
         overwrite: remove what an earlier training wrote into that folder
         overrides: of the config, see `apply_overrides`
+        drop, merge, ignore: classes of `data` to remove, to make one of (by its name) and to make
+            regions of in which evaluation ignores detections, see `data.class_changes`
 
     Returns:
         what `load` gives for the output folder: the best checkpoint, or else the last
@@ -264,6 +272,8 @@ def train(
             this package
         DatasetError, CheckpointError: likewise, of data and of weights
     """
+    if (drop or merge or ignore) and not data:
+        raise ValueError("drop, merge and ignore change the classes of data: name its folder")
     args = argparse.Namespace(
         config_file=os.fspath(config),
         data=os.fspath(data),
@@ -276,6 +286,9 @@ def train(
         resume=resume,
         overwrite=overwrite,
         opts=[str(x) for x in overrides],
+        drop=drop,
+        merge=merge,
+        ignore=ignore,
         **NO_OPTIONS,
     )
     job = check_all(args)

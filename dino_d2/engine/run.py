@@ -92,6 +92,8 @@ def train(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
     if plan.wandb_project:
         require_wandb()
     claim_folder(plan.output_dir, resume=resume, overwrite=overwrite)
+    tell_changes(plan.train_sets)
+    tell_changes(plan.test_sets)
     seed = plan.seed if plan.seed >= 0 else comm.shared_random_seed()
     seed_all_rng(seed)  # equal weights on every worker
     model = distribute(plan.build_model(), fsdp=plan.fsdp, **plan.ddp)
@@ -103,6 +105,12 @@ def train(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
         trainer.train(first, plan.max_iter)
     except EarlyStop as reason:
         logger.info(reason)
+
+
+def tell_changes(names: Sequence[str]) -> None:
+    """Log what changes of classes did to data sets."""
+    for told in data.changes_of(names):
+        logger.info(told)
 
 
 def prepare(plan: Plan, model: nn.Module, seed: int, resume: bool) -> Training:
@@ -163,6 +171,7 @@ def test(plan: Plan, *, resume: bool = False) -> dict:
     Raises:
         CheckpointError: the weights cannot be read, or are not complete
     """
+    tell_changes(plan.test_sets)
     model = plan.build_model()
     return evaluate(plan, model, load_for_test(plan, model, resume))
 

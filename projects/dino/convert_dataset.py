@@ -10,7 +10,7 @@ label file has no boxes. Whatever had to be decided is counted and printed.
 import argparse
 from pathlib import Path
 
-from program import make_folder, make_parser, one_sentence
+from program import add_class_arguments, make_folder, make_parser, one_sentence
 
 EPILOG = """
 Examples:
@@ -24,6 +24,10 @@ The same by a tool that counts pixels from 0:
 YOLO, as Ultralytics lays it out: data.yaml (or classes.txt), images and labels
     $ python projects/dino/convert_dataset.py yolo my/shapes --output my/coco
     $ python projects/dino/convert_dataset.py yolo my/shapes/data.yaml --output my/coco
+
+Two classes made one, and regions that are not to be judged:
+    $ python projects/dino/convert_dataset.py voc my/roads --output my/coco \\
+        --merge vehicle=car,truck --ignore DontCare
 
 Then look at it, and train:
     $ python projects/dino/visualize_data.py --config-file configs/quickstart.yaml \\
@@ -44,6 +48,7 @@ def argument_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="voc: coordinates count from 0 and are edges, as many tools write them",
     )
+    add_class_arguments(parser, "dataset")
     return parser
 
 
@@ -59,7 +64,8 @@ if __name__ == "__main__":  # so that --help and wrong options do not wait for t
     parse()
 
 
-from dino_d2.data import from_voc, from_yolo
+from dino_d2.data import class_changes, from_voc, from_yolo
+from dino_d2.data.classes import change_classes, require_classes
 from dino_d2.data.convert import Conversion, write_json
 from dino_d2.names import path_hint, plural
 
@@ -68,7 +74,8 @@ def convert(args: argparse.Namespace) -> tuple[Conversion, dict[str, Path]]:
     """Convert a data set; returns it, and the paths to write by split.
 
     Raises:
-        ValueError: the data set cannot be converted, or a file already exists
+        ValueError: the data set cannot be converted, its classes cannot be changed, or a file
+            already exists
     """
     if not args.dataset.exists():
         raise ValueError(f"'{args.dataset}' does not exist{path_hint(args.dataset)}")
@@ -80,6 +87,12 @@ def convert(args: argparse.Namespace) -> tuple[Conversion, dict[str, Path]]:
     for path in paths.values():
         if path.exists():
             raise ValueError(f"'{path}' exists, and is not overwritten: choose another --output")
+    if changes := class_changes(args.drop, args.merge, args.ignore):
+        for split, dataset in conversion.datasets.items():
+            names = [x["name"] for x in dataset["categories"]]
+            require_classes(changes, names, f"'{args.dataset}'")
+            conversion.datasets[split], told = change_classes(dataset, changes)
+            print(f"{split}: {told}")
     make_folder(args.output, "--output")
     return conversion, paths
 

@@ -88,7 +88,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--annotations", type=Path, help="COCO-format file that gives the JSON its ids"
     )
-    add_data_arguments(parser)
+    add_data_arguments(parser, files=())
     parser.add_argument(
         "--confidence-threshold",
         type=threshold,

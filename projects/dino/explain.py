@@ -105,7 +105,6 @@ from PIL import Image
 import dino_d2
 from dino_d2.boxes import cxcywh_to_xyxy, iou, xyxy_to_cxcywh
 from dino_d2.data import class_names, read_image
-from dino_d2.data.coco_json import dataset_name
 from dino_d2.data.mapper import check_pixels
 from dino_d2.evaluation.analysis import THRESHOLD
 from dino_d2.evaluation.matching import ERRORS, ImageMatches, detection_kinds, match_image
@@ -203,7 +202,7 @@ def read_subject(args: argparse.Namespace, known: list[str]) -> Subject:
         if not os.path.isfile(path):
             raise ValueError(f"--input '{path}' is not a file{path_hint(path)}")
     else:
-        name = data_of(args) if args.data else dataset_name(args.annotations, args.images)
+        name = data_of(args, args.annotations, args.images)
         record, classes = find_record(name, args.image)
         check_pixels(record)
         path, target = record["file_name"], to_target(record, classes, known)

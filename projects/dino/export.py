@@ -91,7 +91,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     narrow.add_argument("--val-json", metavar="FILE", help="annotations, COCO format")
     narrow.add_argument("--val-images", metavar="FOLDER", help="where its images are")
-    add_data_arguments(parser, among=narrow)
+    add_data_arguments(parser, among=narrow, files=["val_json"])
     add_model_arguments(parser)
     return parser
 
@@ -107,8 +107,7 @@ from detectron2.evaluation import inference_on_dataset
 from torch import Tensor
 
 import dino_d2
-from dino_d2.data import Mapper, register
-from dino_d2.data.coco_json import dataset_name
+from dino_d2.data import Mapper
 from dino_d2.data.convert import SUFFIXES as IMAGE_SUFFIXES
 from dino_d2.engine.evaluator import ErrorAnalysisEvaluator
 from dino_d2.export import Exportable, ExportedModel, check, export, save
@@ -241,10 +240,7 @@ def narrowed_well(path: Path, name: str, before: dict[str, float]) -> bool:
 
 def validation_set(args: argparse.Namespace, classes: list[str]) -> str:
     """The name of the validation data, registered; a ValueError if its classes are others."""
-    if args.data:
-        name = data_of(args)
-    else:
-        register([name := dataset_name(args.val_json, args.val_images)])
+    name = data_of(args, args.val_json, args.val_images)
     own = MetadataCatalog.get(name).thing_classes
     if own != classes:
         raise ValueError(f"the validation data is of {own}, but the model of {classes}")

@@ -4,6 +4,7 @@ Imported first: it imports slow modules only where it uses them.
 """
 
 import argparse
+import csv
 import glob
 import multiprocessing
 import os
@@ -51,7 +52,12 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in the 
 
 
 class Parser(argparse.ArgumentParser):
-    """Suggests the nearest option for an unknown one."""
+    """Suggests the nearest option for an unknown one.
+
+    Options that change classes need one that names data, see `add_class_arguments`.
+    """
+
+    data_options: tuple[str, ...] = ()
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         known = [option for action in self._actions for option in action.option_strings]
@@ -61,7 +67,12 @@ class Parser(argparse.ArgumentParser):
                 near = get_close_matches(option, known)
                 near = f"the nearest: {near[0]}" if near else f"there are: {', '.join(known)}"
                 self.error(f"unrecognized arguments: {option}; {near}")
-        return super().parse_args(args, namespace)
+        parsed = super().parse_args(args, namespace)
+        changed = [x for x in ("drop", "merge", "ignore") if getattr(parsed, x, None)]
+        if changed and not any(getattr(parsed, x) for x in self.data_options):
+            options = " or ".join("--" + x.replace("_", "-") for x in self.data_options)
+            self.error(f"--{changed[0]} changes the classes of {options}: give that as well")
+        return parsed
 
 
 def make_parser(description: str, examples: str) -> Parser:
@@ -98,34 +109,85 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def class_list(text: str) -> list[str]:
+    """The `type` of an option that names classes: 'a, "b, with a comma"'."""
+    names = next(csv.reader([text], skipinitialspace=True), [])
+    if not all(name.strip() for name in names) or not names:
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name: write CLASS,CLASS")
+    return names
+
+
+def merged_classes(text: str) -> tuple[str, list[str]]:
+    """The `type` of an option that names classes and what they become: NEW=CLASS,CLASS."""
+    new, _, old = text.partition("=")
+    if not new.strip() or not old:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NEW=CLASS,CLASS")
+    return new.strip(), class_list(old)
+
+
+def add_class_arguments(parser: Parser, *data_options: str) -> None:
+    """Options that change the classes of data.
+
+    Args:
+        data_options: the options that name this data, as attributes
+    """
+    parser.data_options = data_options
+    add = parser.add_argument
+    many: dict[str, Any] = {"action": "extend", "default": [], "metavar": "CLASS,CLASS"}
+    add("--drop", type=class_list, **many, help="classes to remove with their boxes")
+    add(
+        "--merge",
+        type=merged_classes,
+        action="append",
+        default=[],
+        metavar="NEW=CLASS,CLASS",
+        help="make one class of several; may be given several times",
+    )
+    what = "classes whose boxes become regions in which evaluation ignores detections"
+    add("--ignore", type=class_list, **many, help=what)
+
+
 def add_data_arguments(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     split: str = "val",
     among: argparse._ActionsContainer | None = None,
+    files: Sequence[str] = ("annotations",),
 ) -> None:
-    """An option for a folder of data, in place of files in COCO's format.
+    """An option for a folder of data, in place of files in COCO's format, and for its classes.
 
     Args:
         split: the default split
         among: a group of arguments that exclude each other
+        files: attributes of the options for these files
     """
     what = "a data set as tools export it: COCO, YOLO, VOC"
     (among or parser).add_argument("--data", metavar="FOLDER", help=what)
     splits, about = ("train", "val", "test"), f"of --data; default: {split}"
     parser.add_argument("--split", choices=splits, default=split, help=about)
+    add_class_arguments(parser, "data", *files)
 
 
-def data_of(args: argparse.Namespace) -> str:
-    """The dataset name for the options of `add_data_arguments`; prints what the folder is.
+def data_of(args: argparse.Namespace, json_file: Any = None, image_root: Any = None) -> str:
+    """The dataset name for the options of `add_data_arguments`; prints what --data is.
+
+    Args:
+        json_file, image_root: annotations and images that are used without --data
 
     Raises:
-        DatasetError: the folder is not a known kind of data set, or has no such split
+        DatasetError: the folder is not a known kind of data set, or has no such split, or the
+            classes to change are unknown
     """
-    from dino_d2.data import find_folder, register
+    from dino_d2.data import changes_of, class_changes, find_folder, register
+    from dino_d2.data.coco_json import dataset_name
 
-    print(find_folder(os.path.expanduser(args.data)))
-    name = f"{args.data}@{args.split}"
-    register([name])
+    if args.data:
+        print(find_folder(os.path.expanduser(args.data)))
+        name = f"{args.data}@{args.split}"
+    else:
+        name = dataset_name(json_file, image_root)
+    register([name := class_changes(args.drop, args.merge, args.ignore).add_to(name)])
+    for told in changes_of(name):
+        print(told)
     return name
 
 
@@ -142,7 +204,7 @@ SHORT: dict[str, tuple[Callable, str]] = {
 }
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+def add_training_arguments(parser: Parser) -> None:
     """Detectron2's options for a training, and for its data."""
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a file, or a name of the model zoo")
@@ -156,6 +218,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--eval-only", action="store_true", help="evaluate without training")
     add("--data", metavar="FOLDER", help="a data set as tools export it: COCO, YOLO, VOC")
+    add_class_arguments(parser, "data", "train_json", "val_json")
     for split in ("train", "val"):
         add(f"--{split}-json", metavar="FILE", help="annotations, COCO format")
         add(f"--{split}-images", metavar="FOLDER", help="where its images are")

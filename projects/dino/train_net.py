@@ -23,6 +23,10 @@ Train on a folder of data, as Roboflow, CVAT, Label Studio, FiftyOne or Ultralyt
     $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
         --data my/cells
 
+The same without a class, two made one, and regions that evaluation ignores:
+    $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
+        --data my/roads --drop rider --merge vehicle=car,truck --ignore DontCare
+
 Train on files in COCO format; works with .py configs too:
     $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
         --train-json my/train.json --train-images my/images \\

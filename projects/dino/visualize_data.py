@@ -46,7 +46,7 @@ As they come at iteration 1000, one picture an image; the config is changed at t
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
     parser.add_argument("--config-file", required=True, help="a file, or a name of the model zoo")
-    add_data_arguments(parser, "train")
+    add_data_arguments(parser, "train", files=["train_json"])
     parser.add_argument("--train-json", metavar="FILE", help="annotations, COCO format")
     parser.add_argument("--train-images", metavar="FOLDER", help="where its images are")
     parser.add_argument("--output", type=Path, required=True, help="folder for the sheets")
@@ -81,7 +81,6 @@ from dino_d2 import data
 from dino_d2.config.overrides import apply_overrides
 from dino_d2.config.styles import YAML, Keys, get, keys_for, put
 from dino_d2.data import DatasetError
-from dino_d2.data.coco_json import dataset_name
 from dino_d2.data.mapper import channels_of, to_picture
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine.keys import is_detector
@@ -119,8 +118,8 @@ def load(args: argparse.Namespace) -> Source:
     """Load the config and its data; raises a ValueError if either is invalid."""
     cfg = model_zoo.get_config(args.config_file)
     apply_overrides(cfg, args.opts)
-    names = [dataset_name(args.train_json, args.train_images)] if args.train_json else None
-    names = [data_of(args)] if args.data else names
+    given = args.data or args.train_json
+    names = [data_of(args, args.train_json, args.train_images)] if given else None
     keys = keys_for(cfg)
     put(cfg, keys.train_sets, names or get(cfg, keys.train_sets))
     image_format = get(cfg, keys.image_format)

@@ -79,7 +79,6 @@ from PIL import Image
 
 from dino_d2.data import DatasetError, check, read_image, read_results
 from dino_d2.data.coco import annotations_of
-from dino_d2.data.coco_json import dataset_name
 from dino_d2.data.mapper import check_pixels
 from dino_d2.engine.evaluator import write_analysis
 from dino_d2.evaluation.analysis import Analysis, analyse, evaluate_boxes, worst_first
@@ -116,7 +115,7 @@ CAPTIONS = {
 
 def load(args: argparse.Namespace) -> Analysis:
     """Analyse the results; raises a DatasetError for invalid annotations, images or results."""
-    name = data_of(args) if args.data else dataset_name(args.annotations, args.images)
+    name = data_of(args, args.annotations, args.images)
     check((), [name], None)
     args.images = Path(MetadataCatalog.get(name).image_root)
     dataset = annotations_of(name)
