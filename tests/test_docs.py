@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -20,9 +21,9 @@ PAGE = (ROOT / "dino_d2" / "README.md").read_text()
 PAGES = [*ROOT.glob("*.md")] + [
     page
     for folder in ("configs", "dino_d2", "projects", "tests")
-    for page in (ROOT / folder).rglob("*.md")
+    for page in (*(ROOT / folder).rglob("*.md"), *(ROOT / folder).rglob("*.ipynb"))
 ]
-
+NOTEBOOK = ROOT / "projects" / "dino" / "walkthrough.ipynb"
 
 SOURCES = [*(ROOT / "dino_d2").rglob("*.py"), *(ROOT / "projects" / "dino").glob("*.py")]
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Yields:", "Raises:")
@@ -113,3 +114,30 @@ def test_links_of_the_pages_lead_somewhere(page):
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     files = [link.partition("#")[0] for link in links if link[0] != "#"]
     assert [file for file in files if not (page.parent / file).exists()] == []
+
+
+def code_cells():
+    return [x for x in json.loads(NOTEBOOK.read_text())["cells"] if x["cell_type"] == "code"]
+
+
+def test_the_notebook_is_stored_without_what_it_printed():
+    assert all(x["outputs"] == [] and x["execution_count"] is None for x in code_cells())
+
+
+@pytest.mark.slow
+@pytest.mark.no_cover
+def test_the_notebook_runs_from_data_to_an_exported_detector(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    values, *cells = ("".join(x["source"]) for x in code_cells())
+    names = {}
+    exec(values, names)
+    few = {"NUM_TRAIN": 8, "NUM_VAL": 4, "EPOCHS": 2}
+    assert few.keys() <= names.keys()  # all that is shortened
+    names |= few
+    for cell in cells:
+        exec(cell, names)
+    assert len(names["mine"]) == len(names["others"])
+    difference = capsys.readouterr().out.splitlines()[-1]
+    assert float(difference.rpartition(" ")[2]) < 1e-3, difference
+    for file in ("curves.png", "model.pt2", "training/model_final.pth"):
+        assert (tmp_path / "output" / "walkthrough" / file).stat().st_size > 1000
