@@ -15,7 +15,7 @@ from detectron2.structures.masks import polygons_to_bitmask
 from PIL import Image
 from torch import nn
 
-from dino_d2.engine import make_plan, plan
+from dino_d2.engine import evaluation, make_plan
 from dino_d2.weights import model_zoo
 
 CLASSES = ["cat", "dog"]
@@ -80,7 +80,7 @@ def test_pascal_voc_is_evaluated_by_its_own_metric(tmp_path):
 def test_the_package_that_a_data_set_needs_is_named(tmp_path, monkeypatch, kind, package):
     DatasetCatalog.register("tiny", list)
     MetadataCatalog.get("tiny").set(evaluator_type=kind, thing_classes=CLASSES)
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"'tiny' needs .*: pip install {package}$"):
         plan_of("tiny", tmp_path)
 
@@ -93,8 +93,8 @@ def test_lvis_is_evaluated_by_its_own_code(tmp_path, monkeypatch):
     monkeypatch.setattr(LVISEvaluator, "__init__", lambda self, *a, **k: told.append((a, k)))
     cfg = model_zoo.get_config("quickstart")
     cfg.merge_from_list(["DATASETS.TEST", ("lvis_tiny",), "OUTPUT_DIR", str(tmp_path)])
-    assert isinstance(plan.yaml_evaluator(cfg, "lvis_tiny"), LVISEvaluator)
-    assert "bbox/APr" in plan.metrics_of(["lvis_tiny"])
+    assert isinstance(evaluation.yaml_evaluator(cfg, "lvis_tiny"), LVISEvaluator)
+    assert "bbox/APr" in evaluation.metrics_of(["lvis_tiny"])
     assert told == [(("lvis_tiny",), {"output_dir": str(tmp_path / "inference")})]
 
 

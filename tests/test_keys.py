@@ -16,7 +16,8 @@ from dino_d2.config.styles import get
 from dino_d2.data import ResizeShortestEdge, generate, register
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine import keys
-from dino_d2.engine.plan import make_plan, yaml_evaluator, yaml_mapper, yaml_train_loader
+from dino_d2.engine.evaluation import yaml_evaluator
+from dino_d2.engine.plan import make_plan, yaml_mapper, yaml_train_loader
 from dino_d2.weights import model_zoo
 
 # What a DINO heeds, or its backbone does; some of them a newer Detectron2 has.

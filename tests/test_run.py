@@ -509,7 +509,7 @@ def test_a_lazy_plan_evaluates_with_the_loader_and_the_evaluator_of_its_config(s
     register([name])
     cfg = model_zoo.get_config("quickstart.py")
     cfg = LazyConfig.apply_overrides(cfg, [f"dataloader.test.dataset.names=[{name}]"])
-    monkeypatch.setattr("dino_d2.engine.plan.run_evaluator", lambda *parts: parts)
+    monkeypatch.setattr("dino_d2.engine.evaluation.run_evaluator", lambda *parts: parts)
     told = make_plan(cfg)
     model, loader, evaluator = told.evaluate("a model")
     assert model == "a model" and len(loader.dataset) == 2
@@ -526,7 +526,7 @@ def test_a_lazy_plan_evaluates_several_data_sets_one_by_one(shapes, tmp_path, mo
     names = f"dataloader.test.dataset.names=[{train},{val}]"
     cfg = LazyConfig.apply_overrides(cfg, [names, f"train.output_dir={tmp_path}"])
     monkeypatch.setattr(
-        "dino_d2.engine.plan.run_evaluator",
+        "dino_d2.engine.evaluation.run_evaluator",
         lambda model, loader, evaluator: (len(loader.dataset), evaluator._output_dir),
     )
     expected = {
@@ -537,7 +537,7 @@ def test_a_lazy_plan_evaluates_several_data_sets_one_by_one(shapes, tmp_path, mo
     cfg.dataloader.evaluator.dataset_name = "${dataloader.test.dataset.names[0]}"
     cfg.dataloader.evaluator = [cfg.dataloader.evaluator]
     monkeypatch.setattr(
-        "dino_d2.engine.plan.run_evaluator",
+        "dino_d2.engine.evaluation.run_evaluator",
         lambda model, loader, evaluator: (len(loader.dataset), evaluator[0]._output_dir),
     )
     assert make_plan(cfg).evaluate("a model", "ema") == expected
@@ -559,13 +559,14 @@ def test_the_name_of_a_data_set_may_stand_alone(shapes, monkeypatch):
     cfg = model_zoo.get_config("quickstart.py")
     cfg.dataloader.test.dataset.names = val
     cfg.dataloader.evaluator.dataset_name = val
-    monkeypatch.setattr("dino_d2.engine.plan.run_evaluator", lambda *parts: parts)
+    monkeypatch.setattr("dino_d2.engine.evaluation.run_evaluator", lambda *parts: parts)
     assert make_plan(cfg).evaluate("a model")[0] == "a model"
 
 
 def test_no_evaluation_overwrites_the_files_of_another(plan, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "dino_d2.engine.plan.run_evaluator", lambda model, loader, evaluator: evaluator._output_dir
+        "dino_d2.engine.evaluation.run_evaluator",
+        lambda model, loader, evaluator: evaluator._output_dir,
     )
     assert plan().evaluate("a model") == str(tmp_path / "inference")
     train, val = (f"{shapes}/{x}.json@{shapes}/images" for x in ("train", "val"))

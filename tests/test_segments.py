@@ -25,7 +25,7 @@ from dino_d2 import data
 from dino_d2.data import DatasetError, Mapper, detr_augmentation, generate, read_label_map
 from dino_d2.data.segments import NO_CLASS, from_labels, from_segments, segment_ids
 from dino_d2.data.shapes import OUTLINES
-from dino_d2.engine import evaluator, make_plan, plan, run
+from dino_d2.engine import evaluation, evaluator, make_plan, run
 from dino_d2.weights import model_zoo
 
 CLASSES = [*OUTLINES, "background"]
@@ -246,7 +246,7 @@ def panopticapi(monkeypatch):
     modules["panopticapi.evaluation"].pq_compute = panoptic_quality
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(plan, "find_spec", lambda name: name)
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: name)
 
 
 def panoptic_quality(gt_json, pred_json, gt_folder, pred_folder):
@@ -291,7 +291,7 @@ def config(style, train, test, folder, *results):
         "_target_": evaluator.segmentation_evaluator,
         "dataset_name": "${dataloader.test.dataset.names[0]}",
         "output_dir": "${train.output_dir}/inference",
-        **{name: f"${{model.{name}}}" for name in plan.RESULTS if name in cfg.model},
+        **{name: f"${{model.{name}}}" for name in evaluation.RESULTS if name in cfg.model},
     }
     return cfg
 
@@ -336,7 +336,7 @@ def test_what_an_evaluation_needs_is_said_before_a_training(
 ):
     with pytest.raises(ValueError, match="does not give: set MODEL.DINO.TEST.SEMANTIC_ON"):
         make_plan(config(style, *label_names, tmp_path))
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"COCO's panopticapi: pip install git\+https"):
         make_plan(config(style, *names, tmp_path, "PANOPTIC_ON"))
     city = "cityscapes_fine_sem_seg_val"
@@ -347,10 +347,10 @@ def test_what_an_evaluation_needs_is_said_before_a_training(
     made = evaluator.segmentation_evaluator(city, semantic_on=True)
     assert [type(x) for x in made._evaluators] == [CityscapesSemSegEvaluator]
     results = {"instance_on": False, "panoptic_on": False, "semantic_on": True}
-    assert plan.metrics_of([city], results)[0] == "sem_seg/IoU"
+    assert evaluation.metrics_of([city], results)[0] == "sem_seg/IoU"
     vars(MetadataCatalog.get(names[1]))["json_file"] = None
     everything = dict.fromkeys(results, True)
-    assert plan.metrics_of([names[1]], everything)[0] == "sem_seg/mIoU"
+    assert evaluation.metrics_of([names[1]], everything)[0] == "sem_seg/mIoU"
 
 
 # ---- training

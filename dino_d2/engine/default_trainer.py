@@ -11,16 +11,10 @@ from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
 from .. import data
+from .evaluation import yaml_evaluator, yaml_test_loader
 from .hooks import BestCheckpointer
 from .keys import OF_OUR_TRAINER, check_keys, refuse
-from .plan import (
-    precision_of,
-    yaml_evaluator,
-    yaml_optimizer,
-    yaml_scheduler,
-    yaml_test_loader,
-    yaml_train_loader,
-)
+from .plan import precision_of, yaml_optimizer, yaml_scheduler, yaml_train_loader
 from .run import make_checkpointer
 
 
