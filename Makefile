@@ -1,8 +1,9 @@
 ## make demo    install what is missing, then run the quick start (pictures go to output/quickstart)
 ## make test    install what is missing, then run the tests with coverage
 ## make lint    install what is missing, then check style, formatting and types
+## make docs    build this documentation with an API reference as a site, in output/site
 ## make wheel   build dist/: sources, and a wheel with the CPU kernels for all Pythons on Linux
-## make clean   remove caches and the results of `make demo`; the environment stays
+## make clean   remove caches and the results of `make demo` and `make docs`; the environment stays
 ##
 ## VENV=dir       the environment to use (default: .venv, created where it is missing).
 ##                PyTorch and Detectron2 already in it are used as they are.
@@ -23,7 +24,7 @@ READY  := $(VENV)/.dino_d2-ready
 ifneq ($(shell cat "$(READY)" 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo test lint docs wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +41,12 @@ lint: $(READY)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+# Every page is read anew, as Sphinx warns of a page only when it reads it.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet sphinx furo myst-parser
+	$(BIN)/python -m sphinx --fail-on-warning --fresh-env --quiet --conf-dir projects/site . output/site
+	@echo "The site is output/site/index.html"
+
 # auditwheel names the wheel after the oldest systems that it runs on, those of the compiler's C
 # library: manylinux_2_28 where this is run in its image. PyTorch's libraries are not packed.
 wheel: $(READY)
@@ -50,9 +57,9 @@ wheel: $(READY)
 	mv build/dist/*-any.whl dist/ 2>/dev/null || PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude "libtorch*" \
 	  --exclude "libc10*" --wheel-dir dist build/dist/*.whl
 
-# output/ is also where trainings end up: only the part that `make demo` can write again goes.
+# output/ is also where trainings end up: only the part that `make` can write again goes.
 clean:
-	rm -rf output/quickstart build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf output/quickstart output/site build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache
 	find configs dino_d2 projects tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): Makefile pyproject.toml setup.py requirements.txt projects/dino/install.py $(wildcard dino_d2/ops/csrc/*) | $(BIN)/python

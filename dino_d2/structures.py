@@ -102,11 +102,11 @@ class MaskTarget(NamedTuple):
 
 
 class Match(NamedTuple):
-    """Query `queries[..., i]` of image `images[i]` is matched to ground-truth box `targets[...,
-    i]`.
+    """Which queries are matched to which ground-truth boxes.
 
-    Targets are counted through the batch: image 1 starts where image 0 ends. A leading axis of
-    queries and targets, if any, is the stage; every stage has the same number of matches.
+    Query `queries[..., i]` of image `images[i]` is matched to box `targets[..., i]`. Targets are
+    counted through the batch: image 1 starts where image 0 ends. A leading axis of queries and
+    targets, if any, is the stage; every stage has the same number of matches.
     """
 
     images: Tensor  # (n,), in ascending order; on the CPU until losses are made of it

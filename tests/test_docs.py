@@ -2,13 +2,18 @@
 
 import ast
 import doctest
+import inspect
 import json
 import re
+import subprocess
+import sys
+import zlib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.registry import Registry
 from outputs import detector_output
 
 import dino_d2
@@ -141,3 +146,31 @@ def test_the_notebook_runs_from_data_to_an_exported_detector(tmp_path, monkeypat
     assert float(difference.rpartition(" ")[2]) < 1e-3, difference
     for file in ("curves.png", "model.pt2", "training/model_final.pth"):
         assert (tmp_path / "output" / "walkthrough" / file).stat().st_size > 1000
+
+
+def public_names():
+    """Of what configs import, and of what they name in YAML, by its registry."""
+    modeling, data = import_module("dino_d2.modeling"), import_module("dino_d2.data")
+    registries = [x for x in (vars(modeling) | vars(data)).values() if isinstance(x, Registry)]
+    found = [part for registry in registries for _, part in registry]
+    for config in (ROOT / "configs").rglob("*.py"):
+        for node in ast.walk(ast.parse(config.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dino_d2"):
+                module = import_module(node.module)
+                found += [getattr(module, x.name) for x in node.names]
+    kinds = [x for x in found if inspect.isclass(x) or inspect.isfunction(x)]
+    names = {f"{x.__module__}.{x.__qualname__}" for x in kinds}
+    return {x for x in names if x.startswith("dino_d2.")}  # other tests register parts, too
+
+
+@pytest.mark.nightly
+def test_the_site_has_all_that_configs_name_and_no_broken_link(tmp_path):
+    for name in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(name, reason='`make docs` or pip install -e ".[docs]" brings it')
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-c", ROOT / "projects" / "site"]
+    result = subprocess.run([*command, ROOT, tmp_path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    inventory = (tmp_path / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    described = {x.split()[0] for x in zlib.decompress(inventory).decode().splitlines()}
+    names = public_names()
+    assert len(names) > 60 and names <= described

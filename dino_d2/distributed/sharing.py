@@ -60,6 +60,7 @@ def replicate(
     fp16_compression: bool = False,
     **options: Any,
 ) -> DistributedDataParallel:
+    """Copy the model to every worker; options are those of DistributedDataParallel."""
     device = next(model.parameters()).device
     device_ids = None if device.type == "cpu" else [device]
     replica = DistributedDataParallel(model, device_ids=device_ids, **options)
@@ -70,6 +71,7 @@ def replicate(
 
 
 def shard(model: nn.Module) -> nn.Module:
+    """Shard the parameters, in place, over all workers."""
     # FSDP warns of layers that return views of their input; nothing here writes to those.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     # FSDP2 needs contiguous parameters, but convolutions are channels last.

@@ -198,8 +198,8 @@ def thresholds(analysis: Analysis) -> dict[str, Any]:
     """The score thresholds with the highest F1 at IoU 0.5, for whoever applies the model.
 
     Returns:
-        "all": that of the detections of all classes together, None if nothing is found; "classes":
-        those of single classes by name, without classes that have none
+        under "all" that of the detections of all classes together, None if nothing is found; under
+        "classes" those of single classes by name, without classes that have none
     """
     own = {x.name: x.best_threshold for x in analysis.classes}
     return {

@@ -31,7 +31,7 @@ class ImageMatches(NamedTuple):
 
     @property
     def same_class(self) -> np.ndarray:
-        """(D, T) bool: whether detection and annotation have the same class."""
+        """Whether detection and annotation have the same class, (D, T) bool."""
         detected, annotated = (
             np.array([x["category_id"] for x in boxes], dtype=int)
             for boxes in (self.detections, self.truth)
@@ -40,12 +40,12 @@ class ImageMatches(NamedTuple):
 
     @property
     def ignored(self) -> np.ndarray:
-        """(D,) bool: matched to a crowd region, so neither right nor wrong."""
+        """Matched to a crowd region, so neither right nor wrong, (D,) bool."""
         return np.append(self.crowd, False)[self.matches]
 
     @property
     def missed(self) -> np.ndarray:
-        """(T,) bool: no detection of the class finds it."""
+        """No detection of the class finds it, (T,) bool."""
         missed = ~self.crowd
         missed[self.matches[self.matches >= 0]] = False
         return missed
