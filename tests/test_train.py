@@ -43,6 +43,7 @@ def test_a_training_is_one_call_and_gives_its_predictor(shapes, tmp_path):
     assert (out / "log.txt").read_text() == log
     other_log = (tmp_path / "other" / "log.txt").read_text()
     assert "Starting training" in other_log and "dropped star (" in other_log
+    assert "Boxes as trained: " in other_log
     dino_d2.train("quickstart", shapes, epochs=2, resume=True, **options)
     assert (out / "log.txt").read_text().count("Starting training") == 2
     lines = (out / "metrics.json").read_text().splitlines()

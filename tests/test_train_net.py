@@ -14,6 +14,7 @@ from detectron2 import model_zoo as detectron2_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from torch.multiprocessing import ProcessExitedException
 
@@ -723,12 +724,32 @@ def test_what_the_command_line_names_stays(style, data, shapes, tmp_path):
         chosen(style, *data, *named(style, tmp_path, test=[val]))
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_boxes_are_looked_at_before_a_training(style, shapes, tmp_path, caplog, clean_catalogs):
+    register_coco_instances("mine", {}, f"{shapes}/train.json", f"{shapes}/images")
+    for names in ([f"{shapes}@train"], ["mine"]):
+        options = [*named(style, tmp_path, train=names, test=names), *fewer_queries(style)]
+        plan = train_net.load_job(parse(*config(style), *options)).plan
+        caplog.clear()
+        with caplog.at_level("INFO", "dino_d2"):
+            run.training_loader(plan)
+        said = " ".join(x.getMessage() for x in caplog.records)
+        assert "Boxes as trained: " in said
+        assert "of 12 images have more boxes" in said and "queries (1)" in said
+
+
+def fewer_queries(style):
+    key = {".yaml": "MODEL.DINO.NUM_QUERIES", ".py": "model.query_selection.num_queries"}[style]
+    return [key, 1] if style == ".yaml" else [f"{key}=1"]
+
+
 @pytest.mark.slow
 def test_a_folder_trains_and_is_evaluated_by_its_name_alone(shapes, tmp_path):
     common = [*config(".yaml"), *overrides(".yaml", output=tmp_path, iterations=2)]
     said = run_program(*common[:2], "--data", shapes, *common[2:])
     about = f"'{shapes}' is COCO: train 12 images"
     assert about in said and about in (tmp_path / "log.txt").read_text()
+    assert said.count("Boxes as trained: ") == 1
     again = ["--config-file", tmp_path / "config.yaml", "--eval-only"]
     assert "copypaste" in run_program(*again, "MODEL.WEIGHTS", tmp_path / "model_final.pth")
 

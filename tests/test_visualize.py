@@ -366,20 +366,25 @@ def test_an_unknown_format_of_images_is_one_sentence(shapes, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("style", "sizes"), [(".yaml", "INPUT.MIN_SIZE_TRAIN and MIN_SIZE_TEST"), (".py", "min_sizes")]
+    ("style", "changes"),
+    [
+        (".yaml", ("INPUT.MIN_SIZE_TRAIN", "(32,)", "MODEL.DINO.NUM_QUERIES", 1)),
+        (
+            ".py",
+            (
+                "dataloader.train.mapper.augmentations.min_sizes=[32]",
+                "model.query_selection.num_queries=1",
+            ),
+        ),
+    ],
 )
-def test_small_boxes_and_more_boxes_than_queries_are_remarked(shapes, style, sizes):
-    source = source_of(shapes, style=style)
-    remarks = visualize_data.remarks
-    large = visualize_data.Seen(Counter({0: 3}), [2, 1], [20.0, 30.0, 40.0])
-    (line,) = remarks(large, source)
-    assert line == "Boxes as trained: 21, 30 and 39 pixels (5 %, median, 95 %)"
-    small = visualize_data.Seen(Counter({0: 31}), [31], [9.0] * 31)
-    _, of_size, of_queries = remarks(small, source)
-    assert "below 16 pixels" in of_size and sizes in of_size
-    assert "31 boxes, but the model 30 queries" in of_queries
-    assert of_queries.endswith(f"raise {source.keys.num_queries}")
-    assert not [*remarks(visualize_data.Seen(Counter(), [0], []), source)]
+def test_small_boxes_and_more_boxes_than_queries_are_said(
+    style, changes, shapes, tmp_path, monkeypatch, capsys
+):
+    run(monkeypatch, visualize_data, *look(shapes, tmp_path, *changes, style=style))
+    said = capsys.readouterr().out
+    assert "A tenth of the boxes is below 16 pixels" in said
+    assert "than the model has queries (1)" in said
 
 
 def test_the_program_shows_the_same_images_again(shapes, tmp_path, monkeypatch, capsys):

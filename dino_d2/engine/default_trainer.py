@@ -8,13 +8,15 @@ from detectron2 import engine
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
 from torch import nn
 
 from .. import data
+from ..data.box_sizes import log_box_sizes
 from .evaluation import yaml_evaluator, yaml_test_loader
 from .hooks import BestCheckpointer
 from .keys import OF_OUR_TRAINER, check_keys, refuse
-from .plan import precision_of, yaml_optimizer, yaml_scheduler, yaml_train_loader
+from .plan import precision_of, queries_of, yaml_optimizer, yaml_scheduler, yaml_train_loader
 from .run import make_checkpointer
 
 
@@ -72,7 +74,10 @@ class DefaultTrainer(engine.DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        return yaml_train_loader(cfg)
+        loader = yaml_train_loader(cfg)
+        if comm.is_main_process():
+            log_box_sizes(loader, queries_of(cfg))
+        return loader
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:

@@ -76,6 +76,7 @@ class Plan(NamedTuple):
     evaluate: Callable[..., dict]  # of a model and, for its files, a folder in "inference"
     train_sets: Sequence[str]
     test_sets: Sequence[str]
+    num_queries: int | None  # of the model; None: not known
     metrics: Sequence[str]  # by which a checkpoint can be the best; empty: not known
     output_dir: str
     weights: str  # to begin with; "": none
@@ -114,19 +115,29 @@ def make_plan(cfg: CfgNode | DictConfig) -> Plan:
     fields = yaml_parts(cfg) if keys is YAML else lazy_parts(cfg)
     mixing, images = fields["mixing"], value(keys.batch)
     put(cfg, keys.batch, part_of_batch(images, value(keys.accumulate)))
-    alike = {*Plan._fields} - {"ema_decay", "patience"}  # fields named like a key are its value
+    # fields named like a key are its value, but for these
+    alike = {*Plan._fields} - {"ema_decay", "patience", "num_queries"}
     fields |= {name: value(key) for name, key in vars(keys).items() if name in alike}
     fields["patience"] = value(keys.patience, 0)  # LazyConfigs saved by earlier versions lack it
     plan = Plan(
         **fields,
         mixed=mixing.places(value(keys.max_iter), images) if mixing else range(0),
         config=for_people,
+        num_queries=queries_of(cfg),
         precision=precision_of(value(keys.amp_dtype)) if value(keys.amp_enabled) else None,
         skip_non_finite=skips(value(keys.non_finite)),
         ema_decay=value(keys.ema_decay) if value(keys.ema_enabled) else None,
     )
     check_plan(plan)
     return plan
+
+
+def queries_of(cfg: CfgNode | DictConfig) -> int | None:
+    """The number of queries of the model; None if it is not known."""
+    if isinstance(cfg, CfgNode) and not is_detector(cfg):
+        return None
+    number: int | None = get(cfg, keys_for(cfg).num_queries, None)
+    return number
 
 
 def yaml_parts(cfg: CfgNode) -> dict[str, Any]:

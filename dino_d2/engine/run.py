@@ -5,6 +5,7 @@ import shutil
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from .. import data
+from ..data.box_sizes import log_box_sizes
 from ..data.mapper import channels_of
 from ..data.stream import TrainingStream, require_places
 from ..distributed.sharing import distribute, share_buffers, unsharded, unwrap
@@ -137,13 +139,21 @@ def prepare(plan: Plan, model: nn.Module, seed: int, resume: bool) -> Training:
 def make_trainer(plan: Plan, model: nn.Module, seed: int) -> Trainer:
     return Trainer(
         model,
-        TrainingStream(plan.build_loader, seed, plan.mixing, plan.mixed),
+        TrainingStream(partial(training_loader, plan), seed, plan.mixing, plan.mixed),
         plan.build_optimizer(unwrap(model)),
         precision=plan.precision,
         accumulate=plan.accumulate,
         skip_non_finite=plan.skip_non_finite,
         output_dir=plan.output_dir,
     )
+
+
+def training_loader(plan: Plan) -> Any:
+    """The plan's loader, after what there is to say about its boxes."""
+    loader = plan.build_loader()
+    if comm.is_main_process():
+        log_box_sizes(loader, plan.num_queries)
+    return loader
 
 
 def first_iteration(plan: Plan, trainer: Trainer, goes_on: bool) -> int:

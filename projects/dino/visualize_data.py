@@ -79,18 +79,17 @@ from PIL import Image
 
 from dino_d2 import data
 from dino_d2.config.overrides import apply_overrides
-from dino_d2.config.styles import YAML, Keys, get, keys_for, put
+from dino_d2.config.styles import get, keys_for, put
 from dino_d2.data import DatasetError
+from dino_d2.data.box_sizes import BoxSizes, sizes_line, warnings_of
 from dino_d2.data.mapper import channels_of, to_picture
 from dino_d2.data.stream import TrainingStream
-from dino_d2.engine.keys import is_detector
 from dino_d2.engine.plan import Plan, make_plan
 from dino_d2.names import plural
 from dino_d2.progress import progress
 from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_marks, resize_long_side
 from dino_d2.weights import model_zoo
 
-SMALL = 16  # pixels; on the finest level of features, of stride 8, two
 SIDE = 480  # long side of pictures in a sheet, in pixels
 COLUMNS = 4
 
@@ -102,16 +101,13 @@ class Source(NamedTuple):
     classes: list[str]
     image_format: str  # channels of the model's input: "RGB", "BGR", "L"
     seed: int  # of the config, or 0
-    num_queries: int | None = None  # None: not known
-    keys: Keys = YAML  # of the config's style
 
 
 class Seen(NamedTuple):
     """What was in the images."""
 
     counts: Counter  # boxes by class
-    boxes: list[int]  # of each image
-    sides: list[float]  # square roots of the areas of boxes, in pixels as trained
+    boxes: BoxSizes
 
 
 def load(args: argparse.Namespace) -> Source:
@@ -130,10 +126,8 @@ def load(args: argparse.Namespace) -> Source:
     data.check(plan.train_sets, (), None)
     if plan.seed < 0:
         print("no seed in the config, so a training draws one: 0 in its place")
-    classes, seed = data.class_names(plan.train_sets), max(plan.seed, 0)
-    ours = keys is not YAML or is_detector(cfg)
-    queries = get(cfg, keys.num_queries, None) if ours else None
-    return Source(plan, classes, image_format, seed, queries, keys)
+    classes = data.class_names(plan.train_sets)
+    return Source(plan, classes, image_format, max(plan.seed, 0))
 
 
 def samples(source: Source, iteration: int) -> Iterator[dict]:
@@ -187,40 +181,21 @@ def run(stream: Iterator[dict], source: Source, args: argparse.Namespace) -> See
     Raises:
         DatasetError: an image cannot be used
     """
-    seen = Seen(Counter(), [], [])
+    seen = Seen(Counter(), BoxSizes([], []))
     stream = progress(islice(stream, args.num_images), "image", total=args.num_images)
     number = 0
     while batch := list(islice(stream, args.per_sheet)):
         for sample in batch:
             instances = sample["instances"]
             seen.counts.update(instances.gt_classes.tolist())
-            seen.boxes.append(len(instances))
-            seen.sides.extend(instances.gt_boxes.area().sqrt().tolist())
+            seen.boxes.counts.append(len(instances))
+            seen.boxes.sides.extend(instances.gt_boxes.area().sqrt().tolist())
         side = SIDE if args.per_sheet > 1 else None
         pictures = [draw(sample, source, side) for sample in batch]
         title = f"Training images from iteration {args.iteration} on (seed {source.seed})"
         contact_sheet(pictures, COLUMNS, title).save(args.output / f"sheet_{number:03}.png")
         number += 1
     return seen
-
-
-def remarks(seen: Seen, source: Source) -> Iterator[str]:
-    """Sizes of boxes, and what a training would suffer from."""
-    keys, most = source.keys, max(seen.boxes)
-    if seen.sides:
-        few, tenth, median, many = np.percentile(seen.sides, [5, 10, 50, 95])
-        yield f"Boxes as trained: {few:.0f}, {median:.0f} and {many:.0f} pixels (5 %, median, 95 %)"
-        if tenth < SMALL:
-            sizes = "INPUT.MIN_SIZE_TRAIN and MIN_SIZE_TEST" if keys is YAML else "min_sizes"
-            yield (
-                f"A tenth of the boxes is below {SMALL} pixels, which is hard to learn: train on "
-                f"larger images ({sizes}; train_net.py --size changes all)"
-            )
-    if source.num_queries is not None and most > source.num_queries:
-        yield (
-            f"An image has {plural(most, 'box')}, but the model {source.num_queries} queries, so "
-            f"it cannot find all: raise {keys.num_queries}"
-        )
 
 
 def main() -> None:
@@ -240,12 +215,14 @@ def work(prog: str, args: argparse.Namespace) -> None:
         sys.exit(f"{prog}: {error}")
     classes = ", ".join(f"{source.classes[k]} {n}" for k, n in seen.counts.most_common())
     print(
-        f"{plural(args.num_images, 'image')}, {seen.boxes.count(0)} of them without boxes, "
-        f"{plural(len(seen.sides), 'box')}: "
+        f"{plural(args.num_images, 'image')}, {seen.boxes.counts.count(0)} of them without boxes, "
+        f"{plural(len(seen.boxes.sides), 'box')}: "
         f"{classes or 'none'}. See '{args.output}'"
     )
-    for line in remarks(seen, source):
-        print(line)
+    if seen.boxes.sides:
+        print(sizes_line(seen.boxes))
+    for warning in warnings_of(seen.boxes, source.plan.num_queries):
+        print(warning)
 
 
 if __name__ == "__main__":
