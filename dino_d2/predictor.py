@@ -15,7 +15,7 @@ from PIL import Image
 
 from .config.overrides import apply_overrides
 from .config.styles import evaluation_augmentations, get, keys_for
-from .data.coco_classes import COCO_80
+from .data.coco_classes import COCO_80, COCO_PANOPTIC
 from .data.mapper import channels_of, check_mode, read_image
 from .layouts.adapt import count_classes
 from .layouts.renaming import CheckpointError
@@ -321,4 +321,6 @@ def classes_of(opened: OpenedWeights) -> list[str]:
     if number is None:
         file = opened.file
         raise CheckpointError(f"'{file}' has no weights of a trained DINO, so it detects nothing")
+    if number == len(COCO_PANOPTIC):
+        return list(COCO_PANOPTIC)
     return list(COCO_80) if number in (80, 91) else [f"class {i}" for i in range(number)]

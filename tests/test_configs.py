@@ -2,7 +2,7 @@
 
 import re
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 
@@ -49,15 +49,22 @@ def read_once(name):
     return model_zoo.get_config(name)
 
 
+def number_of_classes(name):
+    return 133 if name.endswith("panoptic") else 80
+
+
 def yaml_config(name, *overrides):
     cfg = deepcopy(read_once(f"{name}.yaml"))
-    cfg.merge_from_list(["MODEL.DEVICE", "meta", "MODEL.DINO.NUM_CLASSES", 80, *overrides])
+    number = number_of_classes(name)
+    cfg.merge_from_list(["MODEL.DEVICE", "meta", "MODEL.DINO.NUM_CLASSES", number, *overrides])
     return cfg
 
 
 def lazy_config(name, *overrides):
     cfg = deepcopy(read_once(f"{name}.py"))
-    return LazyConfig.apply_overrides(cfg, ["model.num_classes=80", *overrides])
+    return LazyConfig.apply_overrides(
+        cfg, [f"model.num_classes={number_of_classes(name)}", *overrides]
+    )
 
 
 @pytest.fixture
@@ -94,8 +101,26 @@ def test_there_is_a_config_for_every_promise():
     assert sum(name.startswith("TrainingOnly/") for name in NAMES) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "folder", ["Ablations", "IoUAware", "Objects365", "Predecessors", "Relations"]
+    ("end", "start", "number", "things"),
+    [("", "bitmask", 80, 80), ("_no_mask_enhance", "no", 80, 80), ("_panoptic", "no", 133, 80)],
+)
+def test_swin_transformers_make_masks(end, start, number, things, on_meta_device, monkeypatch):
+    on_cpu = partial(torch.linspace, device="cpu")  # Detectron2 makes Python's numbers of it
+    monkeypatch.setattr(torch, "linspace", on_cpu)
+    cfg = model_zoo.get_config(f"MaskDINO/maskdino_Swin_L_384_5scale_50ep{end}.py")
+    model = instantiate(cfg.model)  # classes and stuff come from the data
+    assert model.num_classes == number == things + len(model.stuff_classes)
+    assert model.pixel_embedding.lateral[0].in_channels == 192
+    assert model.query_selection.initialize_box_type == start
+    assert len(model.encoder.level_embed.weight) == len(model.query_selection.anchor_sides) == 5
+    total = sum(x.numel() for x in model.parameters())
+    assert 220e6 < total < 226e6  # 223 M in the README of the authors' code
+
+
+@pytest.mark.parametrize(
+    "folder", ["Ablations", "IoUAware", "MaskDINO", "Objects365", "Predecessors", "Relations"]
 )
 def test_the_readme_lists_every_config_of_a_folder(folder):
     readme = (CONFIGS / "README.md").read_text()
@@ -177,6 +202,7 @@ def test_twins_feed_the_same_data(name):
     assert cfg.INPUT.RANDOM_FLIP == augmentation.flip
     assert list(cfg.INPUT.SCALE_JITTER) == list(augmentation.scale_jitter)
     assert cfg.INPUT.PHOTOMETRIC == augmentation.photometric
+    assert cfg.INPUT.AUGMENTATIONS == augmentation.further
     assert cfg.INPUT.CROP.MIN_VISIBLE == lazy.train.mapper.min_visible == lazy.mixing.min_visible
     keys, mixing = cfg.INPUT.MIXING, lazy.mixing
     assert [keys.MOSAIC, keys.MIXUP, *keys.SPAN] == [mixing.mosaic, mixing.mixup, *mixing.span]
@@ -188,7 +214,8 @@ def test_twins_feed_the_same_data(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_twins_have_the_same_schedule(name):
+def test_twins_have_the_same_schedule(name, monkeypatch):
+    monkeypatch.setattr("dino_d2.engine.plan.find_spec", lambda package: package)
     cfg, lazy = yaml_config(name), lazy_config(name)
     plan, twin = make_plan(cfg), make_plan(lazy)
     functions = {field for field in Plan._fields if callable(getattr(plan, field))}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dino_d2.boxes import cxcywh_to_xyxy
 from dino_d2.export import Exportable, ExportError, compare, export
-from dino_d2.layouts.maskdino import to_maskdino
+from dino_d2.layouts.maskdino import from_maskdino, to_maskdino
 from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.modeling import (
     DistinctQuerySelection,
@@ -359,6 +359,52 @@ def test_wrong_options_are_sentences():
         MaskDecoder(shared_heads=False, num_heads=4, **common)
     with pytest.raises(ValueError, match="no 'res2'"):
         PixelEmbedding(input_shape={"res3": None})
+
+
+def semantic(**options):
+    """A small Mask DINO with learned queries and class scores by a softmax."""
+    cfg = model_zoo.get_config("quickstart_masks")
+    options = {"QUERY_SELECTION": "StaticQueries", "LOSS.CLASS_LOSS": "SoftmaxLoss"} | options
+    options |= {"NUM_CLASSES": 3, "RELATION": "", "NUM_QUERIES": 9, "TEST.SEMANTIC_ON": True}
+    changes = [x for k, v in options.items() for x in (f"MODEL.DINO.{k}", v)]
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *changes])
+    return build_model(cfg).eval()
+
+
+def test_scores_of_pixels_by_a_softmax_leave_out_no_object(make_mask_batch):
+    model, batch = semantic(), make_mask_batch(1)
+    images = model.preprocess_images(batch)
+    with torch.no_grad():
+        last = run_detector(model, images).result.layers[-1]
+        maps = model(batch)[0]["sem_seg"]
+        pixels = run_detector(model, images).pixels.maps[0]
+    logits = mask_logits(last.masks[0], pixels)
+    size = tuple(images.tensor.shape[-2:])
+    whole = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0].sigmoid()
+    scores = last.logits[0].softmax(-1)[:, :3]
+    expected = torch.einsum("qk,qhw->khw", scores, whole[:, :64, :64])
+    torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_learned_queries_and_no_object_have_their_place_in_the_published_layout(randomise):
+    model = randomise(semantic())
+    state = {k: x for k, x in model.state_dict().items() if not k.endswith("batches_tracked")}
+    theirs, prefix = to_maskdino(state, coarsest_first=True), "sem_seg_head.predictor."
+    shapes = {
+        x: tuple(theirs[f"{prefix}{x}"].shape) for x in ("class_embed.bias", "query_embed.weight")
+    }
+    assert shapes == {"class_embed.bias": (4,), "query_embed.weight": (9, 4)}
+    assert f"{prefix}query_feat.weight" in theirs
+    assert theirs[f"{prefix}class_embed.bias"][3] == state["decoder.class_heads.0.no_object.bias"]
+    again = from_maskdino(theirs)
+    state["denoising.label_embed.weight"][-1] = 0  # the row of empty slots is ours alone
+    assert again.keys() == state.keys()
+    assert all(torch.equal(x, state[key]) for key, x in again.items())
+
+
+def test_tokens_are_not_ranked_by_a_softmax():
+    with pytest.raises(ValueError, match="take StaticQueries"):
+        semantic(QUERY_SELECTION="UnifiedQuerySelection")
 
 
 def test_what_needs_instances_says_so(make_mask_dino):

@@ -358,7 +358,7 @@ def test_what_an_evaluation_needs_is_said_before_a_training(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("panopticapi")
-@pytest.mark.parametrize("kind", ["panoptic", "sem_seg"])
+@pytest.mark.parametrize("kind", ["panoptic", "sem_seg", "sem_seg by softmax"])
 def test_a_mask_dino_trains_on_maps(kind, names, label_names, tmp_path):
     results = EVERYTHING if kind == "panoptic" else ["SEMANTIC_ON", "INSTANCE_OFF"]
     train, test = names if kind == "panoptic" else label_names
@@ -366,6 +366,9 @@ def test_a_mask_dino_trains_on_maps(kind, names, label_names, tmp_path):
     number = data.check([train], [test], None)
     options = ["SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.REFERENCE_BATCH", 0]
     options += ["MODEL.DINO.NUM_CLASSES", number, "TEST.EVAL_PERIOD", 2, "MODEL.WEIGHTS", ""]
+    if "softmax" in kind:
+        options += ["MODEL.DINO.QUERY_SELECTION", "StaticQueries"]
+        options += ["MODEL.DINO.LOSS.CLASS_LOSS", "SoftmaxLoss", "MODEL.DINO.RELATION", ""]
     metric = "panoptic_seg/PQ" if kind == "panoptic" else "sem_seg/mIoU"
     cfg.merge_from_list([*options, "DATALOADER.NUM_WORKERS", 0, "TEST.BEST_METRIC", metric])
     told = make_plan(cfg)

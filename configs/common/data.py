@@ -28,6 +28,7 @@ dataloader.train = L(build_train_loader)(
             flip="horizontal",
             scale_jitter=[],
             photometric=0.0,
+            further=[],
         ),
         min_visible=0.0,
         image_format="RGB",

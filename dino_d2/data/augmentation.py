@@ -7,6 +7,7 @@ import numpy as np
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes
 from detectron2.utils.registry import Registry
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from ..names import hint
@@ -52,8 +53,10 @@ def detr_augmentation(
     crop_type: str = "absolute_range",
     scale_jitter: Sequence[float] = (),
     photometric: float = 0.0,
+    further: Sequence = (),
 ) -> list[T.Augmentation]:
-    """Flip; with probability ``crop_prob`` resize and crop; resize; colours. For ``Mapper``.
+    """Flip; with probability ``crop_prob`` resize and crop; resize; colours; further ones. For
+    ``Mapper``.
 
     As in DETR, ``max_size`` does not limit the resize before the crop. Unlike in DETR,
     `MAX_SIZE_BEFORE_CROP` does, which only strips reach, and an image smaller than the crop is
@@ -76,6 +79,7 @@ def detr_augmentation(
             (large-scale jitter, Simple Copy-Paste, https://arxiv.org/abs/2012.07177, sec. 3)
         photometric: brightness, contrast and saturation are multiplied by a factor each, which
             deviates from 1 by this at most; 0: unchanged
+        further: the last ones, by name, see `named_augmentations`
 
     Raises:
         ValueError: an unknown kind of flip, sampling or crop, or numbers that do not go with it
@@ -109,7 +113,8 @@ def detr_augmentation(
     }
     flips["both"] = flips["horizontal"] + flips["vertical"]
     # Colours come last, as photographs are larger before the resize.
-    return [*flips[flip], *([crop] if crop else []), *resize, *_change_colours(photometric)]
+    colours = [*_change_colours(photometric), *named_augmentations(further)]
+    return [*flips[flip], *([crop] if crop else []), *resize, *colours]
 
 
 def named_augmentations(names: Sequence) -> list[T.Augmentation]:
@@ -124,6 +129,8 @@ def named_augmentations(names: Sequence) -> list[T.Augmentation]:
     known = {name: x for name, x in vars(T).items() if _is_augmentation(x)}
     known |= {x.__name__: x for x in (ResizeShortestEdge, ResizeScale, RandomSaturation)}
     known |= dict(AUGMENTATION_REGISTRY)
+    if OmegaConf.is_config(names):
+        names = OmegaConf.to_container(names)
     return [_named_augmentation(entry, known) for entry in names]
 
 

@@ -9,3 +9,5 @@ from ..layouts.adapt import ClassNames
 _THINGS = {x["id"]: x["name"] for x in COCO_CATEGORIES if x["isthing"]}
 COCO_80: tuple[str, ...] = tuple(_THINGS.values())
 COCO_91: ClassNames = tuple(map(_THINGS.get, range(91)))
+# Of panoptic segmentation: the 80, and 53 of stuff.
+COCO_PANOPTIC: tuple[str, ...] = tuple(x["name"] for x in COCO_CATEGORIES)

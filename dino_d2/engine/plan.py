@@ -277,8 +277,8 @@ def yaml_mapper(cfg: CfgNode, is_train: bool = True) -> data.Mapper:
             flip=cfg.INPUT.RANDOM_FLIP,
             scale_jitter=cfg.INPUT.SCALE_JITTER,
             photometric=cfg.INPUT.PHOTOMETRIC,
+            further=cfg.INPUT.AUGMENTATIONS,
         )
-        options["augmentations"] += data.named_augmentations(cfg.INPUT.AUGMENTATIONS)
         options["min_visible"] = cfg.INPUT.CROP.MIN_VISIBLE
     return data.Mapper(cfg, is_train=is_train, **options)
 

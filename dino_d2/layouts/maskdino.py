@@ -31,6 +31,8 @@ _TABLE = f"""
     encoder                               {_ENCODER}encoder
     query_selection.memory_proj           {_PREDICTOR}enc_output
     query_selection.memory_norm           {_PREDICTOR}enc_output_norm
+    query_selection.content               {_PREDICTOR}query_feat
+    query_selection.anchors               {_PREDICTOR}query_embed
     decoder.layers.#.norm1                {_PREDICTOR}decoder.layers.#.norm2
     decoder.layers.#.norm2                {_PREDICTOR}decoder.layers.#.norm1
     decoder.layers.#.ffn.layers.0         {_PREDICTOR}decoder.layers.#.linear1
@@ -55,6 +57,7 @@ _LEVELS = re.compile(
 def from_maskdino(state: State) -> State:
     """Convert Mask DINO; the order of its levels is that of its projections."""
     coarsest_first = is_coarsest_first(state)
+    state = _without_no_object(state)
     state = {key: x for key, x in state.items() if not _ALIASES.match(key)}
     state = rename(_with_levels(state), _TABLE)
     return with_empty_slot(_flip(state, "encoder" if coarsest_first else "decoder"))
@@ -65,15 +68,17 @@ def to_maskdino(state: State, *, coarsest_first: bool) -> State:
 
     A CheckpointError for a model with parts that the authors' code does not have.
     """
+    static = "query_selection.anchors.weight" in state
     for key in ("query_selection.class_head.", "query_selection.content"):
-        if other := [x for x in state if x.startswith(key)]:
+        other = [x for x in state if x.startswith(key)]
+        if other and not static:
             raise CheckpointError(
                 f"Mask DINO of its authors has no {other[0]}, so their layout has no place for it: "
                 "keep the layout of dino_d2"
             )
     state = _flip(state, "encoder" if coarsest_first else "decoder")
     state["denoising.label_embed.weight"] = state["denoising.label_embed.weight"][:-1]
-    state = rename(state, _TABLE, back=True)
+    state = _with_no_object(rename(state, _TABLE, back=True))
     prefix = "sem_seg_head.pixel_decoder.input_proj."
     count = len({key.split(".")[3] for key in state if key.startswith(prefix)} - {"extra"})
     levels = {}
@@ -94,6 +99,29 @@ def to_maskdino(state: State, *, coarsest_first: bool) -> State:
             state[f"{_PREDICTOR}bbox_embed.{i}.{rest}"] = x
     for kind in ("weight", "bias"):
         state[f"{_PREDICTOR}decoder_norm.{kind}"] = state[f"{_PREDICTOR}decoder.norm.{kind}"]
+    return state
+
+
+def _without_no_object(state: State) -> State:
+    """Take the row of no object, which models with a softmax have, out of the class head."""
+    classes = len(state[f"{_PREDICTOR}label_enc.weight"])
+    heads = {kind: state[f"{_PREDICTOR}class_embed.{kind}"] for kind in ("weight", "bias")}
+    if len(heads["bias"]) == classes:
+        return state
+    return state | {
+        f"{_PREDICTOR}class_embed.{part}{kind}": x
+        for kind, head in heads.items()
+        for part, x in (("", head[:classes]), ("no_object.", head[classes:]))
+    }
+
+
+def _with_no_object(state: State) -> State:
+    """The reverse."""
+    state = dict(state)
+    for kind in ("weight", "bias"):
+        if (row := state.pop(f"{_PREDICTOR}class_embed.no_object.{kind}", None)) is not None:
+            key = f"{_PREDICTOR}class_embed.{kind}"
+            state[key] = torch.cat([state[key], row])
     return state
 
 

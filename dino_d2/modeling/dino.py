@@ -81,6 +81,7 @@ class DINO(Detector):
     """
 
     decoder_type: type[Decoder] = Decoder  # what a YAML config makes
+    softmax_in_matching = True  # whether class scores by a softmax need costs by a softmax
     has_masks = False  # whether it computes what parts need that have `needs_masks`
     size_divisibility = 1  # images are padded to multiples of it, and of the backbone's
 
@@ -180,7 +181,7 @@ class DINO(Detector):
             (criterion.class_loss, SoftmaxLoss),
             (criterion.denoising_class_loss, SoftmaxLoss),
             (criterion.matcher, SoftmaxMatcher),
-        ):
+        )[: None if self.softmax_in_matching else -1]:
             if isinstance(part, kind) != self.softmax:
                 raise ValueError(
                     "SoftmaxHead, SoftmaxLoss and SoftmaxMatcher go together, but the model has a "

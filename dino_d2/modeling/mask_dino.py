@@ -71,6 +71,7 @@ class MaskDINO(DINO):
     """
 
     decoder_type, has_masks = MaskDecoder, True
+    softmax_in_matching = False  # as in the published code, MaskMatcher is for both
     decoder: MaskDecoder
 
     @configurable
@@ -125,6 +126,11 @@ class MaskDINO(DINO):
                     f"the {name} of Mask DINO has to be a {kind.__name__}, but it is a "
                     f"{type(part).__name__}: start from a config of configs/MaskDINO/"
                 )
+        if self.softmax and isinstance(self.query_selection, UnifiedQuerySelection):
+            raise ValueError(
+                "UnifiedQuerySelection ranks tokens by class scores by a sigmoid, not by those of "
+                "SoftmaxLoss: take StaticQueries (MODEL.DINO.QUERY_SELECTION), or another loss"
+            )
         if further := [*self.branches, *self.passes]:
             raise ValueError(
                 f"{type(further[0]).__name__} (MODEL.DINO.BRANCHES and PASSES, model.branches and "

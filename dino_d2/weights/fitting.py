@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 
-from ..data.coco_classes import COCO_80, COCO_91
+from ..data.coco_classes import COCO_80, COCO_91, COCO_PANOPTIC
 from ..data.objects365 import OBJECTS365, counterparts
 from ..distributed.sharing import gather
 from ..layouts import adapt, backbones, detr, dino, maskdino
@@ -83,8 +83,8 @@ def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> Op
 
 
 def coco_classes(number: int) -> ClassNames | None:
-    """COCO's class names for 80 or 91 classes, else None."""
-    return {80: COCO_80, 91: COCO_91}.get(number)
+    """COCO's class names for 80 or 91 classes, or 133 of panoptic segmentation, else None."""
+    return {80: COCO_80, 91: COCO_91, 133: COCO_PANOPTIC}.get(number)
 
 
 def known_classes(number: int) -> ClassNames | None:

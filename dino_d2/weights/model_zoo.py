@@ -20,7 +20,7 @@ from .releases import RELEASES, alternatives, find
 
 # Inside the package where it is installed, beside it in a checkout.
 _PLACES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
-NUM_CLASSES = 80  # of COCO, on which all published checkpoints were trained
+NUM_CLASSES = 80  # of COCO, on which nearly all published checkpoints were trained
 
 
 def get_config_file(name: str) -> str:
@@ -58,9 +58,9 @@ def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
 
     Args:
         name: as of `get_config_file`
-        trained: use the weights of the published checkpoint `name`, with COCO's 80 classes, in
-            place of ImageNet weights for training; they need our `Checkpointer`. Files keep their
-            own
+        trained: use the weights of the published checkpoint `name`, with the number of its
+            classes, in place of ImageNet weights for training; they need our `Checkpointer`. Files
+            keep their own
 
     Raises:
         FileNotFoundError: no such config, or no such published checkpoint
@@ -69,7 +69,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
     trained = trained and not _is_file(os.path.expanduser(name))
     if trained:
         put(cfg, keys_for(cfg).weights, f"dino_d2://{find(name).name}")
-        put(cfg, keys_for(cfg).num_classes, NUM_CLASSES)
+        put(cfg, keys_for(cfg).num_classes, find(name).num_classes)
     return cfg
 
 
@@ -86,7 +86,7 @@ def get(name: str, device: str | None = None) -> Detector:
         CheckpointError: it cannot be downloaded
     """
     cfg = get_config(name, trained=True)
-    model = build(cfg, NUM_CLASSES, device)
+    model = build(cfg, find(name).num_classes, device)
     Checkpointer(model, complete=True).load(open_weights(weights_of(cfg), mmap=True))
     return model.eval()
 

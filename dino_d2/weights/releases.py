@@ -1,9 +1,10 @@
 """The published checkpoints of DINO and its predecessors, and the table in MODEL_ZOO.md.
 
-AP is on COCO val2017 as stated by their authors. Links and numbers are from the READMEs of
-IDEA-Research/DINO, IDEA-Research/detrex, open-mmlab/mmdetection and facebookresearch/detr, and from
-the pages of the Hugging Face hub; beginnings of hashes from mmdetection's file names and, for the
-official files that the hub mirrors with their weights as they are, from LibreYOLO's tests.
+AP is on COCO val2017, PQ there too and mIoU on ADE20K and Cityscapes, as stated by their authors.
+Links and numbers are from the READMEs of IDEA-Research/DINO, IDEA-Research/detrex,
+IDEA-Research/MaskDINO, open-mmlab/mmdetection and facebookresearch/detr, and from the pages of the
+Hugging Face hub; beginnings of hashes from mmdetection's file names and, for the official files
+that the hub mirrors with their weights as they are, from LibreYOLO's tests.
 """
 
 import os
@@ -29,6 +30,8 @@ class Release(NamedTuple):
     file: str  # its name where it was published
     sha256: str  # how it begins; "": not known
     licence: str
+    metric: str = "AP"  # what `ap` is, or PQ or mIoU
+    num_classes: int = 80
 
     @property
     def in_folder(self) -> bool:
@@ -47,6 +50,8 @@ def _release(
     encoding: Encoding | None = None,
     config: str = "",
     sha256: str = "",
+    metric: str = "AP",
+    num_classes: int = 80,
 ) -> Release:
     """One of a source, whose `url` the `path` completes; the config is by default the like-named."""
     address = url.format(path)
@@ -60,6 +65,8 @@ def _release(
         file=os.path.basename(address) if "{}" in url else path,
         sha256=sha256,
         licence="Apache-2.0",  # of all sources
+        metric=metric,
+        num_classes=num_classes,
     )
 
 
@@ -147,6 +154,12 @@ _ROWS = (
     _mmdet("dino_Swin_L_384_5scale_36ep", "dino-swinl/dino-5scale_swin-l_8xb2-36e_coco-5486e051.pth", epochs=36, ap=58.4, config="mmdet/dino_Swin_L_384_5scale_36ep.py", sha256="5486e051", url="https://github.com/RistoranteRist/mmlab-weights/releases/download/{}"),
     _maskdino("maskdino_R_50_50ep", "maskdino_r50_50ep_300q_hid1024_3sd1_instance_maskenhanced_mask46.1ap_box51.5ap.pth", epochs=50, ap=51.5, config="MaskDINO/maskdino_R_50_50ep"),
     _maskdino("maskdino_R_50_4scale_50ep", "maskdino_r50_50ep_300q_hid2048_3sd1_instance_maskenhanced_mask46.3ap_box51.7ap.pth", epochs=50, ap=51.7, config="MaskDINO/maskdino_R_50_4scale_50ep"),
+    _maskdino("maskdino_Swin_L_384_5scale_50ep", "maskdino_swinl_50ep_300q_hid2048_3sd1_instance_maskenhanced_mask52.3ap_box59.0ap.pth", epochs=50, ap=59.0, config="MaskDINO/maskdino_Swin_L_384_5scale_50ep.py"),
+    _maskdino("maskdino_Swin_L_384_5scale_50ep_no_mask_enhance", "maskdino_swinl_50ep_300q_hid2048_3sd1_instance_mask52.1ap_box58.3ap.pth", epochs=50, ap=58.3, config="MaskDINO/maskdino_Swin_L_384_5scale_50ep_no_mask_enhance.py"),
+    _maskdino("maskdino_R_50_4scale_50ep_panoptic", "maskdino_r50_50ep_300q_hid2048_3sd1_panoptic_pq53.0.pth", epochs=50, ap=53.0, config="MaskDINO/maskdino_R_50_4scale_50ep_panoptic", metric="PQ", num_classes=133),
+    _maskdino("maskdino_Swin_L_384_5scale_50ep_panoptic", "maskdino_swinl_50ep_300q_hid2048_3sd1_panoptic_58.3pq.pth", epochs=50, ap=58.3, config="MaskDINO/maskdino_Swin_L_384_5scale_50ep_panoptic.py", metric="PQ", num_classes=133),
+    _maskdino("maskdino_R_50_160k_ade20k", "maskdino_r50_50ep_100q_celoss_hid1024_3s_semantic_ade20k_48.7miou.pth", epochs=127, ap=48.7, config="MaskDINO/maskdino_R_50_160k_ade20k", metric="mIoU", num_classes=150),
+    _maskdino("maskdino_R_50_90k_cityscapes", "maskdino_r50_50ep_100q_celoss_hid1024_3s_semantic_cityscapes_79.8miou.pth", epochs=484, ap=79.8, config="MaskDINO/maskdino_R_50_90k_cityscapes", metric="mIoU", num_classes=19),
     _detr("detr_R_50_500ep", "detr-r50-e632da11.pth", epochs=500, ap=42.0, config="Predecessors/detr_R_50_500ep", sha256="e632da11"),
     _detr("detr_R_50_dc5_500ep", "detr-r50-dc5-f0fb7ef5.pth", epochs=500, ap=43.3, config="Predecessors/detr_R_50_dc5_500ep", sha256="f0fb7ef5"),
     _detr("detr_R_101_500ep", "detr-r101-2c7b67e5.pth", epochs=500, ap=43.5, config="Predecessors/detr_R_101_500ep", sha256="2c7b67e5"),
@@ -211,7 +224,8 @@ def table() -> str:
     for x in RELEASES.values():
         config = x.config if x.config.endswith(".py") else f"{x.config}.yaml"
         rows.append(
-            f"| `{x.name}` | [{config}](../../configs/{config}) | {x.epochs} | {x.ap} "
+            f"| `{x.name}` | [{config}](../../configs/{config}) | {x.epochs} "
+            f"| {x.ap}{'' if x.metric == 'AP' else f' {x.metric}'} "
             f"| [{x.file}]({x.url}) | {x.sha256} | {x.licence} |"
         )
     return "\n".join(rows)

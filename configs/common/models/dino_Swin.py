@@ -15,5 +15,7 @@ model.backbone = L(SwinTransformer)(
     drop_path_rate=0.2,
     out_indices=[1, 2, 3],
 )
-model.neck.input_shape = {f"p{i}": L(ShapeSpec)(channels=192 * 2**i) for i in range(4)}
+model.neck.input_shape = {
+    f"p{i}": L(ShapeSpec)(channels=192 * 2**i, stride=4 * 2**i) for i in range(4)
+}
 model.neck.in_features = ["p1", "p2", "p3"]

@@ -41,4 +41,4 @@ model.criterion.update(
 model.criterion.matcher = L(MaskMatcher)(
     class_cost=4.0, bbox_cost=5.0, giou_cost=2.0, mask_cost=5.0, dice_cost=5.0, giou_eps=1e-6
 )
-model.max_detections = 100
+model.update(max_detections=100, instance_on=True, panoptic_on=False, semantic_on=False)
