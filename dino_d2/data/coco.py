@@ -3,8 +3,8 @@
     dino_d2.data.register(["data/train.json@data/images"])
 
 The name then works wherever Detectron2 takes one; it may end in changes of the classes, see
-`classes`. Datasets, also those that others registered, are
-repaired and checked before training. Evaluation reads the repaired annotations.
+`classes`. Datasets, also those that others registered, are repaired and checked before training.
+Evaluation reads the repaired annotations.
 """
 
 import functools
