@@ -110,7 +110,7 @@ def test_a_file_name_tells_which_published_checkpoint_it_is():
     """Where no tensor tells the encoding of pixels."""
     files = [release.file for release in RELEASES.values() if release.encoding]
     assert len(set(files)) == len(files) == 49
-    assert len(RELEASES) == 49 + 24
+    assert len(RELEASES) == 49 + 25
 
 
 def test_official_files_lie_in_a_folder_unless_there_is_a_mirror():

@@ -42,6 +42,7 @@ from dino_d2.modeling.query_selection import (
     PatternQueries,
     PointQueries,
     ProposalQueries,
+    PureQuerySelection,
     proposal_anchors,
 )
 from dino_d2.structures import FeaturePyramid, Predictions, Queries, Target
@@ -51,6 +52,7 @@ PLAIN = "deformable_detr_R_50_50ep"
 REFINE = "deformable_detr_R_50_refine_50ep"
 TWO_STAGE = "deformable_detr_R_50_two_stage_50ep"
 DAB = "dab_deformable_detr_R_50_50ep"
+DAB_TWO_STAGE = "dab_deformable_detr_R_50_two_stage_50ep"
 DN = "dn_deformable_detr_R_50_50ep"
 DETR = "detr_R_50_500ep"
 DAB_DETR = "dab_detr_R_50_50ep"
@@ -156,6 +158,7 @@ def test_models_have_as_many_parameters_as_published(name, count):
         (REFINE, PointQueries, LearnedPosition, None, SetCriterion, 1, [-2, 0, 0]),
         (TWO_STAGE, ProposalQueries, LearnedPosition, None, AllProposals, 1, [0, 0, 0]),
         (DAB, StaticQueries, ScaledAnchorPosition, None, SetCriterion, 1, [-2, 0, 0]),
+        (DAB_TWO_STAGE, PureQuerySelection, ScaledAnchorPosition, None, SetCriterion, 1, [0, 0, 0]),
         (DN, IndicatorQueries, ScaledAnchorPosition, IndicatorDenoising, BoxesOnly, 1, [-2, 0, 0]),
     ],
 )
@@ -170,7 +173,7 @@ def test_models_are_composed_as_published(
     biases = [head.layers[-1].bias.tolist() for head in decoder.box_heads]
     assert biases == [[0, 0, bias, bias] for bias in size_biases]
     assert len(decoder.class_heads) == len(size_biases)  # one for all layers, or one for each
-    assert model.max_detections == (300 if name in (DAB_DETR, DN_DETR) else 100)
+    assert model.max_detections == (300 if name in (DAB_DETR, DN_DETR, DAB_TWO_STAGE) else 100)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +183,7 @@ def test_models_are_composed_as_published(
         (REFINE, 32, 2e-4, 2e-5, 2.0, 0.1),
         (TWO_STAGE, 32, 2e-4, 2e-5, 2.0, 0.1),
         (DAB, 16, 1e-4, 1e-4, 1.0, 0.0),
+        (DAB_TWO_STAGE, 16, 1e-4, 1e-4, 1.0, 0.0),
         (DN, 16, 1e-4, 1e-4, 1.0, 0.0),
     ],
 )

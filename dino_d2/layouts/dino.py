@@ -115,6 +115,10 @@ _SIGNS = (
     ("detrex_family", "transformer.level_embeds", "query_embedding.weight"),
     ("detrex_family", "transformer.level_embeds", "refpoint_embed.weight"),
     ("detrex_family", "transformer.level_embeds", "transformer.pos_trans.weight"),
+    (
+        *("detrex_family", "transformer.level_embeds"),
+        *("transformer.decoder.query_scale.layers.0.weight", "bbox_embed.0.layers.0.weight"),
+    ),
     ("huggingface_detr", "model.decoder.layers.0.encoder_attn.q_proj.weight"),
     ("huggingface_dab_detr", "model.query_refpoint_embeddings.weight"),
     ("huggingface_deformable_detr", "model.level_embed", "class_embed.0.bias"),

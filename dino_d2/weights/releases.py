@@ -175,6 +175,7 @@ _ROWS = (
     _detrex("deformable_detr_R_50_refine_50ep_new", "v0.1.1/deformable_detr_with_box_refinement_50ep_new.pth", epochs=50, ap=47.0, config="Predecessors/deformable_detr_R_50_refine_50ep", encoding=None),
     _detrex("deformable_detr_R_50_two_stage_50ep_new", "v0.1.1/deformable_detr_r50_two_stage_50ep_new.pth", epochs=50, ap=48.2, config="Predecessors/deformable_detr_R_50_two_stage_50ep", encoding=None),
     _detrex("dab_deformable_detr_R_50_50ep", "v0.2.0/dab_deformable_detr_r50_50ep_49AP.pth", epochs=50, ap=49.0, config="Predecessors/dab_deformable_detr_R_50_50ep", encoding=None),
+    _detrex("dab_deformable_detr_R_50_two_stage_50ep", "v0.2.0/dab_deformable_detr_r50_two_stage_49_7AP.pth", epochs=50, ap=49.7, config="Predecessors/dab_deformable_detr_R_50_two_stage_50ep", encoding=None),
     _detrex("dn_deformable_detr_R_50_50ep", "v0.1.0/converted_dn_deformable_detr_r50_50ep.pth", epochs=50, ap=49.5, config="Predecessors/dn_deformable_detr_R_50_50ep", encoding=None),
 )
 # fmt: on
