@@ -60,7 +60,10 @@ DN_DETR = "dn_detr_R_50_50ep"
 # These have the parts of the others.
 CONFIGS = pytest.mark.parametrize(
     "name",
-    [DETR, DN, *(pytest.param(x, marks=pytest.mark.slow) for x in (PLAIN, TWO_STAGE, DN_DETR))],
+    [
+        *(DETR, DN, DAB_TWO_STAGE),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (PLAIN, TWO_STAGE, DN_DETR)),
+    ],
 )
 NUM_CLASSES = 3
 SMALL = [
@@ -245,7 +248,8 @@ def test_every_model_detects(make_batch, name):
 def test_losses_of_every_stage_are_there(make_batch, name):
     losses = make_small(name)(make_batch(2, 1))
     suffixes = ["", "_0", "_1"]
-    suffixes += ["_enc"] * (name == TWO_STAGE) + ["_dn", "_dn_0", "_dn_1"] * (name in (DN, DN_DETR))
+    suffixes += ["_enc"] * (name in (TWO_STAGE, DAB_TWO_STAGE))
+    suffixes += ["_dn", "_dn_0", "_dn_1"] * (name in (DN, DN_DETR))
     kinds = ("loss_class", "loss_bbox", "loss_giou")
     assert set(losses) == {kind + suffix for kind in kinds for suffix in suffixes}
 
