@@ -85,6 +85,16 @@ def test_another_model_with_the_names_of_one_of_them_is_refused(make_state, name
         detect_format(given)
 
 
+def test_a_model_of_relation_detr_is_not_taken_for_one_of_detrex(make_state):
+    """Its names are in part detrex's, in part the official ones."""
+    given = {
+        key.replace("attentions.0.", "self_attn.") if ".encoder." in key else key: x
+        for key, x in layouts.detrex(make_state()).items()
+    }
+    with pytest.raises(CheckpointError, match="another model than DINO.*the names of detrex"):
+        detect_format(given)
+
+
 @pytest.mark.parametrize("key", ["stem.conv1.weight", "conv1_w", "backbone.0.body.conv1.weight"])
 def test_no_format_is_detected_by_chance(key):
     assert detect_format({key: torch.ones(1)}) is None

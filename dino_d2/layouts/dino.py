@@ -123,7 +123,10 @@ _SIGNS = (
     ("huggingface_dab_detr", "model.query_refpoint_embeddings.weight"),
     ("huggingface_deformable_detr", "model.level_embed", "class_embed.0.bias"),
     ("official", "transformer.level_embed", "transformer.tgt_embed.weight"),
-    ("detrex", "transformer.level_embeds", "transformer.tgt_embed.weight"),
+    (  # Relation-DETR's code has the first two, but no attentions
+        *("detrex", "transformer.level_embeds", "transformer.tgt_embed.weight"),
+        "transformer.encoder.layers.0.attentions.0.value_proj.weight",
+    ),
     ("mmdet", "level_embed", "memory_trans_fc.weight"),
     ("torchvision", "layer1.0.conv1.weight"),
     ("convnext", "downsample_layers.0.0.weight"),
