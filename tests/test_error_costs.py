@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from test_error_analysis import CAT, DOG, IMAGE, annotation, dataset, detection, random_case
 
 from dino_d2.evaluation.analysis import analyse, evaluate_boxes, match_images
@@ -34,6 +36,30 @@ def test_with_nothing_fixed_ap_is_that_of_coco_evaluation(seed):
     np.testing.assert_allclose(average_precisions(mine), ap_of(evaluation), atol=1e-6)
     evaluation.summarize()
     np.testing.assert_allclose([*box_scores(mine).values()], 100 * evaluation.stats[:3], atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_masks_ap_is_that_of_coco_evaluation(seed):
+    """True masks are halves of their boxes, and those of every second detection the whole box."""
+    data, found = random_case(seed, categories=4, images=9)
+    data["images"] = [x | {"width": 700, "height": 700} for x in data["images"]]
+    for i, x in enumerate([*data["annotations"], *found]):
+        left, top, width, height = x["bbox"]
+        right, bottom = left + width, top + height
+        x["segmentation"] = [[left, top, right, top, left, bottom]]
+        if "score" in x and i % 2:
+            x["segmentation"] = [[left, top, right, top, right, bottom, left, bottom]]
+    truth = COCO()
+    truth.dataset = data
+    truth.createIndex()
+    results = [x | {"segmentation": truth.annToRLE(x)} for x in found]
+    evaluation = COCOeval(truth, truth.loadRes(results), "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    analysis = analyse(evaluation)
+    mine = outcomes_of(analysis.images, evaluation.params.catIds)
+    np.testing.assert_allclose(average_precisions(mine), ap_of(evaluation), atol=1e-6)
+    assert analysis.shape == "mask"
 
 
 # What an oracle does, slowly: the data are changed, and COCO evaluates them anew

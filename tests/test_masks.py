@@ -1,5 +1,6 @@
 """Masks in data: what is read, what is repaired, and what training gets."""
 
+import csv
 import json
 import logging
 
@@ -153,6 +154,27 @@ def test_masks_are_evaluated_where_there_are_any(name_of, tmp_path, caplog, mask
         assert results["segm"]["AP"] > 50
     assert (said is None) == ("mask" not in caplog.text)
     assert said is None or said in caplog.text
+
+
+def test_errors_of_masks_are_analysed_beside_those_of_boxes(name_of, tmp_path, caplog, monkeypatch):
+    """The box is right, and of its mask a quarter."""
+    monkeypatch.setattr("dino_d2.engine.evaluator.draw_error_plots", lambda analysis, folder: [])
+    evaluator = ErrorAnalysisEvaluator(name_of([SQUARE]), output_dir=str(tmp_path / "out"))
+    evaluator.reset()
+    part = PIXELS & (np.arange(40) < 16)[:, None] & (np.arange(60) < 16)
+    row = {"image_id": 1, "category_id": 0, "bbox": [8, 8, 16, 16], "score": 0.9}
+    row["segmentation"] = encode_mask(part)
+    evaluator._predictions = [{"image_id": 1, "instances": [row]}]
+    with caplog.at_level(logging.INFO):
+        results = evaluator.evaluate()
+    assert results["dAP"]["localisation"] == 0
+    assert results["dAP_segm"]["localisation"] == pytest.approx(100)
+    assert "F1" in results and "F1_segm" not in results  # no mask is found
+    assert "of masks, 'localisation' costs most: 100.0 AP (mask AP is 0.0)" in caplog.text
+    for folder, kind in ((tmp_path / "out", "correct"), (tmp_path / "out/segm", "localisation")):
+        with (folder / "errors.csv").open() as file:
+            (counts,) = csv.DictReader(file)
+        assert (folder / "thresholds.json").exists() and counts[kind] == "1"
 
 
 @pytest.mark.parametrize(

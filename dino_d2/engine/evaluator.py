@@ -1,4 +1,4 @@
-"""Evaluates boxes, and writes the error analysis as tables (CSV) and pictures."""
+"""Evaluates boxes and masks, and writes the error analysis as tables (CSV) and pictures."""
 
 import csv
 import json
@@ -88,7 +88,7 @@ class CityscapesInstanceEvaluator(evaluation.CityscapesInstanceEvaluator):
 
 
 class ErrorAnalysisEvaluator(evaluation.COCOEvaluator):
-    """Detectron2's evaluator, which also analyses the errors of boxes.
+    """Detectron2's evaluator, which also analyses the errors of boxes, and of masks if there are.
 
     Beside "bbox" it returns as "dAP" what each kind of error costs, see `evaluation.costs.Costs`,
     and as "with_nms" AP, AP50 and AP75 of what class-wise NMS at IoU 0.8 leaves. If the model has
@@ -96,6 +96,9 @@ class ErrorAnalysisEvaluator(evaluation.COCOEvaluator):
     that is instead "without_nms", of all together. "F1" has the score threshold with the highest F1
     at IoU 0.5, over all classes and, as "threshold-NAME", of each. Tables, pictures and
     thresholds.json go to the output folder, if there is one.
+
+    Beside "segm", "dAP_segm" and "F1_segm" are the same by the IoU of masks; their files go to the
+    folder "segm" in the output folder.
 
     By default it converts registered records again each time, as cached ones of an earlier run may
     be of other data.
@@ -114,10 +117,19 @@ class ErrorAnalysisEvaluator(evaluation.COCOEvaluator):
                 )
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
+        self._analyses: dict[str, tuple[dict[str, float], dict[str, Any]]] = {}
         super()._eval_predictions(predictions, img_ids)  # gives results the data set's category ids
-        if "bbox" not in self._results:
-            return
-        self._results["dAP"] = self._costs
+        for task, (costs, best) in self._analyses.items():
+            suffix = "" if task == "bbox" else f"_{task}"
+            self._results[f"dAP{suffix}"] = costs
+            if task == "bbox":
+                self._add_nms(predictions)
+            if found := threshold_metrics(best):
+                self._results[f"F1{suffix}"] = found
+            if told := (advice if task == "bbox" else mask_advice)(self._results):
+                logger.info(told)
+
+    def _add_nms(self, predictions: list[dict]) -> None:
         results = [x for prediction in predictions for x in prediction["instances"]]
         name = "without_nms" if any("suppressed" in x for x in predictions) else "with_nms"
         if name == "with_nms":
@@ -125,11 +137,6 @@ class ErrorAnalysisEvaluator(evaluation.COCOEvaluator):
         else:
             results += self._suppressed(predictions)
         self._results[name] = self._scores(results)
-        if found := threshold_metrics(self._thresholds):
-            self._results["F1"] = found
-        told = advice(self._results)
-        if told:
-            logger.info(told)
 
     def _tasks_from_predictions(self, predictions: list[dict]) -> list[str]:
         """Masks are evaluated if there are any to compare with; one that is missing is its box."""
@@ -170,14 +177,17 @@ class ErrorAnalysisEvaluator(evaluation.COCOEvaluator):
     ) -> dict[str, float]:
         # The only method that gets Detectron2's COCOeval; None if there are no detections.
         class_names = class_names and thing_names(self._metadata)
-        if iou_type == "bbox":
+        if iou_type in ("bbox", "segm"):
             with alive("the error analysis"):
                 analysis = analyse(coco_eval or evaluate_boxes(self._coco_api.dataset, []))
-                self._costs, self._thresholds = analysis.costs.mean, thresholds(analysis)
+                best = thresholds(analysis)
+                self._analyses[iou_type] = analysis.costs.mean, best
                 if self._output_dir:
-                    write_analysis(analysis, self._output_dir)
-                    path = Path(self._output_dir, "thresholds.json")
-                    path.write_text(json.dumps(self._thresholds, indent=2), encoding="utf-8")
+                    folder = Path(self._output_dir, "segm" if iou_type == "segm" else "")
+                    folder.mkdir(exist_ok=True)
+                    write_analysis(analysis, folder)
+                    path = folder / "thresholds.json"
+                    path.write_text(json.dumps(best, indent=2), encoding="utf-8")
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
 
 
@@ -250,15 +260,14 @@ def advice(results: Mapping[str, Mapping[str, float]]) -> str:
     Args:
         results: of `ErrorAnalysisEvaluator`, "bbox", "dAP" and "with_nms" or "without_nms"
     """
-    # Those that are not written as 0.0, nor NaN.
-    costs = {kind: cost for kind, cost in results["dAP"].items() if cost >= 0.05}
+    costs = notable(results["dAP"])
     if not costs:
         return ""
     ap, has_nms = results["bbox"]["AP"], "without_nms" in results
     other = results["without_nms" if has_nms else "with_nms"]["AP"]
     both = f"AP is {ap:.1f}, and {other:.1f} {'without NMS' if has_nms else f'with NMS {NMS_IOU}'}"
     if costs.get("duplicate", 0) < 1:
-        kind = max(costs, key=lambda kind: costs[kind])
+        kind = max(costs, key=costs.__getitem__)
         return f"of all kinds of errors, '{kind}' costs most: {costs[kind]:.1f} AP ({both})"
     remedy = "train longer"
     if has_nms:
@@ -266,6 +275,24 @@ def advice(results: Mapping[str, Mapping[str, float]]) -> str:
     elif other > ap:
         remedy += f", or evaluate with TEST.NMS {NMS_IOU} (model.nms={NMS_IOU})"
     return f"duplicates cost {costs['duplicate']:.1f} AP ({both}): {remedy}"
+
+
+def mask_advice(results: Mapping[str, Mapping[str, float]]) -> str:
+    """A sentence on what costs most by the IoU of masks, if anything does.
+
+    Args:
+        results: of `ErrorAnalysisEvaluator`, "segm" and "dAP_segm"
+    """
+    costs = notable(results["dAP_segm"])
+    if not costs:
+        return ""
+    kind, ap = max(costs, key=costs.__getitem__), results["segm"]["AP"]
+    return f"of masks, '{kind}' costs most: {costs[kind]:.1f} AP (mask AP is {ap:.1f})"
+
+
+def notable(costs: Mapping[str, float]) -> dict[str, float]:
+    """Those that are not written as 0.0, nor NaN."""
+    return {kind: cost for kind, cost in costs.items() if cost >= 0.05}
 
 
 def write_analysis(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:

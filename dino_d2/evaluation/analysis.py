@@ -104,6 +104,7 @@ class Analysis(NamedTuple):
     images: list[ImageMatches]  # all detections
     costs: Costs  # of all detections
     overall: BestThreshold  # of the detections of all classes
+    shape: str = "box"  # or "mask", whose IoU decides
 
     @property
     def limit(self) -> str:
@@ -144,15 +145,19 @@ def analyse(evaluation: COCOeval, threshold: float | None = THRESHOLD) -> Analys
     """Compute all tables of the error analysis.
 
     Args:
-        evaluation: of boxes, accumulated, COCO's or Detectron2's
+        evaluation: of boxes or of masks, accumulated, COCO's or Detectron2's
         threshold: least score of detections in the confusion matrix and the kinds of errors; None:
             the best of each class, see `ClassScores`, for a class without one that of all classes,
             and 0.5 if nothing is found at all
     """
     categories = evaluation.cocoGt.loadCats(evaluation.params.catIds)
     ids = [x["id"] for x in categories]
+    has_masks = evaluation.params.iouType == "segm"  # in RLE, as COCO's evaluation leaves them
     images = match_images(
-        evaluation.cocoGt, evaluation.cocoDt.imgToAnns, evaluation.params.maxDets[-1]
+        evaluation.cocoGt,
+        evaluation.cocoDt.imgToAnns,
+        evaluation.params.maxDets[-1],
+        "segmentation" if has_masks else "bbox",
     )
     outcomes = outcomes_of(images, ids)
     classes, overall = class_scores(evaluation, categories, outcomes), pooled_threshold(outcomes)
@@ -175,11 +180,15 @@ def analyse(evaluation: COCOeval, threshold: float | None = THRESHOLD) -> Analys
         images=images,
         costs=costs_of(outcomes),
         overall=overall,
+        shape="mask" if has_masks else "box",
     )
 
 
 def match_images(
-    truth: COCO, results: Mapping[int | str, list[dict]], max_detections: int
+    truth: COCO,
+    results: Mapping[int | str, list[dict]],
+    max_detections: int,
+    shape: str = "bbox",
 ) -> list[ImageMatches]:
     """Match the boxes of all images, in the order of their ids.
 
@@ -187,9 +196,10 @@ def match_images(
         truth: the annotations
         results: in COCO's format, by the id of their image
         max_detections: per image and class
+        shape: as of `match_image`
     """
     return [
-        match_image(record, truth.imgToAnns.get(id, []), results.get(id, []), max_detections)
+        match_image(record, truth.imgToAnns.get(id, []), results.get(id, []), max_detections, shape)
         for id, record in sorted(truth.imgs.items())
     ]
 

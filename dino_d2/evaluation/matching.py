@@ -68,7 +68,11 @@ class ImageMatches(NamedTuple):
 
 
 def match_image(
-    image: dict, truth: list[dict], detections: list[dict], max_detections: int
+    image: dict,
+    truth: list[dict],
+    detections: list[dict],
+    max_detections: int,
+    shape: str = "bbox",
 ) -> ImageMatches:
     """Match boxes of the same class as COCO's evaluation does at IoU 0.5.
 
@@ -79,13 +83,14 @@ def match_image(
         truth: annotations of the image, with bbox (x, y, width, height) in pixels
         detections: results in the image, with bbox and score, in any order
         max_detections: per class, those of the highest scores; evaluation drops the others, too
+        shape: what is compared, "bbox" or "segmentation"; masks of both sides are in RLE
     """
     detections = highest_scoring(detections, max_detections)
     crowd = np.array([bool(x.get("iscrowd")) for x in truth], dtype=bool)
     iou = np.zeros((len(detections), len(truth)))
     if iou.size:
-        boxes = ([x["bbox"] for x in some] for some in (detections, truth))
-        iou = mask.iou(*boxes, crowd.astype(int).tolist())
+        shapes = ([x[shape] for x in some] for some in (detections, truth))
+        iou = mask.iou(*shapes, crowd.astype(int).tolist())
     unmatched = np.full(len(detections), -1)
     matching = ImageMatches(image, truth, detections, iou, crowd, unmatched)
     return matching._replace(matches=matches_at(matching, [MIN_IOU])[0])

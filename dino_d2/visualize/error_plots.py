@@ -73,7 +73,9 @@ def _per_class(analysis: Analysis) -> Figure:
         ([x.AP75 for x in ranked], "D", "black", "AP75 (IoU 0.75)"),
     ):
         axes.plot(values, places, marker, color=colour, markersize=4, label=label, clip_on=False)
-    axes.set_yticks(places, [f"{escape_name(x.name)} ({plural(x.boxes, 'box')})" for x in ranked])
+    axes.set_yticks(
+        places, [f"{escape_name(x.name)} ({plural(x.boxes, analysis.shape)})" for x in ranked]
+    )
     axes.set_ylim(-0.7, len(ranked) - 0.3)
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(axis="x", alpha=0.3)
@@ -83,7 +85,8 @@ def _per_class(analysis: Analysis) -> Figure:
 
 
 def _ap_by_size(analysis: Analysis) -> Figure:
-    title = "AP and AR by the size of the annotated boxes, mean over the classes"
+    shape = analysis.shape
+    title = f"AP and AR by the size of the annotated {shape}, mean over the classes"
     figure, axes = _axes(8, 4.4, title, ylabel="%", ylim=(0, 105))
     colours = {"AP": BLUE, "AP50": SKY, "AP75": ORANGE, "AR": GREY}
     for shift, (name, colour) in zip((-0.3, -0.1, 0.1, 0.3), colours.items(), strict=True):
@@ -93,17 +96,17 @@ def _ap_by_size(analysis: Analysis) -> Figure:
             axes.bar(place + shift, np.nan_to_num(value), 0.2, color=colour, label=label)
             text = "–" if np.isnan(value) else f"{value:.1f}"
             axes.text(place + shift, np.nan_to_num(value) + 1, text, ha="center", fontsize=8)
-    axes.set_xticks(range(len(analysis.sizes)), [_size_label(x) for x in analysis.sizes])
+    axes.set_xticks(range(len(analysis.sizes)), [_size_label(x, shape) for x in analysis.sizes])
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
-def _size_label(size: SizeScores) -> str:
+def _size_label(size: SizeScores, shape: str) -> str:
     low, high = round(size.min_area**0.5), round(size.max_area**0.5)
     area = {"all": "any area", "small": f"up to {high}² px", "large": f"from {low}² px"}
     text = area.get(size.size, f"{low}² to {high}² px")
-    return f"{size.size}\n{text}\n{plural(size.boxes, 'box')}"
+    return f"{size.size}\n{text}\n{plural(size.boxes, shape)}"
 
 
 def _precision_recall(analysis: Analysis) -> Figure:
@@ -200,6 +203,7 @@ def _confused(analysis: Analysis) -> tuple[list[str], np.ndarray, str]:
 def _errors(analysis: Analysis) -> Figure:
     totals = {kind: sum(getattr(x, kind) for x in analysis.errors) for kind in EXPLAINED}
     boxes = sum(x.boxes for x in analysis.classes)
+    annotated = plural(boxes, f"annotated {analysis.shape}")
     found = sum(number for kind, number in totals.items() if kind != "missed")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -207,7 +211,7 @@ def _errors(analysis: Analysis) -> Figure:
     bars = left.barh(range(len(totals)), list(totals.values()), color=colours, ec="black", lw=0.5)
     left.bar_label(bars, [f"{x:,}" for x in totals.values()], padding=3, fontsize=9)
     left.set_title(
-        f"{plural(found, 'detection')} of {analysis.limit}, {plural(boxes, 'annotated box')}",
+        f"{plural(found, 'detection')} of {analysis.limit}, {annotated}",
         loc="left",
         fontsize=11,
     )
