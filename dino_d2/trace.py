@@ -11,14 +11,17 @@ from typing import Any, NamedTuple, cast
 import torch
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .layers import DeformableAttention, DenseAttention, SelfAttention
 from .modeling.dino import DINO, padding_mask
+from .modeling.mask_loss import MaskCriterion, MaskTruth
+from .modeling.masks import UnifiedQuerySelection, mask_logits
 from .modeling.matcher import queries_of_boxes
 from .modeling.query_selection import ProposalQueries, PureQuerySelection
 from .modeling.tokens import take_tokens, token_centers
 from .ops.reference import resolve
-from .structures import DetectorOutput, FeaturePyramid, Match, Target, stack_predictions
+from .structures import DetectorOutput, FeaturePyramid, Match, Pixels, Target, stack_predictions
 
 
 class Selection(NamedTuple):
@@ -101,7 +104,9 @@ def trace(model: DINO, images: ImageList, targets: list[Target] | None = None) -
         )
         for reference, attention, look in zip(*parts, strict=True)
     ]
-    scores = [model.class_scores(layer.logits) for layer in output.result.layers]
+    # Mask DINO's first are those of the queries that the first layer starts from.
+    after = output.result.layers[-len(model.decoder.layers) :]
+    scores = [model.class_scores(layer.logits) for layer in after]
     found = recorder.shapes, recorder.selection, layers, scores, recorder.encoder_attention
     return to_cpu(Trace(output, *found))
 
@@ -134,7 +139,7 @@ class Recorder:
     def see_selection(self, module: nn.Module, args: tuple, output: tuple) -> None:
         self.shapes = args[0].shapes
         if isinstance(module, PureQuerySelection):
-            self.selection = selection_of(module, args[0], output[0].reference)
+            self.selection = selection_of(module, *args[:2], boxes=output[0].reference)
 
     # Attention is computed once more, as without weights it is in another way.
 
@@ -170,10 +175,27 @@ def sampling_points(
     return locations / ratios, weights
 
 
-def selection_of(selection: PureQuerySelection, memory: FeaturePyramid, boxes: Tensor) -> Selection:
-    """Repeat the query selection, as it does not return the selected tokens."""
-    tokens, anchors, logits = selection.candidates(memory)
-    tokens = selection.choose(tokens, anchors, logits, selection.box_head)
+def selection_of(
+    selection: PureQuerySelection,
+    memory: FeaturePyramid,
+    decoder: Any = None,
+    *,
+    boxes: Tensor,
+) -> Selection:
+    """Repeat the query selection, as it does not return the selected tokens.
+
+    Args:
+        decoder: whose heads those of a `UnifiedQuerySelection` are
+        boxes: (B, Q, 4), the proposals
+    """
+    if isinstance(selection, UnifiedQuerySelection):
+        class_head, box_head = decoder.class_heads[0], decoder.box_heads[0]
+        tokens, anchors = selection.features(memory)
+        logits = class_head(tokens)
+    else:
+        tokens, anchors, logits = selection.candidates(memory)
+        box_head = selection.box_head
+    tokens = selection.choose(tokens, anchors, logits, box_head)
     one_class = isinstance(selection, ProposalQueries)  # the first stands for any object
     scores = logits[..., 0] if one_class else logits.amax(-1)
     sizes = torch.tensor([height * width for height, width in memory.shapes], device=tokens.device)
@@ -186,20 +208,39 @@ def selection_of(selection: PureQuerySelection, memory: FeaturePyramid, boxes: T
 
 
 @torch.no_grad()
-def match_stages(model: DINO, output: DetectorOutput, target: Target) -> StageMatching:
+def match_stages(model: DINO, output: DetectorOutput, target: Any) -> StageMatching:
     """Match one image as in training: every layer and, unless class-agnostic, the proposals.
 
-    The output is of this image alone, and the target on its device.
+    Args:
+        output: of this image alone
+        target: on its device; of Mask DINO a `MaskTarget`, which is matched at random points
     """
-    stages, proposals = list(output.result.layers), output.result.proposals
-    names = [f"layer {i}" for i in range(1, len(stages) + 1)]
+    parts, proposals = [list(output.result.layers)], output.result.proposals
+    names = [f"layer {i}" for i in range(1, len(model.decoder.layers) + 1)]
+    count = len(target.boxes)
+    if output.pixels is not None:
+        assert isinstance(model.criterion, MaskCriterion)
+        pixels = (x[0] for x in output.pixels)
+        target, names = model.criterion.at_points(MaskTruth(*target, *pixels)), ["start", *names]
     if proposals is not None and not isinstance(model.query_selection, ProposalQueries):
-        stages, names = [proposals, *stages], ["proposals", *names]
-    match = model.criterion.matcher(stack_predictions(stages), [target])
-    return StageMatching(names, queries_of_boxes(match, len(target.boxes)))
+        parts, names = [[proposals], *parts], ["proposals", *names]
+    matches = [model.criterion.matcher(stack_predictions(part), [target]) for part in parts]
+    return StageMatching(names, torch.cat([queries_of_boxes(x, count) for x in matches]))
 
 
-def denoised_boxes(output: DetectorOutput, target: Target) -> Denoised | None:
+def image_masks(masks: Tensor, pixels: Pixels, size: tuple[int, int]) -> Tensor:
+    """Logits (n, height, width) of masks (n, C), of the first image without its padding.
+
+    Bilinear samples of the maps at the centres of the pixels of an image of this size.
+    """
+    y, x = ((torch.arange(n) + 0.5) / n for n in size)
+    points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) * pixels.extent[0]
+    maps, grid = mask_logits(masks, pixels.maps[0]), 2 * points - 1
+    (logits,) = F.grid_sample(maps[None], grid[None], padding_mode="border", align_corners=False)
+    return logits
+
+
+def denoised_boxes(output: DetectorOutput, target: Any) -> Denoised | None:
     """Group the denoising queries of one image; None if it has no boxes.
 
     The output is of this image alone, with denoising, and the target on its device.
@@ -209,7 +250,8 @@ def denoised_boxes(output: DetectorOutput, target: Target) -> Denoised | None:
     groups, (_, positives, indices) = denoising.repeats, denoising.match
     if not len(positives):
         return None
-    truth = Target(*(x[indices.view(groups, -1)[0]] for x in target))
+    which = indices.view(groups, -1)[0]
+    truth = Target(target.labels[which], target.boxes[which])
     # In the order of `Denoising`, where a single image leaves no slot empty.
     shape = groups, -1, len(truth.labels)
     last = denoising.layers[-1]

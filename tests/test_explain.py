@@ -26,15 +26,18 @@ from dino_d2 import modeling, visualize
 from dino_d2.boxes import cxcywh_to_xyxy, iou
 from dino_d2.data import ResizeShortestEdge
 from dino_d2.layers import ConditionalCrossAttention, ConditionalSelfAttention, DenseAttention
+from dino_d2.modeling.masks import mask_logits
 from dino_d2.modeling.matcher import instability
 from dino_d2.modeling.positions import LearnedPosition
 from dino_d2.modeling.query_selection import PointQueries
+from dino_d2.modeling.segmentation import resize_maps
 from dino_d2.predictor import Predictor
 from dino_d2.structures import FeaturePyramid, Predictions, Target
-from dino_d2.trace import LayerTrace, StageMatching, denoised_boxes, trace
+from dino_d2.trace import LayerTrace, StageMatching, denoised_boxes, image_masks, trace
 from dino_d2.visualize import (
     draw_attention_maps,
     draw_denoising,
+    draw_masks,
     draw_matching,
     draw_proposals,
     draw_refinement,
@@ -139,6 +142,38 @@ def test_a_box_is_drawn_as_it_starts_and_after_every_layer(make_traced, image):
         label = layers[-1].logits[0, query].argmax()
         expected = torch.stack([x.logits[0, query, label].sigmoid() for x in layers])
         torch.testing.assert_close(score, expected)
+
+
+@pytest.fixture
+def traced_masks(make_mask_dino, make_mask_batch, randomise):
+    """A Mask DINO's trace of an image that is padded, from 58 x 78 to 60 x 80."""
+    model = randomise(make_mask_dino(), std=0.1).eval()
+    return trace(model, model.preprocess_images(make_mask_batch(2, sizes=[(58, 78)])))
+
+
+def test_masks_are_those_of_the_image_without_its_padding(traced_masks):
+    masks, pixels = traced_masks.output.result.layers[-1].masks[0, :3], traced_masks.output.pixels
+    maps = resize_maps(mask_logits(masks, pixels.maps[0]), 4, (58, 78), (58, 78))
+    torch.testing.assert_close(image_masks(masks, pixels, (58, 78)), maps, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_is_drawn_as_it_starts_and_after_every_layer(traced_masks, image):
+    figure = draw_masks(image, traced_masks, [4, 7], CLASSES)
+    layers = traced_masks.output.result.layers
+    assert len(layers) == 3 and len(figure.axes) == 2 * 3
+    for i, axes in enumerate(figure.axes):
+        query, stage = (4, 7)[i // 3], i % 3
+        masks = torch.stack([x.masks[0, query] for x in layers])
+        maps = image_masks(masks, traced_masks.output.pixels, SIZE[::-1])
+        shade = torch.as_tensor(np.asarray(axes.images[-1].get_array()))[..., 3]
+        torch.testing.assert_close(shade, 0.75 * maps[stage].sigmoid())
+        for line in axes.collections:  # passes between pixels of either sign
+            for x, y in line.get_paths()[0].vertices.round().astype(int).tolist():
+                near = maps[stage, max(y - 1, 0) : y + 1, max(x - 1, 0) : x + 1] > 0
+                assert near.any() and not near.all()
+        found = maps > 0
+        shared, joint = (found[stage] & found[-1]).sum(), (found[stage] | found[-1]).sum()
+        assert axes.get_title().endswith(f"IoU {shared / joint.clamp(min=1):.2f}")
 
 
 def test_a_point_has_no_box_to_start_with(make_traced, image):
@@ -475,7 +510,7 @@ def test_the_page_needs_no_other_file():
     assert "query 7: a < b" in page.text
     assert "About <a & b>" in page.text and "Two < three." in page.text
     assert "There is <none>." in page.text and TEXTS["matching"].reading not in page.text
-    assert len(page.images) == 6 and all(len(x["alt"]) > 20 for x in page.images)
+    assert len(page.images) == len(TEXTS) - 1 and all(len(x["alt"]) > 20 for x in page.images)
     assert {base64.b64decode(x["src"].split(",")[1]) for x in page.images} == {png.getvalue()}
     links = [x for x in page.sources if not x.startswith("data:image/png;base64,")]
     assert all(x.startswith("https://arxiv.org/abs/") for x in links)
@@ -518,8 +553,8 @@ def run(monkeypatch, make_dino, randomise, dataset):
     """The program on a small model; what it complains about, if it does."""
     monkeypatch.chdir(dataset)
 
-    def run(*words, classes=CLASSES, image_format="RGB", **options):
-        model = randomise(make_dino(**options), std=0.1).eval()
+    def run(*words, classes=CLASSES, image_format="RGB", make=make_dino, **options):
+        model = randomise(make(**options), std=0.1).eval()
         resize = [ResizeShortestEdge(64, 100)]
         predictor = Predictor(
             model, classes=classes, augmentations=resize, image_format=image_format
@@ -699,7 +734,7 @@ def test_options_that_do_not_fit_are_refused(run, words, complaint, capsys):
     assert complaint in capsys.readouterr().err
 
 
-PICTURES = [name for name in TEXTS if name != "attention"]  # of deformable attention
+PICTURES = [x for x in TEXTS if x not in ("attention", "masks")]  # of deformable attention
 REASONS = {
     "selection": "The queries of this model are learned",
     "denoising": "This model is trained without denoising",
@@ -737,6 +772,22 @@ def test_what_a_model_or_an_image_has_not_is_said_instead(
     said = {name: x for name, x in pictures.items() if isinstance(x, str)}
     assert said.keys() == missing.keys()
     assert all(said[name].startswith(REASONS[why]) for name, why in missing.items())
+
+
+def test_masks_are_explained_and_matched(run, sketch, monkeypatch, make_mask_dino, dataset):
+    content = json.loads((dataset / "all.json").read_text())
+    content["annotations"][0]["segmentation"] = [[8, 6, 48, 6, 48, 36]]  # one has none
+    (dataset / "masks.json").write_text(json.dumps(content))
+    written = []
+    monkeypatch.setattr(explain, "write", lambda pictures, *_: written.append(pictures))
+    truth = "--annotations", "masks.json", "--images", "images"
+    assert run(*truth, make=make_mask_dino) is None
+    (pictures,) = written
+    assert list(pictures) == [x for x in TEXTS if x != "attention"]
+    ((_, target, matching, *_),) = sketch["draw_matching"]
+    assert target.known.tolist() == [True, False] and target.masks[0].sum() == 600
+    assert matching.stages == ["proposals", "start", "layer 1", "layer 2"]
+    assert matching.queries.shape == (4, 2) and (matching.queries >= 0).all()
 
 
 def test_an_interruption_is_one_sentence(run, monkeypatch):

@@ -1,7 +1,7 @@
 """Pictures of data, detections, errors and the inside of the model."""
 
 from .error_plots import draw_error_plots
-from .explain import draw_proposals, draw_refinement, surest_queries
+from .explain import draw_masks, draw_proposals, draw_refinement, surest_queries
 from .explain_attention import draw_attention_maps, draw_sampling, draw_self_attention
 from .explain_page import explanation_page
 from .explain_training import draw_denoising, draw_matching

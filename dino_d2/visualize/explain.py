@@ -5,10 +5,12 @@ return a Matplotlib figure.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
@@ -17,8 +19,18 @@ from torch import Tensor
 from ..boxes import cxcywh_to_xyxy, iou
 from ..names import plural
 from ..structures import Target
-from ..trace import Trace
-from .canvas import COLOURS, MARKERS, draw_box, shape_of, show_image, title_of, to_pixels, zoom_to
+from ..trace import Trace, image_masks
+from .canvas import (
+    COLOURS,
+    MARKERS,
+    draw_box,
+    shape_of,
+    show_image,
+    shrink,
+    title_of,
+    to_pixels,
+    zoom_to,
+)
 from .style import BLUE, VERMILION
 
 PROPOSALS = 50  # boxes to draw
@@ -97,7 +109,8 @@ def draw_refinement(
     colours = stage_colours(len(trace.layers) + 1)
     for (picture, chart), query in zip(grid, queries, strict=True):
         start = trace.layers[0].reference[0, query]
-        boxes = [layer.boxes[0, query] for layer in trace.output.result.layers]
+        layers = trace.output.result.layers[-len(trace.layers) :]
+        boxes = [layer.boxes[0, query] for layer in layers]
         steps = [start, *boxes] if len(start) == 4 else boxes
         places = to_pixels(torch.stack(steps), image)
         show_image(picture, image, dim=0.25)
@@ -113,6 +126,50 @@ def draw_refinement(
     figure.legend(handles, stages, loc="outside lower center", ncols=min(len(stages), 7))
     figure.suptitle("A query's box through the layers of the decoder", weight="bold")
     return figure
+
+
+def draw_masks(
+    image: Image.Image, trace: Trace, queries: Sequence[int], classes: Sequence[str]
+) -> Figure:
+    """Draw each query's mask before the first decoder layer and after each, of Mask DINO.
+
+    The colour is as strong as a pixel's probability, the line is where that is 0.5, and the number
+    is the IoU with the mask of the last layer.
+    """
+    pixels = trace.output.pixels
+    layers: Sequence[Any] = trace.output.result.layers
+    assert pixels is not None
+    width, height = shrink(image).size
+    figure = Figure(figsize=(2.3 * len(layers), 2.75 * len(queries) + 0.5), layout="constrained")
+    rows = figure.subplots(len(queries), len(layers), squeeze=False)
+    for row, query in zip(rows, queries, strict=True):
+        embeddings = torch.stack([layer.masks[0, query] for layer in layers])
+        maps = image_masks(embeddings, pixels, (height, width))
+        found = (maps > 0).flatten(1)
+        shared, joint = (found & found[-1]).sum(1), (found | found[-1]).sum(1)
+        overlap = (shared / joint.clamp(min=1)).tolist()
+        boxes = torch.stack([layer.boxes[0, query] for layer in layers])
+        corners = cxcywh_to_xyxy(to_pixels(boxes, image))
+        for stage, (axes, logits) in enumerate(zip(row, maps, strict=True)):
+            show_image(axes, image, dim=0.6)
+            _draw_mask(axes, logits, image)
+            zoom_to(axes, image, corners)
+            name = f"layer {stage}" if stage else "start"
+            axes.set_title(f"{name}: IoU {overlap[stage]:.2f}", fontsize=9)
+        row[0].set_ylabel(title_of(query, trace.scores[-1], classes), fontsize=9)
+    figure.suptitle("A query's mask through the layers of the decoder", weight="bold")
+    return figure
+
+
+def _draw_mask(axes: Axes, logits: Tensor, image: Image.Image) -> None:
+    """Draw probabilities of pixels, of logits (height, width), and the border of the mask."""
+    extent = 0, image.width, image.height, 0
+    colour = torch.tensor(to_rgb(BLUE)).expand(*logits.shape, 3)
+    shade = torch.cat([colour, 0.75 * logits.sigmoid()[..., None]], -1)
+    axes.imshow(shade.numpy(), extent=extent, aspect=axes.get_aspect(), interpolation="nearest")
+    if (logits > 0).any() and not (logits > 0).all():
+        line: dict[str, Any] = {"colors": "black", "linewidths": 1, "origin": "upper"}
+        axes.contour(logits.numpy(), [0.0], extent=extent, **line)
 
 
 def stage_colours(count: int) -> list[tuple[float, float, float, float]]:

@@ -35,6 +35,14 @@ TEXTS = {
         "how sure the query is of its class.",
         "Deformable DETR, section 4.2; DINO, section 3.5",
     ),
+    "masks": Text(
+        "A mask through the layers of the decoder",
+        "For each query a row of images with its mask, before the first layer and after each.",
+        "A query's mask is its embedding, multiplied with that of every pixel. The stronger the "
+        "colour, the surer the pixel is of the mask; inside the black line it belongs to it. The "
+        "number is the IoU with the mask of the last layer.",
+        "Mask DINO, section 3.3",
+    ),
     "sampling": Text(
         "Where deformable attention looks",
         "For each query a row of images, one per level, with the sampling points of all heads.",
@@ -83,7 +91,8 @@ TEXTS = {
 
 LINKS = """<footer><p>DINO <a href="https://arxiv.org/abs/2203.03605">2203.03605</a>, DN-DETR
 <a href="https://arxiv.org/abs/2203.01305">2203.01305</a>, Deformable DETR
-<a href="https://arxiv.org/abs/2010.04159">2010.04159</a>, DETR
+<a href="https://arxiv.org/abs/2010.04159">2010.04159</a>, Mask DINO
+<a href="https://arxiv.org/abs/2206.02777">2206.02777</a>, DETR
 <a href="https://arxiv.org/abs/2005.12872">2005.12872</a></p></footer>
 """
 

@@ -2,9 +2,9 @@
 """Explain with pictures how DINO comes to its detections in an image, and what it learns from one.
 
 Writes explain.html, a self-contained page, and each picture as a PNG: the encoder's proposals,
-boxes through the layers of the decoder, sampling points or maps of attention, attention between
-queries; for an image with ground truth also denoising and matching. Such an image is explained by a
-right, a wrong and a missed detection, another one by the surest.
+boxes and masks through the layers of the decoder, sampling points or maps of attention, attention
+between queries; for an image with ground truth also denoising and matching. Such an image is
+explained by a right, a wrong and a missed detection, another one by the surest.
 """
 
 import argparse
@@ -106,15 +106,17 @@ import dino_d2
 from dino_d2.boxes import cxcywh_to_xyxy, iou, xyxy_to_cxcywh
 from dino_d2.data import class_names, read_image
 from dino_d2.data.mapper import check_pixels
+from dino_d2.data.masks import decode_mask
 from dino_d2.evaluation.analysis import THRESHOLD
 from dino_d2.evaluation.matching import ERRORS, ImageMatches, detection_kinds, match_image
 from dino_d2.modeling.postprocess import detections_of, non_maximum_suppression
 from dino_d2.names import hint, path_hint, plural
-from dino_d2.structures import Target
-from dino_d2.trace import Trace, denoised_boxes, match_stages, trace
+from dino_d2.structures import MaskTarget, Target
+from dino_d2.trace import Trace, denoised_boxes, image_masks, match_stages, trace
 from dino_d2.visualize import (
     draw_attention_maps,
     draw_denoising,
+    draw_masks,
     draw_matching,
     draw_proposals,
     draw_refinement,
@@ -132,7 +134,7 @@ class Subject(NamedTuple):
 
     path: str
     picture: Image.Image
-    target: Target | None  # None without ground truth
+    target: Target | MaskTarget | None  # None without ground truth
     # Annotations with the model's positions of classes: those of the target, then crowd regions.
     truth: list[dict]
 
@@ -158,13 +160,16 @@ def objects(record: dict) -> list[dict]:
     return [x for x in record["annotations"] if not x["iscrowd"]]
 
 
-def to_target(record: dict, classes: list[str], known: list[str]) -> Target:
+def to_target(
+    record: dict, classes: list[str], known: list[str], has_masks: bool = False
+) -> Target | MaskTarget:
     """The ground truth of a record without crowd regions, as in training.
 
     Args:
         record: in Detectron2's format
         classes: of the dataset
         known: classes of the model
+        has_masks: whether the model learns masks
 
     Raises:
         ValueError: the model does not know a class
@@ -181,7 +186,17 @@ def to_target(record: dict, classes: list[str], known: list[str]) -> Target:
     corners[:, 2:] += corners[:, :2]
     size = torch.tensor([record["width"], record["height"]]).tile(2)
     labels = torch.tensor([known.index(name) for name in names], dtype=torch.int64)
-    return Target(labels, xyxy_to_cxcywh(corners / size))
+    target = Target(labels, xyxy_to_cxcywh(corners / size))
+    if not has_masks:
+        return target
+    shape = record["height"], record["width"]
+    found = [decode_mask(x.get("segmentation"), shape) for x in boxes]
+    masks = torch.zeros(len(boxes), *shape, dtype=torch.bool)
+    for mask, pixels in zip(masks, found, strict=True):
+        if pixels is not None:
+            mask.copy_(torch.from_numpy(pixels))
+    is_known = torch.tensor([x is not None for x in found], dtype=torch.bool)
+    return MaskTarget(*target, masks, is_known, torch.ones_like(is_known))
 
 
 def to_truth(record: dict, classes: list[str], known: list[str]) -> list[dict]:
@@ -191,8 +206,8 @@ def to_truth(record: dict, classes: list[str], known: list[str]) -> list[dict]:
     return sorted(truth, key=lambda x: x["iscrowd"])
 
 
-def read_subject(args: argparse.Namespace, known: list[str]) -> Subject:
-    """Read the image and its ground truth.
+def read_subject(args: argparse.Namespace, known: list[str], has_masks: bool = False) -> Subject:
+    """Read the image and its ground truth, with masks if the model learns them.
 
     Raises:
         ValueError: the image or its ground truth cannot be read
@@ -205,7 +220,7 @@ def read_subject(args: argparse.Namespace, known: list[str]) -> Subject:
         name = data_of(args, args.annotations, args.images)
         record, classes = find_record(name, args.image)
         check_pixels(record)
-        path, target = record["file_name"], to_target(record, classes, known)
+        path, target = record["file_name"], to_target(record, classes, known, has_masks)
         truth = to_truth(record, classes, known)
     return Subject(path, Image.fromarray(read_image(path, "RGB")), target, truth)
 
@@ -214,7 +229,7 @@ def run(predictor: dino_d2.Predictor, subject: Subject, seed: int) -> tuple[Trac
     """A trace, and a sentence about its input."""
     model, target, size = predictor.model, subject.target, subject.picture.size
     inputs = predictor.prepare(subject.picture)
-    targets = target and [Target(*(x.to(model.device) for x in target))]
+    targets = target and [target._make(x.to(model.device) for x in target)]
     torch.manual_seed(seed)
     recorded = trace(model, model.preprocess_images([inputs]), targets)
     height, width = inputs["image"].shape[-2:]
@@ -262,9 +277,17 @@ def judged_queries(
 def match_detections(
     subject: Subject, recorded: Trace, predictor: dino_d2.Predictor
 ) -> ImageMatches:
-    """What demo.py would draw, matched as in evaluation; each detection has its "query"."""
+    """What demo.py would draw, matched as in evaluation; each detection has its "query".
+
+    Scores of masks are of their maps, which demo.py resizes first.
+    """
     model, last = predictor.model, recorded.output.result.layers[-1]
     choice = model.choose(last)
+    if (pixels := recorded.output.pixels) is not None:
+        maps = image_masks(last.masks[0, choice.queries[0]], pixels, pixels.maps.shape[-2:])
+        inside = maps > 0
+        certainty = (maps.sigmoid() * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+        choice = choice._replace(scores=choice.scores * certainty)
     found = detections_of(last, choice)
     found = found._replace(boxes=found.boxes.clamp(0, 1))
     kept = torch.ones_like(choice.queries, dtype=torch.bool)
@@ -283,7 +306,7 @@ def match_detections(
 
 
 def missed_query(
-    target: Target, missed: np.ndarray, recorded: Trace, predictor: dino_d2.Predictor
+    target: Target | MaskTarget, missed: np.ndarray, recorded: Trace, predictor: dino_d2.Predictor
 ) -> tuple[int, str]:
     """The query that is matched with the largest missed object, or -1; and a reason.
 
@@ -320,6 +343,7 @@ def draw(
     pictures = {
         "proposals": draw_proposals(*what, subject.target) if recorded.selection else no_selection,
         "refinement": draw_refinement(*what),
+        **({} if recorded.output.pixels is None else {"masks": draw_masks(*what)}),
         **look,
         "self_attention": draw_self_attention(*what),
     }
@@ -375,9 +399,7 @@ def work(prog: str, args: argparse.Namespace) -> None:
     with one_sentence(prog):
         predictor = dino_d2.load(args.config_file, args.weights, args.device, args.opts)
         require_model(predictor)
-        if isinstance(predictor.model, dino_d2.MaskDINO):
-            raise ValueError("explain.py does not know masks yet: name a DINO of boxes")
-        subject = read_subject(args, predictor.classes)
+        subject = read_subject(args, predictor.classes, predictor.model.has_masks)
         make_folder(args.output, "--output")
     recorded, resized = run(predictor, subject, args.seed)
     with one_sentence(prog):
