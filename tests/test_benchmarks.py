@@ -17,6 +17,7 @@ import benchmark_ops  # noqa: E402
 import benchmark_runtimes  # noqa: E402
 import benchmarking  # noqa: E402
 
+from dino_d2.data.masks import decode_mask  # noqa: E402
 from dino_d2.layers import deformable_attention  # noqa: E402
 from dino_d2.ops import dispatch, reference  # noqa: E402
 
@@ -397,6 +398,22 @@ def test_both_sides_of_the_masks_compute_the_same(monkeypatch):
     for loss in losses:
         loss.backward()
         assert all(x.grad.any() for x in problem[:3])
+
+
+def test_the_loader_gives_the_same_masks_of_polygons_and_rle(tmp_path):
+    records = [
+        benchmark_masks.make_record(str(tmp_path), 3, 64, form) for form in ("polygons", "RLE")
+    ]
+    found = [
+        [decode_mask(x["segmentation"], (64, 64)) for x in record["annotations"]]
+        for record in records
+    ]
+    np.testing.assert_array_equal(*found)
+    for mask, x in zip(found[0], records[0]["annotations"], strict=True):
+        left, top, right, bottom = x["bbox"]
+        assert 0.3 < mask.sum() / ((right - left) * (bottom - top)) < 1
+    took = benchmark_masks.measure_loader("RLE", 3, 64, 1)
+    assert took["seconds"] > 0
 
 
 # ---- runtimes of exported files

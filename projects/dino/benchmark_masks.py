@@ -4,10 +4,13 @@
 The published form makes maps of all queries of all stages, and keeps them; ours makes those of
 matched queries, some at a time, and makes them again in the backward pass. Backbone, encoder and
 decoder are not part of it: embeddings are random. Each side runs in a new process.
+
+Also what the loader takes to make a training image of an annotated one, with large-scale jitter.
 """
 
 import argparse
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +19,12 @@ from program import make_parser, positive
 EPILOG = """
 Examples:
 
-A training step at 1024 x 1024 with 20 objects and with 50, inference at 800 x 1333:
+A training step at 1024 x 1024 with 20 objects and with 50, inference at 800 x 1333, the loader with
+100 objects:
     $ python projects/dino/benchmark_masks.py
 
-In bfloat16:
-    $ python projects/dino/benchmark_masks.py --precision bf16
+In bfloat16, too:
+    $ python projects/dino/benchmark_masks.py --precision fp32 bf16
 """
 
 
@@ -29,7 +33,12 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--objects", nargs="+", type=positive, default=[20, 50], help="in an image")
     parser.add_argument("--size", type=positive, default=1024, help="side of a training image")
     parser.add_argument("--test-size", nargs=2, type=positive, default=[800, 1333])
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument(
+        "--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"], metavar="NAME"
+    )
+    parser.add_argument(
+        "--loader-objects", type=positive, default=100, help="in the loader's image; default: 100"
+    )
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--output", type=Path, default=Path("output/benchmark_masks"))
     return parser
@@ -41,16 +50,22 @@ if __name__ == "__main__":  # so that --help and wrong options do not wait for t
 
 import time
 from statistics import median
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from benchmarking import PeakMemory, headline, in_new_process, machine, markdown, save
+from detectron2.data.detection_utils import BoxMode
 from detectron2.projects.point_rend.point_features import (
     get_uncertain_point_coords_with_randomness,
     point_sample,
 )
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from dino_d2.data import Mapper, detr_augmentation
+from dino_d2.data.masks import decode_mask, encode_mask
 from dino_d2.modeling.mask_loss import (
     MaskCriterion,
     MaskMatcher,
@@ -63,6 +78,7 @@ from dino_d2.modeling.segmentation import resize_masks
 from dino_d2.structures import Match
 
 STAGES, QUERIES, CHANNELS, POINTS, BUDGET, DETECTIONS = 11, 300, 256, 12544, 100, 100
+LOADED = 10  # images that the loader makes for a repeat
 
 
 class Problem(NamedTuple):
@@ -140,7 +156,8 @@ def train_published(problem: Problem) -> Tensor:
 
 
 def published_loss(maps: Tensor, truth: Tensor) -> Tensor:
-    maps, truth = maps[:, None], truth[:, None].to(maps.dtype)
+    # autocast samples in float32
+    maps, truth = maps[:, None].float(), truth[:, None].float()
     with torch.no_grad():
         points = get_uncertain_point_coords_with_randomness(
             maps, lambda logits: -logits.abs(), POINTS, 3, 0.75
@@ -208,29 +225,90 @@ def measure(
     return {"seconds": median(seconds), "memory_mib": memory.read()}
 
 
+def make_record(folder: str, objects: int, size: int, form: str) -> dict:
+    """A record of an image of noise, whose objects are polygons of 40 points, or RLE of these."""
+    rng, path = np.random.default_rng(0), Path(folder, "image.jpg")
+    Image.fromarray(rng.integers(256, size=(size, size, 3), dtype=np.uint8)).save(path)
+    angles, annotations = np.linspace(0, 2 * np.pi, 40, endpoint=False), []
+    for _ in range(objects):
+        radii = size / 16 * rng.uniform(0.6, 1, len(angles))
+        points = rng.uniform(size / 16, size - size / 16, 2) + np.stack(
+            [radii * np.cos(angles), radii * np.sin(angles)], 1
+        )
+        mask = [points.ravel().tolist()]
+        annotations.append(
+            {
+                "bbox": [*points.min(0), *points.max(0)],
+                "bbox_mode": BoxMode.XYXY_ABS,
+                "category_id": 0,
+                "segmentation": encode_mask(decode_mask(mask, (size, size)))
+                if form == "RLE"
+                else mask,
+            }
+        )
+    return {"file_name": str(path), "height": size, "width": size, "annotations": annotations}
+
+
+def measure_loader(form: str, objects: int, size: int, repeats: int) -> dict:
+    """As `measure`, of the mapper that Mask DINO's configs train with, for an image.
+
+    The jitter is random, so that an image is `LOADED` times read for a repeat.
+    """
+    jitter = {"crop_size": None, "scale_jitter": (0.1, 2.0), "max_size": size}
+    mapper = Mapper(
+        is_train=True,
+        augmentations=detr_augmentation(**jitter),
+        image_format="RGB",
+        use_instance_mask=True,
+        instance_mask_format="bitmask",
+        recompute_boxes=True,
+    )
+    with TemporaryDirectory() as folder:
+        record = make_record(folder, objects, size, form)
+        np.random.seed(0)
+        mapper(record)
+        memory, seconds = PeakMemory(torch.device("cpu")), []
+        for _ in range(LOADED * repeats):
+            start = time.perf_counter()
+            mapper(record)
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": median(seconds), "memory_mib": memory.read()}
+
+
 def main() -> None:
     args = argument_parser().parse_args()
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     problems = [(n, (args.size, args.size)) for n in args.objects] + [(0, tuple(args.test_size))]
     results, rows = [], []
-    for objects, size in problems:
+    for (objects, size), precision in product(problems, args.precision):
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         sides = {
             side: in_new_process(measure, side, objects, size, dtype, args.repeats)
             for side in SIDES["training"]
         }
         name = f"training, {objects} objects" if objects else f"inference, {DETECTIONS} detections"
-        results.append({"problem": name, "size": size, **sides})
+        results.append({"problem": name, "size": size, "precision": precision, **sides})
         rows.append(
             [
-                f"{name}, {size[0]} x {size[1]}",
+                f"{name}, {size[0]} x {size[1]}, {precision}",
                 *(f"{side['memory_mib']:.0f}" for side in sides.values()),
                 *(f"{side['seconds']:.2f}" for side in sides.values()),
             ]
         )
+    forms = {
+        form: in_new_process(measure_loader, form, args.loader_objects, args.size, args.repeats)
+        for form in ("polygons", "RLE")
+    }
     columns = ["", "published form, MiB", "ours, MiB", "published form, s", "ours, s"]
-    facts = machine(torch.device("cpu")) | {"precision": args.precision}
+    loaded = [
+        [form, f"{x['memory_mib']:.0f}", f"{1000 * x['seconds']:.0f}"] for form, x in forms.items()
+    ]
+    of_loader = f"loader, {args.loader_objects} objects, {args.size} x {args.size}"
+    facts = machine(torch.device("cpu"))
+    tables = markdown(columns, rows), markdown([of_loader, "MiB", "ms of an image"], loaded)
     save(
-        args.output, f"{headline(facts)}\n\n{markdown(columns, rows)}", {"results": results} | facts
+        args.output,
+        "\n\n".join([headline(facts), *tables]),
+        {"results": results, "loader": forms} | facts,
     )
 
 
