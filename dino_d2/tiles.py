@@ -1,5 +1,7 @@
 """Detection in overlapping tiles, for small objects in large images."""
 
+import logging
+import math
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +12,10 @@ from detectron2.structures import Boxes, Instances
 from .predictor import Predictor
 from .ranges import require_share, require_whole
 
+logger = logging.getLogger(__name__)
+
 OVERLAP = 0.2  # of neighbouring tiles, as a share of their size
+MANY = 300  # tiles of an image
 COVERED = 0.5  # share of a detection, from which on a better one of its class replaces it
 
 
@@ -56,6 +61,13 @@ def detect_in_tiles(
     require_whole(size=size, batch_size=batch_size)
     require_share(overlap=overlap)
     sv = supervision()
+    shared = min(round(overlap * size), size - 1)
+    number = math.prod(max(1, -(-(side - shared) // (size - shared))) for side in image.shape[:2])
+    if number > MANY:
+        logger.warning(
+            f"An image of {image.shape[1]} x {image.shape[0]} pixels has {number:,} tiles of "
+            f"{size} pixels, which take as long as so many images: larger tiles are fewer"
+        )
 
     def detect(tiles: Any) -> Any:
         """In one tile or, with a batch size of more than 1, in a list of them."""
@@ -67,7 +79,7 @@ def detect_in_tiles(
     found = sv.InferenceSlicer(
         detect,
         slice_wh=size,
-        overlap_wh=min(round(overlap * size), size - 1),
+        overlap_wh=shared,
         overlap_metric="IOS",  # intersection over the smaller one
         iou_threshold=COVERED,
         compact_masks=True,  # run lengths: of a large image, thousands of masks would not fit

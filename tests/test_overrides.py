@@ -203,7 +203,7 @@ def test_a_value_may_begin_as_an_option_does(yaml):
         ("optimizer.lr", "changed by KEY=VALUE"),
         ("~optimizer.lr", "is a deletion"),
         ("optimizer.lr=[1", "cannot be read (no viable alternative at input '[1')"),
-        ("train.output_dir=don't", "put its value into quotes"),
+        ("train.output_dir=don't", "put its value, or each value of a list, into quotes"),
         ("train.output_dir=a,b", "has several values"),
         ("model.denoising._target_=dino_d2.modeling.Denoisin", "dino_d2.modeling.Denoising"),
         ("model.denoising._target_=nowhere.Denoising", "which cannot be imported"),

@@ -23,7 +23,7 @@ from torch import nn
 
 from dino_d2 import data
 from dino_d2.data import DatasetError, Mapper, detr_augmentation, generate, read_label_map
-from dino_d2.data.segments import NO_CLASS, from_labels, from_segments, segment_ids
+from dino_d2.data.segments import MAPS, NO_CLASS, from_labels, from_segments, segment_ids
 from dino_d2.data.shapes import OUTLINES
 from dino_d2.engine import evaluation, evaluator, make_plan, run
 from dino_d2.weights import model_zoo
@@ -160,6 +160,27 @@ def test_large_scale_jitter_keeps_images_and_maps_together(names):
         x = mapper(record)
         assert x["instances"].image_size == tuple(x["image"].shape[1:])
         assert x["instances"].gt_masks.tensor.sum(0).max() <= 1
+
+
+def test_label_maps_may_have_a_palette(label_names, tmp_path):
+    """As those of Pascal VOC, where a grey level would be that of a class's colour."""
+    record, path = DatasetCatalog.get(label_names[0])[0], str(tmp_path / "palette.png")
+    labels = read_label_map(record["sem_seg_file_name"], np.uint8)
+    image = Image.fromarray(labels)
+    image.putpalette(np.random.default_rng(0).integers(256, size=768).astype(np.uint8).tobytes())
+    image.save(path)
+    assert Image.open(path).mode == "P" and (read_label_map(path) == labels).all()
+    whole, found = (make_mapper()(x)["instances"] for x in (record, record | {MAPS[1]: path}))
+    assert torch.equal(whole.gt_classes, found.gt_classes)
+    assert torch.equal(whole.gt_masks.tensor, found.gt_masks.tensor)
+
+
+def test_classes_that_do_not_exist_are_sentences(tmp_path):
+    path = str(tmp_path / "map.png")
+    Image.fromarray(np.array([[0, 5, NO_CLASS]], np.uint8)).save(path)
+    assert read_label_map(path, num_classes=6).tolist() == [[0, 5, NO_CLASS]]
+    with pytest.raises(DatasetError, match=r"map.png' has pixels of class 5, but there are 5 "):
+        read_label_map(path, num_classes=5)
 
 
 def test_unusable_maps_are_sentences(names, label_names, tmp_path):

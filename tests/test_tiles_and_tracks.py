@@ -131,6 +131,14 @@ def test_masks_are_those_of_the_whole_image(supervision):
         assert (picture[mask.numpy()][:, c] == 255).all()
 
 
+def test_many_tiles_are_said(supervision, caplog):
+    image = np.zeros((200, 400, 3), np.uint8)
+    detect_in_tiles(Finder(), image, size=100, overlap=0)
+    assert not caplog.records
+    detect_in_tiles(Finder(), image, size=10, overlap=0.2)
+    assert "An image of 400 x 200 pixels has 1,250 tiles of 10 pixels" in caplog.text
+
+
 def test_where_nothing_is_there_nothing_is_found(supervision):
     found = detect_in_tiles(Finder(), paint((5, 7), []), 100)
     assert len(found) == 0 and found.pred_boxes.tensor.shape == (0, 4)

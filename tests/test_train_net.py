@@ -735,7 +735,7 @@ def test_boxes_are_looked_at_before_a_training(style, shapes, tmp_path, caplog, 
             run.training_loader(plan)
         said = " ".join(x.getMessage() for x in caplog.records)
         assert "Boxes as trained: " in said
-        assert "of 12 images have more boxes" in said and "queries (1)" in said
+        assert "of 12 images looked at: more boxes" in said and "queries (1)" in said
 
 
 def fewer_queries(style):

@@ -136,8 +136,8 @@ def _parse(word: str) -> tuple[bool, str, Any]:
         override = OverridesParser.create().parse_override(word)
     except HydraException as error:
         raise ValueError(
-            f"the override {word!r} cannot be read ({str(error).splitlines()[0]}): put its value "
-            "into quotes, as in \"key='a value'\""
+            f"the override {word!r} cannot be read ({str(error).splitlines()[0]}): put its value, "
+            "or each value of a list, into quotes, as in \"key='a value'\""
         ) from error
     if override.is_sweep_override():
         raise ValueError(

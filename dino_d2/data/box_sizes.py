@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from math import sqrt
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,8 +49,8 @@ def log_box_sizes(loader: Any, num_queries: int | None) -> None:
 def resized_boxes(records: Sequence[dict], augmentations: Sequence[Any]) -> BoxSizes:
     """The sizes that boxes have in training by the last resize alone, at its middle size.
 
-    No image is read, and of many records only some are looked at, spread evenly. Crops, mixing and
-    augmentations of other kinds are not taken into account.
+    No image is read, and of many records only random ones are looked at, always the same. Crops,
+    mixing and augmentations of other kinds are not taken into account.
 
     Args:
         records: in Detectron2's format; crowd regions, and boxes of images without a size, are left
@@ -59,8 +60,10 @@ def resized_boxes(records: Sequence[dict], augmentations: Sequence[Any]) -> BoxS
     resizes = T.ResizeShortestEdge, T.ResizeScale, T.Resize
     resize = next((x for x in reversed(augmentations) if isinstance(x, resizes)), None)
     found = BoxSizes([], [])
-    step = -(-len(records) // MAX_IMAGES) or 1
-    for record in (records[index] for index in range(0, len(records), step)):
+    indices: Sequence[int] = range(len(records))
+    if len(records) > MAX_IMAGES:  # not every n-th, as neighbours may be frames of a video
+        indices = sorted(Random(0).sample(indices, MAX_IMAGES))
+    for record in (records[index] for index in indices):
         boxes = [x for x in record.get("annotations", ()) if not x.get("iscrowd")]
         found.counts.append(len(boxes))
         if "height" in record and "width" in record:
@@ -114,7 +117,7 @@ def warnings_of(found: BoxSizes, num_queries: int | None) -> Iterator[str]:
     full = sum(num_queries is not None and count > num_queries for count in found.counts)
     if full:
         yield (
-            f"{full:,} of {plural(len(found.counts), 'image')} have more boxes (up to "
+            f"{full:,} of {plural(len(found.counts), 'image')} looked at: more boxes (up to "
             f"{max(found.counts):,}) than the model has queries ({num_queries:,}), so it cannot "
-            "find all: raise MODEL.DINO.NUM_QUERIES (model.query_selection.num_queries)"
+            "find all; raise MODEL.DINO.NUM_QUERIES (model.query_selection.num_queries)"
         )

@@ -19,7 +19,7 @@ from ..names import hint
 from ..ranges import require_share
 from .augmentation import ResizeShortestEdge, visible
 from .coco_json import DatasetError
-from .segments import MAPS, from_labels, from_segments, segment_ids
+from .segments import MAPS, from_labels, from_segments, read_label_map, segment_ids
 
 # Photographs, scans and drawings. Pillow also opens .pcd, .h5 or .mpg, which may be anything.
 SUFFIXES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -82,18 +82,21 @@ class Mapper(DatasetMapper):
                 size than its annotations say, or a box is not finite
         """
         check_header(dataset_dict["file_name"])
+        record = dataset_dict
         if self.is_train and "annotations" not in dataset_dict and any(map(dataset_dict.get, MAPS)):
             if not self.use_instance_mask:
                 raise DatasetError(
                     f"image '{dataset_dict['file_name']}' has a map of its pixels and no boxes, "
                     "which only a Mask DINO learns: start from a config of configs/MaskDINO/"
                 )
-            dataset_dict = dataset_dict | {"annotations": None}  # Detectron2 transforms these
+            # Detectron2 transforms annotations, and would read a label map with a palette as grey.
+            maps = {"annotations": None, "label_map": record.get("sem_seg_file_name")}
+            dataset_dict = {k: x for k, x in record.items() if k != "sem_seg_file_name"} | maps
         try:
             return super().__call__(dataset_dict)
         except Exception:
             # If the image itself can be read, an augmentation or a subclass caused the error.
-            check_pixels(dataset_dict)
+            check_pixels(record)
             raise
 
     def _transform_annotations(
@@ -163,17 +166,18 @@ def instances_of_map(
     """The segments of the panoptic PNG of a record, or the classes of its label map.
 
     Args:
-        dataset_dict: the maps are taken out of it; a label map is transformed already
+        dataset_dict: the maps are taken out of it
         image_shape: height and width of the transformed image
     """
-    labels = dataset_dict.pop("sem_seg", None)
+    label_map = dataset_dict.pop("label_map")
     if "pan_seg_file_name" in dataset_dict:
         png = read_image(dataset_dict.pop("pan_seg_file_name"), "RGB")
         # as colours, so that what a crop adds is of no segment
         labels = segment_ids(transforms.apply_segmentation(png))
         found = from_segments(labels, dataset_dict.pop("segments_info"))
     else:
-        found = from_labels(labels.numpy())
+        labels = transforms.apply_segmentation(read_label_map(label_map, np.uint8))
+        found = from_labels(labels)
     if tuple(labels.shape) != tuple(image_shape):
         raise DatasetError(
             f"the map of '{dataset_dict['file_name']}' has another size than the image: replace it"

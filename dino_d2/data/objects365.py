@@ -127,10 +127,12 @@ def load(name: str, json_file: str, image_root: str) -> list[dict]:
 
 
 def register_splits() -> None:
-    """Register `objects365_v2_train` and `objects365_v2_val`."""
+    """Register `objects365_v2_train` and `objects365_v2_val`, unless another project has."""
     root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     for split in ("train", "val"):
         name = f"objects365_v2_{split}"
+        if name in DatasetCatalog:  # of another project
+            continue
         json_file = f"{root}/objects365/annotations/zhiyuan_objv2_{split}.json"
         image_root = f"{root}/objects365/{split}"
         DatasetCatalog.register(name, partial(load, name, json_file, image_root))

@@ -11,6 +11,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import filter_empty_instances, read_image
 from detectron2.structures import BitMasks, Instances
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from .coco_json import DatasetError
 
 NO_CLASS = 255  # of pixels in label maps, as in all of Detectron2's data sets
 MAPS = "pan_seg_file_name", "sem_seg_file_name"  # what records call their files
@@ -60,8 +64,15 @@ def from_masks(
     return filter_empty_instances(instances)
 
 
+def _read_indices(file: str) -> np.ndarray:
+    with PathManager.open(file, "rb") as opened, Image.open(opened) as image:
+        if image.mode == "P":
+            return np.asarray(image)
+    return read_image(file, "L")[:, :, 0]
+
+
 def with_label_maps(name: str) -> str:
-    """The name of a data set whose panoptic segments can be read as label maps, see `LabelMaps`.
+    """The name of a data set whose panoptic segments can be read as label maps, see `as_label_map`.
 
     It is registered for Detectron2's `SemSegEvaluator`, and is `name` itself if it has label maps.
     """
@@ -87,11 +98,26 @@ def as_label_map(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_label_map(
-    file: str | tuple[str, Iterable[dict[str, Any]]], dtype: Any = np.int64
+    file: str | tuple[str, Iterable[dict[str, Any]]],
+    dtype: Any = np.int64,
+    num_classes: int | None = None,
 ) -> np.ndarray:
-    """The class of each pixel (H, W), of a file or of a panoptic PNG and its segments."""
+    """The class of each pixel (H, W), of a file or of a panoptic PNG and its segments.
+
+    Of a file with a palette they are the indices of its colours.
+
+    Raises:
+        DatasetError: a file has a class that is not below `num_classes`, and not `NO_CLASS`
+    """
     if isinstance(file, str):
-        return read_image(file, "L")[:, :, 0].astype(dtype)
+        labels = _read_indices(file)
+        unknown = labels[(labels >= (num_classes or NO_CLASS)) & (labels != NO_CLASS)]
+        if len(unknown):
+            raise DatasetError(
+                f"'{file}' has pixels of class {unknown[0]}, but there are {num_classes} classes, "
+                f"counted from 0, and {NO_CLASS} for none: correct it"
+            )
+        return labels.astype(dtype)
     path, segments = file
     ids = segment_ids(read_image(path, "RGB"))
     labels = np.full(ids.shape, NO_CLASS, dtype)

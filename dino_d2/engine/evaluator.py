@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +224,9 @@ def segmentation_evaluator(
     elif "sem_seg" in made:
         name = with_label_maps(dataset_name)
         # Detectron2's own way to read maps fails with NumPy 2.
-        options = {"output_dir": output_dir, "sem_seg_loading_fn": read_label_map}
-        evaluators.append(SemSegEvaluator(name, **options))
+        number = len(MetadataCatalog.get(name).stuff_classes)
+        read = partial(read_label_map, num_classes=number)
+        evaluators.append(SemSegEvaluator(name, output_dir=output_dir, sem_seg_loading_fn=read))
     if "panoptic_seg" in made:
         evaluators.append(COCOPanopticEvaluator(dataset_name, output_dir))
     return DatasetEvaluators(evaluators)

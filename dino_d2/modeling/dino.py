@@ -338,8 +338,9 @@ class DINO(Detector):
             unknown = classes[(classes < 0) | (classes >= self.num_classes)]
             if len(unknown):
                 raise ValueError(
-                    f"{x.get('file_name', 'an image')} has a box of class {int(unknown[0])}, "
-                    f"but the model has {plural(self.num_classes, 'class')}, counted from 0; "
+                    f"{x.get('file_name', 'an image')} has an object, or pixels in its "
+                    f"map, of class {int(unknown[0])}, but the model has "
+                    f"{plural(self.num_classes, 'class')}, counted from 0: correct the data, or "
                     "set the number of classes to that of the data"
                 )
             height, width = instances.image_size
