@@ -215,7 +215,7 @@ def test_twins_feed_the_same_data(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_twins_have_the_same_schedule(name, monkeypatch):
-    monkeypatch.setattr("dino_d2.engine.plan.find_spec", lambda package: package)
+    monkeypatch.setattr("dino_d2.engine.evaluation.find_spec", lambda package: package)
     cfg, lazy = yaml_config(name), lazy_config(name)
     plan, twin = make_plan(cfg), make_plan(lazy)
     functions = {field for field in Plan._fields if callable(getattr(plan, field))}
