@@ -15,7 +15,6 @@ from PIL import Image
 
 from .config.overrides import apply_overrides
 from .config.styles import evaluation_augmentations, get, keys_for
-from .data.coco_classes import COCO_80, COCO_PANOPTIC
 from .data.mapper import channels_of, check_mode, read_image
 from .layouts.adapt import count_classes
 from .layouts.renaming import CheckpointError
@@ -310,17 +309,15 @@ def _name(argument: str, value: str | os.PathLike) -> str:
 
 
 def classes_of(opened: OpenedWeights) -> list[str]:
-    """The class names of a checkpoint: its own, or COCO's if it has none.
+    """The class names of a checkpoint: its own, or those that their number tells.
 
     Raises:
         CheckpointError: the weights are of a backbone, or do not exist
     """
     number = count_classes(opened.state)
-    if named := opened.settings.get("classes"):
+    if named := opened.classes(number or 0):
         return [name for name in named if name]
     if number is None:
         file = opened.file
         raise CheckpointError(f"'{file}' has no weights of a trained DINO, so it detects nothing")
-    if number == len(COCO_PANOPTIC):
-        return list(COCO_PANOPTIC)
-    return list(COCO_80) if number in (80, 91) else [f"class {i}" for i in range(number)]
+    return [f"class {i}" for i in range(number)]

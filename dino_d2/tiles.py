@@ -28,6 +28,16 @@ def supervision() -> ModuleType:
     return supervision
 
 
+def warn_of_many(height: int, width: int, size: int, shared: int) -> None:
+    """Warn of an image with many tiles, neighbours of which share so many pixels."""
+    number = math.prod(max(1, -(-(side - shared) // (size - shared))) for side in (height, width))
+    if number > MANY:
+        logger.warning(
+            f"An image of {width} x {height} pixels has {number:,} tiles of {size} pixels, which "
+            "take as long as so many images: larger tiles are fewer"
+        )
+
+
 def detect_in_tiles(
     predictor: Predictor,
     image: np.ndarray,
@@ -62,12 +72,7 @@ def detect_in_tiles(
     require_share(overlap=overlap)
     sv = supervision()
     shared = min(round(overlap * size), size - 1)
-    number = math.prod(max(1, -(-(side - shared) // (size - shared))) for side in image.shape[:2])
-    if number > MANY:
-        logger.warning(
-            f"An image of {image.shape[1]} x {image.shape[0]} pixels has {number:,} tiles of "
-            f"{size} pixels, which take as long as so many images: larger tiles are fewer"
-        )
+    warn_of_many(image.shape[0], image.shape[1], size, shared)
 
     def detect(tiles: Any) -> Any:
         """In one tile or, with a batch size of more than 1, in a list of them."""

@@ -177,11 +177,13 @@ class DINO(Detector):
     def check_softmax(self) -> None:
         """Raise a ValueError for parts that do not go with the decoder's class heads."""
         head, criterion = self.decoder.class_heads[0], self.criterion
-        for part, kind in (
+        kinds: list[tuple[Any, type]] = [
             (criterion.class_loss, SoftmaxLoss),
             (criterion.denoising_class_loss, SoftmaxLoss),
-            (criterion.matcher, SoftmaxMatcher),
-        )[: None if self.softmax_in_matching else -1]:
+        ]
+        if self.softmax_in_matching:
+            kinds.append((criterion.matcher, SoftmaxMatcher))
+        for part, kind in kinds:
             if isinstance(part, kind) != self.softmax:
                 raise ValueError(
                     "SoftmaxHead, SoftmaxLoss and SoftmaxMatcher go together, but the model has a "

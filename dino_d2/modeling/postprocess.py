@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, TypeVar
 
+import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
@@ -111,7 +112,6 @@ def postprocess(
 ) -> list[Instances]:
     """The best pairs of each image as instances.
 
-    >>> import torch
     >>> predictions = Predictions(torch.zeros(1, 1, 1), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]))
     >>> (instances,) = postprocess(predictions, [(480, 640)], max_detections=1)
     >>> instances.pred_boxes, instances.scores, instances.pred_classes
@@ -125,5 +125,8 @@ def postprocess(
     Returns:
         instances with pred_boxes, scores in descending order, and pred_classes
     """
-    choice = choose_pairs(predictions.logits.sigmoid(), max_detections)
+    # Different logits can have equal probabilities in bfloat16.
+    logits = predictions.logits
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    choice = choose_pairs(scores, max_detections)
     return to_instances(detections_of(predictions, choice), image_sizes)

@@ -82,15 +82,14 @@ def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> Op
     return OpenedWeights(file, form, convert(state), settings, checkpoint, note)
 
 
-def coco_classes(number: int) -> ClassNames | None:
-    """COCO's class names for 80 or 91 classes, or 133 of panoptic segmentation, else None."""
-    return {80: COCO_80, 91: COCO_91, 133: COCO_PANOPTIC}.get(number)
-
-
 def known_classes(number: int) -> ClassNames | None:
-    """The class names of COCO, or of Objects365 for its 365 classes or ids up to 365."""
-    objects365 = {365: OBJECTS365, 366: (None, *OBJECTS365)}
-    return coco_classes(number) or objects365.get(number)
+    """The class names that their number tells, else None.
+
+    COCO's for 80 or 91 (ids up to 90), or 133 of panoptic segmentation; Objects365's for 365 or 366
+    (ids up to 365).
+    """
+    coco = {80: COCO_80, 91: COCO_91, 133: COCO_PANOPTIC}
+    return (coco | {365: OBJECTS365, 366: (None, *OBJECTS365)}).get(number)
 
 
 def fit_names(opened: OpenedWeights, model: Detector, *, complete: bool) -> State:
