@@ -24,6 +24,7 @@ MOVED = {
     "releases": ("weights.releases",),
     "visualize.errors": ("visualize.image_errors",),
 }
+RENAMED = {"coco_classes": "known_classes"}
 PACKAGE = __package__
 
 
@@ -41,3 +42,6 @@ class MovedModules(MetaPathFinder, Loader):
         for place in reversed(MOVED[module.__name__.removeprefix(f"{PACKAGE}.")]):
             now = importlib.import_module(f"{PACKAGE}.{place}")
             module.__dict__.update({k: x for k, x in vars(now).items() if not k.startswith("__")})
+        for old, new in RENAMED.items():
+            if hasattr(module, new):
+                setattr(module, old, getattr(module, new))
