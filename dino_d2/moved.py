@@ -9,9 +9,9 @@ from types import ModuleType
 MOVED = {
     "backbone_weights": ("layouts.backbones", "layouts.renaming", "layouts.adapt"),
     "checkpoint": ("layouts.dino", "layouts.renaming", "layouts.adapt", "data.coco_classes"),
-    "checkpoint_io": ("weights.files", "atomic"),
+    "checkpoint_io": ("weights.files", "weights.download", "atomic"),
     "checkpointer": ("weights.checkpointer", "weights.settings", "weights.fitting"),
-    "data.coco_faults": ("data.faults", "data.coco_json"),
+    "data.coco_faults": ("data.faults", "data.coco_json", "errors"),
     "evaluation.errors": ("evaluation.analysis",),
     "evaluation.evaluator": ("engine.evaluator",),
     "model_zoo": ("weights.model_zoo",),

@@ -1,4 +1,4 @@
-"""Detection in one call: `dino_d2.load(...)(image)`."""
+"""Detection in one call: `dino_d2.load(...)(image)`. Exported files need no Detectron2 for it."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,30 +8,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from detectron2.data import transforms as T
-from detectron2.data.detection_utils import convert_PIL_to_numpy
-from detectron2.structures import Instances
 from PIL import Image
 
-from .config.overrides import apply_overrides
-from .config.styles import evaluation_augmentations, get, keys_for
-from .data.mapper import channels_of, check_mode, read_image
-from .layouts.adapt import count_classes
-from .layouts.renaming import CheckpointError
-from .modeling.detector import Detector
-from .modeling.dino import WRONG_CHANNELS
-from .modeling.fold_norms import fold_norms
+from .detectron import INSTALLED, MISSING, Instances
+from .images import WRONG_CHANNELS, channels_of, check_mode, read_image, to_array
 from .names import check_device, hint, plural
 from .ranges import require_share
-from .weights import model_zoo
-from .weights.checkpointer import Checkpointer
-from .weights.fitting import OpenedWeights, open_weights
+from .weights.download import fetch
 
 if TYPE_CHECKING:
+    from detectron2.data import transforms as T
+
     from .export import ExportedModel
+    from .modeling.detector import Detector
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
-PUBLISHED = model_zoo.ReleaseHandler.PREFIX
 EXPORTED = (".onnx", ".pt2")
 Thresholds = float | Mapping[str, float] | None
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -59,7 +50,7 @@ class Predictor:
         model: "Detector | ExportedModel",
         *,
         classes: Sequence[str],
-        augmentations: Sequence[T.Augmentation],
+        augmentations: Sequence["T.Augmentation"],
         image_format: str,
         thresholds: Mapping[str, float] = MappingProxyType({}),
         dtype: torch.dtype = torch.float32,
@@ -70,7 +61,7 @@ class Predictor:
         if channels != wanted:
             raise ValueError(WRONG_CHANNELS.format(plural(channels, "channel"), wanted))
         self.model, self.classes = model, list(classes)
-        self.augmentation = T.AugmentationList(augmentations)
+        self.augmentations = list(augmentations)
         self.image_format, self.dtype = image_format, dtype
         for name in thresholds:
             if name not in self.classes:
@@ -123,10 +114,18 @@ class Predictor:
         """Detectron2's input for one image."""
         array = self.read(image)
         height, width = array.shape[:2]
-        resized = T.AugInput(array)
-        self.augmentation(resized)
-        tensor = torch.from_numpy(resized.image.transpose(2, 0, 1).copy())
+        tensor = torch.from_numpy(self.augment(array).transpose(2, 0, 1).copy())
         return {"image": tensor, "height": height, "width": width}
+
+    def augment(self, image: np.ndarray) -> np.ndarray:
+        """Apply the augmentations to an image (H, W, C); an exported model needs none."""
+        if not self.augmentations:
+            return image
+        from detectron2.data import transforms as T
+
+        resized = T.AugInput(image)
+        T.AugmentationList(self.augmentations)(resized)
+        return resized.image
 
     def read(self, image: Picture) -> np.ndarray:
         """Read an image of any kind as (H, W, C) in the format of the model."""
@@ -142,7 +141,7 @@ class Predictor:
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
             check_mode(image.mode, "a PIL image")
-            return convert_PIL_to_numpy(image, self.image_format)
+            return to_array(image, self.image_format)
         if not isinstance(image, str | os.PathLike):
             raise ValueError(
                 "an image has to be a path, a PIL image or an RGB array (H, W, 3) of uint8, and "
@@ -187,6 +186,7 @@ def load(
             model or of images with other channels
         CheckpointError: the weights cannot be found, or are not complete
         ExportError: an exported file is damaged or not ours, or ONNX Runtime is missing
+        ModuleNotFoundError: it is not an exported file, and Detectron2 is not installed
     """
     config, weights = _name("config", config), _name("weights", weights or "")
     files = [x for x in (weights, config) if x.lower().endswith(EXPORTED)]
@@ -196,26 +196,11 @@ def load(
         return load_exported(files[0], device, dtype, thresholds, runtime)
     if runtime:
         raise ValueError(f"a runtime is for exported files: leave out {runtime!r}")
-    config, weights = of_training(config, weights)
-    cfg = model_zoo.get_config(config, trained=not weights)
-    apply_overrides(cfg, overrides)
-    augmentations = evaluation_augmentations(cfg)
-    path = weights or model_zoo.weights_of(cfg)
-    if not path:
-        raise CheckpointError("there are no weights: name a file, a URL or dino_d2://NAME")
-    opened = open_weights(model_zoo.fetch_weights(path), mmap=True)
-    classes = classes_of(opened)
-    model = model_zoo.build(cfg, len(classes), device)
-    Checkpointer(model, classes=classes, complete=True).load(opened)
-    fold_norms(model.eval())
-    return Predictor(
-        model,
-        classes=classes,
-        augmentations=augmentations,
-        image_format=get(cfg, keys_for(cfg).image_format),
-        thresholds=merge_thresholds(opened.settings.get("thresholds", {}), thresholds, classes),
-        dtype=dtype,
-    )
+    if not INSTALLED:
+        raise ModuleNotFoundError(MISSING.format("a model that is not exported"), name="detectron2")
+    from .weights.trained import load_trained
+
+    return load_trained(config, weights, device, overrides, dtype, thresholds)
 
 
 def load_exported(
@@ -231,7 +216,7 @@ def load_exported(
     from .export import ExportedModel
 
     check_device(device or "cpu")
-    path = model_zoo.fetch_weights(file) if "://" in file else file
+    path = fetch(file) if "://" in file else file
     model = ExportedModel(Path(path).expanduser(), runtime, dtype)
     if torch.device(device or model.device) != model.device:
         raise ValueError(f"'{file}' runs on {model.device.type}: name no other device")
@@ -243,39 +228,6 @@ def load_exported(
         image_format=about.image_format,
         thresholds=merge_thresholds(about.thresholds, thresholds, about.classes),
     )
-
-
-def of_training(config: str, weights: str) -> tuple[str, str]:
-    """A config and weights, which the folder or a checkpoint of a training brings along.
-
-    Raises:
-        ValueError: nothing is named
-        FileNotFoundError: there is no config in the folder, or no checkpoint
-    """
-    if not config and not weights:
-        raise ValueError("name a published checkpoint, a config, or the folder of a training")
-    if not config and weights.startswith(PUBLISHED):
-        return weights.removeprefix(PUBLISHED), ""
-    place = Path(config or weights).expanduser()
-    if not config and place.is_dir():
-        weights = ""
-    if config and not place.is_dir() and place.suffix != ".pth":
-        return config, weights
-    folder = place if place.is_dir() else place.parent
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"'{folder}' has no config.yaml, which a training leaves beside its checkpoints: name "
-            "the config as well"
-        )
-    if place.is_file():
-        return str(file), weights or str(place)
-    last = folder / "last_checkpoint"
-    names = ["model_best.pth", *([last.read_text().strip()] if last.is_file() else [])]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not weights and not found:
-        raise FileNotFoundError(f"'{folder}' has a config, but no checkpoint of a training yet")
-    return str(file), weights or str(found[0])
 
 
 def merge_thresholds(
@@ -306,18 +258,3 @@ def _name(argument: str, value: str | os.PathLike) -> str:
     if not isinstance(value, str | os.PathLike):
         raise ValueError(f"{argument} is of type {type(value).__name__}: give a name or a path")
     return os.fspath(value)
-
-
-def classes_of(opened: OpenedWeights) -> list[str]:
-    """The class names of a checkpoint: its own, or those that their number tells.
-
-    Raises:
-        CheckpointError: the weights are of a backbone, or do not exist
-    """
-    number = count_classes(opened.state)
-    if named := opened.classes(number or 0):
-        return [name for name in named if name]
-    if number is None:
-        file = opened.file
-        raise CheckpointError(f"'{file}' has no weights of a trained DINO, so it detects nothing")
-    return [f"class {i}" for i in range(number)]

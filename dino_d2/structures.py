@@ -84,6 +84,23 @@ class MaskLayerOutput(NamedTuple):
         return MaskPredictions(self.logits, self.boxes, self.masks)
 
 
+class Detections(NamedTuple):
+    """The N best (query, class) pairs of each image, in descending order of score."""
+
+    boxes: Tensor  # (B, N, 4), corners
+    scores: Tensor  # (B, N), in [0, 1]
+    labels: Tensor  # (B, N), int64 in [0, K)
+
+
+class MaskDetections(NamedTuple):
+    """Those of Mask DINO."""
+
+    boxes: Tensor  # (B, N, 4), corners
+    scores: Tensor  # (B, N), in [0, 1]
+    labels: Tensor  # (B, N), int64 in [0, K)
+    masks: Tensor  # (B, N, C) embeddings; of exported files, (B, N, h, w) logits
+
+
 class Target(NamedTuple):
     """Ground truth of one image."""
 

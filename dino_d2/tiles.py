@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, Instances
 
+from .detectron import Boxes, Instances
 from .predictor import Predictor
 from .ranges import require_share, require_whole
 

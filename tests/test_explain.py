@@ -30,8 +30,8 @@ from dino_d2.modeling.masks import mask_logits
 from dino_d2.modeling.matcher import instability
 from dino_d2.modeling.positions import LearnedPosition
 from dino_d2.modeling.query_selection import PointQueries
-from dino_d2.modeling.segmentation import resize_maps
 from dino_d2.predictor import Predictor
+from dino_d2.resizing import resize_maps
 from dino_d2.structures import FeaturePyramid, Predictions, Target
 from dino_d2.trace import LayerTrace, StageMatching, denoised_boxes, image_masks, trace
 from dino_d2.visualize import (

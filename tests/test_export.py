@@ -1,5 +1,6 @@
 """Files that run without Detectron2, `export.py` that writes them and `serve_onnx.py`."""
 
+import ast
 import io
 import json
 import logging
@@ -28,12 +29,13 @@ import dino_d2
 from dino_d2 import modeling
 from dino_d2.boxes import cxcywh_to_xyxy, refine
 from dino_d2.export import Exportable, check, export, runtime, save
+from dino_d2.export.compare import compare
 from dino_d2.export.graph import distinct_first, nearest, to_onnx
 from dino_d2.export.quantize import FLOAT, quantize
-from dino_d2.export.runtime import About, Detections, Exported, ExportError, compare, fit
-from dino_d2.modeling.postprocess import MaskDetections, postprocess
+from dino_d2.export.runtime import About, Exported, ExportError, fit
+from dino_d2.modeling.postprocess import postprocess
 from dino_d2.modeling.relations import SUPPRESSED, PositionRelation
-from dino_d2.structures import FeaturePyramid, LayerOutput
+from dino_d2.structures import Detections, FeaturePyramid, LayerOutput, MaskDetections
 
 PROGRAMS = Path(__file__).parents[1] / "projects" / "dino"
 sys.path.insert(0, str(PROGRAMS))
@@ -931,6 +933,31 @@ def test_an_exported_file_is_loaded_as_a_training_is(exported, picture, kind):
     assert (dino_d2.load("", exported(kind), thresholds=least)(picture).scores >= least).all()
 
 
+ALONE = """
+import sys
+import numpy as np
+sys.modules["detectron2"] = None
+import dino_d2
+image = np.arange(60 * 80 * 3, dtype=np.uint8).reshape(60, 80, 3)
+for path in sys.argv[1:]:
+    found = dino_d2.load(path)(image, threshold=0.1)
+    print([type(found).__module__, *found.image_size, *found.pred_boxes.tensor[0].tolist()])
+"""
+
+
+@pytest.mark.slow
+def test_an_exported_file_needs_no_detectron2(exported, tmp_path):
+    paths = [str(exported(kind)) for kind in (".pt2", ".onnx")]
+    words = [sys.executable, "-c", ALONE, *paths]
+    ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    image = np.arange(60 * 80 * 3, dtype=np.uint8).reshape(60, 80, 3)
+    for path, line in zip(paths, ran.stdout.splitlines(), strict=True):
+        module, height, width, *box = ast.literal_eval(line)
+        expected = dino_d2.load(path)(image, threshold=0.1)
+        assert (module, height, width) == ("dino_d2.instances", 60, 80)
+        assert box == pytest.approx(expected.pred_boxes.tensor[0].tolist(), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -954,7 +981,7 @@ def test_an_exported_file_may_be_a_url(monkeypatch):
     about, asked = About(CLASSES, SIZE, "RGB", None), []
     file = SimpleNamespace(about=about, graph=SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr(runtime, "Exported", lambda path, *_: asked.append(path) or file)
-    monkeypatch.setattr(dino_d2.model_zoo, "fetch_weights", lambda url: f"/cache/{url[8:]}")
+    monkeypatch.setattr(dino_d2.predictor, "fetch", lambda url: f"/cache/{url[8:]}")
     dino_d2.load("https://a/model.onnx")
     assert asked == [Path("/cache/a/model.onnx")]
 

@@ -17,8 +17,10 @@ import torch
 
 from dino_d2.atomic import replacing
 from dino_d2.layouts.renaming import CheckpointError
+from dino_d2.weights import download
 from dino_d2.weights import files as checkpoint_io
-from dino_d2.weights.files import fetch, read, weights, write
+from dino_d2.weights.download import fetch
+from dino_d2.weights.files import read, weights, write
 from dino_d2.weights.releases import RELEASES
 
 STATE = {"decoder.class_heads.0.bias": torch.arange(6.0).view(2, 3)}
@@ -56,7 +58,8 @@ def network(monkeypatch, tmp_path):
     """The cache is empty and lies in `tmp_path / "cache"`."""
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     network = Network()
-    monkeypatch.setattr(checkpoint_io, "download", network)
+    for module in (checkpoint_io, download):
+        monkeypatch.setattr(module, "download", network)
     monkeypatch.setattr(checkpoint_io, "in_drive", lambda folder, name: f"{folder}?{name}")
     return network
 

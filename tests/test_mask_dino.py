@@ -14,6 +14,7 @@ from detectron2.structures import BitMasks, PolygonMasks
 from outputs import run_detector
 from torch.nn import functional as F
 
+from dino_d2 import resizing
 from dino_d2.boxes import cxcywh_to_xyxy
 from dino_d2.export import Exportable, ExportError, compare, export
 from dino_d2.layouts.maskdino import from_maskdino, to_maskdino
@@ -29,13 +30,12 @@ from dino_d2.modeling import (
     StaticQueries,
     UnifiedQuerySelection,
     mask_loss,
-    segmentation,
 )
 from dino_d2.modeling.masks import mask_boxes, mask_logits
-from dino_d2.modeling.postprocess import MaskDetections
-from dino_d2.modeling.segmentation import in_parts, panoptic_map, resize_masks, semantic_map
+from dino_d2.modeling.segmentation import panoptic_map, semantic_map
 from dino_d2.predictor import Predictor
-from dino_d2.structures import MaskPredictions, Pixels
+from dino_d2.resizing import in_parts, resize_masks
+from dino_d2.structures import MaskDetections, MaskPredictions, Pixels
 from dino_d2.weights import model_zoo
 
 
@@ -285,13 +285,13 @@ def test_maps_have_the_size_that_is_asked_for_and_few_are_made_at_once(
     model.stuff_classes, model.overlap_threshold = frozenset([0]), 0.0
     (x, y) = make_mask_batch(1, 1, sizes=[(50, 70), (37, 90)])
     y |= {"height": 74, "width": 180}
-    resize = segmentation.interpolate
+    resize = resizing.interpolate
     monkeypatch.setattr(
-        segmentation, "interpolate", lambda maps, size: made.append(len(maps)) or resize(maps, size)
+        resizing, "interpolate", lambda maps, size: made.append(len(maps)) or resize(maps, size)
     )
     with torch.no_grad():
         together, alone = model([x, y]), [model([x])[0], model([y])[0]]
-    assert max(made) == segmentation.MASKS_AT_ONCE < 20
+    assert max(made) == resizing.MASKS_AT_ONCE < 20
     for one, other, size in zip(together, alone, [(50, 70), (74, 180)], strict=True):
         (ids, segments), (others, _) = one["panoptic_seg"], other["panoptic_seg"]
         assert torch.equal(ids, others) and ids.shape == size and segments

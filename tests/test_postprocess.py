@@ -2,8 +2,8 @@ import pytest
 import torch
 from torchvision.ops import batched_nms
 
-from dino_d2.modeling.postprocess import Detections, non_maximum_suppression, postprocess
-from dino_d2.structures import Predictions
+from dino_d2.modeling.postprocess import non_maximum_suppression, postprocess
+from dino_d2.structures import Detections, Predictions
 
 # two queries, three classes
 PROBABILITIES = torch.tensor([[0.1, 0.9, 0.3], [0.8, 0.2, 0.4]])

@@ -34,7 +34,7 @@ from dino_d2.modeling.positions import (
     LearnedPosition,
     ScaledAnchorPosition,
 )
-from dino_d2.modeling.postprocess import Detections, choose_classes, detections_of
+from dino_d2.modeling.postprocess import choose_classes, detections_of
 from dino_d2.modeling.query_selection import (
     IndicatorPatternQueries,
     IndicatorQueries,
@@ -45,7 +45,7 @@ from dino_d2.modeling.query_selection import (
     PureQuerySelection,
     proposal_anchors,
 )
-from dino_d2.structures import FeaturePyramid, Predictions, Queries, Target
+from dino_d2.structures import Detections, FeaturePyramid, Predictions, Queries, Target
 from dino_d2.weights import model_zoo
 
 PLAIN = "deformable_detr_R_50_50ep"

@@ -19,12 +19,13 @@ import dino_d2
 from dino_d2.config.styles import read_config
 from dino_d2.data import DatasetError, generate
 from dino_d2.layouts.renaming import CheckpointError
-from dino_d2.predictor import Predictor, of_training
+from dino_d2.predictor import Predictor
 from dino_d2.weights import files
 from dino_d2.weights.checkpointer import Checkpointer
 from dino_d2.weights.files import write
 from dino_d2.weights.fitting import open_weights
 from dino_d2.weights.model_zoo import get_config, get_config_file
+from dino_d2.weights.trained import classes_of, of_training
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "dino"))
 import convert_checkpoint  # noqa: E402
@@ -281,7 +282,7 @@ def test_classes_of_coco_and_objects365_are_named(number, expected, tmp_path):
     state = {"encoder.level_embed.weight": torch.zeros(1)}
     state["decoder.class_heads.0.bias"] = torch.zeros(number)
     write({"model": state}, str(tmp_path / "coco.pth"))
-    names = dino_d2.predictor.classes_of(open_weights(str(tmp_path / "coco.pth")))
+    names = classes_of(open_weights(str(tmp_path / "coco.pth")))
     assert len(names) == expected and names[0].casefold() == "person"
 
 

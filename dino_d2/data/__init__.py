@@ -1,5 +1,7 @@
 """Datasets and augmentation."""
 
+from ..errors import DatasetError
+from ..images import read_image
 from .adopt import is_built_in
 from .augmentation import (
     AUGMENTATION_REGISTRY,
@@ -19,10 +21,9 @@ from .coco import (
     registered,
     stuff_classes,
 )
-from .coco_json import DatasetError
 from .coco_results import read_results
 from .folder import find_folder
-from .mapper import Mapper, read_image
+from .mapper import Mapper
 from .mixing import Mixing
 from .objects365 import OBJECTS365
 from .segments import read_label_map, with_label_maps

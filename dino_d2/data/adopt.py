@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin
 from detectron2.structures import BoxMode
 
-from .coco_json import DatasetError
+from ..errors import DatasetError
 from .normalise import SIDES, required, to_box, to_flag, to_int, to_side
 
 PLAIN = BoxMode.XYXY_ABS, BoxMode.XYWH_ABS

@@ -12,8 +12,8 @@ from itertools import product
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from ..errors import DatasetError
 from ..names import hint, plural
-from .coco_json import DatasetError
 
 KINDS = ("drop", "merge", "ignore")
 START = re.compile(rf"\?(?=(?:{'|'.join(KINDS)})=)")  # of the changes in a name

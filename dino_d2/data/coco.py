@@ -28,12 +28,13 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 
+from ..errors import DatasetError
 from ..names import nearest, path_hint, plural
 from ..ranges import require_whole
 from . import folder
 from .adopt import check_records, is_built_in
 from .classes import ClassChanges, change_classes, require_classes, split_changes
-from .coco_json import DatasetError, parse
+from .coco_json import parse
 from .faults import clip, faults
 from .masks import normalise_masks
 from .normalise import Repairs, normalise, place_images

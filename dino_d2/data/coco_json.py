@@ -6,17 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import DatasetError
 from ..names import path_hint
 
 KEYS = ("images", "annotations", "categories")
-
-
-class DatasetError(ValueError):
-    """A dataset cannot be used; the message says what is wrong, where, and what to do."""
-
-    def __init__(self, message: str):
-        # PyTorch re-raises errors of loader workers with the traceback as text: only keep its end.
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].rstrip())
 
 
 def dataset_name(json_file: str | os.PathLike, image_root: str | os.PathLike) -> str:

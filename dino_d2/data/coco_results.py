@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator
 
+from ..errors import DatasetError
 from ..names import path_hint
-from .coco_json import DatasetError, read_json
+from .coco_json import read_json
 from .faults import is_finite
 
 KEYS = ("image_id", "category_id", "bbox", "score")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..atomic import replacing
+from ..errors import DatasetError
+from ..images import SUFFIXES
 from ..progress import progress
-from .coco_json import DatasetError
 from .faults import faults
-from .mapper import SUFFIXES
 
 
 class LabelledBox(NamedTuple):

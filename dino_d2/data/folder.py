@@ -15,8 +15,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
+from ..errors import DatasetError
 from ..names import path_hint, plural
-from .coco_json import DatasetError, parse
+from .coco_json import parse
 from .convert import Conversion
 from .normalise import Repairs, fold_name, leave_out_roots, normalise, place_images, to_text
 from .voc import from_voc

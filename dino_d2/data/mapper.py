@@ -1,8 +1,5 @@
 """Turns a dataset record into an input of the model, and refuses unusable images."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,20 +8,14 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image, ImageMode, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ..names import hint
+from ..errors import DatasetError
+from ..images import check_header, read_image
 from ..ranges import require_share
 from .augmentation import ResizeShortestEdge, visible
-from .coco_json import DatasetError
 from .segments import MAPS, from_labels, from_segments, read_label_map, segment_ids
-
-# Photographs, scans and drawings. Pillow also opens .pcd, .h5 or .mpg, which may be anything.
-SUFFIXES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-OF_DETECTRON2 = "BGR", "YUV-BT.601"  # formats of Detectron2 that are not modes of PIL
 
 
 class Mapper(DatasetMapper):
@@ -192,74 +183,10 @@ def rectangle(annotation: dict) -> list[float]:
     return [left, top, right, top, right, bottom, left, bottom]
 
 
-def read_image(path: str, image_format: str) -> np.ndarray:
-    """Read an image (H, W, C) of uint8, rotated by its EXIF orientation.
-
-    Args:
-        path: a file, or a URL that Detectron2 can read
-        image_format: "RGB", "BGR" or a mode of PIL
-
-    Raises:
-        DatasetError: it cannot be read, or has more than 8 bits per channel
-    """
-    check_header(path)
-    with _read(path):
-        return detection_utils.read_image(path, image_format)
-
-
-def channels_of(image_format: str) -> int:
-    """The number of channels of an image format: "RGB", "BGR", "L" or another mode of PIL.
-
-    Raises:
-        ValueError: the format is unknown, or does not have 8 bits per channel
-    """
-    if image_format in OF_DETECTRON2:
-        return 3
-    of_pil = [mode for mode in Image.MODES if ImageMode.getmode(mode).basetype == "L"]
-    if image_format not in of_pil:
-        raise ValueError(
-            f"the image format is {image_format!r}, not one of 8 bits per channel: change "
-            f"INPUT.FORMAT (image_format of the mapper); "
-            + hint(str(image_format), (*OF_DETECTRON2, *of_pil))
-        )
-    return Image.getmodebands(image_format)
-
-
 def to_picture(image: np.ndarray | Tensor, image_format: str) -> Image.Image:
     """Convert an image (H, W, C) from a model's input format to RGB."""
     pixels = detection_utils.convert_image_to_rgb(image, image_format)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-def check_header(path: str) -> None:
-    """Refuse images that PIL would misread, in a hundredth of the time of decoding."""
-    with _read(path), PathManager.open(path, "rb") as file, Image.open(file) as image:
-        mode = image.mode
-    check_mode(mode, f"image '{path}'")
-
-
-def check_mode(mode: str, what: str) -> None:
-    """Raise a DatasetError for PIL's modes with more than 8 bits per channel.
-
-    PIL would clip them to 255, so most images would be white; only their owner knows the range.
-    """
-    if mode.startswith(("I", "F")):
-        raise DatasetError(
-            f"{what} has more than 8 bits per pixel (mode {mode}): save it with 8 bits, "
-            "scaled from the range that matters"
-        )
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height after EXIF rotation, without decoding; a DatasetError if unreadable."""
-    check_header(str(path))
-    with Image.open(path) as image:
-        width, height = image.size
-        try:
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
-        except Exception:  # damaged EXIF data may raise anything; Detectron2 ignores it, too
-            orientation = None
-    return (height, width) if orientation in SIDEWAYS else (width, height)
 
 
 def check_pixels(record: dict) -> None:
@@ -279,24 +206,3 @@ def check_pixels(record: dict) -> None:
                 f"'{file}' is {other[1]} x {other[0]} pixels, but its image '{path}' is {width} x "
                 f"{height}: a map has the size of its image"
             )
-
-
-@contextmanager
-def _read(path: str) -> Iterator[None]:
-    """Turns errors of code that only reads an image into a DatasetError."""
-    try:
-        yield
-    except MemoryError:  # not the fault of the image
-        raise
-    except Exception as error:  # a damaged image may raise anything
-        raise DatasetError(
-            f"image '{path}' cannot be read ({_reason(error)}): replace the file, or remove the "
-            "image from the dataset"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its text has the repr of a file object
-        return "it is empty or of no known format"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0]

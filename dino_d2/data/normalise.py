@@ -15,9 +15,10 @@ from typing import Any
 
 from pycocotools import mask
 
-from .coco_json import DatasetError, parse
+from ..errors import DatasetError
+from ..images import SUFFIXES, image_size
+from .coco_json import parse
 from .faults import is_finite, missing_images
-from .mapper import SUFFIXES, image_size
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ from pathlib import PurePosixPath
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..errors import DatasetError
 from ..layouts.adapt import ClassNames
 from .coco import records_of
-from .coco_json import DatasetError, parse
+from .coco_json import parse
 from .faults import image_faults
 
 # In the order of their ids, from 1, as its annotations spell them.

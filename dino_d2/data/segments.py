@@ -14,7 +14,7 @@ from detectron2.structures import BitMasks, Instances
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from .coco_json import DatasetError
+from ..errors import DatasetError
 
 NO_CLASS = 255  # of pixels in label maps, as in all of Detectron2's data sets
 MAPS = "pan_seg_file_name", "sem_seg_file_name"  # what records call their files

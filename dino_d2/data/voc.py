@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from .coco_json import DatasetError
+from ..errors import DatasetError
+from ..images import image_size
 from .convert import Conversion, LabelledBox, LabelledImage, find_images, read_text, to_coco
-from .mapper import image_size
 from .normalise import to_box
 
 SPLITS = ("train", "val", "trainval", "test")

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import yaml
 
+from ..errors import DatasetError
+from ..images import image_size
 from ..names import path_hint, plural
-from .coco_json import DatasetError
 from .convert import Conversion, LabelledBox, LabelledImage, find_images, read_text, to_coco
-from .mapper import image_size
 from .normalise import to_int
 
 SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}

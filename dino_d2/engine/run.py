@@ -18,9 +18,9 @@ from torch import nn
 
 from .. import data
 from ..data.box_sizes import log_box_sizes
-from ..data.mapper import channels_of
 from ..data.stream import TrainingStream, require_places
 from ..distributed.sharing import distribute, share_buffers, unsharded, unwrap
+from ..images import channels_of
 from ..layouts.renaming import CheckpointError
 from ..modeling.detector import Detector
 from ..names import hint

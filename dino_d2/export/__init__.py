@@ -1,4 +1,8 @@
 """A detector as one file: graph.py writes it, runtime.py runs it."""
 
-from .graph import Exportable, check, export, save
-from .runtime import About, Exported, ExportedModel, ExportError, compare, fit
+from ..detectron import INSTALLED
+from .compare import compare
+from .runtime import About, Exported, ExportedModel, ExportError, fit
+
+if INSTALLED:
+    from .graph import Exportable, check, export, save

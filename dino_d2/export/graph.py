@@ -20,9 +20,9 @@ from torch.export import Dim, ExportedProgram
 from ..modeling.dino import DINO
 from ..modeling.mask_dino import MaskDINO
 from ..modeling.masks import mask_logits
-from ..modeling.postprocess import D, MaskDetections, non_maximum_suppression, reorder
+from ..modeling.postprocess import D, non_maximum_suppression, reorder
 from ..ops import reference
-from ..structures import Pixels
+from ..structures import MaskDetections, Pixels
 from .runtime import ABOUT, INPUTS, About, ExportError, kind_of, needs
 
 OPSET = 18  # has GridSample, LayerNormalization and everything else as one operator

@@ -1,4 +1,4 @@
-"""Runs exported files, and compares detections.
+"""Runs exported files, without Detectron2.
 
 `projects/dino/serve_onnx.py` runs ONNX files without this package.
 """
@@ -14,21 +14,17 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, Instances
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..data.mapper import channels_of
-from ..modeling.postprocess import Detections, MaskDetections
-from ..modeling.segmentation import resize_masks
+from ..detectron import Boxes, Instances
+from ..images import channels_of
 from ..names import plural
+from ..resizing import resize_masks
+from ..structures import Detections, MaskDetections
 
 INPUTS = ("images", "image_sizes")
 ABOUT = "dino_d2"  # name of the metadata in a .pt2 file
-BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3  # in pixels, and absolute
-MASK_TOLERANCE = 0.01  # of the IoU
 
 
 class ExportError(ValueError):
@@ -282,53 +278,6 @@ def read_about(path: Path, notes: dict[str, Any]) -> About:
     if not set(About._fields) - {"thresholds"} <= notes.keys() <= set(About._fields):
         raise ExportError(f"'{path}' was not written by dino_d2: export it again")
     return About(**notes | {"size": tuple(notes["size"])})
-
-
-class Differences(NamedTuple):
-    """Differences of n pairs of detections; infinite if one has no partner of its class."""
-
-    boxes: Tensor  # (n,), the largest difference of four coordinates, in pixels
-    scores: Tensor  # (n,)
-    masks: Tensor  # (n,), 1 - IoU; 0 without masks
-
-    @property
-    def tolerable(self) -> bool:
-        close = (self.boxes <= BOX_TOLERANCE) & (self.scores <= SCORE_TOLERANCE)
-        return bool((close & (self.masks <= MASK_TOLERANCE)).all())
-
-
-def compare(
-    expected: Detections | MaskDetections, actual: Detections | MaskDetections, threshold: float
-) -> Differences:
-    """Differences of detections whose score is at least `threshold` in either result.
-
-    Detections are paired one to one by class, box and score, as rounding may change their order.
-    """
-    pairs = []
-    for (box, score, label, *masks), (other_box, other_score, other_label, *other_masks) in zip(
-        zip(*expected, strict=True), zip(*actual, strict=True), strict=True
-    ):
-        distance = (box[:, None] - other_box).abs().amax(-1)
-        apart = torch.stack([distance, (score[:, None] - other_score).abs()], -1)
-        apart[label[:, None] != other_label] = torch.inf
-        count = max(len(score), len(other_score))  # pad the shorter one with no partners
-        below, right = count - len(score), count - len(other_score)
-        apart = F.pad(apart, (0, 0, 0, right, 0, below), value=torch.inf)
-        tops = torch.maximum(F.pad(score, (0, below))[:, None], F.pad(other_score, (0, right)))
-        cost = (apart / torch.tensor([BOX_TOLERANCE, SCORE_TOLERANCE])).amax(-1)
-        rows, columns = map(torch.from_numpy, linear_sum_assignment(cost.nan_to_num(1e9, 1e9)))
-        found, counted = apart[rows, columns], tops[rows, columns] >= threshold
-        differing = found.new_zeros(count, 1)
-        if masks and other_masks and len(score) == len(other_score):
-            differing = 1 - mask_iou(masks[0][rows] > 0, other_masks[0][columns] > 0)[:, None]
-        pairs.append(torch.cat([found, differing], 1)[counted])
-    return Differences(*torch.cat(pairs).unbind(-1))
-
-
-def mask_iou(masks: Tensor, others: Tensor) -> Tensor:
-    """IoU (n,) of masks (n, h, w), one by one; 1 if both are empty."""
-    both, either = (masks & others).sum((1, 2)), (masks | others).sum((1, 2))
-    return torch.where(either > 0, both / either, 1)
 
 
 def kind_of(path: Path) -> str:

@@ -11,6 +11,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from ..boxes import xyxy_to_cxcywh
+from ..images import WRONG_CHANNELS
 from ..layers.blocks import SoftmaxHead, recompute
 from ..layouts.dino import detect_format
 from ..layouts.renaming import CheckpointError
@@ -18,6 +19,7 @@ from ..names import hint, plural
 from ..ranges import require_positive, require_share, require_whole
 from ..structures import (
     Branch,
+    Detections,
     DetectorOutput,
     FeaturePyramid,
     Predictions,
@@ -34,7 +36,6 @@ from .encoder import Encoder
 from .matcher import SoftmaxMatcher
 from .postprocess import (
     Choice,
-    Detections,
     choose_classes,
     choose_pairs,
     detections_of,
@@ -44,11 +45,6 @@ from .postprocess import (
 from .relations import DistinctQueries
 
 NMS = "nms (TEST.NMS, model.nms)"
-WRONG_CHANNELS = (
-    "images have {}, but the model has means and deviations of {}: change INPUT.FORMAT "
-    "(image_format of the mappers), or MODEL.PIXEL_MEAN and MODEL.PIXEL_STD (model.pixel_mean and "
-    "model.pixel_std)"
-)
 
 
 @META_ARCH_REGISTRY.register()

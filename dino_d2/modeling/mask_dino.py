@@ -14,9 +14,11 @@ from ..data import stuff_classes
 from ..layers.blocks import recompute
 from ..names import plural
 from ..ranges import require_positive, require_share
+from ..resizing import in_parts, interpolate, resize_maps, resize_masks
 from ..structures import (
     Branch,
     DetectorOutput,
+    MaskDetections,
     MaskTarget,
     Pixels,
     send_to_device,
@@ -25,16 +27,8 @@ from .detector import Batch
 from .dino import DINO
 from .mask_loss import MaskCriterion, MaskMatcher
 from .masks import MaskDecoder, PixelEmbedding, UnifiedQuerySelection, mask_logits
-from .postprocess import MaskDetections, detections_of, to_instances
-from .segmentation import (
-    in_parts,
-    interpolate,
-    panoptic_map,
-    resize_maps,
-    resize_masks,
-    semantic_map,
-    sharpen,
-)
+from .postprocess import detections_of, to_instances
+from .segmentation import panoptic_map, semantic_map, sharpen
 from .tokens import take_tokens, valid_ratio
 
 

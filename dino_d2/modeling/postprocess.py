@@ -7,26 +7,8 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, distinct
-from ..structures import Predictions
+from ..structures import Detections, MaskDetections, Predictions
 from .tokens import take_tokens
-
-
-class Detections(NamedTuple):
-    """The N best (query, class) pairs of each image, in descending order of score."""
-
-    boxes: Tensor  # (B, N, 4), corners
-    scores: Tensor  # (B, N), in [0, 1]
-    labels: Tensor  # (B, N), int64 in [0, K)
-
-
-class MaskDetections(NamedTuple):
-    """Those of Mask DINO."""
-
-    boxes: Tensor  # (B, N, 4), corners
-    scores: Tensor  # (B, N), in [0, 1]
-    labels: Tensor  # (B, N), int64 in [0, K)
-    masks: Tensor  # (B, N, C) embeddings; of exported files, (B, N, h, w) logits
-
 
 D = TypeVar("D", Detections, MaskDetections)
 

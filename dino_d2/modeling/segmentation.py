@@ -1,17 +1,10 @@
-"""Masks at the size of images, and maps of their pixels: semantic and panoptic segmentation.
-
-At full resolution there are never more than `MASKS_AT_ONCE` maps, so that memory does not grow with
-detections or queries.
-"""
+"""Maps of the pixels of an image, made of masks: semantic and panoptic segmentation."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-MASKS_AT_ONCE = 16  # at full resolution
 
 
 def sharpen(scores: Tensor, temperature: float | None) -> Tensor:
@@ -111,50 +104,3 @@ def _segments(
                 of_stuff[label] = ids[-1]
             segments.append({"id": ids[-1], "isthing": not is_stuff, "category_id": label})
     return ids, segments
-
-
-def resize_masks(
-    logits: Tensor, stride: int, image_size: tuple[int, int], size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Masks of an image at another size, and how certain they are.
-
-    Args:
-        logits: (n, h, w) of the padded image, of which a pixel is `stride` of the image's
-        image_size: height and width of the image without padding
-        size: height and width of the masks
-
-    Returns:
-        masks (n, height, width) bool; and (n,) the mean probability of each one's pixels, in [0, 1]
-    """
-    masks = torch.empty(len(logits), *size, dtype=torch.bool, device=logits.device)
-    certainty = logits.new_empty(
-        len(logits), dtype=torch.promote_types(logits.dtype, torch.float32)
-    )
-    for start in range(0, len(logits), MASKS_AT_ONCE):
-        part = slice(start, start + MASKS_AT_ONCE)
-        maps = resize_maps(logits[part], stride, image_size, size)
-        masks[part] = inside = maps > 0
-        total = (maps.sigmoid_() * inside).sum((1, 2))
-        certainty[part] = total / inside.sum((1, 2)).clamp(min=1)
-    return masks, certainty
-
-
-def resize_maps(
-    logits: Tensor, stride: int, image_size: tuple[int, int], size: tuple[int, int]
-) -> Tensor:
-    """Maps of logits (n, height, width) in float32 or wider; arguments as of `resize_masks`."""
-    padded = [stride * x for x in logits.shape[-2:]]
-    maps = interpolate(logits.to(torch.promote_types(logits.dtype, torch.float32)), padded)
-    return interpolate(maps[:, : image_size[0], : image_size[1]], size)
-
-
-def in_parts(masks: Tensor) -> Sequence[Tensor]:
-    """Embeddings (n, C), `MASKS_AT_ONCE` at a time."""
-    return masks.split(MASKS_AT_ONCE) if len(masks) else ()
-
-
-def interpolate(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, (n, h, w) to (n, height, width)."""
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps[None], tuple(size), mode="bilinear", align_corners=False)[0]

@@ -1,4 +1,4 @@
-"""Downloads a published file: resumed, with progress, checked, and never half of it."""
+"""Downloads a file: resumed, with progress, checked, and never half of it."""
 
 import hashlib
 import html
@@ -8,10 +8,12 @@ from http import HTTPStatus
 from http.client import HTTPException, IncompleteRead
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
-from iopath.common.file_io import file_lock
+from iopath.common.file_io import file_lock, get_cache_dir
 
+from ..detectron import PathManager
 from ..layouts.renaming import CheckpointError
 from ..progress import progress
 
@@ -25,6 +27,36 @@ DRIVE_LINK = re.compile(
     r'<a[^>]*href="[^"]*/(file/d|folders)/([-\w]+)[^"]*"[^>]*>(.*?)</a>', re.DOTALL
 )
 DRIVE_FILE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
+
+
+def fetch(path: str) -> str:
+    """The local path of a file or URL, cached; a CheckpointError if it is unavailable."""
+    path = os.path.expanduser(path)
+    try:
+        url = urlparse(path)._replace(query="").geturl()
+        is_web = url.startswith(("http://", "https://"))
+        local = cached(url) if is_web else PathManager.get_local_path(url)
+    except FileNotFoundError as error:  # its message is complete
+        raise CheckpointError(str(error)) from error
+    except (OSError, HTTPException) as error:
+        raise CheckpointError(
+            f"'{path}' is not available ({error}): without a network, copy the file here by other "
+            "means and give its path"
+        ) from error
+    if not os.path.isfile(local):
+        raise CheckpointError(f"'{path}' is no file")
+    return local
+
+
+def cached(url: str, sha256: str = "") -> str:
+    """The local path of a file of the web, downloaded once into Detectron2's cache.
+
+    Args, errors: as of `download`
+    """
+    local = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
+    if not os.path.isfile(local):
+        download(url, local, sha256)
+    return local
 
 
 def download(url: str, path: str, sha256: str = "") -> None:

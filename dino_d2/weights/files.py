@@ -7,20 +7,19 @@ from collections.abc import Iterator
 from functools import partial
 from http.client import HTTPException
 from typing import Any, NamedTuple
-from urllib.parse import urlparse
 from zipfile import is_zipfile
 
 import numpy as np
 import torch
-from detectron2.utils.file_io import PathHandler, PathManager
-from iopath.common.file_io import get_cache_dir
+from iopath.common.file_io import PathHandler, get_cache_dir
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ..atomic import replacing
+from ..detectron import PathManager
 from ..layouts.dino import detect_format
 from ..layouts.renaming import CheckpointError, State
-from .download import download, in_drive
+from .download import cached, download, in_drive
 from .releases import find
 
 # What PyTorch's wrappers put into names: data-parallel training at their beginning; torch.compile,
@@ -61,36 +60,6 @@ class ReleaseHandler(PathHandler):
 
 
 PathManager.register_handler(ReleaseHandler())
-
-
-def fetch(path: str) -> str:
-    """The local path of a file or URL, cached; a CheckpointError if it is unavailable."""
-    path = os.path.expanduser(path)
-    try:
-        url = urlparse(path)._replace(query="").geturl()
-        is_web = url.startswith(("http://", "https://"))
-        local = cached(url) if is_web else PathManager.get_local_path(url)
-    except FileNotFoundError as error:  # its message is complete
-        raise CheckpointError(str(error)) from error
-    except (OSError, HTTPException) as error:
-        raise CheckpointError(
-            f"'{path}' is not available ({error}): without a network, copy the file here by other "
-            "means and give its path"
-        ) from error
-    if not os.path.isfile(local):
-        raise CheckpointError(f"'{path}' is no file")
-    return local
-
-
-def cached(url: str, sha256: str = "") -> str:
-    """The local path of a file of the web, downloaded once into Detectron2's cache.
-
-    Args, errors: as of `download`
-    """
-    local = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
-    if not os.path.isfile(local):
-        download(url, local, sha256)
-    return local
 
 
 class DamagedCheckpoint(CheckpointError):

@@ -15,7 +15,8 @@ from ..layouts.renaming import CheckpointError, State, move
 from ..modeling.backbones import TimmBackbone
 from ..modeling.detector import Detector
 from ..names import plural
-from .files import fetch, read, weights
+from .download import fetch
+from .files import read, weights
 from .settings import EXPECTED, encoding_of
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from ..layouts.renaming import CheckpointError
 from ..modeling.detector import Detector
 from ..names import check_device, hint, nearest_path
 from .checkpointer import Checkpointer
-from .files import ReleaseHandler, fetch
+from .download import fetch
+from .files import ReleaseHandler
 from .fitting import open_weights
 from .releases import RELEASES, alternatives, find
 

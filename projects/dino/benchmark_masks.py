@@ -74,7 +74,7 @@ from dino_d2.modeling.mask_loss import (
     pairwise_cross_entropy,
     pairwise_dice,
 )
-from dino_d2.modeling.segmentation import resize_masks
+from dino_d2.resizing import resize_masks
 from dino_d2.structures import Match
 
 STAGES, QUERIES, CHANNELS, POINTS, BUDGET, DETECTIONS = 11, 300, 256, 12544, 100, 100

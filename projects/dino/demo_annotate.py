@@ -21,7 +21,7 @@ from tqdm import tqdm
 import dino_d2
 from dino_d2.data import DatasetError, read_image
 from dino_d2.data.coco_writer import to_results
-from dino_d2.data.mapper import SUFFIXES as IMAGE_SUFFIXES
+from dino_d2.images import SUFFIXES as IMAGE_SUFFIXES
 from dino_d2.names import plural
 from dino_d2.progress import progress
 from dino_d2.tiles import detect_in_tiles

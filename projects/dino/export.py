@@ -108,29 +108,30 @@ from torch import Tensor
 
 import dino_d2
 from dino_d2.data import Mapper
-from dino_d2.data.convert import SUFFIXES as IMAGE_SUFFIXES
 from dino_d2.engine.evaluator import ErrorAnalysisEvaluator
 from dino_d2.export import Exportable, ExportedModel, check, export, save
-from dino_d2.export.quantize import quantize
-from dino_d2.export.runtime import (
+from dino_d2.export.compare import (
     BOX_TOLERANCE,
     MASK_TOLERANCE,
     SCORE_TOLERANCE,
-    About,
-    Detections,
     Differences,
+    compare,
+)
+from dino_d2.export.quantize import quantize
+from dino_d2.export.runtime import (
+    About,
     Exported,
     ExportError,
-    MaskDetections,
-    compare,
     detections,
     fit,
     installed,
     kind_of,
     needs,
 )
+from dino_d2.images import SUFFIXES as IMAGE_SUFFIXES
 from dino_d2.names import plural
 from dino_d2.progress import alive, progress
+from dino_d2.structures import Detections, MaskDetections
 
 Batch = tuple[Tensor, Tensor]  # images and image_sizes
 AP_TOLERANCE = 0.5  # of boxes and of masks, of 100

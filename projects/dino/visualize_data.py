@@ -82,9 +82,10 @@ from dino_d2.config.overrides import apply_overrides
 from dino_d2.config.styles import get, keys_for, put
 from dino_d2.data import DatasetError
 from dino_d2.data.box_sizes import BoxSizes, sizes_line, warnings_of
-from dino_d2.data.mapper import channels_of, to_picture
+from dino_d2.data.mapper import to_picture
 from dino_d2.data.stream import TrainingStream
 from dino_d2.engine.plan import Plan, make_plan
+from dino_d2.images import channels_of
 from dino_d2.names import plural
 from dino_d2.progress import progress
 from dino_d2.visualize import Mark, class_colour, contact_sheet, draw_marks, resize_long_side
