@@ -104,3 +104,10 @@ def test_its_graph_is_for_any_number_of_images():
     graph = torch.export.export(model, (images[:2],), dynamic_shapes=({0: Dim("batch", min=1)},))
     for count in (1, 3):
         torch.testing.assert_close(graph.module()(images[:count]), model(images[:count]))
+
+
+def test_a_feature_map_of_another_backbone_is_one_sentence():
+    cfg = model_zoo.get_config("dino_R_50_4scale_12ep")
+    cfg.MODEL.BACKBONE.NAME = "SwinTransformer"
+    with pytest.raises(ValueError, match=r"no feature map 'res3': name those .* of p0, p1, p2, p3"):
+        model_zoo.build(cfg, 3, "cpu")

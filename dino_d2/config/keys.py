@@ -99,6 +99,10 @@ def add_dino_config(cfg: CN) -> None:
     cfg.MODEL.TIMM = CN({"NAME": "convnext_tiny", "NORM": False})
     cfg.MODEL.TIMM.OPTIONS = CN({"drop_path_rate": None}, new_allowed=True)  # of create_model
 
+    # With MODEL.BACKBONE.NAME "SwinTransformer", likewise of p0 to p3.
+    cfg.MODEL.SWIN = CN({"EMBED_DIM": 192, "DEPTHS": [2, 2, 18, 2], "NUM_HEADS": [6, 12, 24, 48]})
+    cfg.MODEL.SWIN.update({"WINDOW_SIZE": 12, "PRETRAIN_IMG_SIZE": 384, "DROP_PATH_RATE": 0.2})
+
     # Python files, or modules, that are imported before anything is built: they register parts. A
     # file is relative to the config, or else to the working directory.
     cfg.IMPORTS = []

@@ -47,6 +47,7 @@ from .query_selection import (
     StaticQueries,
 )
 from .relations import RELATION_REGISTRY, DistinctQueries, PositionRelation
+from .swin import SwinTransformer
 
 __all__ = [
     "UnifiedQuerySelection",
@@ -96,6 +97,7 @@ __all__ = [
     "SoftmaxLoss",
     "SoftmaxMatcher",
     "StaticQueries",
+    "SwinTransformer",
     "TimmBackbone",
     "VarifocalLoss",
     "ViTDet",
