@@ -29,7 +29,7 @@ TURNS = {
 SIDEWAYS = (5, 6, 7, 8)
 OF_DETECTRON2 = "BGR", "YUV-BT.601"  # formats of Detectron2 that are not modes of PIL
 WRONG_CHANNELS = (
-    "images have {}, but the model has means and deviations of {}: change INPUT.FORMAT "
+    "images have {}, but the model has means and deviations for {}: change INPUT.FORMAT "
     "(image_format of the mappers), or MODEL.PIXEL_MEAN and MODEL.PIXEL_STD (model.pixel_mean and "
     "model.pixel_std)"
 )

@@ -185,7 +185,7 @@ def join_queries(parts: Sequence[Queries]) -> Queries:
     widths = {x.reference.shape[-1] for x in parts}
     if len(widths) > 1 or len({x.position is None for x in parts}) > 1:
         raise ValueError(
-            "denoising and other branches need queries made of boxes, but those of this model are "
+            "denoising and other branches need queries with boxes, but those of this model are "
             "points or learned positions: train it without them"
         )
     joined = (None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))

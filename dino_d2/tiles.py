@@ -34,7 +34,7 @@ def warn_of_many(height: int, width: int, size: int, shared: int) -> None:
     if number > MANY:
         logger.warning(
             f"An image of {width} x {height} pixels has {number:,} tiles of {size} pixels, which "
-            "take as long as so many images: larger tiles are fewer"
+            "take as long as that many images: larger tiles are faster"
         )
 
 

@@ -27,7 +27,7 @@ def import_parts(name: str, folder: Path) -> str:
     found = [str(x.resolve()) for x in places if x.is_file()]
     if places and not found:
         raise ValueError(
-            f"IMPORTS names '{name}', but there is no such file in '{folder}', or here"
+            f"IMPORTS names '{name}', which is neither in '{folder}' nor in the working directory"
         )
     try:
         import_file(found[0]) if found else import_module(name)

@@ -35,11 +35,11 @@ def apply_overrides(cfg: CfgNode | DictConfig, overrides: Sequence[str]) -> list
     for word in overrides[:: 2 if is_yaml else 1]:
         if word.startswith("--"):
             raise ValueError(
-                f"{word!r} is an option, not a key of the config: write it before the changes of "
-                "the config, which are the last of a command"
+                f"{word!r} is an option, not a key of the config: write it before the config "
+                "overrides, which end the command"
             )
     if is_yaml and "IMPORTS" in overrides[::2]:
-        raise ValueError("IMPORTS has to be in the config file: it is heeded when that is read")
+        raise ValueError("IMPORTS has to be in the config file: it takes effect when that is read")
     return list((_change_yaml if is_yaml else _change_lazy)(cfg, overrides))
 
 
@@ -54,7 +54,7 @@ def keys_of(cfg: dict, prefix: str = "") -> Iterator[str]:
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """The message about an unknown key, with similar ones."""
     if key in RENAMED:
-        return f"'{key}' is now called '{RENAMED[key]}': write this"
+        return f"'{key}' is now called '{RENAMED[key]}': use that name"
     name = key.split(".")[-1]
     near = nearest(key, known) or [x for x in known if x.split(".")[-1] == name][:3]
     end = (
@@ -77,7 +77,7 @@ def _change_yaml(cfg: CfgNode, words: Sequence[str]) -> Iterator[str]:
         key = words[index]
         if "=" in key:
             raise ValueError(
-                f"a YAML config is changed by KEY VALUE: write {key.replace('=', ' ', 1)!r}, "
+                f"overrides of a YAML config are KEY VALUE: write {key.replace('=', ' ', 1)!r}, "
                 f"not {key!r}"
             )
         if not _can_have(cfg, key):
@@ -129,8 +129,8 @@ def _parse(word: str) -> tuple[bool, str, Any]:
         raise ValueError(f"the override {word!r} is a deletion, not supported here: set a value")
     if "=" not in word:
         raise ValueError(
-            f"a LazyConfig is changed by KEY=VALUE, as train.max_iter=100, but one of the "
-            f"overrides is {word!r}"
+            f"overrides of a LazyConfig are KEY=VALUE, such as train.max_iter=100, but one of "
+            f"them is {word!r}"
         )
     try:
         override = OverridesParser.create().parse_override(word)
@@ -141,7 +141,7 @@ def _parse(word: str) -> tuple[bool, str, Any]:
         ) from error
     if override.is_sweep_override():
         raise ValueError(
-            f"the override {word!r} has several values: write [a,b] for a list, or quotes"
+            f"the override {word!r} has several values: write [a,b] for a list, or quote them"
         )
     adds = override.is_add() or override.is_force_add()
     return adds, override.key_or_group, override.value()

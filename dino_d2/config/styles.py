@@ -47,7 +47,7 @@ def read_config(file: str) -> CfgNode | DictConfig:
     except OSError as error:
         raise ValueError(f"'{file}': its _BASE_ cannot be read: {error}") from error
     except (ValueError, AttributeError, TypeError) as error:  # yacs names the key
-        raise ValueError(f"'{file}' is no config: {' '.join(str(error).split())}") from error
+        raise ValueError(f"'{file}' is not a config: {' '.join(str(error).split())}") from error
     except KeyError as error:
         known = list(keys_of(cfg))
         given = keys_of(CfgNode.load_yaml_with_base(file, allow_unsafe=True))
@@ -93,15 +93,15 @@ def _yaml_keys(file: str) -> set[str]:
             top = compose(opened)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"'{file}' is no config but a binary file: give a .yaml or .py file here, and a "
+            f"'{file}' is a binary file, not a config: give a .yaml or .py file here, and a "
             "checkpoint as the weights"
         ) from error
     except YAMLError as error:
-        raise ValueError(f"'{file}' is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"'{file}' is not YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise ValueError(f"'{file}' cannot be read: {error}") from error
     if not isinstance(top, MappingNode):
-        what = "is empty" if top is None else "is no config: it has no keys"
+        what = "is empty" if top is None else "is not a config: it has no keys"
         raise ValueError(f"'{file}' {what}; a config has keys such as 'MODEL: ...'")
     keys: set[str] = set()
     nodes = [top]
@@ -200,7 +200,7 @@ def put_short(
             continue
         if key in given:
             said = option.replace("_", "-")
-            raise ValueError(f"--{said} is in place of {key}: give either")
+            raise ValueError(f"--{said} sets {key}: give only one of them")
         put(cfg, key, value)
         changed.append(key)
     return changed
@@ -233,8 +233,8 @@ def scale_images(cfg: CfgNode | DictConfig, size: int) -> None:
     short = get(section, keys[0], None)
     if not isinstance(short, int | float) or short <= 0:
         raise ValueError(
-            f"--size changes all sides of images in proportion to {keys[0]}, which is {short!r} in "
-            "this config: change them one by one"
+            f"--size scales all image sizes in proportion to {keys[0]}, which is {short!r} in "
+            "this config: set them one by one"
         )
     factor = size / short
 

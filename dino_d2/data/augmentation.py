@@ -87,11 +87,11 @@ def detr_augmentation(
     _check_kinds(flip, sampling, crop_type)
     if sampling == "range" and len(min_sizes) != 2:
         raise ValueError(
-            f"the short side is in a range of {list(min_sizes)}; give two sizes, the smallest and "
+            f"the range of the short side is {list(min_sizes)}; give two sizes, the smallest and "
             "the largest"
         )
     if crop_size and crop_type.startswith("relative") and max(crop_size) > 1:
-        raise ValueError(f"the crop is {crop_type} and of {list(crop_size)}; give parts of 1")
+        raise ValueError(f"the crop is {crop_type}, of size {list(crop_size)}; give fractions of 1")
     # tuple(): a LazyConfig passes OmegaConf's lists, which are slow to sample from.
     crop = crop_size and T.RandomApply(
         T.AugmentationList(
@@ -152,7 +152,7 @@ def _named_augmentation(entry: Any, known: Mapping[str, Callable]) -> T.Augmenta
     try:
         made: T.Augmentation = known[name](**options)
     except (AssertionError, TypeError, ValueError) as error:
-        reason = str(error) or "its arguments are not those that it takes"
+        reason = str(error) or "it does not take these arguments"
         raise ValueError(f"INPUT.AUGMENTATIONS, {name}: {reason}") from error
     return made
 

@@ -117,7 +117,7 @@ def warnings_of(found: BoxSizes, num_queries: int | None) -> Iterator[str]:
     full = sum(num_queries is not None and count > num_queries for count in found.counts)
     if full:
         yield (
-            f"{full:,} of {plural(len(found.counts), 'image')} looked at: more boxes (up to "
+            f"{full:,} of {plural(len(found.counts), 'image')} checked: more boxes (up to "
             f"{max(found.counts):,}) than the model has queries ({num_queries:,}), so it cannot "
-            "find all; raise MODEL.DINO.NUM_QUERIES (model.query_selection.num_queries)"
+            "detect all; raise MODEL.DINO.NUM_QUERIES (model.query_selection.num_queries)"
         )

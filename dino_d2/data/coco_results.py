@@ -29,8 +29,8 @@ def read_results(path: str | os.PathLike, dataset: dict[str, list]) -> list[dict
     results = read_json(path)
     if not isinstance(results, list):
         raise DatasetError(
-            f"'{path}' is no list of detections but a {type(results).__name__}: give results, "
-            "as evaluation leaves them in inference/coco_instances_results.json"
+            f"'{path}' is a {type(results).__name__}, not a list of detections: give results "
+            "as evaluation writes them to inference/coco_instances_results.json"
         )
     if fault := next(_faults(results, dataset), None):
         raise DatasetError(f"'{path}': {fault}")
@@ -44,7 +44,7 @@ def _faults(results: list, dataset: dict[str, list]) -> Iterator[str]:
         where = f"detection {number}"
         missing = [k for k in KEYS if k not in result] if isinstance(result, dict) else KEYS
         if missing:
-            yield f"{where} has no {', '.join(missing)}: give results of COCO's format"
+            yield f"{where} has no {', '.join(missing)}: give results in COCO's format"
         image, category, bbox, score = (result[key] for key in KEYS)
         if not isinstance(image, int) or image not in file_names:
             yield (
@@ -63,7 +63,7 @@ def _faults(results: list, dataset: dict[str, list]) -> Iterator[str]:
         if not isinstance(category, int) or category not in category_ids:
             yield (
                 f"{where} has category_id {category!r}, which the annotations do not have: give "
-                "results of a model of the same classes"
+                "results of a model with the same classes"
             )
         if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite, bbox))):
             yield f"{where} has bbox {bbox!r}: give [x, y, width, height], finite, in pixels"

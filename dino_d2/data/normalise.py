@@ -171,7 +171,7 @@ def _entries(key: str, entries: list, repairs: Repairs) -> None:
             raise DatasetError(f"{where} is {entry!r}: make it an object")
         id = required(entry, "id", to_int, where, "make it an integer")
         if id in seen:
-            raise DatasetError(f"{where} has id {id} as an earlier one: give each its own")
+            raise DatasetError(f"{where} has the id {id} of an earlier one: give each its own")
         seen.add(id)
         repairs.put(entry, "id", id)
         repairs.put(entry, label, required(entry, label, to_text, where, "make it a string"))

@@ -99,7 +99,7 @@ def require_places(loader: Any) -> None:
     """Raise a ValueError for a loader that cannot mix images, as their places are unknown."""
     if not has_places(loader):
         raise ValueError(
-            "mosaic and mixup need Detectron2's loader of a list of images, without aspect ratio "
+            "mosaic and mixup need Detectron2's loader over a list of images, without aspect ratio "
             "grouping: set DATALOADER.ASPECT_RATIO_GROUPING False "
             "(dataloader.train.aspect_ratio_grouping)"
         )

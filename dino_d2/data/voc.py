@@ -76,7 +76,7 @@ def from_voc(root: Path, *, zero_based: bool | None = False) -> Conversion:
     difficult = (x.difficult for stem in used for x in files[stem].objects)
     notes = {
         "objects marked difficult, now crowd regions": sum(difficult),
-        "boxes that begin below 1, so all are read as counted from 0": below,
+        "boxes with coordinates below 1, so all are read as 0-based": below,
         "XML files in no split, left out": len(files.keys() - used),
         "images without an XML file, left out": len(images.keys() - files.keys()),
     }
@@ -141,7 +141,7 @@ def _objects(root: ET.Element, path: Path) -> Iterator[VocObject]:
         where = f"'{path}', object {number}"
         name = (element.findtext("name") or "").strip()
         if not name:
-            raise DatasetError(f"{where} has no <name>: say what it is")
+            raise DatasetError(f"{where} has no <name>: name its class")
         corners = to_box([element.findtext(f"bndbox/{key}") for key in CORNERS])
         if corners is None:
             raise DatasetError(
@@ -182,7 +182,7 @@ def label_image(
         if min(left, top) < shift and not zero_based:
             raise DatasetError(
                 f"{where} ('{name}') begins at ({left:g}, {top:g}), but VOC counts pixels from 1: "
-                "if this data set counts from 0, use --data, which decides that by itself, or "
+                "if this data set counts from 0, use --data, which detects that, or "
                 "convert_dataset.py voc --zero-based (zero_based=True of from_voc)"
             )
         corners = (left - shift, top - shift, right, bottom)

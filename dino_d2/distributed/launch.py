@@ -78,7 +78,7 @@ def is_worker() -> bool:
     missing = [name for name in WORKER_VARIABLES if name not in os.environ]
     if missing:
         raise ValueError(
-            f"the environment has RANK, as that of a worker, but not {missing[0]}: start workers "
+            f"the environment has RANK, like that of a worker, but not {missing[0]}: start workers "
             f"with torchrun, set all of {', '.join(WORKER_VARIABLES)}, or unset RANK"
         )
     return True
@@ -90,8 +90,8 @@ def check_gpus(workers: int) -> None:
     own = gpus == 1 and is_worker()  # under SLURM, each worker may see only its own GPU
     if gpus and workers > gpus and not own:
         raise ValueError(
-            f"{workers} workers were asked for on this machine, which has {plural(gpus, 'GPU')}: "
-            f"ask for at most {gpus} with --num-gpus (torchrun: --nproc-per-node)"
+            f"{workers} workers were requested on this machine, which has {plural(gpus, 'GPU')}: "
+            f"request at most {gpus} with --num-gpus (torchrun: --nproc-per-node)"
         )
 
 

@@ -38,12 +38,12 @@ class DefaultTrainer(engine.DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         check_keys(cfg)
-        refuse(cfg, OF_OUR_TRAINER, "in Detectron2's trainer, but in projects/dino/train_net.py")
+        refuse(cfg, OF_OUR_TRAINER, "in Detectron2's trainer, only in projects/dino/train_net.py")
         solver = cfg.SOLVER
         if solver.EPOCHS or solver.REFERENCE_BATCH not in (0, solver.IMS_PER_BATCH):
             raise ValueError(
                 f"the schedule is for SOLVER.REFERENCE_BATCH {solver.REFERENCE_BATCH} and "
-                f"SOLVER.EPOCHS {solver.EPOCHS}, not for {solver.IMS_PER_BATCH} images a step: "
+                f"SOLVER.EPOCHS {solver.EPOCHS}, not for batch size {solver.IMS_PER_BATCH}: "
                 "call dino_d2.engine.scale_schedule(cfg) first or, to keep it, set "
                 "SOLVER.REFERENCE_BATCH 0 and SOLVER.EPOCHS None"
             )

@@ -207,12 +207,12 @@ def require_results(names: Sequence[str], results: dict[str, bool] | None) -> No
             instances = "instances" in OF_MAPS.get(kind_of(name), ("instances",))
             key = "INSTANCE_ON" if instances else "SEMANTIC_ON"
             raise ValueError(
-                f"'{name}' is evaluated by results that the model does not give: set "
+                f"the evaluation of '{name}' needs outputs that the model does not have: set "
                 f"MODEL.DINO.TEST.{key} (model.{key.lower()}) to True"
             )
         if "panoptic_seg" in made and find_spec("panopticapi") is None:
             raise ValueError(
-                f"'{name}' is evaluated by COCO's panopticapi: pip install {PANOPTICAPI}"
+                f"the evaluation of '{name}' needs panopticapi: pip install {PANOPTICAPI}"
             )
 
 

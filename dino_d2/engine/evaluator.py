@@ -147,7 +147,7 @@ class ErrorAnalysisEvaluator(evaluation.COCOEvaluator):
         annotations = self._coco_api.dataset.get("annotations", [])
         without = [x for x in annotations if not x.get("segmentation")]
         if annotations and len(without) == len(annotations):
-            logger.warning("the test set has no masks: boxes alone are evaluated")
+            logger.warning("the test set has no masks: only boxes are evaluated")
             return [task for task in tasks if task != "segm"]
         if without:
             logger.warning(
@@ -270,7 +270,7 @@ def advice(results: Mapping[str, Mapping[str, float]]) -> str:
     both = f"AP is {ap:.1f}, and {other:.1f} {'without NMS' if has_nms else f'with NMS {NMS_IOU}'}"
     if costs.get("duplicate", 0) < 1:
         kind = max(costs, key=costs.__getitem__)
-        return f"of all kinds of errors, '{kind}' costs most: {costs[kind]:.1f} AP ({both})"
+        return f"of all types of errors, '{kind}' costs most: {costs[kind]:.1f} AP ({both})"
     remedy = "train longer"
     if has_nms:
         remedy += ", or lower TEST.NMS (model.nms)"
@@ -289,7 +289,7 @@ def mask_advice(results: Mapping[str, Mapping[str, float]]) -> str:
     if not costs:
         return ""
     kind, ap = max(costs, key=costs.__getitem__), results["segm"]["AP"]
-    return f"of masks, '{kind}' costs most: {costs[kind]:.1f} AP (mask AP is {ap:.1f})"
+    return f"for masks, '{kind}' costs most: {costs[kind]:.1f} AP (mask AP is {ap:.1f})"
 
 
 def notable(costs: Mapping[str, float]) -> dict[str, float]:

@@ -50,8 +50,8 @@ def check_folder(folder: str, *, resume: bool = False, overwrite: bool = False) 
         )
     if found:
         raise ValueError(
-            f"'{folder}' has an earlier training ('{found.name}'): resume it (--resume), choose "
-            "another output folder, or replace its files (--overwrite)"
+            f"'{folder}' has an earlier training run ('{found.name}'): resume it (--resume), "
+            "choose another output folder, or replace its files (--overwrite)"
         )
 
 

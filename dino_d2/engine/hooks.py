@@ -150,8 +150,8 @@ class BestCheckpointer(AfterEvaluation):
         if self.patience and self.worse >= self.patience:
             self.checkpointer.save("model_final", iteration=iteration)
             raise EarlyStop(
-                f"the training ends early: {plural(self.worse, 'evaluation')} in a row had no "
-                f"better {self.metric} than {self.best:.2f}, that of {BEST}.pth (TEST.PATIENCE, "
+                f"early stopping: {plural(self.worse, 'evaluation')} in a row had no better "
+                f"{self.metric} than {self.best:.2f}, that of {BEST}.pth (TEST.PATIENCE, "
                 "train.patience)"
             )
 

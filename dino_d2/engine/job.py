@@ -114,7 +114,7 @@ def set_size(cfg: CfgNode | DictConfig, size: int | None, given: Collection[str]
         return
     require_whole(**{"the size of images (--size)": size})
     if sides := [x for x in given if x.endswith(SIDES)]:
-        raise ValueError(f"--size is in place of {sides[0]}: give either")
+        raise ValueError(f"--size sets {sides[0]}: give only one of them")
     scale_images(cfg, size)
 
 
@@ -205,7 +205,7 @@ def device_here(device: str) -> str:
     """The CPU, with a warning, in place of the GPU that configs name and that is not there."""
     if device != "cuda" or torch.cuda.is_available():
         return device
-    logger.warning("PyTorch finds no GPU here: the CPU is used, which takes many times as long")
+    logger.warning("PyTorch finds no GPU: the CPU is used, which is many times slower")
     return "cpu"
 
 
@@ -223,7 +223,9 @@ def check_all(args: argparse.Namespace) -> Job:
         ValueError: the config, the data, the weights or the machine does not allow it
     """
     if args.resume and args.overwrite:
-        raise ValueError("--overwrite is for a training that begins, not for --resume: give either")
+        raise ValueError(
+            "--overwrite starts a new run, --resume continues one: give only one of them"
+        )
     job = load_job(args)
     if not args.eval_only:
         check_folder(job.plan.output_dir, resume=args.resume, overwrite=args.overwrite)
@@ -294,7 +296,7 @@ def train(
     job = check_all(args)
     if isinstance(job.cfg, CfgNode) and not is_detector(job.cfg):
         raise ValueError(
-            f"a {job.cfg.MODEL.META_ARCHITECTURE} has no predictor here: train it with "
+            f"there is no predictor for {job.cfg.MODEL.META_ARCHITECTURE}: train it with "
             "projects/dino/train_net.py"
         )
     claim_folder(job.plan.output_dir, resume=resume, overwrite=overwrite)

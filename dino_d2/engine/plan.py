@@ -157,8 +157,8 @@ def yaml_parts(cfg: CfgNode) -> dict[str, Any]:
     return {
         "build_model": partial(built, "model", yaml_model, cfg),
         "build_optimizer": partial(built, "optimizer", yaml_optimizer, cfg),
-        "build_scheduler": partial(built, "schedule of the learning rate", yaml_scheduler, cfg),
-        "build_loader": partial(built, "loader of training data", yaml_train_loader, cfg),
+        "build_scheduler": partial(built, "learning rate schedule", yaml_scheduler, cfg),
+        "build_loader": partial(built, "training data loader", yaml_train_loader, cfg),
         "build_mapper": partial(built, "augmentation", yaml_mapper, cfg),
         "mixing": built("augmentation", yaml_mixing, cfg),
         "evaluate": partial(yaml_evaluate, cfg),
@@ -181,7 +181,7 @@ def check_plan(plan: Plan) -> None:
     require_whole(0, **{"patience (TEST.PATIENCE, train.patience)": plan.patience})
     if plan.patience and not (plan.eval_period and plan.best_metric and plan.test_sets):
         raise ValueError(
-            "a training ends early (TEST.PATIENCE, train.patience) by evaluations of a test set: "
+            "early stopping (TEST.PATIENCE, train.patience) needs evaluations of a test set: "
             "set TEST.EVAL_PERIOD and TEST.BEST_METRIC (train.eval_period, train.best_metric) too"
         )
     if plan.ema_decay is not None:
@@ -315,8 +315,8 @@ def lazy_parts(cfg: DictConfig) -> dict[str, Any]:
     return {
         "build_model": partial(built, "model", lazy_model, cfg),
         "build_optimizer": partial(built, "optimizer", lazy_optimizer, cfg),
-        "build_scheduler": partial(built, "schedule of the learning rate", lazy_scheduler, cfg),
-        "build_loader": partial(built, "loader of training data", lazy_train_loader, cfg),
+        "build_scheduler": partial(built, "learning rate schedule", lazy_scheduler, cfg),
+        "build_loader": partial(built, "training data loader", lazy_train_loader, cfg),
         "build_mapper": partial(built, "augmentation", lazy_mapper, cfg),
         "mixing": built("augmentation", lazy_mixing, cfg),
         "evaluate": partial(lazy_evaluate, cfg),
@@ -361,9 +361,10 @@ def part_of_batch(batch: int, accumulate: int, workers: int = 1) -> int:
     """The images per accumulated batch; a ValueError if they cannot be divided equally."""
     if not isinstance(accumulate, int) or accumulate < 1 or batch % (accumulate * workers):
         raise ValueError(
-            f"a batch of {plural(batch, 'image')} cannot be divided into {accumulate} equal parts"
-            + (f" for {workers} workers" if workers > 1 else "")
-            + ": change the batch, the number of accumulated parts or that of workers"
+            f"a batch of {plural(batch, 'image')} cannot be divided into {accumulate} equal "
+            + "micro-batches"
+            + (f" on {workers} workers" if workers > 1 else "")
+            + ": change the batch size, the accumulation steps or the number of workers"
         )
     return batch // accumulate
 
@@ -377,6 +378,6 @@ def precision_of(name: str) -> torch.dtype:
 def skips(choice: str) -> bool:
     if choice not in ("stop", "skip"):
         raise ValueError(
-            f"what happens when a loss is not finite is {choice!r}; it can be stop or skip"
+            f"non_finite (SOLVER.NON_FINITE, train.non_finite) is {choice!r}; it can be stop or skip"
         )
     return choice == "skip"

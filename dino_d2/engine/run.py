@@ -279,8 +279,8 @@ def check_metric(plan: Plan) -> None:
         ema = plan.best_metric.startswith("ema/")
         end = "EMA adds 'ema/' by itself" if ema else hint(plan.best_metric, plan.metrics)
         raise ValueError(
-            f"the metric to keep the best checkpoint by (TEST.BEST_METRIC, train.best_metric) is "
-            f"{plan.best_metric!r}, by which none can be chosen; {end}"
+            f"the metric of the best checkpoint (TEST.BEST_METRIC, train.best_metric) is "
+            f"{plan.best_metric!r}, which evaluation does not give; {end}"
         )
 
 

@@ -45,7 +45,7 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
             raise ValueError(f"{key} is {value!r}; it has to be a number above 0")
     check_numbers(cfg, keys)
     if epochs and not math.isfinite(epochs):
-        raise ValueError(f"{keys.epochs} is {epochs}: give a number of passes over the data")
+        raise ValueError(f"{keys.epochs} is {epochs}: give a finite number of epochs")
     if epochs and keys.max_iter in given:
         raise ValueError(f"the length is given as {keys.epochs} and as {keys.max_iter}: drop one")
     per_image = batch / reference if reference else 1.0

@@ -160,11 +160,11 @@ class Trainer(SimpleTrainer):
         some = any(guilty for guilty, _ in everyone)
         images = ", ".join(x for guilty, files in everyone if guilty or not some for x in files)
         skip = self.skip_non_finite and self.skipped <= MAX_SKIPPED
-        text = f"iteration {self.iter}: not finite are {', '.join(names)}, with the images {images}"
+        text = f"iteration {self.iter}: NaN or infinite {', '.join(names)}, with images {images}"
         self.saved += 1
         if not skip or self.saved <= MAX_SKIPPED:
             folder = self.save_non_finite(batches, own, with_weights=not skip)
-            text += f"; what led to it is in '{folder}'"
+            text += f"; the inputs are in '{folder}'"
         if not skip:
             raise NonFiniteLoss(
                 f"{text}: look at these images and their boxes; if they are right, restart "
@@ -208,7 +208,7 @@ class Trainer(SimpleTrainer):
         except ValueError as error:
             raise CheckpointError(
                 "the checkpoint to resume from has another optimizer or other parameters: keep "
-                "these, or start a new training from its weights (MODEL.WEIGHTS, "
+                "these, or start a new run from its weights (MODEL.WEIGHTS, "
                 "train.init_checkpoint) without --resume"
             ) from error
         if self.scaler.is_enabled() and state["scaler"]:

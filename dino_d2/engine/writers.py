@@ -67,7 +67,7 @@ class WandbWriter(EventWriter):
         except OSError as error:
             self.run = None
             logger.warning(
-                f"Weights & Biases has stopped ({error}): the training continues without it, and "
+                f"Weights & Biases has stopped ({error}): training continues without it, and "
                 "metrics.json has all numbers"
             )
 

@@ -146,7 +146,7 @@ def detect_format(state: State) -> str | None:
     for name, first, *others in reversed(_SIGNS):
         if others and first in state:
             raise CheckpointError(
-                f"this is another model than DINO and its predecessors, with the names of {name}"
+                f"this is neither DINO nor one of its predecessors, but has the names of {name}"
             )
     return "model_zoo" if any(key.startswith("backbone.bottom_up.") for key in state) else None
 
@@ -188,7 +188,7 @@ def to_official(state: State) -> State:
     state = {key: x for key, x in state.items() if not key.startswith(TRAINING_ONLY)}
     for part in filter(None, map(_NOT_DINO.match, sorted(state))):
         raise CheckpointError(
-            f"official DINO has no {part[0]}, so the layout of official has no place for it: "
+            f"official DINO has no {part[0]}, so the official layout cannot store it: "
             "keep the layout of dino_d2"
         )
     state = rename(state, _OFFICIAL, back=True)

@@ -73,7 +73,7 @@ def to_maskdino(state: State, *, coarsest_first: bool) -> State:
         other = [x for x in state if x.startswith(key)]
         if other and not static:
             raise CheckpointError(
-                f"Mask DINO of its authors has no {other[0]}, so their layout has no place for it: "
+                f"the authors' Mask DINO has no {other[0]}, so their layout cannot store it: "
                 "keep the layout of dino_d2"
             )
     state = _flip(state, "encoder" if coarsest_first else "decoder")

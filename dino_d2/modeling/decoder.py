@@ -95,15 +95,16 @@ class Decoder(nn.Module):
         told_apart = [isinstance(x, ConditionalDecoderLayer) for x in self.layers]
         if set(told_apart) != {isinstance(self.position_head, ConditionalPosition)}:
             raise ValueError(
-                "ConditionalPosition (MODEL.DINO.POSITION_HEAD, model.decoder.position_head) goes "
-                "with ConditionalDecoderLayers (MODEL.DINO.DECODER_LAYER and FIRST_DECODER_LAYER, "
-                "model.decoder.layer and first_layer) in all of the decoder: take both or neither"
+                "ConditionalPosition (MODEL.DINO.POSITION_HEAD, model.decoder.position_head) needs "
+                "ConditionalDecoderLayers (MODEL.DINO.DECODER_LAYER and FIRST_DECODER_LAYER, "
+                "model.decoder.layer and first_layer) in the whole decoder, and these need it: use "
+                "both or neither"
             )
         self.relation = relation and relation(num_heads=num_heads)
         if self.relation and num_layers == 1 and list(self.relation.parameters()):
             raise ValueError(
-                f"{type(self.relation).__name__} tells later layers how queries relate, but the "
-                "decoder has 1 layer: add layers, or leave the relation out"
+                f"{type(self.relation).__name__} passes relations of queries to later layers, but "
+                "the decoder has 1 layer: add layers, or leave the relation out"
             )
         copies = 1 if shared_heads else num_layers
         to_class = SoftmaxHead if softmax else class_head

@@ -118,9 +118,9 @@ class DINO(Detector):
         require_whole(num_classes=num_classes, max_detections=max_detections)
         if passes and isinstance(getattr(decoder, "relation", None), DistinctQueries):
             raise ValueError(
-                "further passes (MODEL.DINO.PASSES, model.passes) give several queries to a box, "
+                "extra passes (MODEL.DINO.PASSES, model.passes) match several queries with a box, "
                 "which DistinctQueries (MODEL.DINO.RELATION, model.decoder.relation) suppresses: "
-                "take one or the other"
+                "use one or the other"
             )
         if nms is not None:
             require_positive(**{NMS: nms})
@@ -183,7 +183,7 @@ class DINO(Detector):
             if isinstance(part, kind) != self.softmax:
                 raise ValueError(
                     "SoftmaxHead, SoftmaxLoss and SoftmaxMatcher go together, but the model has a "
-                    f"{type(head).__name__} and a {type(part).__name__}: take all or none of them"
+                    f"{type(head).__name__} and a {type(part).__name__}: use all or none of them"
                 )
         if not self.softmax:
             return
@@ -193,8 +193,8 @@ class DINO(Detector):
             others.append(criterion)
         if others:
             raise ValueError(
-                f"{type(others[0]).__name__} is made for class scores by a sigmoid, not for those "
-                "of SoftmaxLoss: leave it out, or take another class loss and matcher"
+                f"{type(others[0]).__name__} needs sigmoid class scores, not those of "
+                "SoftmaxLoss: leave it out, or use another class loss and matcher"
             )
 
     def settings(self) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class MaskDINO(DINO):
             require_positive(temperature=temperature)
         if not (instance_on or panoptic_on or semantic_on):
             raise ValueError(
-                "Mask DINO is asked for no results: set one of MODEL.DINO.TEST.INSTANCE_ON, "
+                "Mask DINO has no output enabled: set one of MODEL.DINO.TEST.INSTANCE_ON, "
                 "PANOPTIC_ON and SEMANTIC_ON (model.instance_on, ...) to True"
             )
         if unknown := [x for x in stuff_classes if x not in range(self.num_classes)]:
@@ -122,13 +122,13 @@ class MaskDINO(DINO):
                 )
         if self.softmax and isinstance(self.query_selection, UnifiedQuerySelection):
             raise ValueError(
-                "UnifiedQuerySelection ranks tokens by class scores by a sigmoid, not by those of "
-                "SoftmaxLoss: take StaticQueries (MODEL.DINO.QUERY_SELECTION), or another loss"
+                "UnifiedQuerySelection ranks tokens by sigmoid class scores, not by those of "
+                "SoftmaxLoss: use StaticQueries (MODEL.DINO.QUERY_SELECTION), or another loss"
             )
         if further := [*self.branches, *self.passes]:
             raise ValueError(
                 f"{type(further[0]).__name__} (MODEL.DINO.BRANCHES and PASSES, model.branches and "
-                "passes) does not know masks: leave it out, or train a DINO"
+                "passes) does not support masks: leave it out, or train a DINO"
             )
 
     @classmethod
@@ -300,7 +300,7 @@ def masks_of(x: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         return masks.tensor, known, boxed
     if len(instances):
         raise ValueError(
-            f"{x.get('file_name', 'an image')} has boxes but no masks, which Mask DINO learns: set "
+            f"{x.get('file_name', 'an image')} has boxes but no masks, which Mask DINO needs: set "
             "MODEL.MASK_ON to True (use_instance_mask of the mapper), or train a DINO"
         )
     return torch.zeros(0, *instances.image_size, dtype=torch.bool), known, boxed

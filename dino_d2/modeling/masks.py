@@ -54,7 +54,7 @@ class PixelEmbedding(nn.Module):
         super().__init__()
         if in_feature not in input_shape:
             raise ValueError(
-                f"the backbone gives no {in_feature!r}, which masks are made of, but "
+                f"masks need the feature {in_feature!r}, but the backbone has only "
                 f"{', '.join(input_shape)}: add it to MODEL.RESNETS.OUT_FEATURES (out_features of "
                 "model.backbone), or change MODEL.DINO.MASK.FEATURE (model.pixel_embedding."
                 "in_feature)"

@@ -40,13 +40,13 @@ class ChannelMapper(nn.Module):
         for name in in_features:
             if name not in input_shape:
                 raise ValueError(
-                    f"in_features has {name!r}, which the backbone does not give; "
+                    f"in_features has {name!r}, which the backbone does not have; "
                     f"{hint(str(name), input_shape)}"
                 )
         if num_levels < len(in_features):
             raise ValueError(
                 f"{plural(num_levels, 'level')} cannot hold the features {list(in_features)}: "
-                f"num_levels has to be {len(in_features)} or more, or take fewer in_features"
+                f"num_levels has to be {len(in_features)} or more, or use fewer in_features"
             )
         if norm and out_channels % 32:
             raise ValueError(

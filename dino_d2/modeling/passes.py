@@ -72,7 +72,7 @@ class FurtherPass(nn.Module):
         if len(self.parts) != len(model.decoder.layers):
             raise ValueError(
                 f"{type(self).__name__} is for a decoder of {plural(len(self.parts), 'layer')}, "
-                f"but that of the model has {len(model.decoder.layers)}: set num_layers to this"
+                f"but the model's has {len(model.decoder.layers)}: set num_layers to this number"
             )
         queries, proposals = self.select(model, memory, result)
         own = Branch(
@@ -188,8 +188,8 @@ class InstructedPass(FurtherPass):
         selection = model.query_selection
         if not isinstance(selection, PureQuerySelection) or isinstance(selection, ProposalQueries):
             raise ValueError(
-                "InstructedPass takes queries from the encoder's proposals, which "
-                f"{type(selection).__name__} does not make: take MixedQuerySelection or "
+                "InstructedPass selects queries from the encoder's proposals, which "
+                f"{type(selection).__name__} does not have: use MixedQuerySelection or "
                 "PureQuerySelection"
             )
         return selection.select(memory, self.class_head, self.box_head)

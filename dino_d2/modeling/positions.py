@@ -45,7 +45,7 @@ class LearnedPosition(nn.Module):
             raise ValueError(
                 "LearnedPosition (MODEL.DINO.POSITION_HEAD, model.decoder.position_head) is for "
                 "queries with a position, and those of this model (MODEL.DINO.QUERY_SELECTION, "
-                "model.query_selection) have none: take AnchorPosition"
+                "model.query_selection) have none: use AnchorPosition"
             )
         return queries.position
 
@@ -99,7 +99,7 @@ def require_boxes(queries: Queries) -> None:
     """Raise a ValueError for queries whose references are points, or that have none."""
     if queries.reference.shape[-1] != 4:
         raise ValueError(
-            "positions are made of anchor boxes (MODEL.DINO.POSITION_HEAD, model.decoder."
+            "positions are computed from anchor boxes (MODEL.DINO.POSITION_HEAD, model.decoder."
             "position_head), and the queries of this model (MODEL.DINO.QUERY_SELECTION, "
-            "model.query_selection) have none: take LearnedPosition"
+            "model.query_selection) have none: use LearnedPosition"
         )

@@ -127,8 +127,8 @@ class PositionRelation(nn.Module):
         """
         if output.anchors.shape[-1] != 4:
             raise ValueError(
-                "PositionRelation needs queries made of boxes: choose another decoder.relation "
-                "for a detector whose queries look at points"
+                "PositionRelation needs queries with boxes: choose another decoder.relation "
+                "for a detector whose queries are reference points"
             )
         if last:
             return output, None

@@ -12,7 +12,7 @@ parser.add_argument("--build", action="store_true", help="compile them, with $CX
 if parser.parse_args().build:
     if reason := build():
         sys.exit(f"The CPU kernels were not compiled, because {reason}.")
-    print(f"Compiled {FOLDER / LIBRARY}; Python uses it from its next start on.")
+    print(f"Compiled {FOLDER / LIBRARY}; it is used the next time Python starts.")
 else:
     for device, kernels, why in backends():
         print(f"{device}: {kernels}" + (f" (nothing faster, because {why})" if why else ""))

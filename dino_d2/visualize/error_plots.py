@@ -19,12 +19,12 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MAX_BARS, MAX_CLASSES, MAX_CURVES = 40, 25, 6  # that are distinguishable in a picture
 EXPLAINED = {
     "correct": f"right class, IoU ≥ {MIN_IOU}",
-    "classification": f"on another class, IoU ≥ {MIN_IOU}",
-    "localisation": f"beside its class, IoU {NEAR} to {MIN_IOU}",
-    "both": f"beside another class, IoU {NEAR} to {MIN_IOU}",
-    "duplicate": "a higher score has found the object",
-    "background": f"nothing there, IoU < {NEAR}",
-    "missed": "annotated, not found",
+    "classification": f"wrong class, IoU ≥ {MIN_IOU}",
+    "localisation": f"right class, IoU {NEAR} to {MIN_IOU}",
+    "both": f"wrong class, IoU {NEAR} to {MIN_IOU}",
+    "duplicate": "object already detected with a higher score",
+    "background": f"no object, IoU < {NEAR}",
+    "missed": "annotated, not detected",
 }
 
 

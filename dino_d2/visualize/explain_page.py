@@ -30,60 +30,59 @@ TEXTS = {
     "refinement": Text(
         "A box through the layers of the decoder",
         "For each query its boxes, from dark to bright, and a chart of IoU and score over layers.",
-        "Every layer corrects the box of the layer before: dark is the start, bright the last "
-        "layer. The chart beside it shows how much each box has in common with the final one, and "
-        "how sure the query is of its class.",
+        "Every layer refines the box of the layer before: dark is the start, bright the last "
+        "layer. The chart beside it shows the IoU of each box with the final one, and the score "
+        "of the final class.",
         "Deformable DETR, section 4.2; DINO, section 3.5",
     ),
     "masks": Text(
         "A mask through the layers of the decoder",
         "For each query a row of images with its mask, before the first layer and after each.",
-        "A query's mask is its embedding, multiplied with that of every pixel. The stronger the "
-        "colour, the surer the pixel is of the mask; inside the black line it belongs to it. The "
+        "A query's mask is the product of its embedding with that of every pixel. Stronger "
+        "colours are higher probabilities; the black line is the outline of the mask. The "
         "number is the IoU with the mask of the last layer.",
         "Mask DINO, section 3.3",
     ),
     "sampling": Text(
         "Where deformable attention looks",
         "For each query a row of images, one per level, with the sampling points of all heads.",
-        "A query looks at a few points of each level only, at places that it chooses itself. "
+        "A query attends to a few points of each level only, at places that it predicts itself. "
         "Colours are heads and areas are weights, which sum to one for each head over all levels. "
-        "Points of less than 2 % of the weight may lie outside of the part that is shown.",
+        "Points with less than 2 % of the weight may lie outside of the part that is shown.",
         "Deformable DETR, section 4.1 and equation 3",
     ),
     "attention": Text(
         "Where attention looks",
         "For each query the image with its attention as a map, and that of a token beside it.",
-        "A query looks at all tokens, at some more than at others (mean over heads, last layer): "
-        "often at the ends of an object, which tell its box. On the right is what the token at "
-        "the centre of the box looks at in the encoder's last layer: the object that it is a part "
-        "of.",
+        "A query attends to all tokens, with different weights (mean over heads, last layer): "
+        "often to the extremities of an object, which determine its box. On the right is what the "
+        "token at the centre of the box attends to in the encoder's last layer: its own object.",
         "DETR, sections 3.2 and 4.2",
     ),
     "self_attention": Text(
-        "Which queries look at each other",
-        "For each query the boxes that it attends to most, and bars that share out its attention.",
-        "Queries see each other, so that one object is found once without non-maximum "
+        "Which queries attend to each other",
+        "For each query the boxes that it attends to most, and bars with shares of its attention.",
+        "Queries attend to each other, so that each object is detected once without non-maximum "
         "suppression. Lines lead from the query, in black, to those that it attends to most in "
         "the last layer (mean over heads). Where blue and orange end above the black line, a "
-        "query watches itself and its competitors more than the others.",
+        "query attends to itself and its competitors more than to the others.",
         "DETR, sections 3.2 and 4.2",
     ),
     "denoising": Text(
-        "The way back from noise",
-        "Noised boxes of some groups, what the model made of them, and charts of all groups.",
-        "In training, noised copies of the true boxes are queries of their own. Positives, in "
-        "blue, are to find the way back to the black boxes; negatives, of contrastive denoising, "
-        "in red and noised more, are to be rejected: they should come out faint. In the chart "
+        "Denoising",
+        "Noised boxes of some groups, the model's predictions for them, and charts of all groups.",
+        "In training, noised copies of the true boxes are additional queries. Positives, in "
+        "blue, should predict the black boxes; negatives, of contrastive denoising, in red and "
+        "with more noise, should predict no object: their output should be faint. In the chart "
         "of boxes, points above the dotted line were improved.",
         "DN-DETR, section 4.3; DINO, section 3.3 and figure 3",
     ),
     "matching": Text(
-        "Which query stands for which box",
+        "Which query is matched with which box",
         "The image with its true boxes and their queries, and a table of boxes by stages.",
-        "Training assigns one query to each true box, anew in every stage. Each number is a "
-        "query; a cell is orange where another one has taken over, which teaches queries contrary "
-        "things. The share below each stage is the instability that training logs as "
+        "Training matches one query with each true box, separately in every stage. Each number is "
+        "a query; a cell is orange where the match changes, which gives queries contradictory "
+        "targets. The share below each stage is the instability that training logs as "
         "matching/instability_0, _1 and so on.",
         "DETR, section 3.1; DN-DETR, section 3",
     ),

@@ -38,10 +38,10 @@ def draw_denoising(image: Image.Image, denoised: Denoised) -> Figure:
     _draw_totals(bottom, denoised)
     handles = [Line2D([], [], color=c, ls=s, lw=2, label=n) for c, s, n in COPIES[:copies]]
     handles.append(Line2D([], [], color="black", lw=1, label="ground truth"))
-    handles.append(Line2D([], [], color=BLUE, lw=2, alpha=0.2, label="faint: of a low score"))
+    handles.append(Line2D([], [], color=BLUE, lw=2, alpha=0.2, label="faint: low score"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     title = "Contrastive denoising" if copies > 1 else "Denoising"
-    figure.suptitle(f"{title}: noised boxes, and what the model makes of them", weight="bold")
+    figure.suptitle(f"{title}: noised boxes, and the model's predictions", weight="bold")
     return figure
 
 
@@ -63,8 +63,8 @@ def _draw_groups(grid: np.ndarray, image: Image.Image, denoised: Denoised) -> No
                 alpha = 0.15 + 0.85 * float(score)
                 draw_box(answer, box, colour, ls=style, alpha=alpha)
         which = f", {NOISED} largest boxes" if len(largest) < len(denoised.truth.boxes) else ""
-        given.set_title(f"group {group + 1} of {total}{which}: what goes in")
-        answer.set_title("what comes out")
+        given.set_title(f"group {group + 1} of {total}{which}: input")
+        answer.set_title("output")
 
 
 def _draw_totals(figure: SubFigure, denoised: Denoised) -> None:
@@ -77,9 +77,9 @@ def _draw_totals(figure: SubFigure, denoised: Denoised) -> None:
     scores = denoised.scores.transpose(0, 1).flatten(1)
     for i, (colour, _, name) in enumerate(COPIES[: len(scores)]):
         left.scatter(before[i], after[i], s=18, color=colour, marker="ox"[i], alpha=0.7, label=name)
-    left.plot([0, 1], [0, 1], color="grey", lw=1, ls=":", label="as it came")
+    left.plot([0, 1], [0, 1], color="grey", lw=1, ls=":", label="unchanged")
     left.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    left.set(xlabel="IoU with the true box, what goes in", ylabel="the same, what comes out")
+    left.set(xlabel="IoU with the true box, input", ylabel="IoU with the true box, output")
     left.set_title("boxes of all groups")
     bins = torch.linspace(0, 1, 21)
     for i, (colour, _, name) in enumerate(COPIES[: len(scores)]):

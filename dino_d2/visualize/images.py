@@ -44,7 +44,7 @@ def draw_curves(metrics: Path, output: Path) -> None:
     for axes, keys, label in (
         (loss, ["total_loss"], "total loss"),
         (precision, [f"{x}AP" for x in BESIDE] + ["bbox/AP50"], "AP on the validation set, %"),
-        (costs, [f"dAP/{kind}" for kind in COSTS], "what a kind of error costs, AP"),
+        (costs, [f"dAP/{kind}" for kind in COSTS], "cost of each type of error, AP"),
     ):
         for key in keys:
             if there := [row for row in rows if key in row]:

@@ -114,7 +114,7 @@ def _warn_of_gaps(texts: Iterable[str]) -> None:
     """Warn once per run, as all pictures have the same classes."""
     for text in texts:
         if not _letters().issuperset(map(ord, text)):
-            message = f"the font lacks letters of '{text}', which are drawn as empty boxes"
+            message = f"the font lacks characters of '{text}', which are drawn as empty boxes"
             log_first_n(logging.WARNING, message, name=__name__)
 
 

@@ -106,7 +106,7 @@ class Checkpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, name)
         if not os.path.isfile(path):
             raise CheckpointError(
-                f"'{place}' says to resume from {name!r}, which is no file there: write the name "
+                f"'{place}' says to resume from {name!r}, which is not a file there: write the name "
                 "of the checkpoint to resume from into it"
             )
         return path
@@ -135,7 +135,7 @@ class Checkpointer(DetectionCheckpointer):
             try:
                 return self.load_to_resume(file)
             except DamagedCheckpoint as error:
-                logger.warning(f"{error}; the training resumes from the checkpoint before it")
+                logger.warning(f"{error}; training resumes from the checkpoint before it")
         return self.load_to_resume(files[-1])
 
     def load_to_resume(self, file: str) -> dict:

@@ -44,7 +44,7 @@ def fetch(path: str) -> str:
             "means and give its path"
         ) from error
     if not os.path.isfile(local):
-        raise CheckpointError(f"'{path}' is no file")
+        raise CheckpointError(f"'{path}' is not a file")
     return local
 
 
@@ -93,7 +93,7 @@ def download(url: str, path: str, sha256: str = "") -> None:
             part.unlink()
             raise CheckpointError(
                 f"{url} is not the file that was published: its SHA-256 begins with "
-                f"{found[: len(sha256)]}, not with {sha256}; what was downloaded is deleted"
+                f"{found[: len(sha256)]}, not with {sha256}; the download was deleted"
             )
         os.replace(part, path)
 
@@ -115,7 +115,7 @@ def download_rest(url: str, part: Path, tag: Path) -> None:
         return
     if reply.headers.get_content_type() == "text/html":
         reply.close()
-        raise OSError("the answer is a web page, not a file")
+        raise OSError("the response is a web page, not a file")
     with reply, open(part, "ab") as file:
         if reply.status != HTTPStatus.PARTIAL_CONTENT:
             file.truncate(start := 0)

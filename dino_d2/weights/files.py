@@ -90,7 +90,7 @@ def read(path: str, *, mmap: bool = False) -> dict:
         # Keep PyTorch's reason, but not its advice to load the file unsafely.
         cause = error.__context__ or error
         reason = _obvious(path) or re.split(r"\. |\n", str(cause))[0] or type(cause).__name__
-        raise DamagedCheckpoint(f"'{path}' is damaged or no checkpoint: {reason}") from error
+        raise DamagedCheckpoint(f"'{path}' is damaged or not a checkpoint: {reason}") from error
     if not isinstance(data, dict):
         kind = type(data).__name__.lstrip("_")
         raise CheckpointError(f"'{path}' holds a {kind}, not a dict of weights")
@@ -145,7 +145,7 @@ def weights(checkpoint: dict, filename: str, *, averaged: bool = False) -> Weigh
     if others:
         notes.append(f"not {' or '.join(others)}")
     if removed:
-        notes.append(f"names are taken without {' and '.join(removed)}")
+        notes.append(f"{' and '.join(removed)} removed from names")
     note = f"'{filename}': {', '.join(notes)}" if notes else ""
     tensors = {k: x if isinstance(x, Tensor) else torch.tensor(x) for k, x in state.items()}
     return Weights(tensors, form, note)

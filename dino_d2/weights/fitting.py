@@ -120,8 +120,8 @@ def leave_training_only(state: State, initial: State, file: str) -> State:
     left = {key for key in state if key.startswith(adapt.TRAINING_ONLY) and key not in initial}
     if left:
         logger.info(
-            f"{plural(len(left), 'tensor')} of '{file}' only served its training (branches, "
-            "passes); the model does without"
+            f"{plural(len(left), 'tensor')} of '{file}' are for training only (branches, "
+            "passes), and are not in the model"
         )
     return {key: x for key, x in state.items() if key not in left}
 
@@ -183,7 +183,7 @@ def fit_classes(
         )
     if given is None and named and number == model.num_classes:
         logger.warning(
-            f"'{opened.file}' does not name its classes: they are taken to be, in this order, "
+            f"'{opened.file}' does not name its classes: they are assumed to be, in this order, "
             + ", ".join(map(str, classes))
         )
     renamed = counterparts(given or (), classes)

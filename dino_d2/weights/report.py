@@ -32,7 +32,7 @@ def report_loaded(
         message += f", such as {key}: {given} in the file, {wanted} in the model"
     if not fits:
         message += (
-            "; the weights are of another model than the config: take the config that they were "
+            "; the weights are for another model than the config: use the config that they were "
             "trained with or, to train this one, weights of its backbone"
         )
     logger.log(logging.INFO if fits and not other_shape else logging.WARNING, message)
@@ -57,7 +57,7 @@ def require_loaded(
     """Raise a CheckpointError if nothing was loaded or, if required, not everything."""
     if len(missing) == total:
         raise CheckpointError(
-            f"no tensor of '{opened.file}' fits: it is of another model, or the config is"
+            f"no tensor of '{opened.file}' fits: weights and config are of different models"
         )
     left = [
         key
@@ -68,6 +68,6 @@ def require_loaded(
     if complete and (new_classes or left):
         what = f"the class {new_classes[0]}" if new_classes else f"tensors such as {left[0]}"
         raise CheckpointError(
-            f"'{opened.file}' does not fill the model: {what} would be random; the config has to "
-            "be that of the weights, and the classes have to be among theirs"
+            f"'{opened.file}' does not fill the model: {what} would be random; use the config "
+            "of the weights, and only classes that they have"
         )

@@ -87,7 +87,7 @@ def check_settings(model: Detector, expected: dict, file: str, *, complete: bool
         if agree(found, value, rtol=1e-3 if exact else 0.05):
             continue
         message = (
-            f"the weights of '{file}' go with {name} {value}, but the model has {found}: change "
+            f"the weights of '{file}' need {name} {value}, but the model has {found}: change "
             f"{REMEDIES.get(name, name)}"  # a Detector may have settings of its own
         )
         if complete or exact:
@@ -109,6 +109,6 @@ def warn_of_encoding(model: Detector, form: str | None, expected: dict, file: st
     usual = USUAL_ENCODING.get(form or "", encoding)
     if "position_offset" not in expected and encoding != usual:
         logger.warning(
-            f"'{file}' does not say with which encoding of pixels it was trained: the model has "
+            f"'{file}' does not say with which position encoding it was trained: the model has "
             f"temperature and offset {encoding}, most of {form} have {usual}"
         )
