@@ -32,16 +32,16 @@ def hint(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: similar names or, without any, all names.
 
     >>> hint("catt", ["cat", "dog"])
-    'the nearest: cat'
+    'did you mean: cat'
     >>> hint("horse", ["cat", "dog"])
-    'there are: cat, dog'
+    'available: cat, dog'
     """
     known = list(known)
     if near := nearest(name, known):
-        return f"the nearest: {', '.join(near)}"
+        return f"did you mean: {', '.join(near)}"
     more = len(known) - MAX_LISTED
     listed = ", ".join(known[:MAX_LISTED]) or "none"
-    return f"there are: {listed}" + (f" and {more} more" if more > 0 else "")
+    return f"available: {listed}" + (f" and {more} more" if more > 0 else "")
 
 
 def nearest_path(path: str) -> str:
@@ -78,7 +78,7 @@ def path_hint(path: str | os.PathLike[str]) -> str:
     if os.path.islink(path) and not os.path.exists(path):
         return f"; it is a link to '{os.readlink(path)}', which does not exist"
     near = "" if os.path.exists(path) else nearest_path(os.fspath(path))
-    return f"; the nearest: '{near}'" if near else ""
+    return f"; did you mean: '{near}'" if near else ""
 
 
 def check_device(name: str) -> None:

@@ -249,8 +249,8 @@ def test_dino_learns_with_backbones_of_the_papers_sizes(config, make_batch):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"name": "convnext_tinny"}, "no model 'convnext_tinny'; the nearest: convnext_tiny"),
-        ({"name": ""}, "no model ''; there are: "),
+        ({"name": "convnext_tinny"}, "no model 'convnext_tinny'; did you mean: convnext_tiny"),
+        ({"name": ""}, "no model ''; available: "),
         (
             {"name": "test_convnext", "out_features": ["res3"]},
             "timm's test_convnext has no feature map 'res3'; it has p2, p3, p4, p5",

@@ -438,7 +438,7 @@ def test_runtimes_are_measured_on_the_same_model(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("onxruntime", "the nearest: onnxruntime"), ("openvino", "pip install openvino")],
+    [("onxruntime", "did you mean: onnxruntime"), ("openvino", "pip install openvino")],
 )
 def test_a_runtime_that_cannot_be_measured_is_one_sentence(name, said, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_runtimes, "is_installed", lambda package: False)

@@ -217,7 +217,7 @@ def test_the_same_of_files(tmp_path):
     names = [class_changes("rare").add_to(x) for x in plain]
     assert check(names[:1], names[1:], None) == 5
     names = [class_changes(["rare", "truk"]).add_to(x) for x in plain]
-    with pytest.raises(DatasetError, match="has no class 'truk' to drop; the nearest: truck"):
+    with pytest.raises(DatasetError, match="has no class 'truk' to drop; did you mean: truck"):
         check(names[:1], names[1:], None)
 
 
@@ -228,7 +228,7 @@ def test_an_unknown_class_is_refused_with_the_nearest(tmp_path):
             with pytest.raises(DatasetError) as caught:
                 register([f"{tmp_path}@train?{changes}"])
             assert str(caught.value) == (
-                f"'{tmp_path}@train' has no class 'Dontcare' to {verb}; the nearest: DontCare"
+                f"'{tmp_path}@train' has no class 'Dontcare' to {verb}; did you mean: DontCare"
             )
 
 

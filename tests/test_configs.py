@@ -340,13 +340,13 @@ def test_the_improved_recipe_is_that_of_detrex_and_mmdetection(on_meta_device):
 @pytest.mark.parametrize(
     ("key", "name", "hint"),
     [
-        ("LOSS.CLASS_LOSS", "VariFocalLoss", "the nearest: VarifocalLoss"),
-        ("LOSS.DENOISING_CLASS_LOSS", "Focal", "the nearest: FocalLoss"),
-        ("LOSS.CLASS_LOSS", "", "there are: AlignLoss, FocalLoss, MatchabilityAwareLoss, Pos"),
-        ("MATCHER.NAME", "PositionModulated", "the nearest: PositionModulatedMatcher"),
-        ("QUERY_SELECTION", "MixedSelection", "the nearest: MixedQuerySelection"),
-        ("DENOISING.NAME", "ContrastiveDenoise", "the nearest: ContrastiveDenoising"),
-        ("CRITERION", "MixedMatch", "the nearest: MixedMatching"),
+        ("LOSS.CLASS_LOSS", "VariFocalLoss", "did you mean: VarifocalLoss"),
+        ("LOSS.DENOISING_CLASS_LOSS", "Focal", "did you mean: FocalLoss"),
+        ("LOSS.CLASS_LOSS", "", "available: AlignLoss, FocalLoss, MatchabilityAwareLoss, Pos"),
+        ("MATCHER.NAME", "PositionModulated", "did you mean: PositionModulatedMatcher"),
+        ("QUERY_SELECTION", "MixedSelection", "did you mean: MixedQuerySelection"),
+        ("DENOISING.NAME", "ContrastiveDenoise", "did you mean: ContrastiveDenoising"),
+        ("CRITERION", "MixedMatch", "did you mean: MixedMatching"),
     ],
 )
 def test_an_unknown_part_is_answered_with_the_nearest(key, name, hint, on_meta_device):

@@ -356,7 +356,7 @@ def test_a_wrong_line_is_named(yolo, text, words):
         ("- 5", "has no 'names'"),
         ("names: {1: cat, 2: dog}\ntrain: images", "number its 'names' from 0"),
         ("names: [cat]\nkpt_shape: [17, 3]\ntrain: images", "keypoints"),
-        ("names: [cat]\ntrain: image", "there is no '.*image'; the nearest: .*images"),
+        ("names: [cat]\ntrain: image", "there is no '.*image'; did you mean: .*images"),
         ("names: [cat]\ntrain: list.txt", r"list\.txt', line 2: there is no image"),
         ("names: [cat]", "has no images in its splits"),
         ("names: [cat]\nnc: 3\ntrain: images", "has nc 3 but 1 name:"),
@@ -536,7 +536,7 @@ def test_the_program_changes_classes(yolo, tmp_path, monkeypatch, capsys):
     assert [x["name"] for x in dataset["categories"]] == ["dog"]
     assert [x["iscrowd"] for x in dataset["annotations"]] == [0, 1]
     assert "all: ignored cat (1 box), as regions; 1 class left: dog" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="has no class 'cet' to drop; the nearest: cat"):
+    with pytest.raises(SystemExit, match="has no class 'cet' to drop; did you mean: cat"):
         run(monkeypatch, "yolo", root, "--drop", "cet", "--output", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -552,7 +552,7 @@ def test_the_program_ends_with_one_sentence(yolo, tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="'nowhere' does not exist"):
         run(monkeypatch, "voc", "nowhere", "--output", tmp_path)
     (tmp_path / "shapes").mkdir()
-    with pytest.raises(SystemExit, match="the nearest: '.*shapes'"):
+    with pytest.raises(SystemExit, match="did you mean: '.*shapes'"):
         run(monkeypatch, "voc", tmp_path / "shape", "--output", tmp_path)
     write(tmp_path / "file", "")
     data = yolo("0 0.5 0.5 1 1")

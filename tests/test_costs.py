@@ -274,7 +274,7 @@ def test_a_mistake_is_one_sentence(tmp_path, words, part):
         (["--size", "63", "800"], "63 pixels are too few: give at least 64"),
         (["--size", "-1", "800"], "'-1' is not an integer of at least 1"),
         (["--num-images", "3"], "--num-images is of --annotations, which are not given"),
-        (["--images", "3"], "the nearest: --num-images"),
+        (["--images", "3"], "did you mean: --num-images"),
     ],
 )
 def test_numbers_that_cannot_be_used_are_refused(words, sentence, capsys):

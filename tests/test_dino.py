@@ -174,7 +174,7 @@ def test_a_recomputed_stage_keeps_less_for_the_backward_pass(small_cfg, make_bat
 
 def test_a_stage_that_cannot_be_recomputed_is_named(small_cfg):
     small_cfg.MODEL.DINO.ACTIVATION_CHECKPOINTING = ["encoder", "neck"]
-    with pytest.raises(ValueError, match="names 'neck', which is no stage; there are: backbone"):
+    with pytest.raises(ValueError, match="names 'neck', which is no stage; available: backbone"):
         build_model(small_cfg)
 
 

@@ -680,7 +680,7 @@ def test_results_that_do_not_fit_are_refused(content, words, tmp_path):
 
 def test_missing_results_name_the_nearest_file(tmp_path):
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(DatasetError, match=r"the nearest: .*results\.json"):
+    with pytest.raises(DatasetError, match=r"did you mean: .*results\.json"):
         read_results(tmp_path / "result.json", dataset())
 
 

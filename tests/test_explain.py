@@ -683,13 +683,13 @@ def test_a_model_of_one_channel_is_explained_on_the_image_in_colours(run, sketch
     "words, complaint",
     [
         (["--annotations", "nothing.json", "--images", "images"], "'nothing.json' does not exist"),
-        (["--annotations", "al.json", "--images", "images"], "the nearest: 'all.json'"),
+        (["--annotations", "al.json", "--images", "images"], "did you mean: 'all.json'"),
         (["--annotations", "all.json", "--images", "image"], "folder 'image' does not exist"),
         (["--annotations", "all.txt", "--images", "images"], "'all.txt' is not a .json file"),
-        ([*TRUTH, "--image", "ful.png"], "no image 'ful.png'; the nearest: full.png"),
+        ([*TRUTH, "--image", "ful.png"], "no image 'ful.png'; did you mean: full.png"),
         ([*TRUTH, "--query", "3", "20"], "no query 20 for this image: choose 0 to 19"),
         (["--input", "nothing.png"], "--input 'nothing.png' is not a file"),
-        (["--input", "images/ful.png"], "is not a file; the nearest: 'images/full.png'"),
+        (["--input", "images/ful.png"], "is not a file; did you mean: 'images/full.png'"),
         (
             [*TRUTH, "--output", "all.json"],
             "--output 'all.json' is not writable (it is a file)",
@@ -706,7 +706,7 @@ def test_what_cannot_be_explained_is_said_in_one_sentence(run, words, complaint)
 
 def test_a_class_that_the_model_does_not_know_is_named_with_its_nearest(run):
     said = run(*TRUTH, classes=["cirkle", "square", "star"])
-    assert "class 'circle'" in said and "the nearest: cirkle" in said
+    assert "class 'circle'" in said and "did you mean: cirkle" in said
 
 
 def test_an_image_of_another_size_than_annotated_is_refused(run, dataset):

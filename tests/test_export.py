@@ -611,7 +611,7 @@ def test_a_fixed_number_of_images_is_filled_up(picture):
     ("words", "sentence"),
     [
         (["--output", "model.pth"], "'model.pth' has to end in .onnx or .pt2"),
-        (["--images", "pictur.png"], "the nearest: 'picture.png'"),
+        (["--images", "pictur.png"], "did you mean: 'picture.png'"),
         (["--images", "empty"], "--images 'empty'"),
         (["--output", "empty.pt2"], "--output 'empty.pt2' is a folder: name a file"),
         (["--images", "text.png"], "image 'text.png' cannot be read"),

@@ -306,7 +306,7 @@ def test_two_files_that_could_be_one_split_are_named(tmp_path):
 
 def test_a_missing_folder_is_said_with_the_nearest(tmp_path):
     (tmp_path / "cells").mkdir()
-    assert f"; the nearest: '{tmp_path}/cells'" in refused(tmp_path / "cell")
+    assert f"; did you mean: '{tmp_path}/cells'" in refused(tmp_path / "cell")
 
 
 def test_a_file_is_no_folder(tmp_path):

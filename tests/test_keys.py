@@ -327,7 +327,7 @@ def test_key_points_are_evaluated_with_the_sigmas_of_the_config(shapes):
     [
         (
             "train.ema.decy",
-            "train.ema.decy has no effect here: leave it out; the nearest: train.ema.decay",
+            "train.ema.decy has no effect here: leave it out; did you mean: train.ema.decay",
         ),
         ("train.checkpointer.file_prefix", "train.checkpointer.file_prefix has no effect"),
         ("train.model_ema.enabled", "train.model_ema has no effect here: leave it out"),

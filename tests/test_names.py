@@ -26,16 +26,16 @@ def test_among_the_files_of_a_large_dataset_few_are_compared(monkeypatch):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_or_else_with_what_there_is():
-    assert hint("circel", ["circle", "square"]) == "the nearest: circle"
-    assert hint("xyz", ["circle", "square"]) == "there are: circle, square"
-    assert hint("xyz", []) == "there are: none"
+    assert hint("circel", ["circle", "square"]) == "did you mean: circle"
+    assert hint("xyz", ["circle", "square"]) == "available: circle, square"
+    assert hint("xyz", []) == "available: none"
     many = hint("xyz", (str(i) for i in range(names.MAX_LISTED + 2)))
-    assert many.startswith("there are: 0, 1, 2, ") and many.endswith(" and 2 more")
+    assert many.startswith("available: 0, 1, 2, ") and many.endswith(" and 2 more")
 
 
 def test_a_path_that_exists_has_no_nearest(tmp_path):
     (tmp_path / "a.json").touch()
-    assert path_hint(tmp_path / "b.json") == f"; the nearest: '{tmp_path / 'a.json'}'"
+    assert path_hint(tmp_path / "b.json") == f"; did you mean: '{tmp_path / 'a.json'}'"
     assert path_hint(tmp_path / "a.json") == path_hint(tmp_path) == ""
     assert path_hint(tmp_path / "nothing" / "like") == ""
 
@@ -65,9 +65,9 @@ def test_the_device_of_every_machine_is_there():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpu", "does not know; the nearest: cpu"),
-        ("Cuda", "does not know; the nearest: cuda"),
-        ("??", "does not know; there are: cpu, cuda, mps"),
+        ("gpu", "does not know; did you mean: cpu"),
+        ("Cuda", "does not know; did you mean: cuda"),
+        ("??", "does not know; available: cpu, cuda, mps"),
         ("cuda", "finds no GPU here"),
         ("mps", "finds no MPS here"),
         ("meta", "finds no META here"),

@@ -165,7 +165,7 @@ def test_the_command_cannot_name_them(config):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["RandomRotatoin"], "the nearest: RandomRotation"),
+        (["RandomRotatoin"], "did you mean: RandomRotation"),
         ([["RandomRotation", {"angel": 3}]], "RandomRotation: .*angel"),
         (["RandomRotation"], "RandomRotation: .*angle"),
         ([["RandomRotation", 5]], r"write a name, or \[name, {argument: value}\]"),

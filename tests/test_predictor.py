@@ -115,7 +115,7 @@ def test_thresholds_of_the_best_f1_are_saved_with_weights(trained, tmp_path, giv
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"squares": 0.5}, "threshold for 'squares'; the nearest: square"),
+        ({"squares": 0.5}, "threshold for 'squares'; did you mean: square"),
         ({"square": 50}, "the threshold of square is 50; it has to be a number from 0 to 1"),
         (-1, "the threshold of circle is -1"),
     ],
@@ -188,7 +188,7 @@ def test_a_format_of_detectron2_with_fractions_is_seen(make_predictor, image):
     [
         ("L", "images have 1 channel, but the model has means and deviations of 3"),
         ("CMYK", "images have 4 channels, but the model has means and deviations of 3"),
-        ("rgb", "image format is 'rgb', not one of 8 bits per channel: .*the nearest: RGB"),
+        ("rgb", "image format is 'rgb', not one of 8 bits per channel: .*did you mean: RGB"),
         ("F", "image format is 'F', not one of 8 bits per channel"),
     ],
 )

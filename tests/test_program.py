@@ -28,9 +28,9 @@ def parser():
 @pytest.mark.parametrize(
     ("option", "near"),
     [
-        ("--batchsize", "the nearest: --batch-size"),
-        ("--outptu=x", "the nearest: --output"),
-        ("--xyz", "there are: -h, --help, --batch-size, --output"),
+        ("--batchsize", "did you mean: --batch-size"),
+        ("--outptu=x", "did you mean: --output"),
+        ("--xyz", "available: -h, --help, --batch-size, --output"),
     ],
 )
 def test_an_unknown_option_is_answered_with_the_nearest(option, near, parser, capsys):
@@ -96,7 +96,7 @@ def test_the_command_line_is_what_is_read_by_default(parser, monkeypatch, capsys
 def test_the_programs_name_the_nearest_option(made, word, near, capsys):
     with pytest.raises(SystemExit):
         made().parse_args([word, "x"])
-    assert f"unrecognized arguments: {word}; the nearest: {near}" in capsys.readouterr().err
+    assert f"unrecognized arguments: {word}; did you mean: {near}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0", "1", "0.5", "1e-3"])
@@ -145,7 +145,7 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(files):
 
 @pytest.mark.parametrize(
     ("name", "end"),
-    [("c.png", ".tiff, .webp"), ("*.xyz", ".tiff, .webp"), ("d.png", "the nearest: '{}/c.png'")],
+    [("c.png", ".tiff, .webp"), ("*.xyz", ".tiff, .webp"), ("d.png", "did you mean: '{}/c.png'")],
 )
 def test_what_means_no_file_is_one_sentence(name, end, files):
     with pytest.raises(FileNotFoundError) as caught:

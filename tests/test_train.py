@@ -55,11 +55,11 @@ def test_a_training_is_one_call_and_gives_its_predictor(shapes, tmp_path):
     [
         ({"config": "quickstrat"}, "quickstart"),
         ({"data": "no/folder"}, "no/folder"),
-        ({"device": "cud"}, "the nearest: cuda"),
+        ({"device": "cud"}, "did you mean: cuda"),
         ({"lr": 0.1, "overrides": ["SOLVER.BASE_LR", 1]}, "--lr is in place of SOLVER.BASE_LR"),
         ({"overrides": ["SOLVER.BASE_RL", 1]}, "BASE_LR"),
         ({"epochs": float("inf")}, "EPOCHS is inf"),
-        ({"drop": "strar"}, "has no class 'strar' to drop; the nearest: star"),
+        ({"drop": "strar"}, "has no class 'strar' to drop; did you mean: star"),
         ({"data": "", "ignore": "star"}, "change the classes of data: name its folder"),
         ({"config": "quickstart.py", "epochs": float("inf")}, "epochs is inf"),
     ],

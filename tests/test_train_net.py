@@ -347,17 +347,17 @@ def test_misspelt_files_are_answered_with_the_nearest(style, data, shapes, monke
     assert f"{tmp_path}/model_final.pth" in message and KEYS[style]["weights"] in message
     other = [data[0], f"{shapes}/trian.json", *data[2:]]
     message = complaint(monkeypatch, *config(style), *other, *overrides(style, output=tmp_path))
-    assert f"the nearest: '{shapes}/train.json'" in message
+    assert f"did you mean: '{shapes}/train.json'" in message
     other = [*data[:3], f"{shapes}/image", *data[4:]]
     message = complaint(monkeypatch, *config(style), *other, *overrides(style, output=tmp_path))
-    assert f"the nearest: '{shapes}/images'" in message
+    assert f"did you mean: '{shapes}/images'" in message
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_device_that_pytorch_does_not_know_is_one_sentence(style, data, monkeypatch):
     option = ["train.device=cud"] if style == ".py" else ["MODEL.DEVICE", "cud"]
     message = complaint(monkeypatch, *config(style), *data, *overrides(style), *option)
-    assert "the nearest: cuda" in message and "\n" not in message
+    assert "did you mean: cuda" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -771,13 +771,13 @@ WRONG = {
         (["SOLVER.BIAS_LR_FACTOR", "-1.0"], "bias_multiplier is -1.0"),
         (["SOLVER.WARMUP_FACTOR", "-1.0"], "SOLVER.WARMUP_FACTOR is -1.0"),
         (["MODEL.DINO.NUM_HEADS", "7"], "is not a multiple of num_heads 7"),
-        (["MODEL.BACKBONE.NAME", "build_resnet"], "the nearest: build_resnet_backbone"),
+        (["MODEL.BACKBONE.NAME", "build_resnet"], "did you mean: build_resnet_backbone"),
         (["MODEL.META_ARCHITECTURE", "DINOO"], "META_ARCHITECTURE is 'DINOO'"),
         (["MODEL.RESNETS.DEPTH", "19"], "the model cannot be built from this config (KeyError: 19"),
         (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "LR_SCHEDULER_NAME is 'Cosine'"),
-        (["SOLVER.OPTIMIZER", "ADAM"], "it can be ADAMW or SGD; the nearest: ADAMW"),
+        (["SOLVER.OPTIMIZER", "ADAM"], "it can be ADAMW or SGD; did you mean: ADAMW"),
         (["SOLVER.WEIGHT_DECAY", "-1"], "weight_decay is -1.0"),
-        (["SOLVER.WARMUP_METHOD", "slow"], "WARMUP_METHOD is 'slow'; there are: linear, constant"),
+        (["SOLVER.WARMUP_METHOD", "slow"], "WARMUP_METHOD is 'slow'; available: linear, constant"),
         (["INPUT.FORMAT", "XYZ"], "the image format is 'XYZ', not one of 8 bits per channel"),
         (["INPUT.RANDOM_FLIP", "sideways"], "'sideways'"),
         (
@@ -798,9 +798,9 @@ WRONG = {
             "flat (SOLVER.FLAT_SHARE) is 70.0; it has to be a number from 0 to 1",
         ),
         (["INPUT.MIXING.MIXUP", "0.5", "INPUT.MIXING.SPAN", "(0.5,)"], "give two shares of"),
-        (["TEST.BEST_METRIC", "bbox/mAP"], "the nearest: bbox/AP"),
+        (["TEST.BEST_METRIC", "bbox/mAP"], "did you mean: bbox/AP"),
         (["TEST.BEST_METRIC", "ema/bbox/AP"], "EMA adds 'ema/' by itself"),
-        (["TEST.BEST_METRIC", "dAP/missed"], "by which none can be chosen; there are: bbox/AP,"),
+        (["TEST.BEST_METRIC", "dAP/missed"], "by which none can be chosen; available: bbox/AP,"),
         (["DATALOADER.NUM_WORKERS", "-1"], "DATALOADER.NUM_WORKERS is -1"),
     ],
     ".py": [
@@ -813,7 +813,7 @@ WRONG = {
         (["dataloader.train.mapper.augmentations.flip=sideways"], "'sideways'"),
         (["train.patience=-1"], "patience (TEST.PATIENCE, train.patience) is -1"),
         (["dataloader.mixing.mosaic=2"], "mosaic is 2"),
-        (["train.best_metric=bbox/AP-cirkle"], "the nearest: bbox/AP-circle"),
+        (["train.best_metric=bbox/AP-cirkle"], "did you mean: bbox/AP-circle"),
         (["model.num_classes=x"], "num_classes is 'x'"),
         (
             ["dataloader.test.mapper.augmentations.0.short_edge_length=abc"],

@@ -210,7 +210,7 @@ def test_official_weights_are_without_it(make_dino):
 def test_an_unknown_part_is_answered_with_the_nearest(key, name, nearest):
     cfg = model_zoo.get_config("quickstart")
     cfg.MODEL.DINO[key], cfg.MODEL.DEVICE = [name], "meta"
-    message = f"MODEL.DINO.{key} is '{name}', which is unknown; the nearest: {nearest}"
+    message = f"MODEL.DINO.{key} is '{name}', which is unknown; did you mean: {nearest}"
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         build_model(cfg)
 

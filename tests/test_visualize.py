@@ -362,7 +362,7 @@ def test_an_unknown_strength_of_an_augmentation_is_one_sentence(shapes, tmp_path
 def test_an_unknown_format_of_images_is_one_sentence(shapes, tmp_path, monkeypatch):
     words = look(shapes, tmp_path, "INPUT.FORMAT", "BRG")
     said = complaint(monkeypatch, visualize_data, *words)
-    assert "image format is 'BRG'" in said and "the nearest: " in said
+    assert "image format is 'BRG'" in said and "did you mean: " in said
 
 
 @pytest.mark.parametrize(

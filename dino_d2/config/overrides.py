@@ -58,7 +58,9 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     name = key.split(".")[-1]
     near = nearest(key, known) or [x for x in known if x.split(".")[-1] == name][:3]
     end = (
-        f"the nearest: {', '.join(near)}" if near else hint(key, (x for x in known if "." not in x))
+        f"did you mean: {', '.join(near)}"
+        if near
+        else hint(key, (x for x in known if "." not in x))
     )
     return f"there is no key '{key}' in the config; {end}"
 
@@ -278,7 +280,7 @@ def _check_target(key: str, value: Any) -> None:
     except ImportError as error:
         module, _, name = str(value).rpartition(".")
         near = [f"{module}.{x}" for x in nearest(name, dir(pydoc.locate(module)))]
-        end = f"; the nearest: {', '.join(near)}" if near else ""
+        end = f"; did you mean: {', '.join(near)}" if near else ""
         raise ValueError(f"{what}, which cannot be imported{end}") from error
     if not callable(found):
         raise ValueError(f"{what}, which is no class or function but a {type(found).__name__}")

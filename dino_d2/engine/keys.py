@@ -156,5 +156,5 @@ def check_train(train: DictConfig) -> None:
     for key in keys_of(OmegaConf.to_container(train, resolve=False), "train."):
         if key not in known and not key.startswith("train.ddp."):
             near = ", ".join(nearest(key, known))
-            end = f"; the nearest: {near}" if near else ""
+            end = f"; did you mean: {near}" if near else ""
             raise ValueError(f"{key} has no effect here: leave it out{end}")

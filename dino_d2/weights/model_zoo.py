@@ -46,7 +46,7 @@ def get_config_file(name: str) -> str:
     names = [str(x.relative_to(root)) for x in root.rglob("*") if x.suffix in (".yaml", ".py")]
     names.sort(key=lambda x: ("/" in x, x))
     file = nearest_path(name)
-    end = f"the nearest: {file}" if os.path.isfile(file) else hint(name, [*names, *RELEASES])
+    end = f"did you mean: {file}" if os.path.isfile(file) else hint(name, [*names, *RELEASES])
     raise FileNotFoundError(f"there is no config {name!r}; {end}")
 
 
@@ -131,4 +131,4 @@ def fetch_weights(path: str) -> str:
         near = near if "://" in path else [nearest_path(path)]
         if not any(near):
             raise
-        raise CheckpointError(f"{error}; the nearest available: {', '.join(near)}") from error
+        raise CheckpointError(f"{error}; available instead: {', '.join(near)}") from error

@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
             option = word.partition("=")[0]
             if option.startswith("--") and not any(x.startswith(option) for x in known):
                 near = get_close_matches(option, known)
-                near = f"the nearest: {near[0]}" if near else f"there are: {', '.join(known)}"
+                near = f"did you mean: {near[0]}" if near else f"available: {', '.join(known)}"
                 self.error(f"unrecognized arguments: {option}; {near}")
         parsed = super().parse_args(args, namespace)
         changed = [x for x in ("drop", "merge", "ignore") if getattr(parsed, x, None)]
