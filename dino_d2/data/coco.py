@@ -157,7 +157,8 @@ def stuff_classes(names: Iterable[str]) -> list[int]:
     if things is None:
         raise DatasetError(
             f"dataset '{names[0]}' does not say which classes are things, which panoptic "
-            f"segmentation needs: set MetadataCatalog.get('{names[0]}').thing_dataset_id_to_contiguous_id"
+            "segmentation needs: set "
+            f"MetadataCatalog.get('{names[0]}').thing_dataset_id_to_contiguous_id"
         )
     return [i for i in range(number) if i not in things.values()]
 
@@ -199,8 +200,8 @@ def _check_ignored(name: str) -> None:
     ignored = MetadataCatalog.get(name).get("ignore_label", NO_CLASS)
     if ignored != NO_CLASS:
         raise DatasetError(
-            f"'{name}' marks pixels without a class with {ignored}: write {NO_CLASS} into its label "
-            "maps, and into ignore_label of its metadata"
+            f"'{name}' marks pixels without a class with {ignored}: write {NO_CLASS} into its "
+            "label maps, and into ignore_label of its metadata"
         )
 
 

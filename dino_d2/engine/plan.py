@@ -378,6 +378,6 @@ def precision_of(name: str) -> torch.dtype:
 def skips(choice: str) -> bool:
     if choice not in ("stop", "skip"):
         raise ValueError(
-            f"non_finite (SOLVER.NON_FINITE, train.non_finite) is {choice!r}; it can be stop or skip"
+            f"SOLVER.NON_FINITE (train.non_finite) is {choice!r}; it can be stop or skip"
         )
     return choice == "skip"

@@ -106,8 +106,8 @@ class Checkpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, name)
         if not os.path.isfile(path):
             raise CheckpointError(
-                f"'{place}' says to resume from {name!r}, which is not a file there: write the name "
-                "of the checkpoint to resume from into it"
+                f"'{place}' says to resume from {name!r}, which is not a file there: write the "
+                "name of the checkpoint to resume from into it"
             )
         return path
 

@@ -22,7 +22,7 @@ Examples:
 DINO-4scale with R-50 on 800 x 1333 pixels:
     $ python projects/dino/analyze_model.py --config-file dino_R_50_4scale_12ep
 
-A training of one's own, on its own size of images, with fewer queries:
+A model of your own, at its image size, with fewer queries:
     $ python projects/dino/analyze_model.py --config-file output/quickstart/config.yaml \\
         --size 104 139 --opts MODEL.DINO.NUM_QUERIES 20
 
@@ -45,13 +45,13 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--config-file", required=True, help="a file, or a name of the model zoo")
     size = f"of the image, in pixels, at least {MIN_SIDE} each; default: 800 1333"
     add("--size", nargs=2, type=side, default=[800, 1333], metavar=("H", "W"), help=size)
-    add("--annotations", type=Path, help="COCO annotations: GFLOPs are of their images instead")
-    number = f"how many of these; default: {NUM_IMAGES}, the first"
+    add("--annotations", type=Path, help="COCO annotations: GFLOPs of their images instead")
+    number = f"number of these images; default: the first {NUM_IMAGES}"
     add("--num-images", type=positive, metavar="N", help=number)
-    add("--repeats", type=positive, default=3, help="time is the median of so many; default: 3")
+    add("--repeats", type=positive, default=3, help="runs, whose median is the time; default: 3")
     add("--device", default="", help="cpu or cuda; default: cuda if there is one")
     add("--threads", type=positive, help="default: PyTorch's")
-    add("--output", type=Path, help="file for the table as well, as Markdown")
+    add("--output", type=Path, help="file to write the table to, as Markdown")
     add("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
     return parser
 
@@ -60,7 +60,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser = argument_parser()
     args = parser.parse_args(words)
     if args.num_images and not args.annotations:
-        parser.error("--num-images is of --annotations, which are not given")
+        parser.error("--num-images needs --annotations")
     return parser, args
 
 
@@ -191,9 +191,9 @@ def page(args: argparse.Namespace, body: str, flops: Flops, counts: Sequence[int
     height, width = args.size
     what = f"`{args.config_file}` on {height} x {width} pixels, batch 1, float32"
     notes = [
-        "GFLOPs: 10^9 multiply-adds of inference. Time and memory: of inference, memory being what "
-        "a stage adds at most. Kept for backward: what the forward pass of a training step with "
-        f"{BOXES} boxes keeps, without parameters. Rest: outside the stages.",
+        "GFLOPs: 10^9 multiply-adds of inference. Time and memory: of inference; memory is the "
+        "peak that a stage adds. Kept for backward: activations that the forward pass of a "
+        f"training step with {BOXES} boxes keeps. Rest: outside the stages.",
         "Counted, GFLOPs: " + ", ".join(f"{x} {cell(n / 1e9)}" for x, n in rank(flops.operators)),
         "Not counted, calls: " + ", ".join(f"{x} {cell(n)}" for x, n in rank(flops.uncounted)),
     ]
@@ -234,7 +234,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser, args = parse(words)
-    with interruptible(parser.prog, "there was a table"):
+    with interruptible(parser.prog, "the table was complete"):
         work(parser.prog, args)
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Measure memory and time of Mask DINO's masks, beside the published form of the same arithmetic.
+"""Measure memory and time of Mask DINO's masks, compared with the published implementation.
 
-The published form makes maps of all queries of all stages, and keeps them; ours makes those of
-matched queries, some at a time, and makes them again in the backward pass. Backbone, encoder and
-decoder are not part of it: embeddings are random. Each side runs in a new process.
+The published form computes the masks of all queries in all stages, and keeps them; ours computes
+those of matched queries, some at a time, and recomputes them in the backward pass. Backbone,
+encoder and decoder are not included: embeddings are random. Each implementation runs in a new
+process.
 
-Also what the loader takes to make a training image of an annotated one, with large-scale jitter.
+Also measures the data loader with large-scale jitter.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from program import make_parser, positive
 EPILOG = """
 Examples:
 
-A training step at 1024 x 1024 with 20 objects and with 50, inference at 800 x 1333, the loader with
-100 objects:
+A training step at 1024 x 1024 with 20 and with 50 objects, inference at 800 x 1333, data loading
+with 100 objects:
     $ python projects/dino/benchmark_masks.py
 
 In bfloat16, too:
@@ -30,14 +31,14 @@ In bfloat16, too:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
-    parser.add_argument("--objects", nargs="+", type=positive, default=[20, 50], help="in an image")
+    parser.add_argument("--objects", nargs="+", type=positive, default=[20, 50], help="per image")
     parser.add_argument("--size", type=positive, default=1024, help="side of a training image")
     parser.add_argument("--test-size", nargs=2, type=positive, default=[800, 1333])
     parser.add_argument(
         "--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"], metavar="NAME"
     )
     parser.add_argument(
-        "--loader-objects", type=positive, default=100, help="in the loader's image; default: 100"
+        "--loader-objects", type=positive, default=100, help="per loaded image; default: 100"
     )
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--output", type=Path, default=Path("output/benchmark_masks"))

@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Time a model, stage by stage, and measure its memory, in inference and in training.
 
-Weights and images are random. Beside every model is the same one on the published form of
-deformable attention, grid_sample, which is what other implementations run without a CUDA kernel of
-their own, and on a GPU on that kernel, where torch-ms-deform-attn is installed: nothing else
-differs. All take turns in one run.
+Weights and images are random. Every model is compared with the same model on grid_sample, the
+published form of deformable attention without a CUDA kernel, and on a GPU with the original CUDA
+kernel if torch-ms-deform-attn is installed. Nothing else differs. The runs alternate.
 """
 
 import argparse
@@ -28,14 +27,14 @@ Examples:
 Inference and a training step, on the GPU if there is one:
     $ python projects/dino/benchmark_model.py
 
-Another model, larger, in half precision, as it is and compiled:
+A larger model, also in half precision and compiled:
     $ python projects/dino/benchmark_model.py --config-file dino_Swin_L_384_4scale_12ep \\
         --mode inference --batch 1 4 --size 640 640 --size 800 1333 --precision fp32 bf16 --compile
 
-Detection in PyTorch, and exported in ONNX Runtime and OpenVINO, in all the numbers that they have:
+Inference in PyTorch, ONNX Runtime and OpenVINO, in all precisions that they support:
     $ python projects/dino/benchmark_model.py --runtime --size 800 1333
 
-How time and memory grow with the area of the image and with the number of boxes in it:
+How time and memory grow with the image area and with the number of boxes:
     $ python projects/dino/benchmark_model.py --growth area boxes
 """
 
@@ -64,14 +63,14 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--config-file", default="dino_R_50_4scale_12ep", help="a file, or a name of the model zoo")
     add("--mode", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: both")
     add("--batch", nargs="+", type=positive, default=[1], help="images; default: 1")
-    size = f"of images, may be repeated; default: {DEFAULT_SIZE} each, for --growth {GROWTH_SIZE}"
+    size = f"of images, may be repeated; default: {DEFAULT_SIZE}, with --growth {GROWTH_SIZE}"
     add("--size", nargs=2, action="append", type=positive, metavar=("H", "W"), help=size)
-    add("--boxes", type=positive, default=7, help="of each image, in training; default: 7")
+    add("--boxes", type=positive, default=7, help="per image, in training; default: 7")
     add("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="default: fp32")
     add("--variant", nargs="+", choices=names, default=["plain"], help="default: plain")
-    add("--compile", dest="variant", action="append_const", const="compiled", help="that, too")
-    add("--growth", nargs="+", choices=GROWTH, help="plot time and memory against these instead")
-    runtimes = "compare detection in these, of one image on a CPU, instead; default: all installed"
+    add("--compile", dest="variant", action="append_const", const="compiled", help="add it")
+    add("--growth", nargs="+", choices=GROWTH, help="instead, plot time and memory against these")
+    runtimes = "instead, compare inference on one image on a CPU; default: all installed"
     add("--runtime", nargs="*", metavar="NAME", help=runtimes)
     add("--repeats", type=positive, default=3, help="rounds; default: 3")
     add("--device", default="", help="cpu or cuda; default: cuda if there is one")
@@ -336,10 +335,10 @@ def time_and_memory(setting: Setting, repeats: int) -> dict:
 def page(rows: list[dict], args: argparse.Namespace) -> str:
     """A table of stages for each mode, and a table of kinds of operators."""
     parts = [
-        f"`{args.config_file}` with random weights, {plural(args.boxes, 'box')} in an image. "
+        f"`{args.config_file}` with random weights, {plural(args.boxes, 'box')} per image. "
         f"Milliseconds, medians of {plural(args.repeats, 'round')}. *{PUBLISHED}* is the same "
         f"model on grid_sample, *{ORIGINAL_KERNEL}* on the CUDA kernel of Deformable DETR. Memory "
-        "is what a step takes at most on top of the model and the optimizer.",
+        "is the peak of a step on top of the model and the optimizer.",
         headline(machine(torch.device(args.device))),
     ]
     for mode in args.mode:
@@ -402,8 +401,8 @@ def compare_runtimes(args: argparse.Namespace) -> None:
     height, width = setting.size
     about = (
         f"`{args.config_file}` with random weights, one image of {height} x {width}. Medians of "
-        f"{plural(args.repeats, 'round')}, in turns. Memory is what the first detection takes at "
-        "most on top of the loaded model."
+        f"{plural(args.repeats, 'alternating round')}. Memory is the peak of the first inference "
+        "on top of the loaded model."
     )
     page = "\n\n".join([about, headline(facts), table])
     save(args.output, page, {"machine": facts, "results": rows})
@@ -425,7 +424,7 @@ def grow(args: argparse.Namespace) -> None:
             time, memory = cell(found["total_ms"]), cell(found["memory_mib"])
             print(f"{mode}, {quantity} {x:,}: {time} ms, {memory} MiB", flush=True)
         title = f"{describe(base._asdict())}, {GROWTH_LAYERS} + {GROWTH_LAYERS} layers"
-        title = f"DINO, {title}, where nothing else is said\n{headline(facts)}"
+        title = f"DINO, {title}, unless stated otherwise\n{headline(facts)}"
         chosen = [point for point in points if point["quantity"] == quantity]
         draw_growth(chosen, *GROWN[quantity], title, args.output / f"growth_{quantity}.png")
     text = json.dumps({"machine": facts, "points": points}, indent=1)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Time multi-scale deformable attention, beside its published form and other packages.
+"""Time multi-scale deformable attention, compared with its published form and other packages.
 
 The problem is that of DINO on one image of 800 x 1333 pixels: four levels, 8 heads of 32 channels,
-4 points. All sides take turns in one run; before, all are checked to compute the same.
+4 points. All implementations are first checked to compute the same; then their runs alternate.
 """
 
 import argparse
@@ -20,19 +20,19 @@ from program import make_parser, positive
 EPILOG = """
 Examples:
 
-What this machine can do, on the CPU and, if there is one, the GPU:
+All implementations, on the CPU and, if there is one, the GPU:
     $ benchmark_ops.py
 
-The CPU alone, on one thread, for a smaller image:
+Only the CPU, on one thread, for a smaller image:
     $ benchmark_ops.py --device cpu --threads 1 --size 480 640 --output out
 
-Other packages take part where they are installed: torch-ms-deform-attn, on a GPU deformops too.
+Other packages are included if they are installed: torch-ms-deform-attn, on a GPU deformops too.
 """
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
-    parser.add_argument("--device", nargs="+", default=[], help="default: all there are")
+    parser.add_argument("--device", nargs="+", default=[], help="default: all available")
     parser.add_argument("--size", nargs=2, type=positive, default=[800, 1333], metavar=("H", "W"))
     parser.add_argument("--queries", type=positive, default=1100, help="decoder; default: 1100")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds; default: 5")
@@ -224,8 +224,8 @@ def check(sides: list[Side]) -> dict[str, float]:
         found[side.name] = max(float((x - y).norm() / y.norm()) for x, y in pairs)
         if not found[side.name] <= TOLERANCE[side.inputs[0].dtype]:
             raise ArithmeticError(
-                f"{side.name} differs from {sides[0].name} by {found[side.name]:.1e}, which is no "
-                "rounding: report it, or leave that package out"
+                f"{side.name} differs from {sides[0].name} by {found[side.name]:.1e}, which is "
+                "more than rounding: report it, or leave that package out"
             )
     return found
 
@@ -280,8 +280,8 @@ def run(device: torch.device, args: argparse.Namespace) -> tuple[str, list[dict]
     height, width = args.size
     title = (
         f"Multi-scale deformable attention, an image of {height} x {width} pixels, on "
-        f"{device.type}. Medians of {plural(args.repeats, 'round')}; float32 where nothing else "
-        "is said."
+        f"{device.type}. Medians of {plural(args.repeats, 'round')}; float32 unless stated "
+        "otherwise."
     )
     return "\n\n".join([title, headline(machine(device)), markdown(columns, table)]), results
 

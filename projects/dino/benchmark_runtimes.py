@@ -158,7 +158,7 @@ def compare(
         }
         for name in names
     ]
-    columns = ["runtime", "ms", f"faster than {names[0]}", "limit by matrix products, ms"]
+    columns = ["runtime", "ms", f"speed-up over {names[0]}", "lower bound, ms"]
     columns += ["memory, MiB", "file, MiB"]
     cells = [
         (x["runtime"], x["total_ms"], f"{x['ratio']:.2f} x", *map(cell, list(x.values())[3:]))

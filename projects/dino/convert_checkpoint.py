@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Convert a published checkpoint of DINO to this project's layout, or one of ours to the official.
+"""Convert a published DINO checkpoint to this project's layout, or one of ours to the official one.
 
 Training and evaluation read every layout as it is; converting is for keeping or sharing one. The
-number of classes stays: official DINO has the 91 category ids of COCO, and a model of 80 picks its.
+number of classes does not change: official DINO has COCO's 91 category ids, from which a model with
+80 classes selects its own.
 """
 
 import argparse
@@ -14,14 +15,14 @@ from program import make_parser
 EPILOG = """
 Examples:
 
-From official DINO, detrex or mmdetection, which is detected:
+From official DINO, detrex or mmdetection, detected automatically:
     $ python projects/dino/convert_checkpoint.py checkpoint0011_4scale.pth dino.pth
     $ python projects/dino/convert_checkpoint.py dino_d2://detrex/dino_R_50_4scale_24ep dino.pth
 
 Back to the layout of official DINO:
     $ python projects/dino/convert_checkpoint.py output/model_final.pth official.pth --to official
 
-The averaged weights of a training with EMA, which detect better; without its optimizer:
+Extract the averaged weights of a training run with EMA, without the optimizer:
     $ python projects/dino/convert_checkpoint.py output/model_best.pth dino.pth --ema
 """
 
@@ -31,7 +32,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="a file, a URL or dino_d2://NAME of the model zoo")
     parser.add_argument("target", help="the file to write")
     parser.add_argument("--to", choices=("dino_d2", "official"), default="dino_d2")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    parser.add_argument("--ema", action="store_true", help="use the averaged weights")
     return parser
 
 

@@ -4,7 +4,7 @@
 Writes one JSON file per split, checked like training data; images are not moved. In VOC,
 coordinates count from 1 and include the last pixel, and objects marked difficult become crowd
 regions, which evaluation ignores. In YOLO, outlines become their boxes, and an image without a
-label file has no boxes. Whatever had to be decided is counted and printed.
+label file has no boxes. All such decisions are counted and printed.
 """
 
 import argparse
@@ -18,14 +18,14 @@ Examples:
 VOC: Annotations/*.xml, JPEGImages and, for splits, ImageSets/Main/{train,val,trainval,test}.txt
     $ python projects/dino/convert_dataset.py voc my/VOC2012 --output my/coco
 
-The same by a tool that counts pixels from 0:
+The same from a tool that counts pixels from 0:
     $ python projects/dino/convert_dataset.py voc my/cells --zero-based --output my/coco
 
 YOLO, as Ultralytics lays it out: data.yaml (or classes.txt), images and labels
     $ python projects/dino/convert_dataset.py yolo my/shapes --output my/coco
     $ python projects/dino/convert_dataset.py yolo my/shapes/data.yaml --output my/coco
 
-Two classes made one, and regions that are not to be judged:
+Merge two classes, and turn one into ignore regions:
     $ python projects/dino/convert_dataset.py voc my/roads --output my/coco \\
         --merge vehicle=car,truck --ignore DontCare
 
@@ -40,13 +40,13 @@ Then look at it, and train:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
-    parser.add_argument("format", choices=("voc", "yolo"), help="what there is")
-    parser.add_argument("dataset", type=Path, help="its folder; in YOLO's format, or its YAML file")
+    parser.add_argument("format", choices=("voc", "yolo"), help="of the data set")
+    parser.add_argument("dataset", type=Path, help="its folder or, for YOLO, its YAML file")
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON files")
     parser.add_argument(
         "--zero-based",
         action="store_true",
-        help="voc: coordinates count from 0 and are edges, as many tools write them",
+        help="voc: coordinates count from 0 and are box edges, as written by many tools",
     )
     add_class_arguments(parser, "dataset")
     return parser

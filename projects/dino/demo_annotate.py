@@ -52,8 +52,8 @@ def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[Path], int]:
     found = [path for path in everything if path in named or not is_annotated(path)]
     if everything and not found:
         raise ValueError(
-            f"--input has only pictures that demo.py has drawn, such as '{everything[0]}':"
-            " name a file to take it nevertheless"
+            f"--input has only images that demo.py has drawn, such as '{everything[0]}':"
+            " name a file to use it nevertheless"
         )
     is_video = [path.suffix.lower() in VIDEO_SUFFIXES for path in found]
     images, videos = (
@@ -242,7 +242,7 @@ class Annotator:
         if self.left_out:
             said += f", {plural(self.left_out, 'input')} left out"
         if self.passed_over:
-            said += f", {plural(self.passed_over, 'picture')} that demo.py had drawn passed over"
+            said += f", {plural(self.passed_over, 'image')} that demo.py had drawn skipped"
         return said
 
 

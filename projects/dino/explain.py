@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Explain with pictures how DINO comes to its detections in an image, and what it learns from one.
+"""Explain with figures how DINO arrives at its detections in an image, and what it learns from one.
 
-Writes explain.html, a self-contained page, and each picture as a PNG: the encoder's proposals,
-boxes and masks through the layers of the decoder, sampling points or maps of attention, attention
-between queries; for an image with ground truth also denoising and matching. Such an image is
-explained by a right, a wrong and a missed detection, another one by the surest.
+Writes explain.html, a self-contained page, and each figure as a PNG: the encoder's proposals,
+boxes and masks after each decoder layer, sampling points or attention maps, attention between
+queries; for an image with ground truth also denoising and matching. With ground truth it explains
+a true positive, a false positive and a missed object, otherwise the most confident detections.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from program import (
 MAX_QUERIES = 8
 SUREST = 3  # queries to explain by default
 EPILOG = """
-The image is resized as in evaluation, also where its ground truth is explained: training would flip
-and crop it besides. The noise of denoising is drawn with --seed.
+The image is resized as in evaluation, also to explain its ground truth; training would also flip
+and crop it. The noise of denoising is drawn with --seed.
 
 Examples, after `make demo`:
 
@@ -37,7 +37,7 @@ An image and its ground truth:
         --weights output/quickstart/model_final.pth \\
         --annotations output/quickstart/data/val.json --images output/quickstart/data/images
 
-Another image of these, and queries of one's choice:
+Another of these images, and chosen queries:
     $ python projects/dino/explain.py --config-file output/quickstart/config.yaml \\
         --weights output/quickstart/model_final.pth \\
         --annotations output/quickstart/data/val.json --images output/quickstart/data/images \\
@@ -67,8 +67,8 @@ def argument_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="N",
         help=f"queries to explain, at most {MAX_QUERIES}; default: with ground truth those of the "
-        "surest correct detection, of the surest false positive and of the largest missed object, "
-        "otherwise those of the 3 highest scores",
+        "most confident true positive and false positive, and of the largest missed object, "
+        "otherwise those with the 3 highest scores",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the denoising noise; default: 0")
     parser.add_argument(
@@ -248,11 +248,11 @@ def choose(
         if not 0 <= query < count:
             raise ValueError(f"there is no query {query} for this image: choose 0 to {count - 1}")
     if asked:
-        return dict.fromkeys(asked, "asked for")
+        return dict.fromkeys(asked, "chosen by --query")
     chosen = judged_queries(subject, recorded, predictor) if subject.target else {}
     for query in surest_queries(recorded, SUREST):
         if len(chosen) < SUREST:
-            chosen.setdefault(query, "one of the surest")
+            chosen.setdefault(query, "one of the highest scores")
     return chosen
 
 
@@ -267,7 +267,7 @@ def judged_queries(
         for x, kind in [pair for pair in judged if pair[1] in kinds][:1]:
             of_what = f"{predictor.classes[x['category_id']]} {x['score']:.2f}"
             error = f" ({kind})" if kind in ERRORS else ""
-            reasons[x["query"]].append(f"the surest {name}, {of_what}{error}")
+            reasons[x["query"]].append(f"the most confident {name}, {of_what}{error}")
     if subject.target and found.missed.any():
         query, reason = missed_query(subject.target, found.missed, recorded, predictor)
         reasons[query].append(reason)
@@ -335,7 +335,9 @@ def draw(
     deformable = recorded.layers[-1].locations is not None
     no_selection = "The queries of this model are learned, not selected: there are no proposals."
     one_map = recorded.encoder_attention is not None and len(recorded.shapes) == 1
-    look: dict[str, Figure | str] = {"attention": "This picture is of models with one map alone."}
+    look: dict[str, Figure | str] = {
+        "attention": "This figure is only for models with a single feature map."
+    }
     if deformable:
         look = {"sampling": draw_sampling(*what)}
     elif one_map:
@@ -358,7 +360,7 @@ def draw_training(
     if target is None or not len(target.labels):
         reason = "The image has no boxes to learn from."
         if target is None:
-            reason = "This takes an image with ground truth: --annotations and --images."
+            reason = "This needs an image with ground truth: --annotations and --images."
         return {"denoising": reason, "matching": reason}
     denoising = "This model is trained without denoising."
     if recorded.output.named("dn"):
@@ -408,12 +410,12 @@ def work(prog: str, args: argparse.Namespace) -> None:
         resized,
         f"The model is {args.config_file or args.weights} with "
         f"{plural(recorded.scores[-1].shape[1], 'query')} and "
-        f"{plural(len(predictor.classes), 'class')}. Explained are:",
+        f"{plural(len(predictor.classes), 'class')}. This page explains:",
     ]
     pictures = draw(subject, recorded, predictor.model, list(queries), predictor.classes)
     write(pictures, subject, facts, queries, args.output)
     number = sum(not isinstance(x, str) for x in pictures.values())
-    print(f"explain.html and its {plural(number, 'picture')} are in '{args.output}'")
+    print(f"explain.html and its {plural(number, 'figure')} are in '{args.output}'")
 
 
 if __name__ == "__main__":

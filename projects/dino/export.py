@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write a trained DINO into a file that runs without Detectron2: ONNX, or PyTorch's .pt2.
+"""Export a trained DINO to a file that runs without Detectron2: ONNX, or PyTorch's .pt2.
 
-The file is run at once, on images given, and compared with the model on the same padded images: it
-gets its name only where boxes agree within 0.5 pixels and scores within 0.001. See EXPORT.md.
+The file is then run on the given images, and compared with the model on the same padded images. It
+is only accepted if boxes agree within 0.5 pixels and scores within 0.001. See EXPORT.md.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from program import (
 EPILOG = """
 Examples:
 
-ONNX, for images of at most 104 x 138 pixels, and a server of it:
+ONNX, for images of at most 104 x 138 pixels, and a server for it:
     $ python projects/dino/export.py --config-file output/quickstart/config.yaml \\
         --weights output/quickstart/model_final.pth --size 104 138 \\
         --images "output/quickstart/data/images/val_000*.jpg" --output output/model.onnx
@@ -40,7 +40,7 @@ PyTorch's format, for one image at a time:
         --weights output/quickstart/model_final.pth --size 104 138 --batch-size 1 \\
         --images "output/quickstart/data/images/val_000*.jpg" --output output/model.pt2
 
-INT8, with ranges of numbers from images of the training:
+INT8, calibrated on training images:
     $ python projects/dino/export.py --weights output/quickstart --size 104 138 \\
         --images "output/quickstart/data/images/val_000*.jpg" --output output/model_int8.onnx \\
         --int8 --calibration "output/quickstart/data/images/train_*.jpg" \\
@@ -59,24 +59,24 @@ def argument_parser() -> argparse.ArgumentParser:
         nargs=2,
         required=True,
         metavar=("HEIGHT", "WIDTH"),
-        help="of the images that the file takes, in pixels; others are resized and padded to it",
+        help="image size of the file, in pixels; other images are resized and padded to it",
     )
     parser.add_argument(
-        "--images", nargs="+", required=True, help="images, folders, patterns to compare it on"
+        "--images", nargs="+", required=True, help="images, folders, patterns to compare on"
     )
     parser.add_argument("--batch-size", type=int, help="images at a time; default: any number")
     parser.add_argument(
         "--keep-operator",
         action="store_true",
-        help="leave dino_d2's operator in a .pt2, which is then faster and needs dino_d2 to run",
+        help="keep dino_d2's operator in a .pt2, which is then faster but needs dino_d2 to run",
     )
     parser.add_argument(
         "--confidence-threshold",
         type=score,
         default=0.1,
-        help="detections that score less are not compared; default: 0.1",
+        help="lowest score of detections that are compared; default: 0.1",
     )
-    narrow = parser.add_argument_group("a file in narrower numbers, checked by its AP")
+    narrow = parser.add_argument_group("a file in lower precision, checked by its AP")
     kinds = narrow.add_mutually_exclusive_group()
     kinds.add_argument(
         "--int8", action="store_true", help="convolutions and linear layers of a .onnx in INT8"
@@ -86,8 +86,8 @@ def argument_parser() -> argparse.ArgumentParser:
         "--calibration",
         nargs="+",
         metavar="IMAGES",
-        help="images, folders, patterns, typical of what will be detected: for the ranges of INT8; "
-        f"up to {CALIBRATED} are used",
+        help="calibration images for INT8, like those that the model will see: images, folders, "
+        f"patterns; up to {CALIBRATED} are used",
     )
     narrow.add_argument("--val-json", metavar="FILE", help="annotations, COCO format")
     narrow.add_argument("--val-images", metavar="FOLDER", help="where its images are")
@@ -198,8 +198,8 @@ def verify(
         f"{plural(len(found.boxes), 'detection')} compared with the model's: boxes differ by up to "
         f"{found.boxes.max():.2g} pixels, scores by up to {found.scores.max():.2g}, masks by up to "
         f"{found.masks.max():.2g} of their union\n"
-        f"without padding the model's own would differ by {effect.boxes.median():.2g} pixels and "
-        f"{effect.scores.median():.2g} (medians)"
+        f"padding changes the model's own boxes by {effect.boxes.median():.2g} pixels and scores "
+        f"by {effect.scores.median():.2g} (medians)"
     )
     return found.tolerable
 
@@ -221,8 +221,8 @@ def to_int8(path: Path, batches: list[Batch]) -> None:
     with alive("the quantization"):
         count = quantize(path, path, batches)
     print(
-        f"{count} convolutions and linear layers are in INT8; the file has "
-        f"{path.stat().st_size / size:.0%} of its size"
+        f"{count} convolutions and linear layers are in INT8; the file is "
+        f"{path.stat().st_size / size:.0%} of its float32 size"
     )
 
 
@@ -244,7 +244,7 @@ def validation_set(args: argparse.Namespace, classes: list[str]) -> str:
     name = data_of(args, args.val_json, args.val_images)
     own = MetadataCatalog.get(name).thing_classes
     if own != classes:
-        raise ValueError(f"the validation data is of {own}, but the model of {classes}")
+        raise ValueError(f"the validation data has the classes {own}, but the model {classes}")
     return name
 
 
@@ -254,14 +254,14 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     is_onnx = kind_of(args.output) == ".onnx"
     if is_onnx:
         if args.keep_operator:
-            parser.error("--keep-operator is for .pt2 files: ONNX knows standard operators only")
+            parser.error("--keep-operator is for .pt2 files: ONNX only has standard operators")
         for name in ("onnx", "onnxscript", "onnxruntime"):
             needs(name)
     if args.int8 and not is_onnx:
         parser.error("--int8 is for .onnx files: ONNX Runtime and OpenVINO compute in INT8")
     if args.bf16 and is_onnx:
         parser.error(
-            "--bf16 is for .pt2 files: OpenVINO computes in bfloat16 whatever the file, on request "
+            "--bf16 is for .pt2 files: OpenVINO can run any ONNX file in bfloat16 "
             "(demo.py --runtime openvino --dtype bfloat16)"
         )
     check_narrow(parser, args)
@@ -271,7 +271,7 @@ def check_narrow(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     if bool(args.val_json) != bool(args.val_images):
         parser.error("--val-json and --val-images go together")
     if args.data and args.val_json:
-        parser.error("--data is in place of --val-json: give either")
+        parser.error("--data and --val-json exclude each other")
     if args.int8 != bool(args.calibration):
         parser.error("--int8 and --calibration IMAGES go together")
     narrow, has_data = args.int8 or args.bf16, bool(args.data or args.val_json)
@@ -310,7 +310,7 @@ def main() -> None:
         images = [predictor.read(path) for path in paths]
         typical = [predictor.read(path) for path in spread(calibration)]
         if images[0].dtype != np.uint8:
-            raise ExportError(f"files take images of 8 bits, not {predictor.image_format}")
+            raise ExportError(f"exported files need images of 8 bits, not {predictor.image_format}")
         name = validation_set(args, predictor.classes) if args.int8 or args.bf16 else ""
         check_output(args.output)
     batches = make_batches(images, size, args.batch_size)
@@ -340,8 +340,8 @@ def main() -> None:
     if not verify(unverified, predictor.model, batches, expected, threshold):
         sys.exit(
             f"{parser.prog}: that is more than {BOX_TOLERANCE} pixels, {SCORE_TOLERANCE} of a "
-            f"score or {MASK_TOLERANCE} of a mask: '{unverified}' is kept to look at, but does not "
-            "do what the model does"
+            f"score or {MASK_TOLERANCE} of a mask: '{unverified}' is kept for inspection, but "
+            "differs from the model"
         )
     if name:
         before = average_precisions(unverified, name)
@@ -351,11 +351,11 @@ def main() -> None:
             to_int8(unverified, make_batches(typical, size, args.batch_size))
         if not narrowed_well(unverified, name, before):
             sys.exit(
-                f"{parser.prog}: that is {AP_TOLERANCE} or more below: '{unverified}' is kept to "
-                "look at (INT8 may lose less with more typical --calibration images)"
+                f"{parser.prog}: that is {AP_TOLERANCE} or more below: '{unverified}' is kept for "
+                "inspection (INT8 may lose less with more typical --calibration images)"
             )
     unverified.replace(args.output)
-    print(f"'{args.output}' holds what was compared: see EXPORT.md for how to run it")
+    print(f"exported to '{args.output}': see EXPORT.md for how to run it")
 
 
 if __name__ == "__main__":

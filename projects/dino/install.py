@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTORCH = ["torch>=2.10,<2.16", "torchvision>=0.25"]
 FROM_PIPS_INDEX = """\
 Installing PyTorch. On Linux it comes with CUDA: 2.7 GB to download, 6 GB on disk, about two minutes
-on a fast line. For CPUs alone a tenth of that will do: see PYTORCH_INDEX in `make help`."""
+on a fast line. The CPU-only build is a tenth of that: see PYTORCH_INDEX in `make help`."""
 
 # PyPI has no `detectron2`. This is its main branch of 2024, packaged by the authors of SAL for
 # Python 3.10. DINO only uses its plain Python: the rest of the wheel, an extension for an old
@@ -126,7 +126,7 @@ def main(words=None):
         "--pytorch-index",
         metavar="URL",
         default="",
-        help="the index that PyTorch is installed from where it is missing, as "
+        help="the index to install PyTorch from if it is missing, such as "
         "https://download.pytorch.org/whl/cpu (default: pip's)",
     )
     parser.add_argument(
@@ -145,7 +145,7 @@ def main(words=None):
         with tempfile.TemporaryDirectory(dir=sys.prefix) as folder:
             install(Path(folder), args.pytorch_index)
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted. The same command goes on from here.")
+        sys.exit("\nInterrupted. Run the same command again to continue.")
 
 
 if __name__ == "__main__":

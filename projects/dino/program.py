@@ -90,21 +90,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--config-file",
         default="",
         metavar="CONFIG",
-        help="a file, the output folder of a training or, with its published weights, a name of "
-        "the model zoo: dino_R_50_4scale_12ep, detrex/dino_R_50_4scale_24ep",
+        help="a file, the output folder of a training run or, with its published weights, a name "
+        "of the model zoo: dino_R_50_4scale_12ep, detrex/dino_R_50_4scale_24ep",
     )
     parser.add_argument(
         "--weights",
         default="",
-        help="file, URL or dino_d2://NAME; default: the config's. A checkpoint of a training needs "
-        "no config",
+        help="file, URL or dino_d2://NAME; default: the config's. A checkpoint of train_net.py "
+        "needs no config",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: cuda if there is one")
     parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
         default=[],
-        help="changes of the config, the last of all options: KEY VALUE ... for a YAML file, "
+        help="config overrides, after all other options: KEY VALUE ... for a YAML file, "
         "KEY=VALUE ... for a .py file",
     )
 
@@ -141,7 +141,7 @@ def add_class_arguments(parser: Parser, *data_options: str) -> None:
         action="append",
         default=[],
         metavar="NEW=CLASS,CLASS",
-        help="make one class of several; may be given several times",
+        help="merge classes into one; may be given several times",
     )
     what = "classes whose boxes become regions in which evaluation ignores detections"
     add("--ignore", type=class_list, **many, help=what)
@@ -160,7 +160,7 @@ def add_data_arguments(
         among: a group of arguments that exclude each other
         files: attributes of the options for these files
     """
-    what = "a data set as tools export it: COCO, YOLO, VOC"
+    what = "a data set as annotation tools export it: COCO, YOLO, VOC"
     (among or parser).add_argument("--data", metavar="FOLDER", help=what)
     splits, about = ("train", "val", "test"), f"of --data; default: {split}"
     parser.add_argument("--split", choices=splits, default=split, help=about)
@@ -193,10 +193,10 @@ def data_of(args: argparse.Namespace, json_file: Any = None, image_root: Any = N
 
 # Options in place of keys of the config, see `dino_d2.config.styles.SHORT`: type and help.
 SHORT: dict[str, tuple[Callable, str]] = {
-    "epochs": (float, "passes over the training data: SOLVER.EPOCHS, train.epochs"),
+    "epochs": (float, "length of training: SOLVER.EPOCHS, train.epochs"),
     "batch-size": (
         int,
-        "images a step, of all workers: SOLVER.IMS_PER_BATCH, dataloader.train.total_batch_size",
+        "over all workers: SOLVER.IMS_PER_BATCH, dataloader.train.total_batch_size",
     ),
     "lr": (float, "learning rate: SOLVER.BASE_LR, optimizer.lr"),
     "device": (str, "cpu, cuda, mps: MODEL.DEVICE, train.device; default: the GPU if there is one"),
@@ -214,17 +214,19 @@ def add_training_arguments(parser: Parser) -> None:
     add(
         "--overwrite",
         action="store_true",
-        help="remove what an earlier training wrote into the output folder, and nothing else",
+        help="remove the files of an earlier training run from the output folder",
     )
     add("--eval-only", action="store_true", help="evaluate without training")
-    add("--data", metavar="FOLDER", help="a data set as tools export it: COCO, YOLO, VOC")
+    add(
+        "--data", metavar="FOLDER", help="a data set as annotation tools export it: COCO, YOLO, VOC"
+    )
     add_class_arguments(parser, "data", "train_json", "val_json")
     for split in ("train", "val"):
         add(f"--{split}-json", metavar="FILE", help="annotations, COCO format")
         add(f"--{split}-images", metavar="FOLDER", help="where its images are")
     for option, (kind, what) in SHORT.items():
         add(f"--{option}", type=kind, help=what)
-    add("--size", type=int, help="short side of images; other sides follow in proportion")
+    add("--size", type=int, help="short side of images; other sizes are scaled with it")
     add("--num-gpus", type=int, default=1, help="workers of *each machine*; default: 1")
     add("--num-machines", type=int, default=1, help="default: 1")
     add("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
@@ -233,7 +235,7 @@ def add_training_arguments(parser: Parser) -> None:
     add(
         "opts",
         nargs=argparse.REMAINDER,
-        help="changes of the config, the last of all: KEY VALUE ... for a YAML file, KEY=VALUE ... "
+        help="config overrides, after all options: KEY VALUE ... for a YAML file, KEY=VALUE ... "
         "for a .py file",
     )
 

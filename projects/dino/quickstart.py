@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""See DINO learn in minutes: generate shapes, train on them, evaluate, draw the results.
+"""Train DINO in minutes: generate shapes, train on them, evaluate, plot the results.
 
-With --masks it is Mask DINO, which also learns the shapes' visible pixels.
+With --masks it trains Mask DINO, which also learns masks of the shapes' visible pixels.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from program import interruptible, make_folder, make_parser, one_sentence
 
 EPILOG = """
-Example, which is `make demo` with other random numbers, in a folder of its own:
+Example: `make demo` with another seed, in a separate folder:
     $ python projects/dino/quickstart.py --output output/quickstart_1 SEED 1
 """
 
@@ -25,7 +25,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, help="default: output/quickstart, or output/quickstart_masks"
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes of the YAML config")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the YAML config")
     return parser
 
 
@@ -104,7 +104,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             check_folder(str(args.output), overwrite=told.overwrite)
         except ValueError as error:
             raise ValueError(
-                f"'{args.output}' has a training that is not of this demo: choose another --output"
+                f"'{args.output}' has a training run that is not of this demo: choose another "
+                "--output"
             ) from error
         train_net.check_all(told)
 
@@ -117,9 +118,9 @@ def main() -> None:
         check_arguments(args)
         told = training_arguments(args, data)  # before data are generated
         generate(data)
-    with interruptible(parser.prog, "the training ended; to begin again, run the same command"):
+    with interruptible(parser.prog, "training ended; to start again, run the same command"):
         train_net.worker(told)
-    with interruptible(parser.prog, f"pictures were drawn; '{args.output}' has the training"):
+    with interruptible(parser.prog, f"results were plotted; '{args.output}' has the training run"):
         draw_curves(metrics, args.output / "curves.png")
         results = args.output / "inference" / "coco_instances_results.json"
         draw_detections(data, results, args.output / "detections.png")

@@ -1,4 +1,4 @@
-"""Serve an ONNX file of export.py without Detectron2: an image is posted, JSON is the answer."""
+"""Serve an ONNX file of export.py without Detectron2: post an image, get JSON."""
 
 import argparse
 import io
@@ -11,7 +11,7 @@ from onnx_detector import OnnxDetector
 from PIL import Image, ImageOps
 
 EXAMPLE = "for example: curl --data-binary @image.jpg http://127.0.0.1:8000"
-REFUSAL = "this is no whole image with 8 bits a channel: post the bytes of a file"
+REFUSAL = "this is not a complete image with 8 bits per channel: post the bytes of a file"
 
 
 class Handler(BaseHTTPRequestHandler):

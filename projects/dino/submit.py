@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train DINO on a SLURM cluster: train_net.py, with one task per GPU of every node.
 
-Arguments after -- are those of train_net.py. A job that is preempted or out of time is queued again
+Arguments after -- are passed to train_net.py. A job that is preempted or out of time is requeued
 and resumes from the last checkpoint in the output folder. Needs submitit.
 """
 
@@ -91,18 +91,23 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.usage = "%(prog)s [options] -- ARGUMENTS OF train_net.py"
     add = parser.add_argument
     add("--nodes", type=int, default=1)
-    add("--gpus-per-node", type=int, default=8, help="a worker for each (default: 8)")
-    add("--cpus-per-gpu", type=int, default=8, help="of a worker and its loader (default: 8)")
+    add("--gpus-per-node", type=int, default=8, help="one worker each (default: 8)")
+    add("--cpus-per-gpu", type=int, default=8, help="per worker and its loader (default: 8)")
     add("--time", type=minutes, default="24:00:00", metavar="[D-]HH:MM:SS", help="until requeued")
-    add(
-        "--requeues", type=int, default=10, help="how often, after --time, it goes on (default: 10)"
-    )
+    add("--requeues", type=int, default=10, help="how often to requeue after --time (default: 10)")
     add("--partition")
     add("--account")
-    add("--slurm", type=pair, nargs="+", default=[], metavar="NAME=VALUE", help="others of sbatch")
+    add(
+        "--slurm",
+        type=pair,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="other sbatch options",
+    )
     add("--name", default="dino", help="of the job")
-    add("--folder", default="output/slurm", help="of the logs; every node has to see it")
-    add("--local", action="store_true", help="on this machine, and wait for the end")
+    add("--folder", default="output/slurm", help="for the logs; every node has to see it")
+    add("--local", action="store_true", help="run on this machine, and wait until it ends")
     add("words", nargs="+", help=argparse.SUPPRESS)
     return parser
 

@@ -23,7 +23,7 @@ Train on a folder of data, as Roboflow, CVAT, Label Studio, FiftyOne or Ultralyt
     $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
         --data my/cells
 
-The same without a class, two made one, and regions that evaluation ignores:
+The same with one class dropped, two merged, and one as ignore regions:
     $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
         --data my/roads --drop rider --merge vehicle=car,truck --ignore DontCare
 
@@ -32,17 +32,17 @@ Train on files in COCO format; works with .py configs too:
         --train-json my/train.json --train-images my/images \\
         --val-json my/val.json --val-images my/images
 
-Train for 50 epochs, 16 images a step, with gradient accumulation over 8 batches of 2:
+Train for 50 epochs, batch size 16 as gradient accumulation over 8 micro-batches of 2:
     $ python projects/dino/train_net.py --config-file configs/dino_R_50_4scale_12ep.yaml \\
         --train-json ... --epochs 50 --batch-size 16 --output out SOLVER.ACCUMULATE 8
 
-Change the config at the end of the command, YAML and LazyConfig:
+Override config keys at the end of the command, YAML and LazyConfig:
     $ python projects/dino/train_net.py --config-file configs/quickstart.yaml \\
         SOLVER.BASE_LR 0.001 OUTPUT_DIR out
     $ python projects/dino/train_net.py --config-file configs/quickstart.py \\
         optimizer.lr=0.001 train.output_dir=out
 
-Evaluate a checkpoint, of one's own or a published one; go on with an interrupted training:
+Evaluate your own or a published checkpoint; resume an interrupted run:
     $ python projects/dino/train_net.py --config-file ... --eval-only \\
         MODEL.WEIGHTS out/model_final.pth
     $ python projects/dino/train_net.py --config-file ... --eval-only \\
@@ -69,14 +69,14 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         if bool(getattr(args, f"{split}_json")) != bool(getattr(args, f"{split}_images")):
             parser.error(f"--{split}-json and --{split}-images go together")
     if args.data and (args.train_json or args.val_json):
-        parser.error("--data is in place of --train-json and --val-json: give either")
+        parser.error("--data and --train-json or --val-json exclude each other")
     if args.num_gpus < 1:
         parser.error("--num-gpus is the number of workers, also on CPUs: at least 1")
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines needs --dist-url tcp://HOST:PORT, of the first machine")
     if args.overwrite and (args.resume or args.eval_only):
         other = "--resume" if args.resume else "--eval-only"
-        parser.error(f"--overwrite is for a training that begins, not for {other}")
+        parser.error(f"--overwrite is for a new training run, not for {other}")
     return parser, args
 
 

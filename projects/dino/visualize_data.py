@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""See what training sees: images as the loader yields them, with the remaining boxes.
+"""Show the images and boxes that the model is trained on, as the data loader yields them.
 
-Augmentation, cropping and clipping are those of the training. With a seed in the config, iteration
-0 shows the images of the first step; without one, every training differs, and seed 0 is shown. The
+Augmentation, cropping and clipping are those of training. With a seed in the config, iteration
+0 shows the images of the first step; without one, every run differs, and seed 0 is shown. The
 same iteration always shows the same images.
 """
 
@@ -26,16 +26,16 @@ from program import (
 EPILOG = """
 Examples, after `make demo`:
 
-Sheets of the first 24 images of a folder of data, as Roboflow or Ultralytics export it:
+Sheets of the first 24 images of a data folder, as Roboflow or Ultralytics export it:
     $ python projects/dino/visualize_data.py --config-file configs/quickstart.yaml \\
         --data my/cells --output look
 
-The same of files in COCO's format:
+The same for files in COCO's format:
     $ python projects/dino/visualize_data.py --config-file configs/quickstart.yaml \\
         --train-json output/quickstart/data/train.json \\
         --train-images output/quickstart/data/images --output look
 
-As they come at iteration 1000, one picture an image; the config is changed at the end:
+The images of iteration 1000, one per sheet, with a config override at the end:
     $ python projects/dino/visualize_data.py --config-file configs/quickstart.yaml \\
         --train-json output/quickstart/data/train.json \\
         --train-images output/quickstart/data/images --output look \\
@@ -52,8 +52,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the sheets")
     parser.add_argument("--num-images", type=int, default=24, help="default: 24")
     parser.add_argument("--per-sheet", type=int, default=12, help="default: 12; 1: in full size")
-    parser.add_argument("--iteration", type=int, default=0, help="of the training; default: 0")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes of the config, at the end")
+    parser.add_argument("--iteration", type=int, default=0, help="of training; default: 0")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, at the end")
     return parser
 
 
@@ -63,7 +63,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     if bool(args.train_json) != bool(args.train_images):
         parser.error("--train-json and --train-images go together")
     if args.data and args.train_json:
-        parser.error("--data is in place of --train-json: give either")
+        parser.error("--data and --train-json exclude each other")
     if min(args.num_images, args.per_sheet, args.iteration + 1) < 1:
         parser.error("--num-images and --per-sheet have to be 1 or more, --iteration 0 or more")
     return parser, args
@@ -126,7 +126,7 @@ def load(args: argparse.Namespace) -> Source:
         raise ValueError("there is no data: give --data, or --train-json and --train-images")
     data.check(plan.train_sets, (), None)
     if plan.seed < 0:
-        print("no seed in the config, so a training draws one: 0 in its place")
+        print("no seed in the config, so training draws one: showing seed 0")
     classes = data.class_names(plan.train_sets)
     return Source(plan, classes, image_format, max(plan.seed, 0))
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""See where a detector goes wrong: the worst images, tables, curves and a confusion matrix.
+"""Show the errors of a detector: the worst images, tables, curves and a confusion matrix.
 
-The badness of an image is its number of missed boxes plus the scores of its false positives.
+Images are ranked by their number of missed boxes plus the scores of their false positives.
 index.html is self-contained: sheets of the worst images with annotations left and detections right,
-and tables (CSV) and pictures (PNG) of AP by class and size, precision and recall, confusion, kinds
+and tables (CSV) and plots (PNG) of AP by class and size, precision and recall, confusion, types
 of errors and what each costs in AP. All of these are written as files, too.
 """
 
@@ -26,12 +26,12 @@ from program import (
 EPILOG = """
 Examples, after `make demo`:
 
-What evaluation left in the output folder of a training:
+The evaluation results in the output folder of a training run:
     $ python projects/dino/visualize_results.py --annotations output/quickstart/data/val.json \\
         --images output/quickstart/data/images \\
         --results output/quickstart/inference/coco_instances_results.json --output errors
 
-What demo.py detected:
+The detections of demo.py:
     $ python projects/dino/demo.py --config-file output/quickstart/config.yaml \\
         --weights output/quickstart/model_final.pth --confidence-threshold 0 \\
         --input "output/quickstart/data/images/val_*.jpg" --json detected.json \\
@@ -44,16 +44,16 @@ What demo.py detected:
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EPILOG)
     add_data_arguments(parser)
-    parser.add_argument("--annotations", type=Path, help="file of COCO's format")
+    parser.add_argument("--annotations", type=Path, help="file in COCO's format")
     parser.add_argument("--images", type=Path, help="folder of its images")
     parser.add_argument("--results", type=Path, required=True, help="detections, COCO's results")
-    parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
-    parser.add_argument("--num-images", type=int, default=12, help="of the worst; default: 12")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--num-images", type=int, default=12, help="worst images; default: 12")
     parser.add_argument(
         "--confidence-threshold",
         type=score,
-        help="least score of what is drawn, confused and counted as error; AP takes all "
-        "detections; default: for each class that of its best F1 at IoU 0.5",
+        help="lowest score of detections that are drawn and counted as errors; AP uses all "
+        "detections; default: for each class the threshold with the best F1 at IoU 0.5",
     )
     return parser
 
@@ -64,7 +64,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     if bool(args.annotations) != bool(args.images):
         parser.error("--annotations and --images go together")
     if bool(args.annotations) == bool(args.data):
-        parser.error("say what was annotated: --data, or --annotations and --images")
+        parser.error("name the annotated data: --data, or --annotations and --images")
     if args.num_images < 0:
         parser.error("--num-images has to be 0 or more")
     return parser, args
@@ -99,17 +99,17 @@ PER_SHEET = 4
 CAPTIONS = {
     "per_class": "AP of each class, as in COCO's evaluation; markers are AP at IoU 0.50 and 0.75.",
     "ap_by_size": "AP and average recall of small, medium and large boxes.",
-    "precision_recall": "Precision over recall, of each class and at several IoUs. A curve that "
-    "drops to 0 early belongs to a class with boxes that are never found. A dot is where F1, the "
-    "harmonic mean of both, is best.",
-    "confusion_matrix": "What annotated boxes (rows) are detected as (columns), above the "
-    "threshold. Missed are here the boxes that are detected as no class at all.",
-    "errors": "Left, kinds of errors above the threshold, as in TIDE (arXiv 2008.08115). Missed "
-    "are here all boxes that no detection of their class finds, also those detected as another "
-    "class; TIDE leaves out those beside other errors. Right, TIDE's dAP: how much AP would rise "
-    "if this kind alone were put right, in detections of any score. It is a mean over COCO's ten "
-    "IoUs, most of which call boxes wrong that are right at 0.5; and as in TIDE, missed are only "
-    "boxes that nothing would find with another class or place. errors.csv has both by class.",
+    "precision_recall": "Precision over recall, by class and at several IoUs. If the curve of a "
+    "class drops to 0 early, many of its boxes are never detected. Dots mark the best F1, the "
+    "harmonic mean of precision and recall.",
+    "confusion_matrix": "Annotated classes (rows) and detected classes (columns), above the "
+    "threshold. Here, missed boxes are those that are not detected as any class.",
+    "errors": "Left: types of errors above the threshold, as in TIDE (arXiv 2008.08115). Here, "
+    "missed boxes are all without a detection of their class, even if another class was "
+    "detected; TIDE leaves those out. Right: TIDE's dAP, how much AP would rise without errors of "
+    "this type, over detections of all scores. It is a mean over COCO's ten IoU thresholds, most "
+    "of which are stricter than 0.5. As in TIDE, missed boxes are here only those that no "
+    "detection would match even with the right class or box. errors.csv has both by class.",
 }
 
 
@@ -171,13 +171,13 @@ def summary(analysis: Analysis, rows: int = 20) -> str:
 def thresholds_used(analysis: Analysis, most: int = 20) -> str:
     """Which detections are counted and drawn."""
     if not analysis.of_class:
-        return f"Counted as errors and drawn are detections of score ≥ {analysis.threshold:.3g}."
+        return f"Only detections with scores ≥ {analysis.threshold:.3g} are drawn and counted."
     names = {x.category_id: x.name for x in analysis.classes}
     own = [f"{short_name(names[id])} {value:.3g}" for id, value in analysis.of_class.items()]
     more = f" and {len(own) - most} more, see per_class.csv" if len(own) > most else ""
     return (
-        "Counted as errors and drawn are detections from the score on at which F1 of their class "
-        f"is best, at IoU 0.5: {', '.join(own[:most])}{more}. For all classes together it is "
+        "Only detections above the threshold of their class are drawn and counted, that of its "
+        f"best F1 at IoU 0.5: {', '.join(own[:most])}{more}. For all classes together it is "
         f"{analysis.threshold:.3g}."
     )
 
