@@ -60,7 +60,7 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 def generalized_iou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
     """Generalized IoU in [-1, 1] of corner boxes (..., 4), broadcast over leading dimensions.
 
-    Rezatofighi et al., 2019. Boxes without area give 0, not NaN, which would end a training. `eps`
+    Rezatofighi et al., 2019. Boxes without area give 0, not NaN, which would end training. `eps`
     is added to both divisors, as by the code of some detectors.
     """
     (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
@@ -84,10 +84,10 @@ def distinct(
     """Which boxes non-maximum suppression keeps, in each image and of each label: (B, Q) bool.
 
     From the highest score down, a box is kept unless its IoU with a kept one is above `threshold`.
-    In one call for all images and labels, as graphs of any number of images need it: those of an
-    image are moved down, and those of a label to the right. In float64, or the label and the image
-    would round boxes; in exported graphs and on MPS, which do not have it, in float32. Waits for
-    the device once, for how many are kept.
+    Computed in one call for all images and labels, as exported graphs with a dynamic batch size
+    need it: boxes are offset vertically by image and horizontally by label. Uses float64, as these
+    offsets would round boxes in float32; exported graphs and MPS, which lack it, use float32. One
+    GPU synchronisation, for how many are kept.
 
     >>> corners = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.5, 0.6], [0.8, 0.8, 0.9, 0.9]]])
     >>> distinct(corners, torch.tensor([[0.7, 0.9, 0.1]]), 0.8)  # an IoU of 5/6

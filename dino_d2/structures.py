@@ -48,7 +48,7 @@ class Predictions(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-    """What a decoder layer gives for its queries: its predictions, and what they were made of."""
+    """The output of a decoder layer for its queries: its predictions, and their inputs."""
 
     logits: Tensor  # (B, Q, K), before the sigmoid
     boxes: Tensor  # (B, Q, 4)

@@ -46,15 +46,15 @@ def detect_in_tiles(
     batch_size: int = 1,
     threshold: float | None = None,
 ) -> Instances:
-    """Detect in square tiles of an image, each of which is resized as an image of its own.
+    """Detect in square tiles of an image, each of which is resized like an image.
 
-    What the tiles find is merged by non-maximum suppression within classes, by the share of the
-    smaller detection (its mask, otherwise its box) that is covered: so what is left of an object at
-    the border of a tile yields to the whole object in the next one. Objects larger than the overlap
-    may be whole in no tile.
+    Detections of all tiles are merged by class-wise non-maximum suppression, by the covered share
+    of the smaller detection (its mask, otherwise its box): so the part of an object at the border
+    of a tile is suppressed by the whole object in the next one. Objects larger than the overlap may
+    be cut in every tile.
 
     Args:
-        predictor: what detects in a tile
+        predictor: detects in each tile
         image: (H, W, 3) of uint8 in RGB
         size: height and width of a tile, in pixels of the image
         overlap: of neighbouring tiles, as a share of their size, below 1
@@ -65,7 +65,7 @@ def detect_in_tiles(
         as of `Predictor`; pred_masks only where there are detections
 
     Raises:
-        ValueError: a size, an overlap or a threshold cannot be
+        ValueError: a size, an overlap or a threshold is invalid
         ImportError: supervision, which cuts and merges, is not installed
     """
     require_whole(size=size, batch_size=batch_size)

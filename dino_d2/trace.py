@@ -1,8 +1,8 @@
-"""Records the inside of a forward pass by hooks, without changes to the model.
+"""Records intermediate results of a forward pass by hooks, without changes to the model.
 
     output = trace(model, images)
 
-`dino_d2.visualize` draws pictures of it.
+`dino_d2.visualize` plots it.
 """
 
 from contextlib import ExitStack

@@ -9,17 +9,17 @@ from traceback import extract_tb
 
 
 def import_parts(name: str, folder: Path) -> str:
-    """Import a Python file or a module once, so that what it registers is known.
+    """Import a Python file or a module once, so that its registrations take effect.
 
     Args:
         name: a module, or a file, which ends in .py
         folder: where a file is looked for first; then in the working directory
 
     Returns:
-        the name, of a file its whole path
+        the name; for a file, its absolute path
 
     Raises:
-        ValueError: there is none, or it fails; says in which line
+        ValueError: it does not exist, or fails to import; says in which line
     """
     if not isinstance(name, str):
         raise ValueError(f"IMPORTS has {name!r}: name files that end in .py, or modules")
@@ -38,7 +38,7 @@ def import_parts(name: str, folder: Path) -> str:
 
 @cache
 def import_file(path: str) -> None:
-    """Import a Python file by its name, under which other processes have to find it, too."""
+    """Import a Python file under its own name, so that other processes can find it, too."""
     name, folder = Path(path).stem, str(Path(path).parent)
     loaded, spec = sys.modules.get(name), None if name in sys.modules else find_spec(name)
     place = getattr(loaded, "__file__", None) or (spec and spec.origin) or ""

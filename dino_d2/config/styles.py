@@ -26,8 +26,8 @@ Config = TypeVar("Config", CfgNode, DictConfig)
 def read_config(file: str) -> CfgNode | DictConfig:
     """Read a config of either style.
 
-    `.py` files, and the `config.yaml` that a training with one of them saves, are LazyConfigs;
-    other YAML files become a CfgNode with the keys of DINO.
+    `.py` files, and the `config.yaml` that is saved when training with one of them, are
+    LazyConfigs; other YAML files become a CfgNode with the keys of DINO.
 
     Raises:
         ValueError: the file or its base cannot be read, a YAML file is invalid, empty or has an

@@ -1,4 +1,4 @@
-"""How large boxes are as trained, and how many an image has: what a training would suffer from."""
+"""Box sizes after resizing, and boxes per image: warnings about what makes training hard."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ def log_box_sizes(loader: Any, num_queries: int | None) -> None:
     """Log the sizes of boxes and `warnings_of` them, for Detectron2's loaders of lists of records.
 
     Args:
-        loader: of a training
+        loader: of training data
         num_queries: of the model; None: not known
     """
     dataset = loader
@@ -47,9 +47,9 @@ def log_box_sizes(loader: Any, num_queries: int | None) -> None:
 
 
 def resized_boxes(records: Sequence[dict], augmentations: Sequence[Any]) -> BoxSizes:
-    """The sizes that boxes have in training by the last resize alone, at its middle size.
+    """Box sizes in training after the last resize alone, at the middle of its sizes.
 
-    No image is read, and of many records only random ones are looked at, always the same. Crops,
+    No image is read, and of many records only random ones are used, always the same. Crops,
     mixing and augmentations of other kinds are not taken into account.
 
     Args:

@@ -50,12 +50,11 @@ def class_changes(
 
     Args:
         drop: classes to remove with their boxes
-        merge: classes by the name of the class that they become; it may be that of a class, which
-            then takes part
+        merge: classes by the name of the class that they become, which may exist already
         ignore: classes whose boxes become regions to ignore
 
     Raises:
-        DatasetError: a name is empty, nothing is merged, or one class is to become several things
+        DatasetError: a name is empty, nothing is merged, or a class has several roles
     """
     merged: dict[str, dict[str, None]] = {}
     for new, old in merge.items() if isinstance(merge, Mapping) else merge:
@@ -111,7 +110,7 @@ def split_changes(name: str) -> tuple[str, ClassChanges]:
 
 
 def require_classes(changes: ClassChanges, known: Sequence[str], where: str) -> None:
-    """Raise a DatasetError if changes are of a class that is not known, for a data set `where`."""
+    """Raise a DatasetError if changes name a class that is unknown in the data set `where`."""
     verbs = [(name, "drop") for name in changes.drop] + [(x, "ignore") for x in changes.ignore]
     for name, verb in [*verbs, *((name, "merge") for _, old in changes.merge for name in old)]:
         if name not in known:
@@ -119,17 +118,18 @@ def require_classes(changes: ClassChanges, known: Sequence[str], where: str) -> 
 
 
 def change_classes(dataset: dict[str, list], changes: ClassChanges) -> tuple[dict[str, list], str]:
-    """Drop, merge and ignore classes of COCO annotations; names that they lack are passed over.
+    """Drop, merge and ignore classes of COCO annotations; unknown names are ignored.
 
-    All images stay. A merged class has the place and id of the class of its name or, without one,
-    of the first of those merged. A box of an ignored class becomes a crowd region of *every* class
-    that is left, as COCO's evaluation compares detections with regions of their own class only.
+    All images stay. A merged class takes the place and id of the existing class with its name or,
+    without one, of the first merged class. A box of an ignored class becomes a crowd region of
+    *every* class that is left, as COCO's evaluation compares detections with regions of their own
+    class only.
 
     Args:
         dataset: as `normalise` leaves it, with unique names of categories; it is not changed
 
     Returns:
-        the changed annotations, and a sentence with the number of boxes that each change is about
+        the changed annotations, and a sentence with the number of boxes that each change affects
 
     Raises:
         DatasetError: no class is left

@@ -108,7 +108,7 @@ def _require_changed_classes(names: Iterable[str]) -> None:
 
 
 def changes_of(names: Iterable[str]) -> list[str]:
-    """What changes of classes did to registered data sets, of those with any; with counts."""
+    """Sentences on the class changes of registered data sets, with counts."""
     told = ((name, MetadataCatalog.get(name).get("class_changes")) for name in _as_list(names))
     return [f"'{split_changes(name)[0]}': {what}" for name, what in told if what]
 
@@ -149,7 +149,8 @@ def stuff_classes(names: Iterable[str]) -> list[int]:
     """The indices of classes without instances, such as sky, of panoptic datasets.
 
     Raises:
-        DatasetError: as of `class_names`, or the first dataset does not tell things from stuff
+        DatasetError: as of `class_names`, or the first dataset does not say which classes are
+            things
     """
     names = _as_list(names)
     number = num_classes(names)

@@ -52,8 +52,8 @@ def to_coco(
         classes: names in the order of the category ids, which start at 1
 
     Raises:
-        DatasetError: a box has no area inside its image, training would refuse the result, or no
-            split has a box
+        DatasetError: a box has no area inside its image, the result would be invalid for training,
+            or no split has a box
     """
     categories = [{"id": id, "name": name} for id, name in enumerate(classes, start=1)]
     datasets, notes = conversion = Conversion({}, Counter())

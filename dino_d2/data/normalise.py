@@ -211,7 +211,7 @@ def _box(entry: dict, where: str, repairs: Repairs) -> None:
 
 
 def _area(entry: dict, where: str, repairs: Repairs) -> None:
-    """COCO's evaluation needs the area to tell small objects from large ones."""
+    """COCO's evaluation needs the area to separate small objects from large ones."""
     given = to_number(entry.get("area"))
     if given is not None and given > 0:
         repairs.put(entry, "area", given)

@@ -87,13 +87,13 @@ ABSENT = {
 
 
 def counterparts(source: ClassNames, target: ClassNames) -> dict[int, str]:
-    """The classes of weights that a model has under COCO's name in place of Objects365's.
+    """Classes of the weights that the model has under COCO's name instead of Objects365's.
 
     Args:
         source, target: names of the classes of the weights and of the model
 
     Returns:
-        the name in the model by the row in the weights; without those of equal names
+        the model's name by row of the weights, without classes of equal names
     """
     rows = {name.casefold(): row for row, name in enumerate(source) if name}
     taken = {name.casefold() for name in target if name}

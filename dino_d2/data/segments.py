@@ -28,7 +28,7 @@ def segment_ids(png: np.ndarray) -> np.ndarray:
 def from_segments(ids: np.ndarray, segments: Sequence[dict[str, Any]]) -> Instances:
     """The segments of an image; crowds, and what has no pixels, are left out.
 
-    The boxes of stuff are known not to matter: "has_box" is False.
+    Boxes of stuff have no losses: "has_box" is False.
 
     Args:
         ids: (H, W), the segment of each pixel

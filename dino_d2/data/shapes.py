@@ -115,7 +115,7 @@ def _tight_box(visible: np.ndarray) -> list[int]:
 
 
 def _draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """One picture (H, W, 3) of uint8, and each shape's class and visible mask (H, W).
+    """One image (H, W, 3) of uint8, and each shape's class and visible mask (H, W).
 
     A shape that would cover too much of an earlier one is skipped, but never the first.
     """

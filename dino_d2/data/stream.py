@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def seed_for(*what: int) -> int:
-    """A seed derived from numbers >= 0, such as a training's seed and an iteration.
+    """A seed derived from numbers >= 0, such as the seed of a run and an iteration.
 
     Equal numbers give equal seeds; different ones give unrelated seeds.
     """
@@ -42,9 +42,9 @@ class TrainingStream:
     """Batches of Detectron2's training loader that depend only on a seed and their place.
 
     The order is that of Detectron2's sampler. Before an image is loaded and augmented, the random
-    number generators are seeded with its place in the training. So a resumed training sees the same
-    images and augmentations as one that never stopped, and the number of loader processes or
-    workers does not change a step.
+    number generators are seeded with its position in the run. So a resumed run sees the same images
+    and augmentations as an uninterrupted one, and the number of loader processes or workers does
+    not change a step.
 
     Loaders with aspect ratio grouping restart on a resume, as their partly filled groups are
     unknown. So do loaders that are not Detectron2's.
@@ -53,7 +53,7 @@ class TrainingStream:
         build: makes the loader with detectron2's `build_detection_train_loader`
         seed: of order and augmentation, the same on every worker
         mixing: combines images, or None
-        mixed: the places in the training of the images that it combines
+        mixed: the positions in the run of the images that it combines
 
     Raises:
         ValueError: images are to be mixed, but their places are unknown, see `require_places`
@@ -91,7 +91,7 @@ class TrainingStream:
 
 
 def has_places(loader: Any) -> bool:
-    """Whether the place of each image in the training is known, as of Detectron2's loaders."""
+    """Whether the position of each image in the run is known, as with Detectron2's loaders."""
     return isinstance(loader, DataLoader) and isinstance(loader.dataset, ToIterableDataset)
 
 
@@ -106,7 +106,7 @@ def require_places(loader: Any) -> None:
 
 
 class Places(Sampler):
-    """The indices of a Detectron2 sampler, combined with their place in the training.
+    """The indices of a Detectron2 sampler, combined with their position in the run.
 
     Yields place * size + index, as Detectron2 accepts only one number.
 

@@ -43,8 +43,8 @@ def from_voc(root: Path, *, zero_based: bool | None = False) -> Conversion:
 
     Args:
         root: the folder
-        zero_based: coordinates are edges counted from 0, as some tools write them; None: decided
-            by whether any is below 1, which is noted
+        zero_based: coordinates are edges counted from 0, as some tools write them; None: zero-based
+            if any is below 1, which is reported
 
     Raises:
         DatasetError: a file is missing or invalid; the message says which, where and how

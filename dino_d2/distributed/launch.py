@@ -1,4 +1,4 @@
-"""Starts the workers of a training."""
+"""Starts the workers of a training run."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ WORKER_VARIABLES = (
 
 
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run `main(args)` in every worker of a training.
+    """Run `main(args)` in every worker of a training run.
 
     A process that torchrun or a SLURM script started (with `WORKER_VARIABLES` in the environment)
     joins the others and ignores the options below. Otherwise Detectron2 starts the workers. They

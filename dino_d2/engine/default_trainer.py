@@ -23,7 +23,7 @@ from .run import make_checkpointer
 class DefaultTrainer(engine.DefaultTrainer):
     """Detectron2's, with the optimizer, the augmentation and the evaluator of a DINO.
 
-    Detectron2's own only has SGD, and clips the gradient of each parameter by itself. Steps, hooks
+    Detectron2's own only has SGD, and clips the gradient of each parameter separately. Steps, hooks
     and the order of images are Detectron2's. Gradient accumulation, averaged weights, sharding, W&B
     and exact resuming need `train`.
 
@@ -33,7 +33,7 @@ class DefaultTrainer(engine.DefaultTrainer):
     Raises:
         ValueError: a key has no effect here, or the schedule is still to be scaled, see
             `scale_schedule`
-        DatasetError: the data cannot be trained on or evaluated with
+        DatasetError: the data cannot be used for training or evaluation
     """
 
     def __init__(self, cfg: CfgNode):

@@ -10,7 +10,7 @@ from ..distributed.sharing import local_shard, scatter, unwrap
 
 
 class EMA:
-    """Averaged weights, which detect better than the weights of any single step.
+    """Averaged weights, which usually detect better than the weights of any single step.
 
     The decay of update n is at most (1 + n) / (10 + n), so that the initial weights are soon
     forgotten. Floating-point buffers, such as running statistics, are averaged, others copied.

@@ -48,7 +48,7 @@ PANOPTICAPI = "git+https://github.com/cocodataset/panopticapi.git"
 
 
 def yaml_evaluate(cfg: CfgNode, model: nn.Module, folder: str = "") -> dict:
-    """Evaluate on all data sets; with several, results are by name.
+    """Evaluate on all data sets; with several, results are grouped by name.
 
     Files are in `folder` in "inference" of the output folder, for several data sets in folders of
     their own.
@@ -87,7 +87,7 @@ def yaml_test_loader(cfg: CfgNode, name: str) -> Any:
 def yaml_evaluator(cfg: CfgNode, name: str, folder: str = "") -> DatasetEvaluator:
     """The evaluator of a data set, by the `evaluator_type` of its metadata as in Detectron2.
 
-    Those of COCO's kind are analysed as well, and boxes of Cityscapes; `folder` is as of
+    COCO-like data sets and boxes of Cityscapes also get an error analysis; `folder` is as of
     `yaml_evaluate`.
     """
     own = own_folder(name, cfg.DATASETS.TEST)
@@ -105,7 +105,7 @@ def yaml_evaluator(cfg: CfgNode, name: str, folder: str = "") -> DatasetEvaluato
 
 
 def yaml_results(cfg: CfgNode) -> dict[str, bool] | None:
-    """What a Mask DINO gives, as options of `segmentation_evaluator`; None for other models."""
+    """The outputs of a Mask DINO, as options of `segmentation_evaluator`; None for other models."""
     if not is_detector(cfg, MaskDINO):
         return None
     return {name: cfg.MODEL.DINO.TEST[name.upper()] for name in RESULTS}
@@ -194,7 +194,7 @@ def require_packages(names: Sequence[str]) -> None:
 
 
 def require_results(names: Sequence[str], results: dict[str, bool] | None) -> None:
-    """Raise a ValueError if a test set is compared with nothing that a Mask DINO gives.
+    """Raise a ValueError if a test set needs an output that a Mask DINO does not have.
 
     Args:
         results: as of `yaml_results`

@@ -1,4 +1,4 @@
-"""Evaluates boxes and masks, and writes the error analysis as tables (CSV) and pictures."""
+"""Evaluates boxes and masks, and writes the error analysis as tables (CSV) and plots."""
 
 import csv
 import json
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def old_numpy() -> Iterator[None]:
-    """NumPy with names that it has no more, and that lvis 0.5.3 and cityscapesscripts 2.3.0 use."""
+    """NumPy with the removed names that lvis 0.5.3 and cityscapesscripts 2.3.0 use."""
     names = {"float": float, "in1d": lambda x, values: np.isin(x, values).ravel()}
     lost = [name for name in names if not hasattr(np, name)]
     for name in lost:
@@ -91,18 +91,17 @@ class CityscapesInstanceEvaluator(evaluation.CityscapesInstanceEvaluator):
 class ErrorAnalysisEvaluator(evaluation.COCOEvaluator):
     """Detectron2's evaluator, which also analyses the errors of boxes, and of masks if there are.
 
-    Beside "bbox" it returns as "dAP" what each kind of error costs, see `evaluation.costs.Costs`,
+    Besides "bbox" it returns as "dAP" what each type of error costs, see `evaluation.costs.Costs`,
     and as "with_nms" AP, AP50 and AP75 of what class-wise NMS at IoU 0.8 leaves. If the model has
     applied NMS itself, and gives what it removed as "suppressed" instances beside its "instances",
     that is instead "without_nms", of all together. "F1" has the score threshold with the highest F1
-    at IoU 0.5, over all classes and, as "threshold-NAME", of each. Tables, pictures and
+    at IoU 0.5, over all classes and, as "threshold-NAME", of each. Tables, plots and
     thresholds.json go to the output folder, if there is one.
 
-    Beside "segm", "dAP_segm" and "F1_segm" are the same by the IoU of masks; their files go to the
+    Besides "segm", "dAP_segm" and "F1_segm" are the same by the IoU of masks; their files go to the
     folder "segm" in the output folder.
 
-    By default it converts registered records again each time, as cached ones of an earlier run may
-    be of other data.
+    By default it converts registered records anew, as cached ones may belong to other data.
     """
 
     def __init__(self, *args: Any, allow_cached_coco: bool = False, **options: Any):
@@ -202,8 +201,8 @@ def segmentation_evaluator(
 ) -> DatasetEvaluator:
     """The evaluators of a data set with maps of pixels, by the `evaluator_type` of its metadata.
 
-    As those of Detectron2's train_net, of the results that a Mask DINO is asked for; instances are
-    analysed as well. Panoptic data sets without label maps are evaluated by their segments.
+    As in Detectron2's train_net, for the outputs that a Mask DINO has enabled; instances also get
+    an error analysis. Panoptic data sets without label maps are evaluated by their segments.
 
     Args:
         dataset_name: of a kind in `OF_MAPS`, or else instances are evaluated
@@ -257,7 +256,7 @@ def threshold_metrics(thresholds: Mapping[str, Any]) -> dict[str, float]:
 
 
 def advice(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A sentence on duplicates if they cost 1 AP or more, else on what costs most, if anything.
+    """A sentence on duplicates if they cost 1 AP or more, else on the most costly type of error.
 
     Args:
         results: of `ErrorAnalysisEvaluator`, "bbox", "dAP" and "with_nms" or "without_nms"
@@ -280,7 +279,7 @@ def advice(results: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def mask_advice(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A sentence on what costs most by the IoU of masks, if anything does.
+    """A sentence on the most costly type of error by mask IoU, if there is one.
 
     Args:
         results: of `ErrorAnalysisEvaluator`, "segm" and "dAP_segm"
@@ -298,7 +297,7 @@ def notable(costs: Mapping[str, float]) -> dict[str, float]:
 
 
 def write_analysis(analysis: Analysis, folder: str | os.PathLike) -> list[Path]:
-    """Write five tables (CSV) and pictures (PNG) to a folder; returns the paths of the pictures.
+    """Write five tables (CSV) and plots (PNG) to a folder; returns the paths of the plots.
 
     per_class, ap_by_size, precision_recall (at IoU 0.5 and 0.75, a row per class and recall with
     the score that reaches it), confusion_matrix and errors (their number, and as dAP their cost in

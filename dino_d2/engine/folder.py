@@ -1,4 +1,4 @@
-"""Keeps results of different trainings from being lost or mixed in an output folder."""
+"""Keeps results of different runs from being lost or mixed in an output folder."""
 
 from itertools import chain
 from pathlib import Path
@@ -26,13 +26,13 @@ EVALUATION = (
 
 
 def check_folder(folder: str, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse a folder in which results of an earlier training would be lost or mixed.
+    """Refuse a folder in which results of an earlier run would be lost or mixed.
 
     Args:
-        folder: for the output of a training; need not exist
-        resume: continue the earlier training; without any checkpoint, start over and append to its
+        folder: for the output of a run; need not exist
+        resume: continue the earlier run; without any checkpoint, start over and append to its
             logs, as Detectron2 does
-        overwrite: replace the earlier training
+        overwrite: replace the earlier run
 
     Raises:
         ValueError: there are results of an earlier training and neither option is given, or there
@@ -56,7 +56,7 @@ def check_folder(folder: str, *, resume: bool = False, overwrite: bool = False) 
 
 
 def claim_folder(folder: str, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Create an output folder after `check_folder`; with `overwrite`, remove an earlier training.
+    """Create an output folder after `check_folder`; with `overwrite`, remove an earlier run.
 
     Collective: every worker has to call it, and the main one does the work.
 
@@ -78,7 +78,7 @@ def claim_folder(folder: str, *, resume: bool = False, overwrite: bool = False) 
 
 
 def remove_training(folder: str) -> None:
-    """Remove the files of trainings and their evaluations from a folder, and nothing else."""
+    """Remove the files of training runs and their evaluations from a folder, and nothing else."""
     inference = Path(folder, "inference")
     places = [inference, *(x for x in inference.rglob("*") if x.is_dir())]
     for file in chain(_files(folder, RESULTS + OTHERS), *(_files(x, EVALUATION) for x in places)):

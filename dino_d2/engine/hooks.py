@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 class EarlyStop(BaseException):
-    """Ends a training before its last iteration; no error, which Detectron2's loop would log."""
+    """Ends training before its last iteration; not an error, which Detectron2's loop would log."""
 
 
 class EvalHook(hooks.EvalHook):
-    """Detectron2's, but a resumed training first makes up for the evaluation of its checkpoint.
+    """Detectron2's, but a resumed run first catches up on the evaluation of its checkpoint.
 
     It may have been stopped after saving and before the end of the evaluation.
     """
@@ -33,7 +33,7 @@ class EvalHook(hooks.EvalHook):
 
 
 def is_due(trainer: TrainerBase, period: int) -> bool:
-    """Whether the checkpoint that a training resumes from was due for evaluation."""
+    """Whether the checkpoint that a run resumes from was due for evaluation."""
     start = trainer.start_iter
     if not 0 < start < trainer.max_iter:
         return False
@@ -41,7 +41,7 @@ def is_due(trainer: TrainerBase, period: int) -> bool:
 
 
 def is_complete(trainer: TrainerBase) -> bool:
-    """Whether a training reached its last iteration, and was not stopped by an error."""
+    """Whether a run reached its last iteration, and was not stopped by an error."""
     return trainer.iter >= trainer.max_iter
 
 
@@ -76,7 +76,7 @@ class AfterEvaluation(HookBase):
 class ThresholdSaver(AfterEvaluation):
     """Saves the score thresholds of the best F1 with the checkpoint that was evaluated.
 
-    It was saved before, so that no training is lost when its evaluation fails.
+    It was saved before evaluation, so that no work is lost if that fails.
 
     Args:
         period: iterations between evaluations; 0: only at the end
@@ -113,8 +113,8 @@ class BestCheckpointer(AfterEvaluation):
         period: iterations between evaluations; 0: only at the end
         checkpointer: saves the model
         metric: higher is better, such as "bbox/AP"
-        patience: evaluations in a row without a better one that end the training, by an
-            :class:`EarlyStop`; 0: none does
+        patience: evaluations in a row without improvement after which training ends by an
+            :class:`EarlyStop`; 0: never
     """
 
     def __init__(

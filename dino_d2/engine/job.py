@@ -1,4 +1,4 @@
-"""What a training is asked for: a config with its changes, and data. All of it is checked first."""
+"""A training job: a config with its overrides, and data. All of it is checked first."""
 
 import argparse
 import logging
@@ -202,7 +202,7 @@ def check_output(folder: str, key: str) -> None:
 
 
 def device_here(device: str) -> str:
-    """The CPU, with a warning, in place of the GPU that configs name and that is not there."""
+    """The CPU, with a warning, if the configured GPU is not available."""
     if device != "cuda" or torch.cuda.is_available():
         return device
     logger.warning("PyTorch finds no GPU: the CPU is used, which is many times slower")
@@ -254,25 +254,25 @@ def train(
 
     Args:
         config: a file, or a name of the model zoo
-        data: folder of a data set as tools export it (COCO, YOLO, VOC); default: the data sets that
-            the config names
+        data: folder of a data set as annotation tools export it (COCO, YOLO, VOC); default: the
+            data sets that the config names
         epochs, batch_size, lr, device, output: in place of the config's; the device is the GPU if
             there is one
         size: short side of images in evaluation, in pixels; other sides of the config follow in
             proportion
-        resume: go on from the last checkpoint in the output folder
-        overwrite: remove what an earlier training wrote into that folder
+        resume: continue from the last checkpoint in the output folder
+        overwrite: remove the files of an earlier run from that folder
         overrides: of the config, see `apply_overrides`
-        drop, merge, ignore: classes of `data` to remove, to make one of (by its name) and to make
-            regions of in which evaluation ignores detections, see `data.class_changes`
+        drop, merge, ignore: classes of `data` to remove, to merge (by their new name) and to turn
+            into ignore regions, see `data.class_changes`
 
     Returns:
         what `load` gives for the output folder: the best checkpoint, or else the last
 
     Raises:
-        ValueError: the config, the data or the machine does not allow it, or the model is none of
-            this package
-        DatasetError, CheckpointError: likewise, of data and of weights
+        ValueError: the config, the data or the machine does not allow it, or the model is not one
+            of this package
+        DatasetError, CheckpointError: the data or the weights do not allow it
     """
     if (drop or merge or ignore) and not data:
         raise ValueError("drop, merge and ignore change the classes of data: name its folder")
@@ -308,7 +308,7 @@ def train(
 
 @contextmanager
 def logging_to(folder: str) -> Iterator[None]:
-    """Log to a folder and the console, and to neither afterwards: another training may follow."""
+    """Log to a folder and the console, and to neither afterwards: another run may follow."""
     loggers = [logging.getLogger(name) for name in ("fvcore", "detectron2", "dino_d2")]
     before = [list(x.handlers) for x in loggers]
     setup_logger(folder, name="dino_d2")

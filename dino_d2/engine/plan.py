@@ -1,4 +1,4 @@
-"""The plan of a training, from a config of either style."""
+"""The plan of a training run, from a config of either style."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -99,7 +99,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(cfg: CfgNode | DictConfig) -> Plan:
-    """Read the plan of a training from a config.
+    """Read the plan of a training run from a config.
 
     Args:
         cfg: a YAML config with the keys of `add_dino_config`, or a LazyConfig with those of
@@ -264,7 +264,7 @@ def yaml_train_loader(cfg: CfgNode, dataset: list[dict] | None = None) -> Any:
 
 
 def yaml_mapper(cfg: CfgNode, is_train: bool = True) -> data.Mapper:
-    """A mapper, in training with the augmentation of DETR or, for other models, of Detectron2."""
+    """A mapper; in training with DETR's augmentation or, for other models, Detectron2's."""
     options: dict[str, Any] = {}
     if is_detector(cfg) and is_train:
         options["augmentations"] = data.detr_augmentation(
@@ -358,7 +358,7 @@ def lazy_train_loader(cfg: DictConfig, dataset: list[dict] | None = None) -> Any
 
 
 def part_of_batch(batch: int, accumulate: int, workers: int = 1) -> int:
-    """The images per accumulated batch; a ValueError if they cannot be divided equally."""
+    """The images per micro-batch; a ValueError if they cannot be divided equally."""
     if not isinstance(accumulate, int) or accumulate < 1 or batch % (accumulate * workers):
         raise ValueError(
             f"a batch of {plural(batch, 'image')} cannot be divided into {accumulate} equal "

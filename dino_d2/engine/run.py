@@ -39,7 +39,7 @@ RECORDS: list[dict[str, list]] = [{"annotations": []}] * 1000
 
 
 class Training(NamedTuple):
-    """A training that is ready to begin."""
+    """A training run that is ready to begin."""
 
     trainer: Trainer
     first: int  # iteration
@@ -82,13 +82,13 @@ def train(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
     Args:
         plan: what to do
         resume: continue from the last checkpoint in the output folder, if there is one
-        overwrite: replace an earlier training there, including an open log, see `claim_folder`
+        overwrite: replace an earlier run there, including an open log, see `claim_folder`
 
     Raises:
         CheckpointError: weights cannot be read or do not fit, or there is no room to save
         DatasetError: an image cannot be used
         NonFiniteLoss: see `Trainer`
-        ValueError: a part of the plan cannot be built, there is an earlier training in the output
+        ValueError: a part of the plan cannot be built, there is an earlier run in the output
             folder, or a project of Weights & Biases is named, but `wandb` is not installed
     """
     if plan.wandb_project:
@@ -110,7 +110,7 @@ def train(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
 
 
 def tell_changes(names: Sequence[str]) -> None:
-    """Log what changes of classes did to data sets."""
+    """Log the class changes of data sets."""
     for told in data.changes_of(names):
         logger.info(told)
 
@@ -149,7 +149,7 @@ def make_trainer(plan: Plan, model: nn.Module, seed: int) -> Trainer:
 
 
 def training_loader(plan: Plan) -> Any:
-    """The plan's loader, after what there is to say about its boxes."""
+    """The plan's loader; logs the sizes of its boxes."""
     loader = plan.build_loader()
     if comm.is_main_process():
         log_box_sizes(loader, plan.num_queries)

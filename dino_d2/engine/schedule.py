@@ -1,4 +1,4 @@
-"""Learning rate and length of a training for the batch and the data at hand."""
+"""Scales learning rate and schedule length to the batch size and the data."""
 
 import math
 from collections.abc import Collection
@@ -24,9 +24,9 @@ def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> No
 
     For a reference batch R of the config and a batch B, the learning rate is multiplied by B / R
     and numbers of iterations by R / B, so that the same number of images is seen (the linear rule
-    of `SOLVER.REFERENCE_WORLD_SIZE`; Goyal et al., 2017). A length in epochs counts passes over the
-    training data, and other numbers keep their share. Warm-up keeps its image count, capped at 5 %
-    of the training or its original share, whichever is larger.
+    of `SOLVER.REFERENCE_WORLD_SIZE`; Goyal et al., 2017). With a length in epochs, other numbers
+    are scaled in proportion. Warm-up keeps its image count, capped at 5 % of the run or its
+    original share, whichever is larger.
 
     Args:
         cfg: of either style
@@ -89,14 +89,14 @@ def count_images(cfg: CfgNode | DictConfig) -> int:
 
 
 def flat_cosine(flat: float = 0.5, end: float = 0.0) -> ParamScheduler:
-    """A factor of the learning rate: 1 for a share of the training, then half a cosine.
+    """A factor of the learning rate: 1 for part of the run, then cosine decay.
 
     >>> schedule = flat_cosine(flat=0.5)
     >>> [round(schedule(where), 6) for where in (0, 0.25, 0.5, 0.75)]
     [1.0, 1.0, 1.0, 0.5]
 
     Args:
-        flat: share of the training, in [0, 1]
+        flat: fraction of the run, in [0, 1]
         end: the factor at its end, in [0, 1]
 
     Raises:
@@ -112,7 +112,7 @@ def flat_cosine(flat: float = 0.5, end: float = 0.0) -> ParamScheduler:
 
 
 def share_of(iterations: int, max_iter: int) -> float:
-    """A number of iterations as a share of the training, at most 1.
+    """A number of iterations as a fraction of the run, at most 1.
 
     For the schedulers of a LazyConfig, which count in shares; as `SOLVER.WARMUP_ITERS` in YAML.
     """

@@ -1,4 +1,4 @@
-"""Detectron2's training loop, with a step made for long trainings."""
+"""Detectron2's training loop, with a step made for long runs."""
 
 import logging
 import math
@@ -35,20 +35,21 @@ class NonFiniteLoss(FloatingPointError):
 
 
 class Trainer(SimpleTrainer):
-    """Detectron2's loop and hooks, with a step of its own.
+    """Detectron2's loop and hooks, with its own step.
 
     Random numbers in a step depend only on seed, iteration and worker, and its images on seed and
-    iteration. So a checkpoint only needs the iteration, and a resumed training equals one that was
-    never stopped.
+    iteration. So a checkpoint only needs the iteration, and a resumed run equals an uninterrupted
+    one.
 
     Args:
         model: as of `distribute`; returns a dict of losses
         stream: of batches
         optimizer: updates the weights once per step
         precision: of autocast; float16 includes a GradScaler; None: no autocast
-        accumulate: batches per step (gradient accumulation), equal to one large batch, see `shares`
+        accumulate: micro-batches per step (gradient accumulation), equal to one large batch, see
+            `shares`
         skip_non_finite: skip steps that are not finite, at most `MAX_SKIPPED` in a row, instead of
-            ending the training
+            ending training
         output_dir: inputs and weights of the first `MAX_SKIPPED` such steps are saved there, in the
             folder `non_finite`
     """
@@ -131,10 +132,11 @@ class Trainer(SimpleTrainer):
         return step
 
     def shares(self, batches: list[Batch]) -> Tensor:
-        """The weight of each batch in a step, so that it equals one with all images at once.
+        """The weight of each micro-batch, so that a step equals one with all images at once.
 
         A Detector divides losses by a number of boxes, which has to be that of the step. (Denoising
-        groups are still made per batch, as they are per worker.) Other models average over images.
+        groups are still made per micro-batch, as they are per worker.) Other models average over
+        images.
         """
         model = unwrap(self.model)
         if len(batches) == 1 or not isinstance(model, Detector):

@@ -1,4 +1,4 @@
-"""Sends the metrics of a training to Weights & Biases."""
+"""Sends the metrics of a run to Weights & Biases."""
 
 import importlib.util
 import logging
@@ -20,8 +20,8 @@ class WandbWriter(EventWriter):
     """Sends scalars to Weights & Biases, smoothed like those in `metrics.json`.
 
     W&B's environment variables, such as WANDB_MODE (offline), WANDB_NAME and WANDB_ENTITY, apply.
-    It uploads and retries in a process of its own, from the folder `wandb` of the output folder, so
-    a training never waits for the network (except at its end, for WANDB_FINISH_TIMEOUT seconds).
+    It uploads and retries in a separate process, from the folder `wandb` of the output folder, so
+    training never waits for the network (except at its end, for WANDB_FINISH_TIMEOUT seconds).
 
     Args:
         project: of W&B
@@ -55,11 +55,11 @@ class WandbWriter(EventWriter):
         self.last = max(new, default=self.last)
 
     def close(self) -> None:
-        """Finish the run, as failed if an error ended the training."""
+        """Finish the run, as failed if an error ended training."""
         self.call_run("finish", exit_code=int(sys.exc_info()[0] is not None))
 
     def call_run(self, name: str, *args: Any, **kwargs: Any) -> None:
-        """Call a method of the run; if W&B's process has died, the training continues without."""
+        """Call a method of the run; if W&B's process has died, training continues without it."""
         if self.run is None:
             return
         try:
@@ -73,7 +73,7 @@ class WandbWriter(EventWriter):
 
 
 def start_run(project: str, output_dir: str, config: dict[str, Any], resume: bool) -> Any:
-    """Start W&B's run of a training, offline if it cannot be reached."""
+    """Start the W&B run, offline if W&B cannot be reached."""
     import wandb  # optional
 
     memory = Path(output_dir, "wandb_id")

@@ -1,7 +1,7 @@
 """Error analysis of a detector, in numbers.
 
-AP, AR and curves come from COCO's evaluation; confusions and kinds of errors count detections
-above a score threshold; what the kinds cost in AP is of all detections.
+AP, AR and curves come from COCO's evaluation; confusions and types of errors count detections above
+a score threshold; the cost of each type in AP is over all detections.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ SIZES = ("all", "small", "medium", "large")  # COCO's, in the order of its evalu
 
 
 class BestThreshold(NamedTuple):
-    """The score threshold with the highest F1 at IoU 0.5, and what holds at it, in percent.
+    """The score threshold with the highest F1 at IoU 0.5, and precision, recall and F1 in percent.
 
     NaN if no box is annotated or found.
     """
@@ -146,7 +146,7 @@ def analyse(evaluation: COCOeval, threshold: float | None = THRESHOLD) -> Analys
 
     Args:
         evaluation: of boxes or of masks, accumulated, COCO's or Detectron2's
-        threshold: least score of detections in the confusion matrix and the kinds of errors; None:
+        threshold: lowest score of detections in the confusion matrix and the types of errors; None:
             the best of each class, see `ClassScores`, for a class without one that of all classes,
             and 0.5 if nothing is found at all
     """
@@ -205,7 +205,7 @@ def match_images(
 
 
 def thresholds(analysis: Analysis) -> dict[str, Any]:
-    """The score thresholds with the highest F1 at IoU 0.5, for whoever applies the model.
+    """The score thresholds with the highest F1 at IoU 0.5, for use in inference.
 
     Returns:
         under "all" that of the detections of all classes together, None if nothing is found; under

@@ -1,4 +1,4 @@
-"""COCO's AP from matches, and what each kind of error costs in it."""
+"""COCO's AP from matches, and what each type of error costs in AP."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,20 +25,21 @@ class Outcomes(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What each of `COSTS` costs: AP if an oracle fixed that kind alone, minus AP; in percent.
+    """What each of `COSTS` costs: AP if an oracle fixed that type alone, minus AP; in percent.
 
     As TIDE defines it (dAP of arXiv 2008.08115, sec. 2.3), the oracle
 
     - classification: corrects the class,
     - localisation: corrects the box,
     - both, duplicate, background: suppresses the detection,
-    - missed: takes away the boxes that are not found, and would not be by correcting either.
+    - missed: removes the boxes that are missed, and still would be after either correction.
 
-    Of detections that would find the same box once corrected, that of the highest score does, and
-    the others are suppressed; all are if the box is found already. Costs do not add up to 100 - AP.
+    If several detections would match the same box once corrected, the highest score does, and the
+    others are suppressed; all are if the box is matched already. Costs do not add up to 100 - AP.
 
-    Other than there, AP is COCO's, a mean over ten IoUs, where TIDE reports IoU 0.5; the kinds are
-    those of `matching.outcomes_at`; and a class of which no box is left does not count, as in COCO.
+    Differences from TIDE: AP is COCO's, a mean over ten IoUs, where TIDE reports IoU 0.5; the types
+    are those of `matching.outcomes_at`; and a class without remaining boxes does not count, as in
+    COCO.
     """
 
     mean: dict[str, float]  # over all classes; NaN without boxes
@@ -139,7 +140,7 @@ def average_precision(correct: np.ndarray, boxes: int) -> float:
 
 
 def costs_of(outcomes: Outcomes) -> Costs:
-    """What each kind of error costs; takes seconds for a million detections."""
+    """What each type of error costs; takes seconds for a million detections."""
     before = average_precisions(outcomes)
     after = {kind: average_precisions(outcomes, kind) for kind in COSTS}
     gains = [ap.mean(axis=0) - before.mean(axis=0) for ap in after.values()]

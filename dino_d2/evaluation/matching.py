@@ -56,7 +56,7 @@ class ImageMatches(NamedTuple):
         """Keep the detections of at least a score; the others do not affect their matches.
 
         Args:
-            threshold: the least score
+            threshold: the lowest score
             of_class: other ones of some classes, by category id
         """
         limits = of_class or {}
@@ -97,7 +97,7 @@ def match_image(
 
 
 def matches_at(matching: ImageMatches, ious: Sequence[float] | np.ndarray) -> np.ndarray:
-    """(I, D) index of the box that each detection finds at each of I least IoUs, or -1."""
+    """(I, D) index of the box that each detection matches at each of I IoU thresholds, or -1."""
     return assign_boxes(np.where(matching.same_class, matching.iou, 0), matching.crowd, ious)
 
 
@@ -115,12 +115,12 @@ def highest_scoring(detections: list[dict], count: int) -> list[dict]:
 def assign_boxes(
     iou: np.ndarray, crowd: np.ndarray, ious: Sequence[float] | np.ndarray
 ) -> np.ndarray:
-    """(I, D) index of the box that each detection takes at each of I least IoUs, or -1.
+    """(I, D) index of the box that each detection takes at each of I IoU thresholds, or -1.
 
     Args:
         iou: (D, T), 0 for pairs that must not be matched
         crowd: (T,) bool, boxes that many detections can take if no other is free
-        ious: the least IoUs, above 0
+        ious: the IoU thresholds, above 0
     """
     least = np.asarray(ious)[:, None]
     levels, last = np.arange(len(least)), iou.shape[1] - 1
@@ -155,7 +155,7 @@ def detection_kinds(matching: ImageMatches) -> list[str]:
 def outcomes_at(
     matching: ImageMatches, matches: np.ndarray, ious: Sequence[float] | np.ndarray
 ) -> np.ndarray:
-    """(I, D) index into `OUTCOMES`: what each detection is at each of I least IoUs.
+    """(I, D) index into `OUTCOMES`: what each detection is at each of I IoU thresholds.
 
     The errors are those of TIDE (arXiv 2008.08115, sec. 2.2): on an object of another class
     (classification), next to one of its class (localisation) or of another (both), on one that a
@@ -165,7 +165,7 @@ def outcomes_at(
     Args:
         matching: of an image
         matches: (I, D), of `matches_at`
-        ious: the least IoUs
+        ious: the IoU thresholds
     """
     least = np.asarray(ious)[:, None]
     iou = np.where(matching.crowd, 0, matching.iou)
@@ -194,7 +194,7 @@ def without_duplicates(results: list[dict], iou: float) -> list[dict]:
 
     Args:
         results: in COCO's format
-        iou: above which a detection falls to one of its class with a higher score
+        iou: above which a detection is suppressed by one of its class with a higher score
     """
     of_image = defaultdict(list)
     for result in results:

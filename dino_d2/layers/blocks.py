@@ -60,7 +60,7 @@ def absolute_box_head(embed_dim: int) -> MLP:
 
 
 def box_head(embed_dim: int) -> MLP:
-    """Likewise for changes of a reference box; starts at no change."""
+    """MLP for changes of a reference box; initialised to no change."""
     head = absolute_box_head(embed_dim)
     for parameter in head.layers[-1].parameters():
         nn.init.zeros_(parameter)

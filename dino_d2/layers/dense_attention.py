@@ -1,7 +1,7 @@
 """Attention to every token of the encoder, in place of a few points (DETR, section 3.2).
 
 Positions are added to queries and keys (DenseAttention, of DETR), or content and position have
-linear maps of their own (ConditionalSelfAttention, ConditionalCrossAttention, of DAB-DETR, after
+separate projections (ConditionalSelfAttention, ConditionalCrossAttention, of DAB-DETR, after
 Conditional DETR, arXiv 2108.06152).
 """
 
@@ -79,7 +79,7 @@ class SelfAttention(nn.MultiheadAttention):
 
 
 class ConditionalSelfAttention(nn.Module):
-    """Self-attention of queries, whose positions are added after linear maps of their own.
+    """Self-attention of queries, whose positions have separate projections.
 
     Args:
         embed_dim, num_heads, dropout: as of :class:`DenseAttention`
@@ -116,14 +116,14 @@ class ConditionalSelfAttention(nn.Module):
 
 
 class ConditionalCrossAttention(nn.Module):
-    """Attention to every token that is not padding: what and where to look are told apart.
+    """Attention to every token that is not padding, with separate content and position.
 
-    Positions stand beside the content in each head, so that their products are added.
+    They are concatenated in each head, so that their dot products are added.
 
     Args:
         embed_dim, num_heads, dropout: as of :class:`DenseAttention`
         first: whether positions are added to the content as well, as in the first decoder layer,
-            whose content knows of no image yet
+            whose content has not seen the image yet
     """
 
     def __init__(

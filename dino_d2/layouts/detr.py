@@ -6,7 +6,7 @@
     detrex_family     the same of IDEA-Research/detrex, as far as they are deformable
     huggingface_*     DETR, DAB-DETR and Deformable DETR of Hugging Face's transformers
 
-They compute the same functions as ours; `dino.py` tells the formats apart.
+They compute the same functions as ours; `dino.py` detects the format.
 """
 
 import re

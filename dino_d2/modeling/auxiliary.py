@@ -1,8 +1,8 @@
-"""Other detectors on the encoder's memory, which supervise it in training (as Co-DETR, arXiv
+"""Auxiliary detection heads on the encoder's memory, in training only (as in Co-DETR, arXiv
 2211.12860).
 
-Their heads and losses are Detectron2's. Many tokens or regions learn from each box, where DINO's
-own matching gives it one query.
+Their heads and losses are Detectron2's. They assign many tokens or regions to each box, where
+DINO's matching assigns one query.
 
     AuxiliaryFCOS         every token, by its centre
     AuxiliaryFasterRCNN   anchors and regions, by their IoU
@@ -57,9 +57,9 @@ class Levels(Backbone):
 class AuxiliaryDetector(nn.Module):
     """A detector whose losses join those of the model; subclasses compute them.
 
-    It has no queries, and losses of its own rules, divided by what Detectron2 divides them by, not
-    by the number of boxes averaged over workers, so gradient accumulation and several workers do
-    not equal one large batch. They wait for the device several times.
+    It has no queries. Its losses are normalised as in Detectron2, not by the number of boxes
+    averaged over workers, so gradient accumulation and several workers do not equal one large
+    batch. They need several GPU synchronisations.
 
     Args:
         embed_dim: C
@@ -101,7 +101,7 @@ class AuxiliaryDetector(nn.Module):
 
 def image_sizes(memory: FeaturePyramid) -> list[tuple[int, int]]:
     """Height and width of each image without padding, in pixels of which STRIDE are a token of the
-    finest level; waits for the device."""
+    finest level; synchronises with the GPU."""
     height, width = memory.shapes[0]
     shares = memory.valid_ratios[:, 0].tolist()
     return [(round(y * height) * STRIDE, round(x * width) * STRIDE) for x, y in shares]

@@ -95,7 +95,7 @@ def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 
 @BACKBONE_REGISTRY.register()
 class TimmBackbone(Backbone):
-    """A model of `timm` that gives feature maps and accepts images of any size.
+    """A model of `timm` that returns feature maps and accepts images of any size.
 
     Images are padded to multiples of the coarsest stride. Weights are loaded by the checkpointer,
     or by `timm` with `pretrained=True`. Of models with branches (HRNet), use all maps, or some

@@ -2,10 +2,11 @@
 
 A training-only branch is a module that :class:`DINO` calls with the targets, the queries of the
 result and the encoder's memory, and that returns a :class:`Branch`, such as :class:`Denoising`. The
-criterion reads how to supervise it from its Branch: by predictions of the decoder for further
-queries, of other heads for them or for those of the result, of no decoder at all, or by losses.
+criterion reads how to supervise it from its Branch: by decoder predictions for additional queries,
+by separate heads for these or for the queries of the result, by predictions without a decoder, or
+by its own losses.
 
-A further pass through the decoder is a module that is called with the model, the memory, and the
+An extra pass through the decoder is a module that is called with the model, the memory, and the
 branches before decoding, and that returns branches as `decode` does, under other names.
 """
 
@@ -77,7 +78,7 @@ def join_groups(groups: Sequence[Tensor], num_queries: int) -> Tensor:
 
 
 def group_attn_mask(groups: Tensor) -> Tensor:
-    """Who may not attend to whom, by the group of every query.
+    """The attention mask between queries, by the group of every query.
 
                denoising  one-to-many  result
                 1    2        -3         0
@@ -90,7 +91,7 @@ def group_attn_mask(groups: Tensor) -> Tensor:
         groups: (Q,) int64
 
     Returns:
-        (Q, Q) bool, row by row what a query must not see
+        (Q, Q) bool, True where the query of a row must not attend to the query of a column
     """
     own = groups == groups[:, None]
     return ~(own | ((groups == 0) & (groups[:, None] > 0)))

@@ -1,4 +1,4 @@
-"""Classification losses of matched queries: of their probability alone, or of their boxes too.
+"""Classification losses, by class probability alone or also by how well boxes fit.
 
     FocalLoss               RetinaNet, arXiv 1708.02002, equation 5: as in Deformable DETR and DINO
     VarifocalLoss           VarifocalNet, arXiv 2008.13367, equation 2
@@ -7,9 +7,9 @@
     MatchabilityAwareLoss   DEIM, arXiv 2412.04234
     SoftmaxLoss             DETR, arXiv 2005.12872, section 3.1
 
-Where nothing is, they differ by a weight alone. Where an object is, FocalLoss asks for a
-probability of 1, the others for one that says how well the predicted box fits, so that the best
-boxes score highest.
+For background, they only differ by a weight. For objects, the target of FocalLoss is a probability
+of 1; the others' reflects how well the predicted box fits, so that the best boxes get the highest
+scores.
 """
 
 import math

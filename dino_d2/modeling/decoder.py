@@ -29,16 +29,16 @@ class Decoder(nn.Module):
         num_points: P, per head and level
         shared_heads: whether all layers share one class head and one box head (official DINO)
             or have one each (detrex)
-        look_forward: how many box heads the box loss of a layer trains. 1: that of the layer
-            alone; 2, "look forward twice" (DINO, section 3.5): that of the layer before as well.
-            0: boxes are predicted but not refined, each layer looks where the first one did
-        layer: makes each layer of the numbers above; it takes what it needs of them
-        first_layer: makes the first, if it is of another kind
-        position_head: makes the positional part of the queries; None: :class:`AnchorPosition`
+        look_forward: how many box heads the box loss of a layer trains. 1: only that of the layer;
+            2, "look forward twice" (DINO, section 3.5): that of the layer before as well. 0: boxes
+            are predicted but not refined, all layers use the first reference
+        layer: constructs each layer from the dimensions above; it accepts those that it needs
+        first_layer: constructs the first layer, if it is different
+        position_head: computes the positional part of the queries; None: :class:`AnchorPosition`
         final_norm: whether predictions see the queries through a norm (Deformable DETR: no)
-        relation: makes, of `num_heads`, what is called after every layer and says what is left of
-            its predictions and who sees whom in the next, such as :class:`DistinctQueries` and
-            :class:`PositionRelation`; None: everything, and as `attn_mask` says
+        relation: constructs, from `num_heads`, what is called after every layer and returns its
+            final predictions and the attention mask of the next, such as :class:`DistinctQueries`
+            and :class:`PositionRelation`; None: predictions and `attn_mask` are not changed
         size_bias: where the first box head starts with width and height, before the sigmoid; None:
             all start at random, as those of DETR
         eps: where references are cut off before the inverse sigmoid, see `refine`

@@ -95,7 +95,7 @@ class DecoderLayer(nn.Module):
             attn_mask: (Q, Q) or (B * H, Q, Q), True where self-attention is forbidden, or numbers
                 that are added to its logits
             attend: in place of `attend`, called with the layer before the arguments; this and the
-                next are for further passes through the decoder
+                next are for extra passes through the decoder
             ffn: in place of the feed-forward part
         """
         x = (attend or type(self).attend)(self, x, position, attn_mask)
@@ -164,6 +164,6 @@ class ConditionalDecoderLayer(DenseDecoderLayer):
 
 @DECODER_LAYER_REGISTRY.register()
 class FirstConditionalDecoderLayer(ConditionalDecoderLayer):
-    """The first of DAB-DETR, whose content knows of no image: positions are added to it."""
+    """The first of DAB-DETR, whose content has not seen the image: positions are added to it."""
 
     first = True

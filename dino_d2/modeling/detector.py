@@ -55,8 +55,8 @@ class Detector(nn.Module):
         return sum(len(x["instances"]) for x in batch)
 
     def settings(self) -> dict[str, Any]:
-        """What this model and its weights have to agree on without a tensor's shape telling; saved
-        beside the weights, and compared when they are loaded."""
+        """Settings that the weights depend on but that no tensor shape shows; saved with the
+        weights, and compared when they are loaded."""
         found: dict[str, Any] = {
             "pixel_mean": [round(x, 3) for x in self.pixel_mean.flatten().tolist()],
             "pixel_std": [round(x, 3) for x in self.pixel_std.flatten().tolist()],

@@ -59,14 +59,13 @@ class DINO(Detector):
         decoder: maps queries and pyramid to the predictions of each layer
         criterion: maps a :class:`DetectorOutput` and targets to a dict of losses
         denoising: maps targets to a :class:`Branch`; None trains without
-        branches, passes: other training-only branches, and further passes through the decoder, see
+        branches, passes: other training-only branches, and extra passes through the decoder, see
             `branches.py`
         num_classes: K
         max_detections: per image
-        nms: largest IoU of two detections of a class, in (0, 1]; the one of the lower score is
-            suppressed. None, as in the paper: no suppression
-        one_class_per_query: whether a query is detected as its best class alone, as those of
-            softmax are in any case; by default, as in the paper, as any of its classes
+        nms: IoU threshold in (0, 1] of class-wise NMS. None, as in the paper: no suppression
+        one_class_per_query: whether a query is only detected as its best class, as always with
+            softmax; by default, as in the paper, it may be detected as several classes
         pixel_mean, pixel_std: per channel, in the order and range of the input images
         activation_checkpointing: stages, of "backbone", "encoder" and "decoder", whose activations
             are recomputed in the backward pass: less memory, more time
@@ -223,7 +222,7 @@ class DINO(Detector):
         return self.criterion(self.detect(images.tensor, padding_mask(images), targets), targets)
 
     def inference(self, batched_inputs: Batch) -> list[dict[str, Any]]:
-        """Detect, independently of what else is in the batch.
+        """Detect, independently of the other images in the batch.
 
         Only images of the same size share a forward pass. Padding is masked in the attention, but
         convolutions see across its border and GroupNorm averages over it.
@@ -263,7 +262,7 @@ class DINO(Detector):
         Args:
             pixels: (B, C, H, W), normalised, zero on padding
             padding: (B, H, W), True on padding
-            targets: for training, adds denoising, other branches and further passes
+            targets: for training, adds denoising, other branches and extra passes
         """
         call = recompute if self.recompute_backbone else nn.Module.__call__
         memory = self.encoder(self.neck(call(self.backbone, pixels)), padding)

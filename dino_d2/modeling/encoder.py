@@ -101,14 +101,14 @@ class Encoder(nn.Module):
         dropout: probability
         num_levels: L
         num_points: P, per head and level
-        layer: makes each layer of the numbers above; it takes what it needs of them
-        position_temperature, position_offset: of the encoding of pixels, see `encode_pixels`
-        level_embed: whether levels are told apart; DETR, which has one, does not
+        layer: constructs each layer from the dimensions above; it accepts those that it needs
+        position_temperature, position_offset: of the position encoding, see `encode_pixels`
+        level_embed: whether levels have a learned embedding; not in DETR, which has one level
         scale_position: whether positions of tokens are multiplied by an MLP of their content, the
             same in all layers (DAB-DETR's code)
 
     Raises:
-        ValueError: a number is none that can be, or the channels cannot be shared by the heads
+        ValueError: a number is invalid, or the channels cannot be divided among the heads
     """
 
     recompute = False  # DINO(activation_checkpointing=["encoder"]) sets it

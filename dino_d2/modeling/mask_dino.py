@@ -36,7 +36,7 @@ from .tokens import take_tokens, valid_ratio
 class MaskDINO(DINO):
     """DINO that also predicts the mask of every object.
 
-    Results have, in Detectron2's format and as far as they are asked for,
+    Results have, in Detectron2's format and if enabled,
 
     - "instances" with "pred_masks", (n, height, width) bool, and scores that are the class score
       times the mean probability of the mask's pixels; a mask without pixels scores 0
@@ -44,8 +44,8 @@ class MaskDINO(DINO):
       segment a dict of "id", "isthing" and "category_id", see `panoptic_map`
     - "sem_seg", scores (K, height, width) of every class at every pixel, see `semantic_map`
 
-    Unlike in the published code, padding is told apart from the image, so that detections do not
-    depend on what else is in a batch. They are equal where nothing is padded.
+    Unlike in the published code, padding is masked, so that detections do not depend on the other
+    images in a batch. Without padding, results are equal.
 
     Args:
         pixel_embedding: maps the backbone's features and the encoder's memory to pixel embeddings
@@ -53,15 +53,16 @@ class MaskDINO(DINO):
             :class:`MaskMatcher`. Its query selection is a :class:`UnifiedQuerySelection`; others,
             whose proposals have no masks, are possible
         instance_on, panoptic_on, semantic_on: which results are made
-        object_mask_threshold: least score, in [0, 1], of the queries that become segments
-        overlap_threshold: least share, in [0, 1], of its pixels that a segment wins from others
+        object_mask_threshold: lowest score, in [0, 1], of queries that become segments
+        overlap_threshold: minimal share, in [0, 1], of its mask's pixels that a segment has to win
+            from others
         temperature: of the softmax that makes scores of sigmoids sharper, for segments and pixels;
             None: they stay as they are
         stuff_classes: indices of classes without instances, such as sky; their segments in an image
             are one. With `panoptic_on` they are no "instances"
 
     Raises:
-        ValueError: a part is not made for masks, or a number is out of range
+        ValueError: a component does not support masks, or a number is out of range
     """
 
     decoder_type, has_masks = MaskDecoder, True
@@ -284,8 +285,8 @@ def output_size(x: dict[str, Any], image_size: tuple[int, int]) -> tuple[int, in
 def masks_of(x: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The masks (M, H, W) bool of a training input, and (M,) which are known and which have a box.
 
-    All are and have, unless instances say otherwise by "has_mask" and "has_box". A ValueError if
-    there are boxes, but no masks at all.
+    By default all are known and have a box; "has_mask" and "has_box" of instances override this. A
+    ValueError if there are boxes, but no masks at all.
     """
     instances: Instances = x["instances"]
     everything = torch.ones(len(instances), dtype=torch.bool)

@@ -1,8 +1,8 @@
 """Costs and losses of masks, at random points (Mask2Former, arXiv 2112.01527, section 3.3).
 
 As bilinear sampling is linear, the logit of a mask at a point is the product of its embedding with
-the pixel embedding that is sampled there. So maps are made of matched queries only, some at a
-time, and once more in the backward pass.
+the pixel embedding that is sampled there. So maps are only computed for matched queries, some at a
+time, and recomputed in the backward pass.
 """
 
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ class PointTruth(NamedTuple):
 
 @MATCHER_REGISTRY.register()
 class MaskMatcher(HungarianMatcher):
-    """Optimal matching by masks as well (Mask DINO, section 3.4).
+    """Optimal matching that also uses masks (Mask DINO, section 3.4).
 
     Args:
         mask_cost, dice_cost: weights of the binary cross-entropy and of the dice loss

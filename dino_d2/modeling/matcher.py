@@ -126,7 +126,7 @@ class SoftmaxMatcher(HungarianMatcher):
 
 @MATCHER_REGISTRY.register()
 class PositionModulatedMatcher(HungarianMatcher):
-    """The class counts less for boxes that fit less (Stable-DINO, arXiv 2304.04742).
+    """Class costs are modulated by how well boxes fit (Stable-DINO, arXiv 2304.04742).
 
     The focal cost is that of the probability p * u^0.5, where u = (GIoU + 1) / 2 is divided by the
     largest u of the image, over all its queries and boxes in a stage. (The published code includes

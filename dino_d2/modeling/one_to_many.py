@@ -1,4 +1,4 @@
-"""Several queries for each box, which only training needs.
+"""One-to-many matching: several queries per box, in training only.
 
 OneToManyMatcher   assigns queries by a score of their box and their class
 RepeatedMatcher    assigns them optimally, as if every box were there several times
@@ -33,12 +33,12 @@ class OneToManyMatcher:
 
     The score of a query for a box is `iou_weight * IoU + (1 - iou_weight) * p`, with the
     probability p of the box's class. A query belongs to the box for which its score is highest, and
-    stands for it if that is at least `threshold`, or if no other query scores higher for some box,
-    but only if it is among the `max_queries` best that do (as in MS-DETR, arXiv 2401.03989, after
-    the anchors of Faster R-CNN). So no query stands for two boxes, and a box whose best queries
+    is matched with it if that is at least `threshold`, or if no other query scores higher for some
+    box, but only if it is among the `max_queries` best (as in MS-DETR, arXiv 2401.03989, after the
+    anchors of Faster R-CNN). So no query is matched with two boxes, and a box whose best queries
     belong to others has none.
 
-    Everything is computed on the device, without waiting for it.
+    Everything is computed on the device, without synchronisation.
 
     Args:
         iou_weight: in [0, 1]; the rest is the weight of the class
@@ -101,8 +101,8 @@ class OneToManyMatcher:
 class RepeatedMatcher:
     """Optimal matching with every box `repeats` times (H-DETR, arXiv 2207.13080, section 3.2).
 
-    In an image with fewer queries than that, boxes are repeated as often as there are queries for
-    all of them, so that no box goes without for others' sake.
+    In an image with too few queries for this, every box is repeated as often as possible, so that
+    no box goes unmatched because of others.
 
     Args:
         matcher: one to one
@@ -114,7 +114,7 @@ class RepeatedMatcher:
         self.matcher, self.repeats = matcher, repeats
 
     def __call__(self, predictions: Predictions, targets: list[Target]) -> Match:
-        """Match every stage and image; waits for the device as the matcher does."""
+        """Match every stage and image; synchronises with the GPU as the matcher does."""
         queries = predictions.boxes.shape[2]
         repeated, boxes, start = [], [], 0
         for target in targets:
@@ -242,8 +242,8 @@ class OneToManyHead(nn.Module):
 
 @BRANCH_REGISTRY.register()
 class OneToManyQueries(nn.Module):
-    """Further queries, of which several stand for each box (hybrid branch of H-DETR, arXiv
-    2207.13080).
+    """Additional queries, several of which are matched with each box (hybrid branch of H-DETR,
+    arXiv 2207.13080).
 
     Their proposals are supervised in the same way. In the published code the result and these
     queries take different proposals of the same heads; here they have heads of their own.
@@ -296,13 +296,13 @@ class OneToManyQueries(nn.Module):
 
 @BRANCH_REGISTRY.register()
 class DenseQueries(nn.Module):
-    """Further queries, from the best tokens whether they are distinct or not (dense branch of DDQ
+    """Additional queries, from the top-scoring tokens, distinct or not (dense branch of DDQ
     DETR, arXiv 2303.12776).
 
-    Their content is a linear map of the token. They and the result do not see each other, and they
-    have class and box heads of their own, one for all layers and one for the proposals. Between the
-    layers their boxes are refined by the decoder's heads. (In the published code the heads differ
-    between layers and refine the boxes, and several queries are assigned to a box otherwise.)
+    Their content is a linear map of the token. They and the result do not attend to each other.
+    They have separate class and box heads, one for all layers and one for the proposals. Between
+    the layers their boxes are refined by the decoder's heads. (In the published code the heads
+    differ between layers and refine the boxes, and queries are assigned to boxes differently.)
 
     Args:
         num_classes: K

@@ -1,10 +1,10 @@
-"""Further passes through the decoder in training, supervised one to many (Mr. DETR, arXiv
+"""Extra passes through the decoder in training, supervised one to many (Mr. DETR, arXiv
 2412.10028).
 
     InstructedPass   learned tokens tell the queries, in self-attention, what is asked of them
     SeparatePass     feed-forward parts of its own
 
-All else is that of the decoder, which so learns from both, and which alone is used at inference.
+Everything else is shared with the decoder, which learns from both; inference only uses the decoder.
 """
 
 import math
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class FurtherPass(nn.Module):
-    """A pass through the decoder with some parts of its own, for each of its layers.
+    """A pass through the decoder in which each layer has some modules of its own.
 
     Denoising queries take part, and have their losses once more.
 
@@ -91,7 +91,7 @@ class FurtherPass(nn.Module):
     def select(
         self, model: "DINO", memory: FeaturePyramid, result: Branch
     ) -> tuple[Queries, Predictions | None]:
-        """Its queries, by default those of the result, and proposals, if there are further ones."""
+        """Its queries, by default those of the result, and proposals, if it has its own."""
         assert result.queries is not None
         return result.queries, None
 
@@ -102,7 +102,7 @@ class FurtherPass(nn.Module):
 
 @PASS_REGISTRY.register()
 class SeparatePass(FurtherPass):
-    """A pass with feed-forward parts of its own, from the queries of the result.
+    """A pass with separate feed-forward networks, from the queries of the result.
 
     Args:
         num_layers, embed_dim, ffn_dim, dropout: of the decoder
@@ -145,7 +145,7 @@ class SeparatePass(FurtherPass):
 
 @PASS_REGISTRY.register()
 class InstructedPass(FurtherPass):
-    """A pass whose queries see learned tokens, and come from proposals of heads of its own.
+    """A pass whose queries attend to learned tokens, and come from proposals of separate heads.
 
     Args:
         num_classes: K

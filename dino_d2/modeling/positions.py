@@ -33,7 +33,7 @@ class AnchorPosition(nn.Module):
 class LearnedPosition(nn.Module):
     """Position head of DETR's and Deformable DETR's decoder: the learned positions of the queries.
 
-    `embed_dim` is ignored; it exists so that configs can change the kind of position by one key.
+    `embed_dim` is ignored; it exists so that configs can switch the position head with one key.
     """
 
     def __init__(self, *, embed_dim: int | None = None):

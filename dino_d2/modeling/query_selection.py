@@ -41,7 +41,7 @@ QUERY_SELECTION_REGISTRY = Registry("QUERY_SELECTION")
 class StaticQueries(nn.Module):
     """The same `num_queries` learned queries for every image, without proposals.
 
-    `num_classes` is ignored; it exists so that configs can change the kind of selection by one key.
+    `num_classes` is ignored; it exists so that configs can switch the selection with one key.
     """
 
     @configurable
@@ -136,7 +136,7 @@ class PureQuerySelection(nn.Module):
 class MixedQuerySelection(PureQuerySelection):
     """Anchors as in pure selection, but learned content.
 
-    A token may hold several objects or a part of one, so it only says where to look.
+    A token may contain several objects or part of one, so it only determines the position.
     """
 
     @configurable

@@ -1,9 +1,9 @@
-"""What later decoder layers know of how queries relate, from the predictions of the layer before.
+"""Relations between queries, from the predictions of a layer for the next decoder layers.
 
     DistinctQueries   duplicates are not seen and not supervised (DDQ DETR, arXiv 2303.12776)
     PositionRelation  a bias of attention, from how boxes lie to each other (Relation-DETR)
 
-`Decoder` makes one of its number of heads, and calls it after every layer.
+`Decoder` constructs one from its number of heads, and calls it after every layer.
 """
 
 import math
@@ -31,10 +31,11 @@ class DistinctQueries(nn.Module):
     In each layer non-maximum suppression by the largest class score, whatever the class, suppresses
     queries of the result whose box has an IoU above `iou_threshold` with that of a better one. They
     predict nothing in this layer: they are detections and background only where they are distinct,
-    and are matched with a box only if there are more boxes than distinct queries. In the next layer
-    the others of the result do not see them, while they see themselves and the distinct ones.
+    and are matched with a box only if there are more boxes than distinct queries. In the next
+    layer, the other queries of the result do not attend to them; they attend to themselves and the
+    distinct ones.
 
-    Queries of other branches are not suppressed, and see whom they saw before.
+    Queries of other branches are not suppressed, and their attention mask does not change.
 
     (In the published code a layer supervises the queries that were distinct before it, and
     detections are those that were so before the last layer; distinct queries see suppressed ones.)
@@ -48,14 +49,14 @@ class DistinctQueries(nn.Module):
     def forward(
         self, output: LayerOutput, attn_mask: Tensor | None, last: bool
     ) -> tuple[LayerOutput, Tensor | None]:
-        """What is left of a layer's predictions, and what the next layer must not see.
+        """A layer's predictions without duplicates, and the attention mask of the next layer.
 
-        Waits for the device once, and once more if there are other branches.
+        Synchronises with the GPU once, and once more if there are other branches.
 
         Args:
             output: of a layer
             attn_mask: (Q, Q), True where attention is forbidden in every layer; the queries of the
-                result come last and see only each other
+                result come last and only attend to each other
             last: whether no layer follows
 
         Returns:
@@ -81,10 +82,10 @@ class DistinctQueries(nn.Module):
 
 @RELATION_REGISTRY.register()
 class PositionRelation(nn.Module):
-    """A bias of every head's attention, of how two boxes lie to each other (Relation-DETR, 2024).
+    """An attention bias for every head, from the relation of two boxes (Relation-DETR, 2024).
 
-    From the box 1 that a layer started from, of the query that looks, to the box 2 that it
-    predicted, of the query that is looked at, the relation is, for both axes,
+    The relation from box 1, with which a layer started, of the attending query, to box 2, which the
+    layer predicted, of the attended query is, for both axes,
 
         log(|center 1 - center 2| / size 1 + 1)  and  log(size 1 / size 2)
 
@@ -123,7 +124,7 @@ class PositionRelation(nn.Module):
             last: whether no layer follows
 
         Raises:
-            ValueError: queries look at points, not boxes
+            ValueError: queries are points, not boxes
         """
         if output.anchors.shape[-1] != 4:
             raise ValueError(
@@ -142,7 +143,7 @@ class PositionRelation(nn.Module):
 
 
 def position_relation(boxes: Tensor, others: Tensor, eps: float = 1e-5) -> Tensor:
-    """How each of the boxes (B, Q, 4) lies to each of the others (B, Q, 4): (B, Q, Q, 4).
+    """The relations (B, Q, Q, 4) of boxes (B, Q, 4) to other boxes (B, Q, 4).
 
     In order distance in x and y, ratio of widths and of heights, all as logarithms.
     """

@@ -43,15 +43,15 @@ def panoptic_map(
     """A map of segments, and what they are (MaskFormer, arXiv 2107.06278, section 3.4).
 
     Each pixel goes to the query with the highest score times mask probability, if that mask covers
-    it. Queries that keep too small a part of their mask become no segment, and their pixels stay
-    empty.
+    it. Queries that keep too small a part of their mask do not become segments, and their pixels
+    stay empty.
 
     Args:
         scores, labels: (n,), of the queries that may become segments
         logits: maps (m, height, width) of all of them, some at a time
         size: height and width
         stuff: classes whose segments are one
-        overlap: least area won, relative to that of the mask
+        overlap: minimal area won, relative to that of the mask
 
     Returns:
         ids (height, width) int32, 0 for none; and for each segment a dict of "id", "isthing" and

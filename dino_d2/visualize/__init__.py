@@ -1,4 +1,4 @@
-"""Pictures of data, detections, errors and the inside of the model."""
+"""Figures of data, detections, errors and the model's intermediate results."""
 
 from .error_plots import draw_error_plots
 from .explain import draw_masks, draw_proposals, draw_refinement, surest_queries

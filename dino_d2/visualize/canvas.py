@@ -1,4 +1,4 @@
-"""Shared drawing functions of the explaining pictures."""
+"""Shared drawing functions of the figures that explain detections."""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Pictures of an error analysis."""
+"""Plots of an error analysis."""
 
 import os
 from pathlib import Path

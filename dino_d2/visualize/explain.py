@@ -1,4 +1,4 @@
-"""Pictures of how a detection came about, from a trace (`dino_d2.trace`) of an image.
+"""Figures of how a detection came about, from a trace (`dino_d2.trace`) of an image.
 
 All functions take the image, its trace, the indices of queries to explain and the class names, and
 return a Matplotlib figure.
@@ -49,9 +49,8 @@ def draw_proposals(
     classes: Sequence[str],
     target: Target | None = None,
 ) -> Figure:
-    """Draw the tokens that query selection took, by level, and the boxes proposed there.
-
-    With a target, its boxes, too.
+    """Draw the tokens that became queries, by level, and the boxes proposed there. With a target,
+    its boxes, too.
     """
     selection = trace.selection
     assert selection is not None

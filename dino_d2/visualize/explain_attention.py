@@ -1,4 +1,4 @@
-"""Pictures of the decoder's attention; arguments and results are as in `explain`."""
+"""Figures of the decoder's attention; arguments and results are as in `explain`."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""An HTML page of the explaining pictures, with texts on how to read them."""
+"""An HTML page of the figures that explain detections, with texts on how to read them."""
 
 from collections.abc import Mapping
 from html import escape
@@ -8,7 +8,7 @@ from .page import data_uri, html_figure, html_page
 
 
 class Text(NamedTuple):
-    """Texts about a picture."""
+    """Texts about a figure."""
 
     title: str
     alt: str  # alternative text

@@ -1,4 +1,4 @@
-"""Pictures of DINO's denoising and matching in training (`dino_d2.trace`)."""
+"""Figures of DINO's denoising and matching in training (`dino_d2.trace`)."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Draws right, wrong and missed detections into an image."""
+"""Draws true positives, false positives and missed boxes into an image."""
 
 import numpy as np
 from PIL import Image
@@ -23,7 +23,7 @@ def draw_image_errors(
 ) -> Image.Image:
     """Draw the annotated boxes of an image and, to the right, its detections; see `LEGEND`.
 
-    Detections are labelled with class, score, and the IoU or the kind of error. If they have masks,
+    Detections are labelled with class, score, and the IoU or the type of error. If they have masks,
     these are drawn, and those of annotations.
 
     Args:

@@ -1,4 +1,4 @@
-"""Images with detections, and the curves of a training."""
+"""Images with detections, and training curves."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def draw_instances(image: Image.Image, instances: Instances, classes: Sequence[s
 
 
 def draw_curves(metrics: Path, output: Path) -> None:
-    """Plot loss, AP, and what errors cost, of a training, from its `metrics.json` to a PNG."""
+    """Plot loss, AP and the cost of errors from the `metrics.json` of a run, as a PNG."""
     rows = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     figure = Figure(figsize=(16, 4), layout="constrained")
     loss, precision, costs = figure.subplots(1, 3)

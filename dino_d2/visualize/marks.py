@@ -185,7 +185,7 @@ def contact_sheet(
     title: str,
     legend: Sequence[Mark] = (),
 ) -> Image.Image:
-    """Arrange pictures, of which there is at least one, in rows, each below its caption.
+    """Arrange images, of which there is at least one, in rows, each below its caption.
 
     The legend, below the title of the sheet, explains marks by their texts.
     """

@@ -1,4 +1,4 @@
-"""Colours and resolution of all pictures, and names that can be drawn."""
+"""Colours and resolution of all figures, and names that can be drawn."""
 
 # Those of Okabe and Ito, which the colour-blind can distinguish.
 BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"

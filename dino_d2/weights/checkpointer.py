@@ -44,7 +44,7 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: where to save
         classes: names of the model's classes; None: those of COCO if there are 80 or 91, of
             Objects365 if there are 365 or 366, numbers otherwise
-        complete: weights have to fill the model, as for evaluation and when a training is resumed
+        complete: weights have to fill the model, as for evaluation and resuming
         checkpointables: what else to save, and to load on a resume
     """
 
@@ -119,7 +119,7 @@ class Checkpointer(DetectionCheckpointer):
         return {"dino_d2": self.model.settings() | classes | thresholds}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
-        """Load the last intact checkpoint of a training, or else the weights at `path`.
+        """Load the last intact checkpoint of a run, or else the weights at `path`.
 
         Raises:
             CheckpointError: no checkpoint is intact, or it does not fit
@@ -139,18 +139,18 @@ class Checkpointer(DetectionCheckpointer):
         return self.load_to_resume(files[-1])
 
     def load_to_resume(self, file: str) -> dict:
-        """Load a checkpoint of this training, which is then its last one."""
+        """Load a checkpoint of this run, which is then its last one."""
         rest = self.load(file)
         kept = {key: rest[key] for key in ("iteration",) if key in rest}
         self.saved = {os.path.splitext(os.path.basename(file))[0]: kept}
         return rest
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a training to resume, even without `last_checkpoint`."""
+        """Whether there is a run to resume, even without `last_checkpoint`."""
         return super().has_checkpoint() or bool(self.numbered_files())
 
     def numbered_files(self) -> list[str]:
-        """The checkpoints of a training, the latest first."""
+        """The checkpoints of a run, the latest first."""
         return sorted(glob(os.path.join(escape(self.save_dir), "model_[0-9]*.pth")), reverse=True)
 
     def load(self, path: str | OpenedWeights, *args: Any, **kwargs: Any) -> dict:

@@ -1,4 +1,4 @@
-"""Downloads a file: resumed, with progress, checked, and never half of it."""
+"""Downloads a published file: resumable, with progress, checked, and atomic."""
 
 import hashlib
 import html
@@ -62,9 +62,8 @@ def cached(url: str, sha256: str = "") -> str:
 def download(url: str, path: str, sha256: str = "") -> None:
     """Download a file, unless it is there.
 
-    What an interrupted download left, beside it as `.part`, is continued where the server says that
-    the file is the same as then (by its ETag). Several processes may ask for the same file: one
-    downloads it.
+    An interrupted download, left as `.part`, is resumed if the file on the server is still the same
+    (by its ETag). Several processes may ask for the same file: one downloads it.
 
     Args:
         url: of the file

@@ -61,7 +61,7 @@ def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> Op
 
     Args:
         path: file, URL or `dino_d2://NAME` of a published checkpoint
-        averaged: use the moving average that a training saved with its weights
+        averaged: use the moving average that was saved with the weights
         mmap: as of `read`, for weights that are only copied into a model
 
     Raises:
@@ -84,7 +84,7 @@ def open_weights(path: str, *, averaged: bool = False, mmap: bool = False) -> Op
 
 
 def known_classes(number: int) -> ClassNames | None:
-    """The class names that their number tells, else None.
+    """The class names if their number determines them, else None.
 
     COCO's for 80 or 91 (ids up to 90), or 133 of panoptic segmentation; Objects365's for 365 or 366
     (ids up to 365).
@@ -129,7 +129,7 @@ def leave_training_only(state: State, initial: State, file: str) -> State:
 def fit_windows(state: State, initial: State, file: str, *, complete: bool) -> State:
     """Interpolate position biases to the windows of the model's Swin transformer.
 
-    They are a good start, but not what was trained.
+    They are a good initialisation, but not the trained values.
 
     Raises:
         CheckpointError: some would be interpolated, but the weights have to be complete

@@ -64,7 +64,7 @@ def pixels_of(model: Detector) -> dict:
 
 
 def encoding_of(filename: str) -> dict:
-    """The encoding of pixels that a published file needs."""
+    """The position encoding that a published file needs."""
     for release in RELEASES.values():
         if release.encoding and release.file == os.path.basename(filename):
             temperature, offset = release.encoding
@@ -75,7 +75,7 @@ def encoding_of(filename: str) -> dict:
 def check_settings(model: Detector, expected: dict, file: str, *, complete: bool) -> None:
     """Compare the settings of a model with those that weights need.
 
-    A wrong encoding of pixels is always an error; a wrong normalisation of pixels only if weights
+    A wrong position encoding is always an error; a wrong normalisation of pixels only if weights
     have to be complete, as for evaluation, because training can adapt to it.
 
     Raises:
@@ -103,7 +103,7 @@ def agree(found: Any, value: Any, *, rtol: float) -> bool:
 
 
 def warn_of_encoding(model: Detector, form: str | None, expected: dict, file: str) -> None:
-    """Warn if weights do not say which encoding of pixels they need, and the model's is unusual."""
+    """Warn if weights do not say which position encoding they need, and the model's is unusual."""
     own = model.settings()
     encoding = own.get("position_temperature"), own.get("position_offset")
     usual = USUAL_ENCODING.get(form or "", encoding)

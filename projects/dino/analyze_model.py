@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Where a model's parameters, operations, memory and time are, by stage, as a table.
+"""Print a model's parameters, operations, memory and time by stage, as a table.
 
 GFLOPs are 10^9 multiply-adds of inference on one image, as Detectron2's tools/analyze_model.py and
 fvcore count them: matrix products, convolutions, norms and, here, both kinds of attention. Weights

@@ -50,7 +50,7 @@ from dino_d2.weights.fitting import OpenedWeights, open_weights
 
 
 def convert(source: str, to: str, *, ema: bool = False) -> dict:
-    """The converted checkpoint; with `ema`, of the averaged weights of a training.
+    """The converted checkpoint; with `ema`, of the averaged weights.
 
     Raises:
         CheckpointError: the file cannot be read, has an unknown format, or no averaged weights

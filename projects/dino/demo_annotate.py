@@ -41,7 +41,7 @@ class Shot(NamedTuple):
 def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[Path], int]:
     """The images and videos of paths, folders and patterns, each once.
 
-    Pictures that `demo.py` has drawn are skipped in folders and patterns, and counted.
+    Images that `demo.py` has drawn are skipped in folders and patterns, and counted.
 
     Raises:
         FileNotFoundError: a path, folder or pattern has no such file
@@ -64,7 +64,7 @@ def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[Path], int]:
 
 
 def is_annotated(path: Path) -> bool:
-    """Whether `demo.py` has drawn this picture or video, by its content."""
+    """Whether `demo.py` has drawn this image or video, by its content."""
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return demo_video.is_annotated(path)
     if path.suffix.lower() != ".png":
@@ -188,7 +188,7 @@ class Annotator:
                 yield shot, instances
 
     def find(self, pictures: list[np.ndarray], threshold: float | None) -> list[Instances]:
-        """The detections in whole pictures, or in their tiles."""
+        """The detections in whole images, or in their tiles."""
         if not self.tiles:
             return self.predictor(pictures, threshold)
         known = {"size": self.tiles, "batch_size": self.batch_size, "threshold": threshold}

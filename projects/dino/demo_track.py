@@ -27,9 +27,9 @@ class Tracker:
     """Gives the objects of one video ids, by ByteTrack (2110.06864), whatever their classes are.
 
     Detections of at least the threshold of their class begin and continue tracks, lower ones only
-    continue those that nothing better does. Of two at one place, in two classes, the better counts.
-    An object gets its id, from 0 on, in the second frame that it is found in, and keeps it if it is
-    not found for up to a second.
+    continue those without a better match. Of two overlapping ones with different classes, the one
+    with the higher score counts. An object gets its id, from 0 on, in the second frame that it is
+    found in, and keeps it if it is not found for up to a second.
 
     Args:
         predictor: has the thresholds

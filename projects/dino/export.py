@@ -205,7 +205,7 @@ def verify(
 
 
 def average_precisions(path: Path, name: str, runtime: str = "") -> dict[str, float]:
-    """AP of boxes and, of Mask DINO, of masks, that a file has on a registered data set."""
+    """AP of boxes and, for Mask DINO, of masks, of a file on a registered data set."""
     model = ExportedModel(path, runtime)
     image_format = model.file.about.image_format
     mapper = Mapper(is_train=False, augmentations=[], image_format=image_format)
@@ -227,8 +227,8 @@ def to_int8(path: Path, batches: list[Batch]) -> None:
 
 
 def narrowed_well(path: Path, name: str, before: dict[str, float]) -> bool:
-    """Whether a file in narrower numbers has AP close to that before, in all runtimes that are
-    installed; prints all.
+    """Whether a file in lower precision has an AP close to the float32 one, in all installed
+    runtimes; prints all.
     """
     losses = []
     for runtime in installed(path):

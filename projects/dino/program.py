@@ -205,7 +205,7 @@ SHORT: dict[str, tuple[Callable, str]] = {
 
 
 def add_training_arguments(parser: Parser) -> None:
-    """Detectron2's options for a training, and for its data."""
+    """Detectron2's training options, and options for the data."""
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a file, or a name of the model zoo")
     add(
@@ -248,7 +248,7 @@ def positive(text: str) -> int:
 
 
 def require_model(predictor: Any) -> None:
-    """Raise a ValueError for what is exported: that is no model any more."""
+    """Raise a ValueError for an exported file, which is not a model any more."""
     from dino_d2.export import ExportedModel
 
     if isinstance(predictor.model, ExportedModel):

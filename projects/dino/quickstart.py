@@ -73,7 +73,7 @@ def draw_detections(data: Path, results: Path, output: Path) -> None:
 
 
 def training_arguments(args: argparse.Namespace, data: Path) -> argparse.Namespace:
-    """The arguments for train_net.py; replaces an earlier training of this demo.
+    """The arguments for train_net.py; replaces an earlier run of this demo.
 
     The first generated image identifies an output folder of this demo.
     """
@@ -90,7 +90,7 @@ def training_arguments(args: argparse.Namespace, data: Path) -> argparse.Namespa
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Before generating hundreds of images, check whether a training on two of them could begin.
+    """Before generating hundreds of images, check whether training on two of them could begin.
 
     Raises:
         ValueError: it could not
