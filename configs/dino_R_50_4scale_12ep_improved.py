@@ -1,4 +1,4 @@
-# The better recipe of detrex and mmdetection.
+# The improved recipe of detrex and mmdetection.
 from .dino_R_50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
 model.backbone.freeze_at = 0

@@ -1,4 +1,4 @@
-# A DINO for data of one's own: what learns most of a short training, from an ImageNet backbone.
+# DINO for your own data: the best recipe for short training runs, from an ImageNet backbone.
 # How it was chosen: projects/dino/BENCHMARKS.md.
 from detectron2.config import LazyCall as L
 

@@ -1,5 +1,5 @@
 # A small Mask DINO for the generated shapes: minutes on two CPU cores, from scratch. Its queries
-# are made by a selection with heads of its own, as masks take longer than boxes to be of use.
+# come from a selection with separate heads, as masks become useful later than boxes.
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 

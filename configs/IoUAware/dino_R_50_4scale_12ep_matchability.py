@@ -1,4 +1,4 @@
-# With the loss of DEIM (arXiv 2412.04234), without its mosaics and mixtures of images.
+# With the loss of DEIM (arXiv 2412.04234), without its mosaic and mixup.
 from detectron2.config import LazyCall as L
 
 from dino_d2.modeling import MatchabilityAwareLoss

@@ -1,6 +1,6 @@
 # Semantic segmentation of ADE20K, maskdino_R50_bs16_160k_steplr of its authors' code (48.7 mIoU as
-# published): learned queries, and class scores by a softmax. Sizes and crops are those of
-# Mask2Former's config; its changes of colours are not here.
+# published): learned queries, and softmax class scores. Sizes and crops are those of
+# Mask2Former's config; its colour augmentation is left out.
 from detectron2.config import LazyCall as L
 
 from dino_d2.modeling import SoftmaxLoss, StaticQueries

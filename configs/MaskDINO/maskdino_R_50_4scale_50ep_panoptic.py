@@ -1,5 +1,5 @@
 # Panoptic segmentation of COCO (53.0 PQ and 60.6 mIoU as published; 48.8 and 44.3 AP of boxes and
-# masks, which the README of its authors' code seems to have the other way round). There it is
+# masks, which the README of the authors' code seems to have swapped). There it is
 # panoptic-segmentation/maskdino_R50_bs16_50ep_3s_dowsample1_2048.
 from ..common.segmentation import evaluator, stuff_classes
 from .maskdino_R_50_4scale_50ep import dataloader, lr_multiplier, model, optimizer, train

@@ -1,5 +1,5 @@
-# COCO after Objects365: 18 epochs of images 1.5 times as large. When the learning rate falls is
-# EasyCV's, as the paper does not say it.
+# COCO after Objects365: 18 epochs of images 1.5 times as large. The step of the learning rate is
+# from EasyCV, as the paper does not give it.
 from ..dino_Swin_L_384_5scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
 augmentations = dataloader.train.mapper.augmentations

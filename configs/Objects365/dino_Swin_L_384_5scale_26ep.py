@@ -1,6 +1,6 @@
-# Swin-L on Objects365 as in the paper's section 4.2 and appendix: 26 epochs, 64 images a step, more
+# Swin-L on Objects365 as in the paper's section 4.2 and appendix: 26 epochs, batch size 64, more
 # denoising. An epoch is 1,742,286 images or 27,223 iterations. The paper does not say when the
-# learning rate falls; EasyCV's reproduction lets it fall after 24 epochs.
+# learning rate drops; in EasyCV it does after 24 epochs.
 from ..dino_Swin_L_384_5scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
 dataloader.train.dataset.names = ["objects365_v2_train"]

@@ -21,5 +21,5 @@ dataloader.train.total_batch_size = train.reference_batch = 32
 optimizer.lr = 2e-4
 optimizer.params.offsets_multiplier = 0.1
 lr_multiplier.update(milestones=[40], num_updates=50)
-train.max_iter = 50 * 3697  # 118,287 images, 32 a step
+train.max_iter = 50 * 3697  # 118,287 images, batch size 32
 train.checkpointer.period = train.eval_period = 3697

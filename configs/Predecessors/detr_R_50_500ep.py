@@ -26,5 +26,5 @@ model.max_detections = 100
 
 dataloader.train.total_batch_size = train.reference_batch = 64
 lr_multiplier.update(milestones=[400], num_updates=500)
-train.max_iter = 500 * 1849  # 118,287 images, 64 a step
+train.max_iter = 500 * 1849  # 118,287 images, batch size 64
 train.checkpointer.period = train.eval_period = 1849

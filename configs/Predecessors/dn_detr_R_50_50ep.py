@@ -13,7 +13,7 @@ model.denoising = L(IndicatorDenoising)(
     embed_dim="${..encoder.embed_dim}",
     groups=5,
     budget=500,
-    label_noise=0.4,  # labels are drawn anew with half of it, 0.2
+    label_noise=0.4,  # a label is redrawn with probability 0.2, half of it
     box_noise=0.4,
 )
 model.criterion._target_ = BoxesOnly

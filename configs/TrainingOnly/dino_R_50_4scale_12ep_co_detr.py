@@ -1,4 +1,4 @@
-# With auxiliary detectors on the encoder's memory, as Co-DETR (arXiv 2211.12860).
+# With auxiliary detection heads on the encoder's memory, as Co-DETR (arXiv 2211.12860).
 from detectron2.config import LazyCall as L
 
 from dino_d2.modeling import AuxiliaryFasterRCNN, AuxiliaryFCOS

@@ -1,4 +1,4 @@
-# With the two further passes of Mr. DETR (arXiv 2412.10028), and its noise.
+# With the two extra passes of Mr. DETR (arXiv 2412.10028), and its noise.
 from detectron2.config import LazyCall as L
 
 from dino_d2.modeling import InstructedPass, SeparatePass

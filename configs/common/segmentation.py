@@ -1,4 +1,4 @@
-# Of Mask DINO with maps: what it is evaluated by, and which classes of its data are stuff.
+# For Mask DINO with maps: the evaluator, and the stuff classes of the data.
 from detectron2.config import LazyCall as L
 
 from dino_d2.data import stuff_classes as stuff_classes_of

@@ -1,5 +1,5 @@
 # The options of Detectron2's configs/common/train.py, for an epoch of COCO at a time:
-# 118,287 images, empty ones included, 16 a step, are 7393 iterations.
+# 118,287 images, empty ones included, batch size 16, are 7393 iterations.
 train = dict(
     output_dir="./output",
     init_checkpoint="detectron2://ImageNetPretrained/torchvision/R-50.pkl",

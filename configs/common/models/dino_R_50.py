@@ -77,7 +77,7 @@ model = L(DINO)(
         giou_weight=2.0,
         denoising_class_weight=None,  # as class_weight
     ),
-    # As many as the training data has; a plain number says otherwise.
+    # Taken from the training data; a plain number overrides it.
     num_classes=L(num_classes)(names="${dataloader.train.dataset.names}"),
     max_detections=300,
     nms=None,
