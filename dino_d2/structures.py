@@ -29,7 +29,7 @@ class FeaturePyramid(NamedTuple):
     position: Tensor  # (B, S, C), sine encoding + level embedding
     padding: Tensor  # (B, S)
     valid_ratios: Tensor  # (B, L, 2), share of each level's (width, height) that is not padding
-    shapes: tuple[tuple[int, int], ...]  # ((H_0, W_0), ...), plain ints: no device sync
+    shapes: tuple[tuple[int, int], ...]  # ((H_0, W_0), ...), plain ints: no GPU synchronisation
 
 
 class Queries(NamedTuple):
@@ -37,7 +37,7 @@ class Queries(NamedTuple):
 
     content: Tensor  # (B, Q, C)
     reference: Tensor  # (B, Q, 4) boxes, or (B, Q, 2) points
-    position: Tensor | None = None  # (B, Q, C) where it is learned and not made of the reference
+    position: Tensor | None = None  # (B, Q, C) if learned, not computed from the reference
 
 
 class Predictions(NamedTuple):
@@ -114,8 +114,8 @@ class MaskTarget(NamedTuple):
     labels: Tensor  # (M,), int64 in [0, K)
     boxes: Tensor  # (M, 4)
     masks: Tensor  # (M, H, W) bool, of the image without its padding
-    known: Tensor  # (M,) bool, False for objects whose mask nobody knows
-    has_box: Tensor  # (M,) bool, False for stuff, whose box costs nothing
+    known: Tensor  # (M,) bool, False for objects whose mask is unknown
+    has_box: Tensor  # (M,) bool, False for stuff, which has no box losses
 
 
 class Match(NamedTuple):
@@ -126,7 +126,7 @@ class Match(NamedTuple):
     targets, if any, is the stage; every stage has the same number of matches.
     """
 
-    images: Tensor  # (n,), in ascending order; on the CPU until losses are made of it
+    images: Tensor  # (n,), in ascending order; on the CPU until losses are computed
     queries: Tensor  # (n,) or (N, n)
     targets: Tensor  # (n,) or (N, n); -1 is no match, so that stages may have fewer than others
 
@@ -138,20 +138,20 @@ class Branch(NamedTuple):
     """
 
     name: str  # part of the names of its losses: "dn" makes loss_class_dn
-    queries: Queries | None  # Q of them; None: it has none of its own
-    # (Q,), from -Q to Q, who attends to whom, see `group_attn_mask`; None: queries among themselves
+    queries: Queries | None  # Q of them; None: it has no queries of its own
+    # (Q,), from -Q to Q, the groups of `group_attn_mask`; None: all attend to each other
     groups: Tensor | None = None
-    # Known by construction, or what finds it of stacked predictions and targets; None: the matcher
-    # of the criterion.
+    # Known by construction, or a function of stacked predictions and targets; None: the matcher of
+    # the criterion.
     match: "Match | Callable[[Predictions, list[Target]], Match] | None" = None
-    repeats: int = 1  # queries that stand for each box; losses are divided by boxes * repeats
+    repeats: int = 1  # queries matched with each box; losses are divided by boxes * repeats
     weight: float = 1.0  # of all its losses
-    class_weight: float = 1.0  # of its class losses, besides
+    class_weight: float = 1.0  # of its class losses, on top of `weight`
     denoising: bool = False  # whether class loss and class weight are those of denoising
-    # Its predictions, of what the decoder layers give for its queries or, if it has none, for those
-    # of the result; None: those of the decoder's heads for its queries.
+    # Computes its predictions from the outputs of the decoder layers for its queries or, if it has
+    # none, for those of the result; None: the decoder's heads do, for its queries.
     heads: Callable[[Sequence[LayerOutput]], Sequence[Predictions]] | None = None
-    # Weighted losses of heads with rules of their own, beside those of its layers and proposals.
+    # Weighted losses of heads with their own losses, besides those of its layers and proposals.
     losses: Mapping[str, Tensor] = MappingProxyType({})
     layers: Sequence[Predictions] = ()  # one per decoder layer, once there are
     proposals: Predictions | None = None  # the encoder's, None without query selection

@@ -63,7 +63,7 @@ class StageMatching(NamedTuple):
     """The matched query of each box of an image, stage by stage."""
 
     stages: list[str]  # names of the N stages, in the order in which they refine each other
-    queries: Tensor  # (N, M), -1 where no query stands for a box, see `queries_of_boxes`
+    queries: Tensor  # (N, M), -1 where a box has no query, see `queries_of_boxes`
 
 
 class Denoised(NamedTuple):
@@ -74,7 +74,7 @@ class Denoised(NamedTuple):
 
     truth: Target  # (M,) and (M, 4)
     noised: Tensor  # (G, R, M, 4), what the decoder was given
-    boxes: Tensor  # (G, R, M, 4), what its last layer made of it
+    boxes: Tensor  # (G, R, M, 4), predictions of its last layer
     scores: Tensor  # (G, R, M) in [0, 1], there, for the class of the box
 
 
@@ -94,7 +94,7 @@ def trace(model: DINO, images: ImageList, targets: list[Target] | None = None) -
     queries = output.result.queries
     assert queries is not None
     own = slice(-queries.content.shape[1], None)  # those of other branches stand before them
-    first = slice(len(model.decoder.layers))  # further passes come after
+    first = slice(len(model.decoder.layers))  # extra passes come after
     parts = recorder.references[first], recorder.attention[first], recorder.looks[first]
     layers = [
         LayerTrace(
@@ -141,7 +141,7 @@ class Recorder:
         if isinstance(module, PureQuerySelection):
             self.selection = selection_of(module, *args[:2], boxes=output[0].reference)
 
-    # Attention is computed once more, as without weights it is in another way.
+    # Attention is computed again with weights, as the model computes it without them.
 
     def see_encoder(self, module: DenseAttention, args: tuple, output: Tensor) -> None:
         self.encoder_attention = module.weights(*args)

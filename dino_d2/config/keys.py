@@ -26,16 +26,16 @@ def add_dino_config(cfg: CN) -> None:
     c.NUM_LEVELS = 4
     c.NECK_NORM = True  # a GroupNorm behind each projection of a feature map
     c.NUM_POINTS = 4
-    # Encoding of pixels that the weights were trained with, see encode_pixels.
+    # The position encoding that the weights were trained with, see encode_pixels.
     c.POSITION_TEMPERATURE = 20.0
     c.POSITION_OFFSET = 0.0
-    c.LEVEL_EMBED = True  # levels are told apart by a learned part of the position
+    c.LEVEL_EMBED = True  # a learned embedding of each level is added to positions
     c.SCALE_POSITION = False  # positions of tokens are scaled by their content (DAB-DETR)
     c.ENCODER_LAYERS = 6
     c.ENCODER_LAYER = "EncoderLayer"  # or DenseEncoderLayer, ConditionalEncoderLayer
     c.DECODER_LAYERS = 6
     c.DECODER_LAYER = "DecoderLayer"  # or DenseDecoderLayer, ConditionalDecoderLayer
-    c.FIRST_DECODER_LAYER = ""  # of another kind: FirstConditionalDecoderLayer; "": as the others
+    c.FIRST_DECODER_LAYER = ""  # FirstConditionalDecoderLayer; "": like the others
 
     # Or PureQuerySelection, StaticQueries, DistinctQuerySelection; of the predecessors
     # ObjectQueries, PointQueries, ProposalQueries, PatternQueries, IndicatorPatternQueries,
@@ -46,11 +46,11 @@ def add_dino_config(cfg: CN) -> None:
     # Or LearnedPosition, ScaledAnchorPosition, ConditionalPosition.
     c.POSITION_HEAD = "AnchorPosition"
     c.LOOK_FORWARD = 2  # 2: look forward twice, 1: once, 0: boxes are not refined
-    # Of queries to each other, in all decoder layers but the first: DistinctQueries or
+    # Relation between queries, in all decoder layers but the first: DistinctQueries,
     # PositionRelation, or "" for none.
     c.RELATION = ""
     c.SHARED_HEADS = True  # all decoder layers share one class head and one box head
-    c.FINAL_NORM = True  # predictions see queries through a norm
+    c.FINAL_NORM = True  # a norm of the queries before class and box heads
     # Where width and height start in the first box head; None: all box heads start at random.
     c.SIZE_BIAS = 0.0
     c.INVERSE_SIGMOID_EPS = 1e-3  # where references are cut off
@@ -68,7 +68,7 @@ def add_dino_config(cfg: CN) -> None:
     c.DENOISING.BOX_NOISE = 1.0
 
     # Supervision in training only: OneToManyHead, OneToManyQueries, DenseQueries, AuxiliaryFCOS,
-    # AuxiliaryFasterRCNN; and further passes through the decoder: InstructedPass, SeparatePass.
+    # AuxiliaryFasterRCNN; and extra passes through the decoder: InstructedPass, SeparatePass.
     c.BRANCHES = []
     c.PASSES = []
 
@@ -86,12 +86,12 @@ def add_dino_config(cfg: CN) -> None:
     # Of MaskDINO, with UnifiedQuerySelection, MaskMatcher and MaskCriterion.
     c.MATCHER.update({"MASK_COST": 5.0, "DICE_COST": 5.0})
     c.LOSS.update({"MASK_WEIGHT": 5.0, "DICE_WEIGHT": 5.0})
-    c.LOSS.NUM_POINTS = 12544  # of each mask that costs and losses are computed at
+    c.LOSS.NUM_POINTS = 12544  # points per mask at which costs and losses are computed
     c.MASK = CN({"FEATURE": "res2"})  # of the backbone, at the stride of masks
     c.MASK.INITIALIZE_BOX_TYPE = "bitmask"  # where decoding starts; or "mask2box", "no"
     c.MASK.ANCHOR_SIDES = []  # of each level, finest first; []: 0.05, 0.1, 0.2, ...
-    # Which results MaskDINO makes, and of panoptic ones the least score of a query, and the least
-    # share of its pixels that it wins; TEMPERATURE is of the softmax of sigmoids, or None.
+    # The outputs of MaskDINO; for panoptic segmentation, the lowest score of a query, and the
+    # minimal share of its pixels that it wins; TEMPERATURE of the softmax over sigmoids, or None.
     c.TEST = CN({"INSTANCE_ON": True, "PANOPTIC_ON": False, "SEMANTIC_ON": False})
     c.TEST.update({"OBJECT_MASK_THRESHOLD": 0.25, "OVERLAP_THRESHOLD": 0.8, "TEMPERATURE": 0.06})
 
@@ -103,7 +103,7 @@ def add_dino_config(cfg: CN) -> None:
     cfg.MODEL.SWIN = CN({"EMBED_DIM": 192, "DEPTHS": [2, 2, 18, 2], "NUM_HEADS": [6, 12, 24, 48]})
     cfg.MODEL.SWIN.update({"WINDOW_SIZE": 12, "PRETRAIN_IMG_SIZE": 384, "DROP_PATH_RATE": 0.2})
 
-    # Python files, or modules, that are imported before anything is built: they register parts. A
+    # Python files or modules that register custom components, imported before anything is built. A
     # file is relative to the config, or else to the working directory.
     cfg.IMPORTS = []
 
@@ -112,22 +112,22 @@ def add_dino_config(cfg: CN) -> None:
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # learning rate of the backbone, relative to BASE_LR
     cfg.SOLVER.OFFSETS_MULTIPLIER = 1.0  # of sampling offsets; Deformable DETR has 0.1
     cfg.SOLVER.AMP.DTYPE = "bfloat16"  # of AMP; float16 comes with a gradient scaler
-    cfg.SOLVER.ACCUMULATE = 1  # gradient accumulation: batches that IMS_PER_BATCH is divided into
+    cfg.SOLVER.ACCUMULATE = 1  # gradient accumulation: micro-batches per step
     cfg.SOLVER.NON_FINITE = "stop"  # on a loss that is not finite; or "skip" the step
-    cfg.SOLVER.FLAT_SHARE = 0.5  # of the training, before the cosine of WarmupFlatCosineLR
+    cfg.SOLVER.FLAT_SHARE = 0.5  # of the run, before the cosine of WarmupFlatCosineLR
     cfg.SOLVER.EMA = CN({"ENABLED": False, "DECAY": 0.9999})  # moving average of the weights
     cfg.SOLVER.FSDP = False  # shards parameters, gradients and optimizer over the workers
-    # The batch size that BASE_LR and numbers of iterations are for; 0: IMS_PER_BATCH, whatever it
-    # is; see engine/schedule.py.
+    # The batch size that BASE_LR and numbers of iterations are for; 0: no scaling with
+    # IMS_PER_BATCH; see engine/schedule.py.
     cfg.SOLVER.REFERENCE_BATCH = 0
-    cfg.SOLVER.EPOCHS = None  # length of the training; None: MAX_ITER
+    cfg.SOLVER.EPOCHS = None  # length of training; None: MAX_ITER
     # Project of Weights & Biases for logging; "" disables it. See engine/writers.py.
     cfg.WANDB = CN({"PROJECT": ""})
-    # Class-wise NMS of detections: the largest IoU of two of a class that are kept; None: no NMS.
+    # IoU threshold of class-wise NMS of the detections; None: no NMS.
     cfg.TEST.NMS = None
-    cfg.TEST.ONE_CLASS_PER_QUERY = False  # detect a query as its best class alone
+    cfg.TEST.ONE_CLASS_PER_QUERY = False  # keep only the best class of each query
     cfg.TEST.BEST_METRIC = "bbox/AP"  # metric that selects model_best.pth; "" disables it
-    cfg.TEST.PATIENCE = 0  # evaluations in a row without a better one that end a training; 0: none
+    cfg.TEST.PATIENCE = 0  # early stopping: evaluations without improvement; 0: never
 
     # Keys of the latest Detectron2; that of 2024 has the samplers, but not their keys.
     cfg.DATALOADER.setdefault("RANDOM_SUBSET_RATIO", 1.0)
@@ -136,10 +136,10 @@ def add_dino_config(cfg: CN) -> None:
     # Short sides before the crop of DETR's augmentation; see dino_d2/data/augmentation.py.
     cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
     cfg.INPUT.CROP.MIN_VISIBLE = 0.0  # boxes of which less of the area is left are dropped
-    # Further augmentations, the last, by name, or [name, {arguments}]: of Detectron2's transforms,
-    # or registered; see projects/dino/OWN_PARTS.md.
+    # Additional augmentations, applied last, by name, or [name, {arguments}]: Detectron2's
+    # transforms, or registered ones; see projects/dino/OWN_PARTS.md.
     cfg.INPUT.AUGMENTATIONS = []
-    # For data of one's own, all off; see projects/dino/DATA.md. RANDOM_FLIP may be "both", too.
+    # For your own data, all off; see projects/dino/DATA.md. RANDOM_FLIP may also be "both".
     cfg.INPUT.PHOTOMETRIC = 0.0  # largest change of brightness, contrast and saturation
     cfg.INPUT.SCALE_JITTER = ()  # or two factors of MAX_SIZE_TRAIN, in place of MIN_SIZE_TRAIN
     # Probabilities of mosaic and mixup, and their part of the training; see dino_d2/data/mixing.py.

@@ -233,7 +233,7 @@ def _kind(node: Any, name: str, now: Any) -> type | None:
     """The only type among bool, int, float and str that a key accepts; None if unknown."""
     if isinstance(now, str) and "${" in now or not isinstance(node, dict):
         return None
-    # Without a target it is an option of the training.
+    # Without a target it is a training option.
     kind = _annotations(node).get(name) if "_target_" in node else type(now)
     return kind if kind in (bool, int, float, str) else None
 

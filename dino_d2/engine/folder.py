@@ -8,7 +8,7 @@ from detectron2.utils import comm
 CHECKPOINTS = "model_[0-9][0-9][0-9][0-9][0-9][0-9][0-9].pth", "model_final.pth", "model_best.pth"
 # Files that must not be lost. A run that ended before it wrote any of them blocks nothing.
 RESULTS = (*CHECKPOINTS, "last_checkpoint", "metrics.json", "events.out.tfevents.*")
-# Other files of a training. Runs of Weights & Biases have folders of their own in `wandb`.
+# Other files of a run. Runs of Weights & Biases have separate folders in `wandb`.
 OTHERS = (
     *("log.txt", "log.txt.rank[0-9]*", "config.yaml", "wandb_id"),
     "non_finite/[0-9]*_worker_[0-9]*.pth",
@@ -38,7 +38,7 @@ def check_folder(folder: str, *, resume: bool = False, overwrite: bool = False) 
         ValueError: there are results of an earlier training and neither option is given, or there
             are checkpoints without a `last_checkpoint` to resume from
     """
-    # A training that was killed while saving may have its first checkpoint without this file.
+    # A run that was killed while saving may have its first checkpoint without this file.
     if overwrite or (resume and any(_files(folder, ("last_checkpoint", CHECKPOINTS[0])))):
         return
     results = _files(folder, CHECKPOINTS if resume else RESULTS)

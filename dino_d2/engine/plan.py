@@ -72,7 +72,7 @@ class Plan(NamedTuple):
     build_loader: Callable[..., Any]  # of the training sets, or of a list of records
     build_mapper: Callable[[bool], Any]  # for training or not; turns a record into an input
     mixing: data.Mixing | None  # of training images
-    mixed: range  # the places in the training of images that it mixes
+    mixed: range  # the positions in the run of images that it mixes
     evaluate: Callable[..., dict]  # of a model and, for its files, a folder in "inference"
     train_sets: Sequence[str]
     test_sets: Sequence[str]
@@ -89,7 +89,7 @@ class Plan(NamedTuple):
     wandb_project: str  # "": none
     config: dict  # all of it as it was given, for people
     best_metric: str
-    patience: int  # evaluations without a better metric that end the training; 0: none does
+    patience: int  # early stopping: evaluations without a better metric; 0: never
     precision: torch.dtype | None  # of autocast; None: float32 everywhere
     accumulate: int
     skip_non_finite: bool

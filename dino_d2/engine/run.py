@@ -100,7 +100,7 @@ def train(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
     seed_all_rng(seed)  # equal weights on every worker
     model = distribute(plan.build_model(), fsdp=plan.fsdp, **plan.ddp)
     trainer, first, goes_on = prepare(plan, model, seed, resume)
-    if comm.is_main_process():  # only now, so that W&B gets no run for a training that cannot start
+    if comm.is_main_process():  # only now, so that W&B gets no run that cannot start
         writers = make_writers(plan, goes_on)
         trainer.register_hooks([hooks.PeriodicWriter(writers, plan.log_period or plan.max_iter)])
     try:

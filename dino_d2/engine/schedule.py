@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from ..config.styles import Keys, get, keys_for, put
 from ..ranges import require_positive, require_share, require_whole
 
-LONGEST_WARM_UP = 0.05  # share of a training, as in Goyal et al.: 5 of 90 epochs
+LONGEST_WARM_UP = 0.05  # fraction of the run, as in Goyal et al.: 5 of 90 epochs
 
 
 def scale_schedule(cfg: CfgNode | DictConfig, given: Collection[str] = ()) -> None:

@@ -99,7 +99,7 @@ class Analysis(NamedTuple):
     scores: np.ndarray  # (I, R, K) score that reaches a recall, 0 if none does
     errors: list[ErrorCounts]
     confusion: np.ndarray  # (K + 1, K + 1) counts: true class by detected one, background last
-    threshold: float  # least score in `errors` and `confusion`, and of what is drawn
+    threshold: float  # lowest score in `errors` and `confusion`, and of what is drawn
     of_class: dict[int, float]  # those of classes that have one of their own, by category id
     images: list[ImageMatches]  # all detections
     costs: Costs  # of all detections

@@ -13,7 +13,7 @@ ClassNames = Sequence[str | None]
 HEAD = re.compile(r"decoder\.(class|box)_heads\.(\d+)\.(.*)")
 LABELS = "denoising.label_embed.weight"
 CLASS_BIAS = "decoder.class_heads.0.bias"
-# What a model may have in training beside denoising, and no other implementation knows.
+# Training-only modules besides denoising, which no other implementation has.
 TRAINING_ONLY = ("branches.", "passes.")
 _CLASS_DEPENDENT = re.compile(
     r"(query_selection|decoder|(branches|passes)\.\d+(\.query_selection)?)\.class_heads?\."

@@ -80,7 +80,7 @@ class Checkpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         write({**state, **self.description(kwargs.get("iteration")), **kwargs}, path)
-        if name != BEST:  # kept, as a training resumes from the latest one
+        if name != BEST:  # kept, as resuming uses the latest one
             self.tag_last_checkpoint(os.path.basename(path))
 
     def add_thresholds(self, iteration: int, thresholds: dict[str, dict[str, float]]) -> None:

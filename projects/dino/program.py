@@ -230,7 +230,7 @@ def add_training_arguments(parser: Parser) -> None:
     add("--num-gpus", type=int, default=1, help="workers of *each machine*; default: 1")
     add("--num-machines", type=int, default=1, help="default: 1")
     add("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
-    # Detectron2's default collides for several trainings of a user.
+    # Detectron2's default collides for several runs of a user.
     add("--dist-url", default="auto", help="of the first machine, as tcp://HOST:PORT")
     add(
         "opts",

@@ -51,7 +51,7 @@ Evaluate your own or a published checkpoint; resume an interrupted run:
 """
 
 
-# What a process that has looked at config and data hands on, beside the options.
+# What a process that has read config and data passes on, besides the options.
 SEEN = {"job": None, "found": None, "registered": (), "early": ()}
 
 
