@@ -1,16 +1,16 @@
-## make demo    install what is missing, then run the quick start (pictures go to output/quickstart)
+## make demo    install what is missing, then run the quick start (results go to output/quickstart)
 ## make test    install what is missing, then run the tests with coverage
 ## make lint    install what is missing, then check style, formatting and types
-## make docs    build this documentation with an API reference as a site, in output/site
-## make wheel   build dist/: sources, and a wheel with the CPU kernels for all Pythons on Linux
+## make docs    build a site of all pages with an API reference, output/site
+## make wheel   build dist/: sources, and a wheel with the CPU kernels for any Python on Linux
 ## make clean   remove caches and the results of `make demo` and `make docs`; the environment stays
 ##
 ## VENV=dir       the environment to use (default: .venv, created where it is missing).
 ##                PyTorch and Detectron2 already in it are used as they are.
 ## PYTHON=python  the interpreter to create it with (default: python3; 3.10 to 3.13)
 ## PYTORCH_INDEX=url  where to take PyTorch from if it is missing (default: pip's index, whose PyTorch
-##                for Linux has CUDA). For CPUs alone: https://download.pytorch.org/whl/cpu
-## JOBS=n         how many tests run side by side (default: one per core, 8 at most)
+##                for Linux has CUDA). CPU only: https://download.pytorch.org/whl/cpu
+## JOBS=n         how many tests run in parallel (default: one per core, 8 at most)
 ## REPOINT=yes    let an environment that has dino_d2 from another checkout use this one
 
 VENV   ?= .venv
