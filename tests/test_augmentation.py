@@ -204,8 +204,8 @@ def test_scale_jitter_is_in_place_of_the_last_resize():
         ({"photometric": 20}, "photometric augmentation is 20; it has to be a number from 0 to 1"),
         ({"sampling": "any"}, "sampling is 'any'; it can be choice, range"),
         ({"crop_type": "round"}, "crop_type is 'round'; it can be absolute_range, absolute, rel"),
-        ({"sampling": "range", "min_sizes": (1, 2, 3)}, r"a range of \[1, 2, 3\]; give two sizes"),
-        ({"crop_type": "relative_range"}, r"relative_range and of \[384, 600\]; give parts of 1"),
+        ({"sampling": "range", "min_sizes": (1, 2, 3)}, r"side is \[1, 2, 3\]; give two sizes"),
+        ({"crop_type": "relative_range"}, r"relative_range, of size \[384, 600\]; give fractions"),
     ],
 )
 def test_options_that_cannot_be_are_one_sentence(options, part):

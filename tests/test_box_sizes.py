@@ -90,8 +90,8 @@ def test_small_boxes_and_more_boxes_than_queries_are_said():
     assert "A tenth of the boxes is below 16 pixels" in of_size
     assert "INPUT.MIN_SIZE_TRAIN" in of_size and "min_sizes" in of_size
     assert of_queries == (
-        "2 of 3 images looked at: more boxes (up to 31) than the model has queries (30), so it "
-        "cannot find all; raise MODEL.DINO.NUM_QUERIES (model.query_selection.num_queries)"
+        "2 of 3 images checked: more boxes (up to 31) than the model has queries (30), so it "
+        "cannot detect all; raise MODEL.DINO.NUM_QUERIES (model.query_selection.num_queries)"
     )
     assert len([*warnings_of(small, None)]) == 1
 
@@ -120,7 +120,7 @@ def test_a_loader_is_enough_to_know_them(grouped, caplog):
         log_box_sizes(loader, 1)
     said, of_size, of_queries = [x.getMessage() for x in caplog.records if "dino_d2" in x.name]
     assert said == "Boxes as trained: 12, 12 and 12 pixels (5 %, median, 95 %)"
-    assert "below 16" in of_size and of_queries.startswith("5 of 5 images looked at: more boxes")
+    assert "below 16" in of_size and of_queries.startswith("5 of 5 images checked: more boxes")
     caplog.clear()
     log_box_sizes([record([0, 0, 4, 9])], 1)  # a loader of another kind: nothing is known
     assert not caplog.records

@@ -282,7 +282,7 @@ def test_a_duplicated_id_is_refused(tmp_path, key):
     dataset = a_dataset()
     id = dataset[key][0]["id"]
     dataset[key].append(dataset[key][0])
-    assert_refused(write(tmp_path, dataset), f"of '{key}' has id {id} as an earlier one")
+    assert_refused(write(tmp_path, dataset), f"of '{key}' has the id {id} of an earlier one")
 
 
 @pytest.mark.parametrize("key", ["images", "categories"])

@@ -96,7 +96,7 @@ def test_what_other_tools_wrap_around_weights_is_taken_off_and_said(make_trained
     assert_same(load("ours.pth")["model"], trained.state_dict())
     said = capsys.readouterr().out
     assert "'theirs.pth': the model's weights are those under 'state_dict.model'" in said
-    assert "names are taken without 'net.'" in said
+    assert "'net.' removed from names" in said
 
 
 def test_what_belongs_to_the_weights_is_kept_with_them(make_trained, run):
@@ -210,13 +210,13 @@ def test_a_file_that_exists_is_not_overwritten(make_trained, run):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "is no file"),
+        (None, "is not a file"),
         (b"<html>", "it is a web page"),
         (b"", "it is empty"),
         ({"conv1.weight": torch.ones(1)}, "not a DINO in a known format"),
         ({"layer1.0.conv1.weight": torch.ones(1)}, "not a DINO in a known format"),
-        ({"level_embed": torch.ones(1)}, "'theirs.pth': this is another model than DINO"),
-        ({"transformer.level_embed": torch.ones(1)}, "another model than DINO"),
+        ({"level_embed": torch.ones(1)}, "'theirs.pth': this is neither DINO"),
+        ({"transformer.level_embed": torch.ones(1)}, "this is neither DINO nor"),
         (
             dict.fromkeys(["transformer.level_embed", CONTENT], torch.ones(1)),
             "not a DINO in a known",

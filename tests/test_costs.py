@@ -248,7 +248,7 @@ def test_means_weigh_every_image(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--config-file", "dino_R_50_4scal"], "nearest: .*dino_R_50_4scale"),
+        (["--config-file", "dino_R_50_4scal"], "did you mean: .*dino_R_50_4scale"),
         (["--annotations", "nowhere.json"], "'nowhere.json' does not exist"),
         (["--annotations", "{folder}/sizeless.json"], "'0.jpg' has height and width .0, 50.: make"),
         (["--annotations", "{folder}/number.json"], "entry 0 of 'images' is 7: make it an object"),
@@ -273,7 +273,7 @@ def test_a_mistake_is_one_sentence(tmp_path, words, part):
     [
         (["--size", "63", "800"], "63 pixels are too few: give at least 64"),
         (["--size", "-1", "800"], "'-1' is not an integer of at least 1"),
-        (["--num-images", "3"], "--num-images is of --annotations, which are not given"),
+        (["--num-images", "3"], "--num-images needs --annotations"),
         (["--images", "3"], "did you mean: --num-images"),
     ],
 )
@@ -296,5 +296,5 @@ def test_an_interruption_is_one_sentence(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(analyze_model, "build", interrupt)
-    with pytest.raises(SystemExit, match="interrupted before there was a table"):
+    with pytest.raises(SystemExit, match="interrupted before the table was complete"):
         analyze_model.main(["--config-file", "quickstart", "--device", "cpu", "--threads", "1"])

@@ -165,7 +165,7 @@ def test_mixed_precision_is_that_of_the_config(dtype, make_cfg):
         (("SOLVER.ACCUMULATE", 2), "train_net.py: leave it at 1"),
         (("WANDB.PROJECT", "cells"), "WANDB.PROJECT has no effect"),
         (("MODEL.MASK_ON", True), "MODEL.MASK_ON has no effect on a DINO"),
-        (("SOLVER.REFERENCE_BATCH", 4), "REFERENCE_BATCH 4 .* not for 2 images a step"),
+        (("SOLVER.REFERENCE_BATCH", 4), "REFERENCE_BATCH 4 .* not for batch size 2"),
         (("SOLVER.EPOCHS", 3), r"SOLVER.EPOCHS 3, .*scale_schedule\(cfg\) first"),
         (("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"), "ADAMW clips by 'full_model'"),
     ],

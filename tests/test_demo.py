@@ -115,7 +115,7 @@ def test_what_the_demo_has_drawn_is_taken_only_where_it_is_named(
         run_demo(monkeypatch, *options("--input", folder, "--output", folder))
         said = capsys.readouterr().out
         assert "10 detections in 2 images" in said
-    assert ", 2 pictures that demo.py had drawn passed over: see" in said
+    assert ", 2 images that demo.py had drawn skipped: see" in said
     assert {x.name for x in folder.glob("*.*")} == {
         "a.png",
         "b.jpg",
@@ -128,7 +128,7 @@ def test_what_the_demo_has_drawn_is_taken_only_where_it_is_named(
         drawn,
         folder / "a.png",
     ]
-    with pytest.raises(ValueError, match="only pictures that demo.py has drawn, such as"):
+    with pytest.raises(ValueError, match="only images that demo.py has drawn, such as"):
         demo_annotate.find_inputs([f"{folder}/b.p*"])
 
 
@@ -417,7 +417,7 @@ def test_the_folder_of_the_json_is_made_as_that_of_the_pictures(
 
 
 def test_a_class_that_is_not_annotated_is_one_sentence(annotations):
-    with pytest.raises(ValueError, match="class 'squares' is not in the .*nearest: square"):
+    with pytest.raises(ValueError, match="class 'squares' is not in the .*mean: square"):
         dataset = read_annotations(annotations)
         coco_writer.category_ids(["circle", "squares"], dataset)
 
@@ -696,8 +696,8 @@ def no_work(monkeypatch):
         (["--input", "{tmp}/images/aa.png"], "did you mean: '{tmp}/images/a.png'"),
         (["--input", "{tmp}/empty"], "--input '{tmp}/empty' is not a file, nor a folder"),
         (["--config-file", "quickstrt"], "did you mean: quickstart"),
-        (["--weights", "nowhere.pth"], "'nowhere.pth' is no file"),
-        (["--weights", "{tmp}/images/notes.txt"], "notes.txt' is damaged or no checkpoint"),
+        (["--weights", "nowhere.pth"], "'nowhere.pth' is not a file"),
+        (["--weights", "{tmp}/images/notes.txt"], "notes.txt' is damaged or not a checkpoint"),
         (["--output", "{tmp}/file"], "--output '{tmp}/file' is not writable (it is"),
         (["--output", "{tmp}/file/more"], "(Not a directory)"),
         (["--json", "{tmp}/file/out.json"], "the folder of --json '{tmp}/file' is not writable"),
@@ -710,7 +710,7 @@ def no_work(monkeypatch):
         (["--device", "cud"], "did you mean: cuda, cpu"),
         (["--device", "cuda"], "no GPU"),
         (["--device", "mps"], "no MPS"),
-        (["--opts", "MODEL.DINO.NUM_CLASS", "1"], "nearest: MODEL.DINO.NUM_CLASSES"),
+        (["--opts", "MODEL.DINO.NUM_CLASS", "1"], "did you mean: MODEL.DINO.NUM_CLASSES"),
         (["--opts", "TEST.DETECTIONS_PER_IMAGE"], "has no value"),
     ],
 )
@@ -731,9 +731,9 @@ NO_CONFIGS = {
     "text.yaml": (b"hello", "has no keys"),
     "list.yaml": (b"- 1\n- 2\n", "has no keys"),
     "other.yaml": (b"MODEL: {DINOS: 1}", "other.yaml': there is no key 'MODEL.DINOS'"),
-    "broken.yaml": (b"MODEL: [", "broken.yaml' is no YAML"),
+    "broken.yaml": (b"MODEL: [", "broken.yaml' is not YAML"),
     "target.yaml": (b"a: {_target_: builtins.dict}", "dataloader"),
-    "bytes.yaml": (b"\xff\xfe\x00\x01", "bytes.yaml' is no config but a binary file"),
+    "bytes.yaml": (b"\xff\xfe\x00\x01", "bytes.yaml' is a binary file, not a config"),
     "empty.py": (b"", "dataloader"),
     "broken.py": (b"model = (", "broken.py has syntax error"),
     "name.py": (b"model = nowhere", "nowhere"),

@@ -265,7 +265,7 @@ def test_a_detection_is_the_same_in_every_run(make_dino, make_batch, randomise):
 
 @pytest.mark.parametrize(("channels", "colours"), [(1, 3), (3, 1)])
 def test_images_of_other_channels_than_the_model_are_one_sentence(make_dino, channels, colours):
-    sentence = f"images have {channels} channels?, .* of {colours}: change INPUT"
+    sentence = f"images have {channels} channels?, .* for {colours}: change INPUT"
     with pytest.raises(ValueError, match=sentence):
         make_dino(colours=colours).eval()([{"image": torch.zeros(channels, 64, 64)}])
 

@@ -874,10 +874,10 @@ def test_the_number_of_workers_is_known_before_they_start(alone_outside, monkeyp
 
 def test_more_workers_than_gpus_are_refused_before_they_start(alone_outside, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="3 workers were asked for .* which has 2 GPUs"):
+    with pytest.raises(ValueError, match="3 workers were requested .* which has 2 GPUs"):
         launch(pytest.fail, arguments("--num-gpus", "3"))
     set_worker(monkeypatch, LOCAL_WORLD_SIZE=3)
-    with pytest.raises(ValueError, match="3 workers were asked for .* which has 2 GPUs"):
+    with pytest.raises(ValueError, match="3 workers were requested .* which has 2 GPUs"):
         launch(pytest.fail, arguments())
 
 

@@ -616,7 +616,7 @@ def test_without_detections_there_is_nothing_to_say(registered, rest, caplog):
          "train longer"),
         (1.2, 39.8, 35.5, True, "duplicates cost 1.2 AP (AP is 39.8, and 35.5 without NMS): "
          "train longer, or lower TEST.NMS (model.nms)"),
-        (0.9, 39.8, 40.1, False, "of all kinds of errors, 'localisation' costs most: 5.0 AP (AP is "
+        (0.9, 39.8, 40.1, False, "of all types of errors, 'localisation' costs most: 5.0 AP (AP is "
          "39.8, and 40.1 with NMS 0.8)"),
     ],
 )  # fmt: skip
@@ -655,7 +655,7 @@ GOOD = detection([1, 2, 3, 4])
     ("content", "words"),
     [
         ("[", "not JSON"),
-        ({"annotations": []}, "no list of detections but a dict"),
+        ({"annotations": []}, "a dict, not a list of detections"),
         ([GOOD, 5], "detection 1 has no image_id"),
         ([{k: v for k, v in GOOD.items() if k != "score"}], "has no score"),
         ([GOOD | {"image_id": 5}], "image_id 5"),

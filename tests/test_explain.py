@@ -640,8 +640,8 @@ def test_a_right_a_wrong_and_a_missed_detection_are_explained(explained):
     scores = [[0.8, *LOW[1:]], LOW, LOW, [0.7, *LOW[1:]], [0.1, 0.4, 0.1], [0.1, 0.1, 0.95]]
     truth = [(0, 0), (1, 1), (2, 2), (5, 2, "crowd")]
     assert explained(scores, truth) == {
-        0: "the surest correct detection, circle 0.80",
-        3: "the surest false positive, circle 0.70 (duplicate)",
+        0: "the most confident correct detection, circle 0.80",
+        3: "the most confident false positive, circle 0.70 (duplicate)",
         4: "matched with the largest missed object, square: its IoU is 0.78, its score for this "
         "class 0.40",
     }
@@ -652,16 +652,18 @@ def test_a_right_a_wrong_and_a_missed_detection_are_explained(explained):
 
 def test_a_query_may_be_explained_for_two_reasons_and_the_surest_fill_up(explained):
     scores = [[0.1, 0.9, 0.1], LOW, [0.2, 0.1, 0.1], LOW, LOW, [0.3, 0.1, 0.1]]
-    wrong = "the surest false positive, square 0.90 (classification); matched with the largest"
+    wrong = (
+        "the most confident false positive, square 0.90 (classification); matched with the largest"
+    )
     found = explained(scores, [(0, 0)])
     assert list(found) == [0, 5, 2] and found[0].startswith(wrong)
-    assert found[5] == found[2] == "one of the surest"
+    assert found[5] == found[2] == "one of the highest scores"
 
 
 def test_what_nms_suppresses_is_no_false_positive(explained):
     scores = [[0.8, *LOW[1:]], LOW, LOW, [0.7, *LOW[1:]], LOW, LOW]
     assert "duplicate" in explained(scores, [(0, 0)])[3]
-    assert explained(scores, [(0, 0)], nms=0.8)[3] == "one of the surest"
+    assert explained(scores, [(0, 0)], nms=0.8)[3] == "one of the highest scores"
 
 
 def test_an_image_of_nothing_but_crowds_is_not_the_first_with_boxes(dataset, monkeypatch):
@@ -738,7 +740,7 @@ PICTURES = [x for x in TEXTS if x not in ("attention", "masks")]  # of deformabl
 REASONS = {
     "selection": "The queries of this model are learned",
     "denoising": "This model is trained without denoising",
-    "truth": "This takes an image with ground truth",
+    "truth": "This needs an image with ground truth",
     "boxes": "The image has no boxes",
 }
 

@@ -255,7 +255,7 @@ def test_a_missing_package_is_named_with_its_command(name, monkeypatch, tmp_path
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file '.*model.onnx'"):
+    with pytest.raises(FileNotFoundError, match="there is not a file '.*model.onnx'"):
         Exported(tmp_path / "model.onnx")
 
 
@@ -876,7 +876,9 @@ def test_ap_of_a_file_is_that_of_its_data(validation, picture, monkeypatch):
     )
     name = program.validation_set(args, CLASSES)
     assert program.average_precisions(Path("x"), name) == {"bbox": pytest.approx(100)}
-    with pytest.raises(ValueError, match="validation data is of .*'circle'.* the model of .*'dog'"):
+    with pytest.raises(
+        ValueError, match="validation data has the classes .*'circle'.* the model .*'dog'"
+    ):
         program.validation_set(args, ["dog"])
 
 
@@ -892,7 +894,7 @@ def test_ap_of_a_file_is_that_of_its_data(validation, picture, monkeypatch):
         (["--output", "model.pt2", "--val-json", "x"], "--val-json and --val-images go together"),
         (
             ["--output", "m.pt2", "--val-json", "x", "--val-images", "x", "--data", "x"],
-            "--data is in place of --val-json",
+            "--data and --val-json exclude",
         ),
     ],
 )
@@ -1165,7 +1167,7 @@ def test_the_server_refuses_what_is_no_image_of_8_bits(start, picture):
     whole = picture.read_bytes()
     for upload in (b"no image", b"", whole[:2000], deep.getvalue()):
         status, answer = post(address, upload)
-        assert status == 400 and "no whole image with 8 bits" in answer["error"]
+        assert status == 400 and "not a complete image with 8 bits" in answer["error"]
     with urllib.request.urlopen(address, timeout=600) as answer:  # a GET, as of a browser
         assert b"post an image" in answer.read()
 

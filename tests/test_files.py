@@ -157,7 +157,7 @@ def test_a_wrong_name_is_answered_with_the_nearest(network):
 def test_what_is_no_file_is_named(path):
     with pytest.raises(CheckpointError) as caught:
         fetch(path)
-    assert_one_sentence(caught, f"'{path}' is no file")
+    assert_one_sentence(caught, f"'{path}' is not a file")
 
 
 # ---- files to be read
@@ -222,7 +222,7 @@ def test_a_foreign_file_is_named(tmp_path, suffix, content):
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         read(str(path))
-    assert_one_sentence(caught, path, "damaged or no checkpoint")
+    assert_one_sentence(caught, path, "damaged or not a checkpoint")
     assert "weights_only" not in str(caught.value)  # PyTorch's advice how to run it after all
 
 
@@ -241,7 +241,7 @@ def test_what_a_foreign_file_obviously_is_is_said(tmp_path, suffix, content, rea
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         read(str(path))
-    assert str(caught.value) == f"'{path}' is damaged or no checkpoint: {reason}"
+    assert str(caught.value) == f"'{path}' is damaged or not a checkpoint: {reason}"
 
 
 @pytest.mark.parametrize("part", [0.02, 0.5, 0.99])
@@ -256,7 +256,7 @@ def test_a_truncated_file_is_named(tmp_path, suffix, part):
     path.write_bytes(content[: int(part * len(content))])
     with pytest.raises(CheckpointError) as caught:
         read(str(path))
-    assert_one_sentence(caught, path, "damaged or no checkpoint")
+    assert_one_sentence(caught, path, "damaged or not a checkpoint")
 
 
 @pytest.mark.parametrize("data", [[1, 2], torch.ones(3), "weights", torch.nn.Linear(1, 1)])
@@ -401,7 +401,7 @@ def test_what_wrappers_put_before_all_names_is_taken_off_and_it_is_said(prefix, 
     given = {prefix + key: x for key, x in STATE.items()}
     state, form, note = weights({"model": given}, "a.pth")
     assert form == "dino_d2" and state.keys() == STATE.keys()
-    assert note == f"'a.pth': names are taken without {removed}"
+    assert note == f"'a.pth': {removed} removed from names"
 
 
 @pytest.mark.parametrize("part", ["_orig_mod.", "_fsdp_wrapped_module."])
@@ -463,7 +463,7 @@ def test_the_file_of_another_model_is_named():
     state = {"transformer.level_embed": torch.ones(4, 256), "query_feat.weight": torch.ones(300)}
     with pytest.raises(CheckpointError) as caught:
         weights({"model": state}, "a.pth")
-    assert_one_sentence(caught, "'a.pth': this is another model than DINO", "official")
+    assert_one_sentence(caught, "'a.pth': this is neither DINO nor", "official")
 
 
 # ---- files to be written

@@ -234,7 +234,7 @@ def test_voc_that_counts_from_0_is_taken_as_such_and_said(tmp_path, caplog):
     path = tmp_path / "a_0.xml"
     path.write_text(path.read_text().replace("<xmin>4<", "<xmin>0<"))
     register([f"{tmp_path}@train"])
-    assert "boxes that begin below 1, so all are read as counted from 0: 1" in caplog.text
+    assert "boxes with coordinates below 1, so all are read as 0-based: 1" in caplog.text
     boxes = [x["bbox"] for x in find_folder(str(tmp_path)).splits["train"].dataset["annotations"]]
     assert boxes in ([[0, 3, 24, 10]], [[4, 3, 20, 10]])
 

@@ -421,7 +421,7 @@ def the_same_image_twice(data):
     data.add(name="a.png", boxes=[(1, 2, 30, 40)])
 
 
-@refused("entry 1 of 'images' has id 1", "give each its own")
+@refused("entry 1 of 'images' has the id 1", "give each its own")
 def images_with_the_id_of_another(data):
     data.add()
     data.add(image_id=1)

@@ -164,5 +164,5 @@ def test_control_c_ends_it_with_a_sentence(comes_from, monkeypatch):
 
     comes_from(None)
     monkeypatch.setattr(install, "install", interrupt)
-    with pytest.raises(SystemExit, match="Interrupted. The same command goes on"):
+    with pytest.raises(SystemExit, match="Interrupted. Run the same command again"):
         install.main([])

@@ -81,7 +81,7 @@ def test_another_model_with_the_names_of_one_of_them_is_refused(make_state, name
     """Deformable DETR has the sign by which the format is told, too."""
     given = LAYOUTS[name][0](make_state())
     del given[key]
-    with pytest.raises(CheckpointError, match=f"another model than DINO.*the names of {name}"):
+    with pytest.raises(CheckpointError, match=f"this is neither DINO nor.*the names of {name}"):
         detect_format(given)
 
 
@@ -91,7 +91,7 @@ def test_a_model_of_relation_detr_is_not_taken_for_one_of_detrex(make_state):
         key.replace("attentions.0.", "self_attn.") if ".encoder." in key else key: x
         for key, x in layouts.detrex(make_state()).items()
     }
-    with pytest.raises(CheckpointError, match="another model than DINO.*the names of detrex"):
+    with pytest.raises(CheckpointError, match="this is neither DINO nor.*the names of detrex"):
         detect_format(given)
 
 

@@ -323,8 +323,8 @@ def test_queries_may_come_from_elsewhere(make_mask_dino, make_mask_batch, select
     [
         ("CRITERION", "SetCriterion", "criterion of Mask DINO has to be a MaskCriterion"),
         ("MATCHER.NAME", "HungarianMatcher", "matcher of Mask DINO has to be a MaskMatcher"),
-        ("BRANCHES", ["OneToManyHead"], "OneToManyHead .* does not know masks"),
-        ("PASSES", ["SeparatePass"], "SeparatePass .* does not know masks"),
+        ("BRANCHES", ["OneToManyHead"], "OneToManyHead .* does not support masks"),
+        ("PASSES", ["SeparatePass"], "SeparatePass .* does not support masks"),
     ],
 )
 def test_parts_that_do_not_know_masks_are_refused(key, value, said):
@@ -357,7 +357,7 @@ def test_wrong_options_are_sentences():
         to_maskdino({"query_selection.class_head.bias": torch.zeros(3)}, coarsest_first=True)
     with pytest.raises(ValueError, match="one class head"):
         MaskDecoder(shared_heads=False, num_heads=4, **common)
-    with pytest.raises(ValueError, match="no 'res2'"):
+    with pytest.raises(ValueError, match="need the feature 'res2'"):
         PixelEmbedding(input_shape={"res3": None})
 
 
@@ -403,7 +403,7 @@ def test_learned_queries_and_no_object_have_their_place_in_the_published_layout(
 
 
 def test_tokens_are_not_ranked_by_a_softmax():
-    with pytest.raises(ValueError, match="take StaticQueries"):
+    with pytest.raises(ValueError, match="use StaticQueries"):
         semantic(QUERY_SELECTION="UnifiedQuerySelection")
 
 
@@ -420,7 +420,7 @@ def test_what_needs_instances_says_so(make_mask_dino):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"instance_on": False}, "asked for no results: set one of MODEL.DINO.TEST.INSTANCE_ON"),
+        ({"instance_on": False}, "has no output enabled: set one of MODEL.DINO.TEST.INSTANCE_ON"),
         ({"stuff_classes": [0, 3]}, "class 3 is stuff .* but the model has 3 classes"),
         ({"object_mask_threshold": 1.5}, "object_mask_threshold is 1.5"),
         ({"temperature": 0.0}, "temperature is 0.0"),

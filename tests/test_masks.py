@@ -170,7 +170,7 @@ def test_errors_of_masks_are_analysed_beside_those_of_boxes(name_of, tmp_path, c
     assert results["dAP"]["localisation"] == 0
     assert results["dAP_segm"]["localisation"] == pytest.approx(100)
     assert "F1" in results and "F1_segm" not in results  # no mask is found
-    assert "of masks, 'localisation' costs most: 100.0 AP (mask AP is 0.0)" in caplog.text
+    assert "for masks, 'localisation' costs most: 100.0 AP (mask AP is 0.0)" in caplog.text
     for folder, kind in ((tmp_path / "out", "correct"), (tmp_path / "out/segm", "localisation")):
         with (folder / "errors.csv").open() as file:
             (counts,) = csv.DictReader(file)

@@ -202,12 +202,12 @@ def test_what_cannot_be_downloaded_has_alternatives_of_its_family_that_can():
 
 def test_a_misspelt_file_is_answered_with_the_nearest_file(tmp_path):
     (tmp_path / "mine.yaml").touch()
-    with pytest.raises(FileNotFoundError, match=f"nearest: {tmp_path}/mine.yaml$"):
+    with pytest.raises(FileNotFoundError, match=f"mean: {tmp_path}/mine.yaml$"):
         model_zoo.get_config_file(str(tmp_path / "mime.yaml"))
 
 
 def test_weights_that_are_like_nothing_are_said_not_to_be_there():
-    with pytest.raises(CheckpointError, match="^'nowhere/at/all.pth' is no file$"):
+    with pytest.raises(CheckpointError, match="^'nowhere/at/all.pth' is not a file$"):
         model_zoo.fetch_weights("nowhere/at/all.pth")
 
 

@@ -76,5 +76,5 @@ def test_channels_that_do_not_divide_into_groups_are_refused():
 
 
 def test_a_feature_that_the_backbone_has_not_is_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="'res9', which the backbone does not give; the nearest"):
+    with pytest.raises(ValueError, match="'res9', which the backbone does not have; did you mean"):
         ChannelMapper(input_shape={"res3": ShapeSpec(channels=3)}, in_features=["res9"])

@@ -186,7 +186,7 @@ def test_what_a_yaml_config_does_not_take_is_one_sentence(words, message, yaml):
 @pytest.mark.parametrize("option", ["--resume", "--num-gpus=2"])
 def test_an_option_after_the_overrides_is_said_to_be_one(option, yaml, lazy):
     before = str(yaml), str(lazy)
-    message = f"'{option}' is an option, not a key of the config: write it before the changes"
+    message = f"'{option}' is an option, not a key of the config: write it before the config"
     assert complaint(yaml, "OUTPUT_DIR", "x", option).startswith(message)
     assert complaint(lazy, "train.seed=1", option).startswith(message)
     assert (str(yaml), str(lazy)) == before
@@ -200,7 +200,7 @@ def test_a_value_may_begin_as_an_option_does(yaml):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("optimizer.lr", "changed by KEY=VALUE"),
+        ("optimizer.lr", "are KEY=VALUE"),
         ("~optimizer.lr", "is a deletion"),
         ("optimizer.lr=[1", "cannot be read (no viable alternative at input '[1')"),
         ("train.output_dir=don't", "put its value, or each value of a list, into quotes"),

@@ -364,7 +364,7 @@ def test_parts_of_a_sigmoid_do_not_go_with_the_softmax(name, change, part):
         detr.criterion.matcher,
     )
     cfg.update(change)
-    with pytest.raises(ValueError, match=f"^{part} is made for class scores by a sigmoid"):
+    with pytest.raises(ValueError, match=f"^{part} needs sigmoid class scores"):
         instantiate(cfg)
 
 
@@ -375,7 +375,7 @@ def test_denoising_has_the_class_loss_of_the_head():
         instantiate(cfg)
 
 
-CONDITIONAL = "ConditionalPosition .* goes with ConditionalDecoderLayers"
+CONDITIONAL = "ConditionalPosition .* needs ConditionalDecoderLayers"
 
 
 @pytest.mark.parametrize(

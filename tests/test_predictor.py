@@ -186,8 +186,8 @@ def test_a_format_of_detectron2_with_fractions_is_seen(make_predictor, image):
 @pytest.mark.parametrize(
     ("image_format", "sentence"),
     [
-        ("L", "images have 1 channel, but the model has means and deviations of 3"),
-        ("CMYK", "images have 4 channels, but the model has means and deviations of 3"),
+        ("L", "images have 1 channel, but the model has means and deviations for 3"),
+        ("CMYK", "images have 4 channels, but the model has means and deviations for 3"),
         ("rgb", "image format is 'rgb', not one of 8 bits per channel: .*did you mean: RGB"),
         ("F", "image format is 'F', not one of 8 bits per channel"),
     ],
@@ -320,7 +320,7 @@ def test_a_name_without_weights_of_its_authors_names_those_that_others_have():
 
 def test_a_misspelt_file_of_weights_is_answered_with_the_nearest(trained):
     wrong = trained.parent / "modl.pth"
-    with pytest.raises(CheckpointError, match=f"'{wrong}' is no file; .*: {trained}$"):
+    with pytest.raises(CheckpointError, match=f"'{wrong}' is not a file; .*: {trained}$"):
         dino_d2.load("quickstart", str(wrong), device="cpu")
 
 

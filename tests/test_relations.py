@@ -190,7 +190,7 @@ def test_the_second_layer_relates_where_queries_started_to_where_they_went(make_
 def test_a_relation_of_points_is_refused():
     boxes = torch.rand(1, 2, 4)
     output = LayerOutput(torch.zeros(1, 2, 3), boxes, torch.zeros(1, 2, 8), boxes[..., :2])
-    with pytest.raises(ValueError, match="PositionRelation needs queries made of boxes"):
+    with pytest.raises(ValueError, match="PositionRelation needs queries with boxes"):
         PositionRelation(num_heads=HEADS)(output, None, last=False)
 
 
@@ -256,7 +256,7 @@ def test_a_trace_has_the_attention_that_there_was(make_model, make_batch, relati
 
 
 def test_a_relation_of_one_layer_would_not_learn(make_dino):
-    with pytest.raises(ValueError, match="PositionRelation tells later layers .* has 1 layer"):
+    with pytest.raises(ValueError, match="PositionRelation passes relations .* has 1 layer"):
         make_dino(relation=PositionRelation, num_layers=1)
 
 

@@ -195,14 +195,14 @@ def test_unusable_maps_are_sentences(names, label_names, tmp_path):
         with pytest.raises(DatasetError, match=r"'.*gone.png' cannot be read"):
             make_mapper()(record | {key: str(tmp_path / "gone.png")})
     vars(MetadataCatalog.get(label_names[0]))["ignore_label"] = 0
-    with pytest.raises(DatasetError, match="marks pixels without a class by 0: write 255"):
+    with pytest.raises(DatasetError, match="marks pixels without a class with 0: write 255"):
         data.check(label_names[:1], (), 5)
 
 
 def test_classes_are_those_of_the_maps(names, label_names):
     assert data.class_names(names) == data.class_names(label_names) == CLASSES
     assert data.stuff_classes(names) == [4]
-    with pytest.raises(DatasetError, match="does not tell things from stuff"):
+    with pytest.raises(DatasetError, match="does not say which classes are things"):
         data.stuff_classes(label_names)
     assert data.stuff_classes("coco_2017_train_panoptic") == list(range(80, 133))
     assert data.num_classes("ade20k_sem_seg_train") == 150
@@ -355,10 +355,10 @@ def test_panoptic_segments_are_read_as_label_maps(names, label_names):
 def test_what_an_evaluation_needs_is_said_before_a_training(
     style, names, label_names, tmp_path, monkeypatch
 ):
-    with pytest.raises(ValueError, match="does not give: set MODEL.DINO.TEST.SEMANTIC_ON"):
+    with pytest.raises(ValueError, match="does not have: set MODEL.DINO.TEST.SEMANTIC_ON"):
         make_plan(config(style, *label_names, tmp_path))
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"COCO's panopticapi: pip install git\+https"):
+    with pytest.raises(ValueError, match=r"needs panopticapi: pip install git\+https"):
         make_plan(config(style, *names, tmp_path, "PANOPTIC_ON"))
     city = "cityscapes_fine_sem_seg_val"
     with pytest.raises(ValueError, match="pip install cityscapesscripts$"):

@@ -30,7 +30,7 @@ def test_queries_are_joined_in_the_given_order():
 )
 def test_queries_of_boxes_are_not_joined_with_those_of_points(second):
     first = Queries(torch.zeros(2, 3, 8), torch.zeros(2, 3, 4))
-    with pytest.raises(ValueError, match="need queries made of boxes, but those"):
+    with pytest.raises(ValueError, match="need queries with boxes, but those"):
         join_queries([first, second])
 
 

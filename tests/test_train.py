@@ -56,7 +56,7 @@ def test_a_training_is_one_call_and_gives_its_predictor(shapes, tmp_path):
         ({"config": "quickstrat"}, "quickstart"),
         ({"data": "no/folder"}, "no/folder"),
         ({"device": "cud"}, "did you mean: cuda"),
-        ({"lr": 0.1, "overrides": ["SOLVER.BASE_LR", 1]}, "--lr is in place of SOLVER.BASE_LR"),
+        ({"lr": 0.1, "overrides": ["SOLVER.BASE_LR", 1]}, "--lr sets SOLVER.BASE_LR"),
         ({"overrides": ["SOLVER.BASE_RL", 1]}, "BASE_LR"),
         ({"epochs": float("inf")}, "EPOCHS is inf"),
         ({"drop": "strar"}, "has no class 'strar' to drop; did you mean: star"),
@@ -88,6 +88,6 @@ def test_a_folder_may_have_any_name(style, name, tmp_path):
 def test_a_model_without_a_predictor_is_refused_before_it_is_trained(shapes, tmp_path):
     config = detectron2_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     options = ["MODEL.WEIGHTS", "", "MODEL.RETINANET.NUM_CLASSES", 4]
-    with pytest.raises(ValueError, match="a RetinaNet has no predictor here"):
+    with pytest.raises(ValueError, match="no predictor for RetinaNet"):
         dino_d2.train(config, shapes, output=tmp_path / "out", overrides=options)
     assert not (tmp_path / "out" / "log.txt").exists()

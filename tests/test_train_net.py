@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_is_one_sentence(
     options = overrides(style, output=tmp_path / "output", weights=tmp_path / "a.pth")
     message = complaint(monkeypatch, *config(style), *data, *option, *options)
     assert message.startswith("train_net.py: ") and "\n" not in message
-    assert f"'{tmp_path / 'a.pth'}' is damaged or no checkpoint" in message
+    assert f"'{tmp_path / 'a.pth'}' is damaged or not a checkpoint" in message
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -296,7 +296,7 @@ def test_data_that_is_needed_and_not_given(style, option, missing, data, shapes,
         (".py", ["~optimizer.max_norm"], ["deletion"]),
         (".py", ["train.accumulate=two"], ["'train.accumulate'", "(int), not 'two' (str)"]),
         (".py", ["model.num_classes"], ["KEY=VALUE", "'model.num_classes'"]),
-        (".py", ["model.num_clases=3"], ["nearest: model.num_classes"]),
+        (".py", ["model.num_clases=3"], ["did you mean: model.num_classes"]),
     ],
 )
 def test_a_bad_override_is_one_sentence(style, option, parts, data, monkeypatch):
@@ -308,7 +308,7 @@ def test_a_bad_override_is_one_sentence(style, option, parts, data, monkeypatch)
 def test_a_config_that_is_not_there(style, monkeypatch):
     assert "nowhere" in complaint(monkeypatch, "--config-file", f"nowhere{style}")
     message = complaint(monkeypatch, "--config-file", f"quikstart{style}")
-    assert f"nearest: quickstart{style}" in message
+    assert f"did you mean: quickstart{style}" in message
 
 
 def test_no_config_at_all(monkeypatch):
@@ -387,7 +387,7 @@ def test_options_stand_for_keys_of_either_style(style, data, tmp_path, monkeypat
     assert get(cfg, keys.lr) <= 1e-5  # it may follow the batch
     twice = overrides(style, output=tmp_path)
     message = complaint(monkeypatch, *config(style), *data, *output, *twice)
-    assert f"--output is in place of {keys.output_dir}: give either" in message
+    assert f"--output sets {keys.output_dir}: give only one" in message
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -412,8 +412,8 @@ def test_all_sides_of_images_follow_one(style, data):
     ("style", "size", "option", "said"),
     [
         (".yaml", "0", [], "the size of images (--size) is 0"),
-        (".yaml", "64", ["INPUT.MAX_SIZE_TEST", "80"], "in place of INPUT.MAX_SIZE_TEST"),
-        (".py", "64", ["dataloader.train.mapper.augmentations.max_size=80"], "in place of data"),
+        (".yaml", "64", ["INPUT.MAX_SIZE_TEST", "80"], "--size sets INPUT.MAX_SIZE_TEST"),
+        (".py", "64", ["dataloader.train.mapper.augmentations.max_size=80"], "--size sets data"),
     ],
 )
 def test_a_size_that_cannot_be_is_one_sentence(style, size, option, said, data, monkeypatch):
@@ -443,7 +443,7 @@ def test_where_no_device_is_named_it_is_what_there_is(style, data, monkeypatch, 
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         cfg = train_net.load_job(parse(*config(style), *data, "--epochs", "1")).cfg
         assert get(cfg, keys_for(cfg).device) == device
-        assert ("no GPU here: the CPU is used" in caplog.text) == (device == "cpu")
+        assert ("no GPU: the CPU is used" in caplog.text) == (device == "cpu")
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -503,10 +503,10 @@ def test_the_config_that_a_lazy_training_saved_trains(name, data, tmp_path):
         ("text.yaml", "hello", "text.yaml"),
         ("broken.py", "model = (", "broken.py"),
         ("name.py", "model = nowhere", "nowhere"),
-        ("other.yaml", "SOLVR: 1", "other.yaml': there is no key 'SOLVR' in the config; the near"),
+        ("other.yaml", "SOLVR: 1", "other.yaml': there is no key 'SOLVR' in the config; did you"),
         ("empty.py", "", "'dataloader'"),
         ("empty.yaml", "# nothing", "empty.yaml' is empty"),
-        ("list.yml", "[1, 2]", "list.yml' is no config: it has no keys"),
+        ("list.yml", "[1, 2]", "list.yml' is not a config: it has no keys"),
         ("broken.py", "a = 1\nmodel = (", "broken.py has syntax error!, line 2"),
         ("name.py", "a = 1\nmodel = nowhere", "name.py', line 2: NameError: name 'nowhere'"),
         ("lost.yaml", "_BASE_: no.yaml", "lost.yaml': its _BASE_ cannot be read"),
@@ -735,7 +735,7 @@ def test_boxes_are_looked_at_before_a_training(style, shapes, tmp_path, caplog, 
             run.training_loader(plan)
         said = " ".join(x.getMessage() for x in caplog.records)
         assert "Boxes as trained: " in said
-        assert "of 12 images looked at: more boxes" in said and "queries (1)" in said
+        assert "of 12 images checked: more boxes" in said and "queries (1)" in said
 
 
 def fewer_queries(style):
@@ -757,7 +757,7 @@ def test_a_folder_trains_and_is_evaluated_by_its_name_alone(shapes, tmp_path):
 WRONG = {
     ".yaml": [
         (["MODEL.DINO.QUERY_SELECTION", "Mixed"], "MODEL.DINO.QUERY_SELECTION is 'Mixed'"),
-        (["MODEL.DINO.IN_FEATURES", "['res9']"], "'res9', which the backbone does not give"),
+        (["MODEL.DINO.IN_FEATURES", "['res9']"], "'res9', which the backbone does not have"),
         (["MODEL.DINO.NUM_CLASSES", "x"], "num_classes is 'x'"),
         (["DATALOADER.SAMPLER_TRAIN", "x"], "Unknown training sampler: x"),
         (
@@ -765,7 +765,7 @@ WRONG = {
                 *("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"),
                 *("DATALOADER.RANDOM_SUBSET_RATIO", "-1.0"),
             ],
-            "the loader of training data cannot be built from this config (AssertionError",
+            "the training data loader cannot be built from this config (AssertionError",
         ),
         (["SOLVER.WEIGHT_DECAY_BIAS", "nan"], "bias_weight_decay is 'nan'"),
         (["SOLVER.BIAS_LR_FACTOR", "-1.0"], "bias_multiplier is -1.0"),
@@ -791,7 +791,10 @@ WRONG = {
         ),
         (["INPUT.MIXING.SPAN", "(0.2,0.8)"], "has no effect without INPUT.MIXING.MOSAIC or MIXUP"),
         (["INPUT.MIXING.MIXUP", "0.5", "INPUT.MIXING.SPAN", "(0.5,0.5)"], "SPAN"),
-        (["TEST.PATIENCE", "3", "TEST.EVAL_PERIOD", "0"], "by evaluations of a test set: set TEST"),
+        (
+            ["TEST.PATIENCE", "3", "TEST.EVAL_PERIOD", "0"],
+            "needs evaluations of a test set: set TEST",
+        ),
         (["SOLVER.FLAT_SHARE", "0.7"], "no effect without SOLVER.LR_SCHEDULER_NAME WarmupFlat"),
         (
             ["SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR", "SOLVER.FLAT_SHARE", "70"],
@@ -800,16 +803,16 @@ WRONG = {
         (["INPUT.MIXING.MIXUP", "0.5", "INPUT.MIXING.SPAN", "(0.5,)"], "give two shares of"),
         (["TEST.BEST_METRIC", "bbox/mAP"], "did you mean: bbox/AP"),
         (["TEST.BEST_METRIC", "ema/bbox/AP"], "EMA adds 'ema/' by itself"),
-        (["TEST.BEST_METRIC", "dAP/missed"], "by which none can be chosen; available: bbox/AP,"),
+        (["TEST.BEST_METRIC", "dAP/missed"], "which evaluation does not give; available: bbox/AP,"),
         (["DATALOADER.NUM_WORKERS", "-1"], "DATALOADER.NUM_WORKERS is -1"),
     ],
     ".py": [
         (["model=3"], "'model' is a section: name one of its keys"),
         (["dataloader.train=3"], "the section 'dataloader.train' of the LazyConfig is 3"),
-        (["model.neck.in_features=[res9]"], "'res9', which the backbone does not give"),
+        (["model.neck.in_features=[res9]"], "'res9', which the backbone does not have"),
         (["model.encoder.num_heads=7"], "is not a multiple of num_heads 7"),
         (["lr_multiplier.warmup_length=abc"], "'lr_multiplier.warmup_length' takes values such as"),
-        (["lr_multiplier.scheduler=3"], "the schedule of the learning rate cannot be built"),
+        (["lr_multiplier.scheduler=3"], "the learning rate schedule cannot be built"),
         (["dataloader.train.mapper.augmentations.flip=sideways"], "'sideways'"),
         (["train.patience=-1"], "patience (TEST.PATIENCE, train.patience) is -1"),
         (["dataloader.mixing.mosaic=2"], "mosaic is 2"),
@@ -860,7 +863,7 @@ def test_a_second_training_in_a_folder_is_refused_before_there_are_workers(
     (tmp_path / "model_final.pth").write_text("x")
     options = overrides(".yaml", output=tmp_path)
     message = complaint(monkeypatch, *config(".yaml"), *data, *options)
-    assert "has an earlier training ('model_final.pth')" in message and "--overwrite" in message
+    assert "has an earlier training run ('model_final.pth')" in message and "--overwrite" in message
     assert (tmp_path / "model_final.pth").read_text() == "x"
 
 

@@ -161,7 +161,7 @@ def test_weights_with_it_serve_a_model_without(make_dino, randomise, tmp_path, m
     assert all(torch.equal(model.state_dict()[key], x) for key, x in state.items())
     assert [text for level, text in messages() if level == "WARNING"] == []
     number = len(model.state_dict()) - len(state)
-    said = [text for _, text in messages() if "only served its training" in text]
+    said = [text for _, text in messages() if "for training only" in text]
     assert len(said) == 1 and said[0].startswith(plural(number, "tensor"))
 
 
@@ -217,10 +217,10 @@ def test_an_unknown_part_is_answered_with_the_nearest(key, name, nearest):
 
 def test_a_pass_is_for_a_number_of_layers_and_for_proposals(make_dino, make_batch):
     model = add(make_dino(num_layers=3), "SeparatePass")
-    with pytest.raises(ValueError, match="decoder of 2 layers, but that of the model has 3"):
+    with pytest.raises(ValueError, match="decoder of 2 layers, but the model's has 3"):
         model(make_batch(1))
     model = add(make_dino(StaticQueries), "InstructedPass")
-    with pytest.raises(ValueError, match="proposals, which StaticQueries does not make"):
+    with pytest.raises(ValueError, match="proposals, which StaticQueries does not have"):
         model(make_batch(1))
 
 

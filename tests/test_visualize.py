@@ -204,7 +204,7 @@ def test_letters_that_the_font_lacks_are_said_once(caplog, monkeypatch):
     for _ in range(2):
         draw_marks(BLACK, [Mark(box, "猫", "#ff0000")])
     (record,) = caplog.records
-    assert "lacks letters of '猫'" in record.message
+    assert "lacks characters of '猫'" in record.message
 
 
 @pytest.mark.parametrize("break_", ["\n", "\r\n", "\t"])
@@ -423,7 +423,7 @@ def test_data_that_cannot_be_shown_are_refused_in_one_sentence(
 
     base = look(shapes, tmp_path)
     assert "trian.json" in says(*base[:4], "--train-json", "trian.json", "--train-images", shapes)
-    assert "nearest" in says(*base, "INPUT.RANDOM_FLOP", "none")
+    assert "did you mean" in says(*base, "INPUT.RANDOM_FLOP", "none")
     assert "quickstart" in says("--config-file", "quickstat", *base[2:])
     assert says(*base, "--num-images", "0") == "2" and "1 or more" in capsys.readouterr().err
     assert says(*base[:6]) == "2" and "go together" in capsys.readouterr().err
@@ -569,7 +569,7 @@ def test_results_that_do_not_belong_together_are_refused_in_one_sentence(
     def says(*words):
         return complaint(monkeypatch, visualize_results, *results, *words)
 
-    assert "nearest" in says("--results", tmp_path / "result.json")
+    assert "did you mean" in says("--results", tmp_path / "result.json")
     assert "val.json" in says("--annotations", shapes / "vall.json")
     assert "nothing' does not exist" in says("--images", shapes / "nothing")
     assert "@" not in says("--images", "/nope")
