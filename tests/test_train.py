@@ -32,7 +32,7 @@ def test_a_training_is_one_call_and_gives_its_predictor(shapes, tmp_path):
     torch.testing.assert_close(found.scores, loaded.scores)
     with pytest.raises(ValueError, match="training"):  # is there already
         dino_d2.train("quickstart", shapes, epochs=1, **options)
-    with pytest.raises(ValueError, match="--overwrite is for a training that begins"):
+    with pytest.raises(ValueError, match="--overwrite starts a new run"):
         dino_d2.train("quickstart", shapes, resume=True, overwrite=True, **options)
     log = (out / "log.txt").read_text()
     other = options | {"output": tmp_path / "other", "drop": "star"}

@@ -528,10 +528,10 @@ def test_images_without_a_mistake_are_not_among_the_worst(
     run(monkeypatch, visualize_results, *results, "--confidence-threshold", 0.8)
     (caption,) = captions
     assert caption.startswith("1. val_00005.jpg") and "false positives 1" in caption
-    assert "detections of score ≥ 0.8." in capsys.readouterr().out
+    assert "detections with scores ≥ 0.8 are" in capsys.readouterr().out
     run(monkeypatch, visualize_results, *results)  # F1 is best without what is invented
     assert "false positives 0" in captions[1]
-    said = "is best, at IoU 0.5: square 0.9, triangle 0.9, star 0.9. For all"
+    said = "best F1 at IoU 0.5: square 0.9, triangle 0.9, star 0.9. For all"
     assert said in capsys.readouterr().out and said in (tmp_path / "out/index.html").read_text()
 
 
