@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
 from dino_d2.data import Mixing, mixing
 from dino_d2.data.mixing import BACKGROUND, mixup, mosaic
@@ -75,6 +75,39 @@ def test_boxes_of_a_mosaic_are_where_their_objects_are(channels):
         else:
             assert not len(rows) or min(np.ptp(rows), np.ptp(columns)) <= 1
     assert seen > 30
+
+
+@pytest.mark.parametrize("kind", [BitMasks, PolygonMasks])
+@pytest.mark.parametrize("mix", [mosaic, lambda samples: mixup(*samples[:2])])
+def test_masks_are_where_their_objects_are(kind, mix):
+    corner = [[20.0, 40, 70, 40, 70, 60, 45, 60, 45, 95, 20, 95]]  # an L
+    agree = []
+    for _ in range(20):
+        samples = [sample(*np.random.randint(100, 300, 2)) for _ in range(4)]
+        first, second, third, _ = samples
+        for x in (first, second):
+            x["image"][:, 40:60, 20:70] = x["image"][:, 40:95, 20:45] = 255
+            size, label = x["image"].shape[1:], int(x is second)
+            one = sample(*size, (20, 40, 70, 95), label=label)["instances"]
+            one.gt_masks = PolygonMasks([corner])
+            if kind is BitMasks:
+                one.gt_masks = BitMasks(x["image"][:1] > 0)
+            one.has_mask = torch.tensor([x is second])
+            x["instances"] = one
+        order = [third, second, first, third] if len(agree) % 2 else [first, second, third, third]
+        result = mix(order)
+        drawn, found = (result["image"] > 50).all(0), result["instances"]
+        if mix is mosaic:
+            drawn &= (result["image"] > 180).all(0)
+        if len(found):
+            masks = found.gt_masks
+            if kind is PolygonMasks:
+                masks = BitMasks.from_polygon_masks(masks, *found.image_size)
+            union = masks.tensor.any(0)
+            agree.append((drawn & union).sum() / (drawn | union).sum())
+            assert found.has_mask.tolist() == found.gt_classes.bool().tolist()
+            assert len(found.has_box) == len(found)
+    assert len(agree) > 15 and np.mean(agree) > 0.9
 
 
 def test_a_box_of_which_a_mosaic_leaves_too_little_is_dropped(monkeypatch):

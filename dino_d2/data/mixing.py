@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +28,7 @@ class Mixing:
     middle. Mixup (https://arxiv.org/abs/1710.09412) blends two images, which may be mosaics, and
     keeps the boxes of both. The result has the size of the first image. The others are drawn from
     the whole data set with equal probability, and augmented as the first. (DEIM also rotates the
-    tiles of a mosaic, by up to 10 degrees.)
+    tiles of a mosaic, by up to 10 degrees.) Masks are moved with their boxes.
 
     Args:
         mosaic: probability that an image becomes a mosaic
@@ -77,11 +77,6 @@ class Mixing:
             other images as "mixed_with"; the rest is that of the first image
         """
         sample = self.perhaps_mosaic(dataset, index)
-        if sample["instances"].has("gt_masks"):
-            raise ValueError(
-                "mosaic and mixup combine boxes, not masks: set both to 0 (INPUT.MIXING, "
-                "dataloader.mixing), or train without masks"
-            )
         if np.random.rand() < self.mixup:
             sample = mixup(sample, self.perhaps_mosaic(dataset, draw(dataset)))
         return sample
@@ -105,9 +100,10 @@ def mosaic(samples: Sequence[dict], min_visible: float = 0.0) -> dict:
     scale = np.random.uniform(*SCALES)
     shift_x, shift_y = np.random.uniform(0.5 - SHIFT, 0.5 + SHIFT, 2)
     middle_x, middle_y = round(shift_x * width), round(shift_y * height)
-    all_boxes = []
+    parts = []
     for number, sample in enumerate(samples):
-        tile, boxes = resized(sample, scale * fit(sample, height / 2, width / 2))
+        tile = resized(sample["image"], scale * fit(sample, height / 2, width / 2))
+        ratios = ratios_of(tile, sample)
         # its corner in the mosaic, which may be outside
         x = middle_x - (0 if number % 2 else tile.shape[2])
         y = middle_y - (0 if number // 2 else tile.shape[1])
@@ -115,23 +111,23 @@ def mosaic(samples: Sequence[dict], min_visible: float = 0.0) -> dict:
         _, rows, columns = tile.shape
         top, left = max(y, 0), max(x, 0)
         image[:, top : top + rows, left : left + columns] = tile
-        all_boxes.append(boxes + torch.tensor([x, y, x, y]))
-    classes = torch.cat([sample["instances"].gt_classes for sample in samples])
-    instances = remaining(torch.cat(all_boxes), classes, (height, width), min_visible)
-    return mixed(samples, image, instances)
+        parts.append(moved(sample["instances"], ratios, (x, y), (height, width)))
+    return mixed(samples, image, remaining(join(parts), min_visible))
 
 
 def mixup(first: dict, second: dict) -> dict:
     """A blend of two images; the second is scaled to fit into the first, at its upper left."""
     _, height, width = first["image"].shape
     weight = np.random.uniform(*WEIGHTS)
-    other, boxes = resized(second, fit(second, height, width))
+    other = resized(second["image"], fit(second, height, width))
+    size, ratios = (height, width), ratios_of(other, second)
     _, rows, columns = other.shape
     image = first["image"].clone()
     part = image[:, :rows, :columns]
     part[:] = (weight * part + (1 - weight) * other).round()
-    added = remaining(boxes, second["instances"].gt_classes, (height, width))
-    return mixed([first, second], image, Instances.cat([first["instances"], added]))
+    added = remaining(moved(second["instances"], ratios, (0, 0), size))
+    own = moved(first["instances"], (1, 1), (0, 0), size)
+    return mixed([first, second], image, join([own, added]))
 
 
 def fit(sample: dict, height: float, width: float) -> float:
@@ -139,26 +135,74 @@ def fit(sample: dict, height: float, width: float) -> float:
     return min(height / sample["image"].shape[1], width / sample["image"].shape[2])
 
 
-def resized(sample: dict, factor: float) -> tuple[Tensor, Tensor]:
-    """The image of a sample scaled by a factor, and its boxes (N, 4), in pixels."""
-    image = sample["image"]
-    before = image.shape[1:]
-    height, width = after = [max(round(factor * side), 1) for side in before]
-    ratios = torch.tensor([width / before[1], height / before[0]]).repeat(2)
+def resized(image: Tensor, factor: float) -> Tensor:
+    """An image (C, H, W) scaled by a factor."""
+    size = [max(round(factor * side), 1) for side in image.shape[1:]]
     # As floats: PyTorch fails on some strips of bytes.
-    scaled = F.interpolate(image[None].float(), after, mode="bilinear", antialias=True)[0]
-    return scaled.round().to(image.dtype), sample["instances"].gt_boxes.tensor * ratios
+    scaled = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+    return scaled.round().to(image.dtype)
 
 
-def remaining(
-    boxes: Tensor, classes: Tensor, size: tuple[int, int], min_visible: float = 0.0
+def ratios_of(scaled: Tensor, sample: dict) -> tuple[float, float]:
+    """Width and height of a scaled image (C, H, W), relative to those that it had."""
+    _, height, width = sample["image"].shape
+    return scaled.shape[2] / width, scaled.shape[1] / height
+
+
+def moved(
+    instances: Instances, ratios: Sequence[float], corner: Sequence[int], size: tuple[int, int]
 ) -> Instances:
-    """The boxes (N, 4) in an image of size (H, W), clipped, without those too small to remain."""
-    instances = Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes)
-    kept = visible(instances.gt_boxes, size, min_visible)
-    instances.gt_boxes.clip(size)
+    """Objects in a scaled image that is pasted into another one.
+
+    Args:
+        ratios: by which width and height were scaled
+        corner: x and y of the upper left of the scaled image in the other one
+        size: height and width of the other one
+    """
+    scale, shift = torch.tensor(ratios).repeat(2), torch.tensor(corner).repeat(2)
+    boxes = Boxes(instances.gt_boxes.tensor * scale + shift)
+    result = Instances(size, gt_boxes=boxes, gt_classes=instances.gt_classes)
+    if not instances.has("gt_masks"):
+        return result
+    masks = instances.gt_masks
+    if isinstance(masks, PolygonMasks):
+        x_y = [[part.reshape(-1, 2) * ratios + corner for part in parts] for parts in masks]
+        result.gt_masks = PolygonMasks([[part.ravel() for part in parts] for parts in x_y])
+    else:
+        result.gt_masks = BitMasks(pasted(masks.tensor, ratios, corner, size))
+    everything = torch.ones(len(instances), dtype=torch.bool)
+    for name in ("has_mask", "has_box"):  # all are and have, unless instances say otherwise
+        result.set(name, instances.get(name) if instances.has(name) else everything)
+    return result
+
+
+def pasted(
+    masks: Tensor, ratios: Sequence[float], corner: Sequence[int], size: tuple[int, int]
+) -> Tensor:
+    """Masks (n, height, width) bool in the other image; arguments as of `moved`."""
+    for axis, side in ((1, size[0]), (2, size[1])):
+        # the pixel under the middle of each row or column of the other image
+        middles = torch.arange(side) + 0.5 - corner[2 - axis]
+        source, last = (middles / ratios[2 - axis]).floor().long(), masks.shape[axis] - 1
+        masks = masks.index_select(axis, source.clamp(0, last))
+        masks.transpose(0, axis)[(source < 0) | (source > last)] = False
+    return masks
+
+
+def join(parts: Sequence[Instances]) -> Instances:
+    """All objects of an image; parts without any may lack the masks that others have."""
+    return Instances.cat([part for part in parts if len(part)] or parts[:1])
+
+
+def remaining(instances: Instances, min_visible: float = 0.0) -> Instances:
+    """Objects, clipped to their image, without those too small to remain."""
+    kept = visible(instances.gt_boxes, instances.image_size, min_visible)
+    instances.gt_boxes.clip(instances.image_size)
     sides = instances.gt_boxes.tensor[:, 2:] - instances.gt_boxes.tensor[:, :2]
-    return instances[kept & (sides >= MIN_SIDE).all(dim=1)]
+    kept &= (sides >= MIN_SIDE).all(dim=1)
+    if instances.has("gt_masks"):
+        kept &= instances.gt_masks.nonempty()
+    return instances[kept]
 
 
 def mixed(samples: Sequence[dict], image: Tensor, instances: Instances) -> dict:

@@ -99,7 +99,7 @@ def check_keys(cfg: CfgNode | DictConfig) -> None:
     refuse(cfg, NOWHERE, "here")
     refuse(cfg, by_model, f"on a {cfg.MODEL.META_ARCHITECTURE}")
     if is_detector(cfg, MaskDINO):
-        refuse(cfg, ("INPUT.MIXING", "TEST.AUG"), "with masks")
+        refuse(cfg, ("TEST.AUG",), "with masks")
     elif is_ours:
         refuse(cfg, (*OF_MASKS, *OF_MASK_DINO), f"on a {cfg.MODEL.META_ARCHITECTURE}")
     refuse(cfg, OF_OTHER_BACKBONES.get(backbone, ()), f"on the backbone {backbone}")
