@@ -33,10 +33,16 @@ def resize_masks(
     for start in range(0, len(logits), MASKS_AT_ONCE):
         part = slice(start, start + MASKS_AT_ONCE)
         maps = resize_maps(logits[part], stride, image_size, size)
-        masks[part] = inside = maps > 0
-        total = (maps.sigmoid_() * inside).sum((1, 2))
-        certainty[part] = total / inside.sum((1, 2)).clamp(min=1)
+        masks[part], certainty[part] = masks_of_maps(maps)
     return masks, certainty
+
+
+def masks_of_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks (n, height, width) bool of maps of logits, which are overwritten; and (n,) the mean
+    probability of each one's pixels, in [0, 1]."""
+    inside = maps > 0
+    total = (maps.sigmoid_() * inside).sum((1, 2))
+    return inside, total / inside.sum((1, 2)).clamp(min=1)
 
 
 def resize_maps(

@@ -23,7 +23,7 @@ from torch import nn
 
 from .. import data
 from ..modeling.mask_dino import MaskDINO
-from ..modeling.test_time_augmentation import WithTTA
+from ..modeling.test_time_augmentation import MaskDINOWithTTA, WithTTA
 from .evaluator import (
     OF_MAPS,
     ErrorAnalysisEvaluator,
@@ -69,7 +69,7 @@ def yaml_evaluate_tta(cfg: CfgNode, model: nn.Module, name: str, folder: str) ->
     """
     whole = data.Mapper(cfg, is_train=False, augmentations=[])
     loader = build_detection_test_loader(cfg, name, mapper=whole)
-    augmented = WithTTA(
+    augmented = (MaskDINOWithTTA if isinstance(model, MaskDINO) else WithTTA)(
         model,
         DatasetMapperTTA(cfg),
         iou=TTA_IOU if cfg.TEST.NMS is None else cfg.TEST.NMS,

@@ -99,7 +99,7 @@ def check_keys(cfg: CfgNode | DictConfig) -> None:
     refuse(cfg, NOWHERE, "here")
     refuse(cfg, by_model, f"on a {cfg.MODEL.META_ARCHITECTURE}")
     if is_detector(cfg, MaskDINO):
-        refuse(cfg, ("TEST.AUG",), "with masks")
+        check_views(cfg)
     elif is_ours:
         refuse(cfg, (*OF_MASKS, *OF_MASK_DINO), f"on a {cfg.MODEL.META_ARCHITECTURE}")
     refuse(cfg, OF_OTHER_BACKBONES.get(backbone, ()), f"on the backbone {backbone}")
@@ -109,6 +109,16 @@ def check_keys(cfg: CfgNode | DictConfig) -> None:
     if not (cfg.INPUT.MIXING.MOSAIC or cfg.INPUT.MIXING.MIXUP):
         refuse(cfg, ("INPUT.MIXING.SPAN",), "without INPUT.MIXING.MOSAIC or MIXUP")
     refuse(cfg, by_optimizer, f"with SOLVER.OPTIMIZER {optimizer}")
+
+
+def check_views(cfg: CfgNode) -> None:
+    """Raise a ValueError for maps of pixels with test-time augmentation, which merges objects."""
+    for key in ("PANOPTIC_ON", "SEMANTIC_ON") if cfg.TEST.AUG.ENABLED else ():
+        if cfg.MODEL.DINO.TEST[key]:
+            raise ValueError(
+                "test-time augmentation merges boxes and masks of objects, not maps of pixels: set "
+                f"TEST.AUG.ENABLED or MODEL.DINO.TEST.{key} to False"
+            )
 
 
 def check_optimizer(cfg: CfgNode) -> None:

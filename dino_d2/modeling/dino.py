@@ -243,16 +243,23 @@ class DINO(Detector):
         self, output: DetectorOutput, images: ImageList, batched_inputs: Batch
     ) -> list[dict[str, Any]]:
         """The results of each image of a forward pass, in the size that its input asks for."""
+        return [
+            {name: self.rescale(part, x) for name, part in parts.items()}
+            for parts, x in zip(self.detections(output, images), batched_inputs, strict=True)
+        ]
+
+    def detections(self, output: DetectorOutput, images: ImageList) -> list[dict[str, Instances]]:
+        """The "instances" of each image of a forward pass, in its pixels; with NMS also those
+        "suppressed"."""
         found = self.best(output.result.layers[-1])
-        kept = None if self.nms is None else non_maximum_suppression(found, self.nms)
-        results = []
-        for j, instances in enumerate(self.to_instances(output, found, images)):
-            parts = {"instances": instances}
-            if kept is not None:
-                parts = {"instances": instances[kept[j]], "suppressed": instances[~kept[j]]}
-            x = batched_inputs[j]
-            results.append({name: self.rescale(part, x) for name, part in parts.items()})
-        return results
+        everything = self.to_instances(output, found, images)
+        if self.nms is None:
+            return [{"instances": instances} for instances in everything]
+        kept = non_maximum_suppression(found, self.nms)
+        return [
+            {"instances": instances[own], "suppressed": instances[~own]}
+            for instances, own in zip(everything, kept, strict=True)
+        ]
 
     def detect(
         self, pixels: Tensor, padding: Tensor, targets: list[Target] | None = None
