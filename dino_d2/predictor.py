@@ -4,11 +4,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .detectron import INSTALLED, MISSING, Instances
 from .images import WRONG_CHANNELS, channels_of, check_mode, read_image, to_array
@@ -70,7 +71,6 @@ class Predictor:
         self.thresholds = dict(thresholds)
         self.highest = 0.0  # score that any detection has had, whatever the thresholds
 
-    @torch.inference_mode()
     def __call__(
         self, images: Picture | list | tuple, threshold: float | None = None
     ) -> Instances | list[Instances]:
@@ -91,24 +91,59 @@ class Predictor:
                 gives no instances
             DatasetError: a file cannot be read, or an image has more than 8 bits per channel
         """
+        if not self.gives_instances:
+            raise ValueError(
+                "this model gives maps and no instances: call results(image) of the predictor, or "
+                "set MODEL.DINO.TEST.INSTANCE_ON (model.instance_on) to True"
+            )
         if isinstance(images, list | tuple):
-            if not getattr(self.model, "instance_on", True):
-                raise ValueError(
-                    "this model gives maps and no instances: set MODEL.DINO.TEST.INSTANCE_ON "
-                    "(model.instance_on) to True, or call model([prepare(image)]) of the predictor"
-                )
-            narrow = self.dtype != torch.float32
-            with torch.autocast(self.model.device.type, self.dtype, enabled=narrow):
-                results = self.model([self.prepare(image) for image in images])
-            thresholds = self.thresholds
-            if threshold is not None:
-                require_share(threshold=threshold)
-                thresholds = dict.fromkeys(self.classes, threshold)
-            least = torch.tensor([thresholds.get(name, 0.0) for name in self.classes])
-            found = [x["instances"].to("cpu") for x in results]
-            self.highest = max([self.highest, *(x.scores.max().item() for x in found if len(x))])
-            return [x[x.scores >= least[x.pred_classes]] for x in found]
+            return [x["instances"] for x in self.run(images, threshold)]
         return self([images], threshold)[0]
+
+    @property
+    def gives_instances(self) -> bool:
+        """Whether the model gives instances, and not maps of pixels alone."""
+        return getattr(self.model, "instance_on", True)
+
+    def results(
+        self, images: Picture | list | tuple, threshold: float | None = None
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """All that the model gives for one image or a list of images.
+
+        Arguments and errors are those of a call.
+
+        Returns:
+            for each image what Detectron2's `DefaultPredictor` gives, on the CPU: "instances" as of
+            a call, and "panoptic_seg" and "sem_seg" of a Mask DINO that makes them
+        """
+        if isinstance(images, list | tuple):
+            return self.run(images, threshold)
+        return self.run([images], threshold)[0]
+
+    @torch.inference_mode()
+    def run(self, images: Sequence[Picture], threshold: float | None) -> list[dict[str, Any]]:
+        """The results of a list of images, see `results`."""
+        thresholds = self.thresholds
+        if threshold is not None:
+            require_share(threshold=threshold)
+            thresholds = dict.fromkeys(self.classes, threshold)
+        narrow = self.dtype != torch.float32
+        with torch.autocast(self.model.device.type, self.dtype, enabled=narrow):
+            results = self.model([self.prepare(image) for image in images])
+        least = torch.tensor([thresholds.get(name, 0.0) for name in self.classes])
+        return [self.on_cpu(result, least) for result in results]
+
+    def on_cpu(self, result: dict[str, Any], least: Tensor) -> dict[str, Any]:
+        """The results of an image on the CPU, with instances of at least the scores (K,)."""
+        found: dict[str, Any] = {
+            name: (x[0].to("cpu"), x[1]) if name == "panoptic_seg" else x.to("cpu")
+            for name, x in result.items()
+        }
+        if "instances" in found:
+            instances: Instances = found["instances"]
+            self.highest = max([self.highest, *instances.scores.tolist()])
+            found["instances"] = instances[instances.scores >= least[instances.pred_classes]]
+        return found
 
     def prepare(self, image: Picture) -> dict:
         """Detectron2's input for one image."""

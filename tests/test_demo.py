@@ -19,6 +19,7 @@ import dino_d2
 from dino_d2.data import DatasetError, coco_writer, read_results
 from dino_d2.data.coco_classes import COCO_80
 from dino_d2.data.normalise import read_annotations
+from dino_d2.names import plural
 from dino_d2.predictor import merge_thresholds
 from dino_d2.weights.checkpointer import Checkpointer
 from dino_d2.weights.model_zoo import get_config
@@ -251,22 +252,62 @@ def test_a_folder_with_the_name_of_a_picture_is_passed_by(folder, detector, tmp_
     assert len(json.loads(file.read_text())) == 10
 
 
-@pytest.mark.parametrize(
-    ("size", "factor"), [((90, 60), 7), ((60, 320), 2), ((321, 2), 1), ((2000, 1000), 1)]
-)
-def test_small_images_are_enlarged_with_their_boxes(size, factor):
-    boxes = torch.tensor([[1.0, 2, 30, 40]])
-    found = Instances(size[::-1], pred_boxes=Boxes(boxes.clone()), scores=torch.ones(1))
-    image, larger = demo_annotate.enlarge(Image.new("RGB", size), found)
-    assert image.size == larger.image_size[::-1] == (factor * size[0], factor * size[1])
-    assert torch.equal(larger.pred_boxes.tensor, factor * boxes)
-    assert torch.equal(found.pred_boxes.tensor, boxes) and torch.equal(larger.scores, found.scores)
+def test_detections_are_enlarged_with_the_image():
+    found = Instances((2, 3), pred_boxes=Boxes(torch.tensor([[0.0, 1, 2, 2]])))
+    found.pred_masks = torch.tensor([[[False, False, True], [True, True, False]]])
+    larger = demo_annotate.enlarge_boxes(found, 2)
+    assert larger.image_size == (4, 6) and larger.pred_boxes.tensor.tolist() == [[0, 2, 4, 4]]
+    rows = [[0, 0, 0, 0, 1, 1]] * 2 + [[1, 1, 1, 1, 0, 0]] * 2
+    assert larger.pred_masks[0].int().tolist() == rows
+    assert found.pred_boxes.tensor.tolist() == [[0, 1, 2, 2]] and found.pred_masks.shape[1] == 2
+
+
+@pytest.fixture
+def segmenter(make_mask_dino, randomise, monkeypatch):
+    """A small panoptic model in the place of the detector that is asked for."""
+    model = make_mask_dino().eval()
+    randomise(model.decoder.mask_head)
+    model.panoptic_on, model.object_mask_threshold, model.overlap_threshold = True, 0.0, 0.0
+    options = {"augmentations": [], "image_format": "RGB"}
+    predictor = dino_d2.Predictor(model, classes=CLASSES, **options)
+    monkeypatch.setattr(dino_d2, "load", lambda *_: predictor)
+    return predictor
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "semantic"])
+def test_segments_are_drawn_and_counted(kind, folder, segmenter, tmp_path, monkeypatch, capsys):
+    output, file = tmp_path / "pictures", tmp_path / "detections.json"
+    words = ("--config-file", "quickstart_masks", "--input", folder / "a.png", "--output", output)
+    if kind == "panoptic":
+        words += ("--json", file)
+    else:
+        model = segmenter.model
+        model.instance_on, model.panoptic_on, model.semantic_on = False, False, True
+        said = complaint(monkeypatch, *words, "--json", file)
+        assert "--json is about detections, and this model gives segments alone" in said
+    drawn, draw = [], demo_annotate.draw_segments
+    monkeypatch.setattr(
+        demo_annotate, "draw_segments", lambda *args: drawn.append(args) or draw(*args)
+    )
+    run_demo(monkeypatch, *words)
+    ((image, ids, segments, classes),) = drawn
+    result = segmenter.results(folder / "a.png")
+    if kind == "panoptic":
+        expected, _ = result["panoptic_seg"]
+        assert len(result["instances"]) == len(json.loads(file.read_text()))
+    else:
+        expected = result["sem_seg"].argmax(0) + 1
+    assert torch.equal(ids[::7, ::7], expected) and ids.shape == (420, 630)
+    assert image.size == (630, 420) and classes == CLASSES
+    assert {x["id"] for x in segments} == {*expected.unique().tolist()} - {0} != set()
+    assert f"{plural(len(segments), 'segment')} in 1 image" in capsys.readouterr().out
+    assert Image.open(output / "a.png").size == (630, 420)
 
 
 def test_results_are_counted_and_only_kept_where_they_are_wanted(annotator, folder):
     assert annotator.run_images([folder / "a.png"], [1])
-    assert annotator.detections > 0 and annotator.results == []
-    assert annotator.summary() == f"{annotator.detections} detections in 1 image"
+    assert annotator.found > 0 and annotator.results == []
+    assert annotator.summary() == f"{annotator.found} detections in 1 image"
 
 
 def test_where_nothing_is_found_the_highest_score_is_said(annotator, folder):

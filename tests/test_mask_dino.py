@@ -413,8 +413,28 @@ def test_what_needs_instances_says_so(make_mask_dino):
     with pytest.raises(ExportError, match="exported files give instances"):
         export(model, (64, 64))
     predictor = Predictor(model, classes="abc", augmentations=[], image_format="RGB")
-    with pytest.raises(ValueError, match="this model gives maps and no instances"):
+    with pytest.raises(ValueError, match=r"this model gives maps and no instances: call results"):
         predictor(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_all_that_a_model_gives_is_as_of_detectron2s_predictor(make_mask_dino, randomise):
+    model = make_mask_dino().eval()
+    randomise(model.decoder.mask_head)
+    randomise(model.decoder.class_heads)
+    model.panoptic_on, model.semantic_on, model.object_mask_threshold = True, True, 0.0
+    predictor = Predictor(model, classes="abc", augmentations=[], image_format="RGB")
+    image = np.full((40, 64, 3), 99, np.uint8)
+    assert len(predictor.results(image, 1.0)["instances"]) == 0 < predictor.highest
+    result, again = predictor.results([image, image])
+    with torch.no_grad():
+        expected, _ = model([predictor.prepare(image)] * 2)
+    assert torch.equal(result["instances"].scores, expected["instances"].scores)
+    assert len(predictor(image)) == len(result["instances"]) == len(again["instances"])
+    (ids, segments), (others, same) = result["panoptic_seg"], expected["panoptic_seg"]
+    assert torch.equal(ids, others) and segments == same
+    assert torch.equal(result["sem_seg"], expected["sem_seg"])
+    model.instance_on = False
+    assert predictor.results(image).keys() == {"panoptic_seg", "sem_seg"}
 
 
 @pytest.mark.parametrize(

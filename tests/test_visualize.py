@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from dino_d2.data import generate
 from dino_d2.engine.run import train
@@ -22,8 +22,10 @@ from dino_d2.visualize import (
     contact_sheet,
     draw_instances,
     draw_marks,
+    draw_segments,
     resize_long_side,
 )
+from dino_d2.visualize.images import inmost
 from dino_d2.visualize.marks import ink_on, load_font
 from dino_d2.visualize.style import escape_name
 from dino_d2.weights.model_zoo import get_config_file
@@ -161,6 +163,37 @@ def test_every_class_has_its_colour_in_a_picture():
     picture = draw_instances(BLACK, found, [f"class {i}" for i in range(10)])
     assert count(picture, class_colour(1)) and count(picture, class_colour(9))
     assert class_colour(2) == class_colour(9)
+
+
+def test_segments_are_filled_bordered_and_named_at_their_middle():
+    ids = torch.zeros(150, 200, dtype=torch.int32)
+    ids[:, :100], ids[60:120, 120:180] = 1, 7
+    segments = [{"id": 1, "category_id": 0}, {"id": 7, "category_id": 1}]
+    plain, named = (
+        np.asarray(draw_segments(BLACK, ids, segments, names)).astype(int)
+        for names in (["", ""], ["sky", "cat"])
+    )
+    half = [[x // 2 for x in ImageColor.getrgb(class_colour(label))] for label in range(2)]
+    assert (plain[10, 50] == half[0]).all() and (plain[90, 150] == half[1]).all()
+    assert (plain[20, 150] == 0).all()
+    assert (plain[20, 99:101] == 255).any() and (plain[90, 118:122] == 255).any()
+    for label, (x, y), area in ((0, (50, 75), slice(0, 100)), (1, (150, 90), slice(100, None))):
+        colour = ImageColor.getrgb(class_colour(label))
+        rows, columns = (named[:, area] == colour).all(2).nonzero()
+        middle = (columns.min() + columns.max()) / 2 + area.start, (rows.min() + rows.max()) / 2
+        assert np.abs(np.subtract(middle, (x, y))).max() <= 3
+
+
+@pytest.mark.parametrize(("shape", "off"), [((9, 13), 0), ((140, 20), 3)])
+def test_the_inmost_pixel_is_far_from_others(shape, off):
+    mask = np.zeros(shape, bool)
+    for y, x in np.random.default_rng(0).integers(shape, size=(6, 2)):
+        mask[y : y + shape[0] // 3, x : x + shape[1] // 3] = True
+    pixels, others = np.argwhere(mask), np.argwhere(~np.pad(mask, 1)) - 1
+    depths = np.linalg.norm(pixels[:, None] - others, axis=2).min(1)
+    x, y = inmost(mask)
+    (own,) = depths[(pixels == [y, x]).all(1)]
+    assert own >= 0.9 * depths.max() - off  # of large masks, not every pixel is looked at
 
 
 def test_fitting_keeps_the_shape_and_says_the_scale():

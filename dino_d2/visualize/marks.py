@@ -43,10 +43,19 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     firsts = [group[0] for group in groups]
     picture = fill_masks(image.convert("RGB"), firsts)
     canvas = ImageDraw.Draw(picture)
-    width = max(2, round(min(picture.size) / 160))
+    width = line_width(picture)
     for mark in reversed(firsts):
         _outline(canvas, mark, width)
-    font = load_font(max(12, round(min(picture.size) / 36)))
+    draw_labels(picture, groups)
+    return picture
+
+
+def draw_labels(picture: Image.Image, groups: Sequence[Sequence[Mark]]) -> None:
+    """Draw the label of each group of marks, at the box of its first, into an RGB image.
+
+    Labels do not overlap; one without a free place is left out.
+    """
+    canvas, font = ImageDraw.Draw(picture), font_for(picture)
     taken: list[tuple] = []
     for group in groups:
         parts = [mark._replace(text=one_line(mark.text)) for mark in group if mark.text]
@@ -56,7 +65,6 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
         if text and place:
             taken.append(place)
             _write(canvas, place, text, parts, font)
-    return picture
 
 
 def _group_by_box(marks: Sequence[Mark]) -> list[list[Mark]]:
@@ -96,6 +104,16 @@ def fill_masks(picture: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     for mask, colour in masks:
         pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.array(ImageColor.getrgb(colour)[:3])
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def line_width(picture: Image.Image) -> int:
+    """That of outlines in an image, in pixels."""
+    return max(2, round(min(picture.size) / 160))
+
+
+def font_for(picture: Image.Image) -> ImageFont.FreeTypeFont:
+    """The font of labels in an image."""
+    return load_font(max(12, round(min(picture.size) / 36)))
 
 
 @cache

@@ -213,6 +213,22 @@ def prepare_outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
         make_folder(args.json.parent, "the folder of --json")
 
 
+def check_results(args: argparse.Namespace, predictor: dino_d2.Predictor) -> None:
+    """Raise a ValueError for options of detections if the model gives none."""
+    given = (
+        ("--json", args.json),
+        ("--confidence-threshold", args.confidence_threshold),
+        ("--tiles", args.tiles),
+        ("--track", args.track),
+    )
+    for option, value in given:
+        if value and not predictor.gives_instances:
+            raise ValueError(
+                f"{option} is about detections, and this model gives segments alone: leave it out, "
+                "or set MODEL.DINO.TEST.INSTANCE_ON (model.instance_on) to True with --opts"
+            )
+
+
 def make_annotator(
     args: argparse.Namespace,
     inputs: Sequence[Path],
@@ -229,6 +245,7 @@ def make_annotator(
     predictor = dino_d2.load(
         *(args.config_file, args.weights, args.device, args.opts, dtype, least, args.runtime)
     )
+    check_results(args, predictor)
     predictor.thresholds = dict.fromkeys(predictor.classes, THRESHOLD) | predictor.thresholds
     return Annotator(
         predictor,

@@ -6,10 +6,11 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import demo_video
 import numpy as np
+import torch
 from demo_track import Tracker
 from demo_video import SOFTWARE, VIDEO_SUFFIXES, Video, VideoError, VideoWriter, Window
 from detectron2.structures import Boxes, Instances
@@ -25,10 +26,12 @@ from dino_d2.images import SUFFIXES as IMAGE_SUFFIXES
 from dino_d2.names import plural
 from dino_d2.progress import progress
 from dino_d2.tiles import detect_in_tiles
-from dino_d2.visualize import draw_instances
+from dino_d2.visualize import draw_instances, draw_segments
 
 # Small images are enlarged to at most this long side in pixels, so that labels do not hide objects.
 ENLARGED_SIDE = 640
+
+Result = dict[str, Any]  # as of `Predictor.results`
 
 
 class Shot(NamedTuple):
@@ -116,15 +119,16 @@ class Annotator:
         self.batch_size, self.categories = batch_size, categories
         self.taken = {path.resolve() for path in taken}
         self.results: list[dict] = []  # of all images, in COCO's format
-        self.detections = self.images = self.frames = self.videos = self.left_out = 0
+        self.kind, self.found = "detection", 0  # what is drawn, and how many
+        self.images = self.frames = self.videos = self.left_out = 0
 
     def run_images(self, paths: list[Path], ids: list[int]) -> bool:
         """Annotate images, skipping unreadable ones; returns whether to continue."""
         shots = self.detect(self.read(paths, ids))
-        for shot, instances in progress(shots, "image", total=len(paths)):
+        for shot, result in progress(shots, "image", total=len(paths)):
             self.images += 1
             save = self.output and self.free_path(shot.names["file_name"], ".png")
-            if not self.draw(shot, instances, save and partial(save_picture, path=save)):
+            if not self.draw(shot, result, save and partial(save_picture, path=save)):
                 return False
         return True
 
@@ -149,9 +153,9 @@ class Annotator:
         self.videos += 1
         before = self.frames
         with writer or nullcontext():
-            for shot, instances in found:
+            for shot, result in found:
                 self.frames += 1
-                if not self.draw(shot, instances, writer and writer.write, stay=False):
+                if not self.draw(shot, result, writer and writer.write, stay=False):
                     return False
         missing = video.length - (self.frames - before)
         if missing > max(1, video.length // 100):  # some formats only estimate their length
@@ -173,31 +177,36 @@ class Annotator:
 
     def detect(
         self, shots: Iterator[Shot], tracker: Tracker | None = None
-    ) -> Iterator[tuple[Shot, Instances]]:
-        """Detect in batches, count the detections, and keep the results."""
+    ) -> Iterator[tuple[Shot, Result]]:
+        """Detect in batches, count what is drawn, and keep the detections."""
         while batch := list(islice(shots, self.batch_size)):
-            pictures = [shot.picture for shot in batch]
-            found = self.find(pictures, tracker.lowest if tracker else None)
-            found = map(tracker, found) if tracker else found
-            for shot, instances in zip(batch, found, strict=True):
+            results = self.find([shot.picture for shot in batch], tracker)
+            for shot, result in zip(batch, results, strict=True):
                 if self.categories:
                     self.results += to_results(
-                        shot.names, instances, self.predictor.classes, self.categories
+                        shot.names, result["instances"], self.predictor.classes, self.categories
                     )
-                self.detections += len(instances)
-                yield shot, instances
+                if segments := segments_of(result):
+                    self.kind = "segment"
+                self.found += len(segments[1] if segments else result["instances"])
+                yield shot, result
 
-    def find(self, pictures: list[np.ndarray], threshold: float | None) -> list[Instances]:
-        """The detections in whole images, or in their tiles."""
-        if not self.tiles:
-            return self.predictor(pictures, threshold)
-        known = {"size": self.tiles, "batch_size": self.batch_size, "threshold": threshold}
-        return [detect_in_tiles(self.predictor, x, **known) for x in pictures]
+    def find(self, pictures: list[np.ndarray], tracker: Tracker | None) -> Iterable[Result]:
+        """Results in whole images; or detections in their tiles, or in tracks."""
+        threshold = tracker.lowest if tracker else None
+        if self.tiles:
+            known = {"size": self.tiles, "batch_size": self.batch_size, "threshold": threshold}
+            found = [detect_in_tiles(self.predictor, x, **known) for x in pictures]
+        elif tracker:
+            found = self.predictor(pictures, threshold)
+        else:
+            return self.predictor.results(pictures)
+        return [{"instances": tracker(x) if tracker else x} for x in found]
 
     def draw(
         self,
         shot: Shot,
-        instances: Instances,
+        result: Result,
         save: Callable[[Image.Image], None] | None,
         *,
         stay: bool = True,
@@ -209,10 +218,13 @@ class Annotator:
         """
         if not save and not self.window:
             return True
-        image = Image.fromarray(shot.picture)
-        if stay:
-            image, instances = enlarge(image, instances)
-        picture = draw_instances(image, instances, self.predictor.classes)
+        image, classes = Image.fromarray(shot.picture), self.predictor.classes
+        factor = max(1, ENLARGED_SIDE // max(image.size)) if stay else 1
+        image = image.resize([factor * side for side in image.size])
+        if segments := segments_of(result):
+            picture = draw_segments(image, enlarge(segments[0], factor), segments[1], classes)
+        else:
+            picture = draw_instances(image, enlarge_boxes(result["instances"], factor), classes)
         if save:
             save(picture)
         return not self.window or self.window.show(picture, stay=stay)
@@ -234,8 +246,8 @@ class Annotator:
         parts = [plural(self.images, "image")] if self.images or not self.videos else []
         if self.videos:
             parts.append(f"{plural(self.frames, 'frame')} of {plural(self.videos, 'video')}")
-        said = f"{plural(self.detections, 'detection')} in {' and '.join(parts)}"
-        if not self.detections and self.images + self.frames:
+        said = f"{plural(self.found, self.kind)} in {' and '.join(parts)}"
+        if self.kind == "detection" and not self.found and self.images + self.frames:
             said += (
                 f", as no score is above {self.predictor.highest:.2f}: lower --confidence-threshold"
             )
@@ -246,17 +258,31 @@ class Annotator:
         return said
 
 
-def enlarge(image: Image.Image, instances: Instances) -> tuple[Image.Image, Instances]:
-    """Enlarge a small image, its boxes and masks by an integer, to at most `ENLARGED_SIDE`."""
-    factor = max(1, ENLARGED_SIDE // max(image.size))
-    width, height = (factor * side for side in image.size)
-    larger = Instances((height, width), **instances.get_fields())
+def segments_of(result: Result) -> tuple[torch.Tensor, list[dict]] | None:
+    """What a picture shows as segments, as `draw_segments` takes it: those of a panoptic model, or
+    the classes of pixels of one that has nothing else; None: it shows instances."""
+    if "panoptic_seg" in result:
+        return result["panoptic_seg"]
+    if "instances" in result:
+        return None
+    labels = result["sem_seg"].argmax(0)
+    return labels + 1, [{"id": x + 1, "category_id": x} for x in labels.unique().tolist()]
+
+
+def enlarge(maps: torch.Tensor, factor: int) -> torch.Tensor:
+    """Maps (..., height, width) with each pixel repeated in both directions."""
+    return maps.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def enlarge_boxes(instances: Instances, factor: int) -> Instances:
+    """Detections, with their masks, in an image enlarged by an integer."""
+    height, width = instances.image_size
+    larger = Instances((factor * height, factor * width), **instances.get_fields())
     larger.pred_boxes = Boxes(factor * instances.pred_boxes.tensor)
     if instances.has("pred_masks"):
-        masks = instances.pred_masks
         larger.remove("pred_masks")
-        larger.pred_masks = masks.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    return image.resize((width, height)), larger
+        larger.pred_masks = enlarge(instances.pred_masks, factor)
+    return larger
 
 
 def warn(sentence: str) -> None:
