@@ -70,6 +70,12 @@ def clean_catalogs():
             catalog.remove(name)
 
 
+@pytest.fixture
+def without_plots(monkeypatch):
+    """An evaluation leaves out the plots of its errors, which take two seconds to draw."""
+    monkeypatch.setattr("dino_d2.engine.evaluator.draw_error_plots", lambda analysis, folder: [])
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     return torch.device(request.param)

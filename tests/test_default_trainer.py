@@ -25,6 +25,7 @@ from dino_d2.solver import ClippedAdamW
 from dino_d2.weights import model_zoo
 from dino_d2.weights.checkpointer import Checkpointer
 
+pytestmark = pytest.mark.usefixtures("without_plots")
 TINY = [
     *("MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(48,64)", "INPUT.MIN_SIZE_TEST", "64"),
     *("MODEL.DINO.ENCODER_LAYERS", "1", "MODEL.DINO.DECODER_LAYERS", "1"),

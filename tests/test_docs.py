@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zlib
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -131,8 +132,11 @@ def test_the_notebook_is_stored_without_what_it_printed():
 
 @pytest.mark.slow
 @pytest.mark.no_cover
+@pytest.mark.usefixtures("without_plots")
 def test_the_notebook_runs_from_data_to_an_exported_detector(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    layers = "MODEL.DINO.ENCODER_LAYERS", 1, "MODEL.DINO.DECODER_LAYERS", 1  # quicker to export
+    monkeypatch.setattr(dino_d2, "train", partial(dino_d2.train, overrides=layers))
     values, *cells = ("".join(x["source"]) for x in code_cells())
     names = {}
     exec(values, names)

@@ -533,9 +533,8 @@ def instances(*boxes):
 
 
 @pytest.fixture
-def registered(tmp_path, monkeypatch):
-    """A data set of one box; pictures of its analysis are left out, which take a second."""
-    monkeypatch.setattr("dino_d2.engine.evaluator.draw_error_plots", lambda analysis, folder: [])
+def registered(tmp_path, without_plots):
+    """A data set of one box."""
     Image.new("RGB", (100, 80)).save(tmp_path / "4.png")
     (tmp_path / "val.json").write_text(json.dumps(dataset(annotation([10, 10, 20, 20]))))
     name = f"{tmp_path}/val.json@{tmp_path}"

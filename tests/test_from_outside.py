@@ -227,7 +227,7 @@ class OneBox(Detector):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("clean_catalogs")
+@pytest.mark.usefixtures("clean_catalogs", "without_plots")
 def test_another_detector_is_trained_evaluated_and_loaded_by_the_same_code(tmp_path):
     generate(tmp_path, num_train=4, num_val=2)
     train, val = (f"{tmp_path}/{x}.json@{tmp_path}/images" for x in ("train", "val"))

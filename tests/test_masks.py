@@ -131,6 +131,7 @@ def test_without_masks_nothing_of_them_is_read(name_of):
     assert not mapper(record)["instances"].has("gt_masks")
 
 
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize(
     ("masks", "tasks", "said"),
     [
@@ -156,9 +157,9 @@ def test_masks_are_evaluated_where_there_are_any(name_of, tmp_path, caplog, mask
     assert said is None or said in caplog.text
 
 
-def test_errors_of_masks_are_analysed_beside_those_of_boxes(name_of, tmp_path, caplog, monkeypatch):
+@pytest.mark.usefixtures("without_plots")
+def test_errors_of_masks_are_analysed_beside_those_of_boxes(name_of, tmp_path, caplog):
     """The box is right, and of its mask a quarter."""
-    monkeypatch.setattr("dino_d2.engine.evaluator.draw_error_plots", lambda analysis, folder: [])
     evaluator = ErrorAnalysisEvaluator(name_of([SQUARE]), output_dir=str(tmp_path / "out"))
     evaluator.reset()
     part = PIXELS & (np.arange(40) < 16)[:, None] & (np.arange(60) < 16)

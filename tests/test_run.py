@@ -25,6 +25,7 @@ from dino_d2.engine.plan import make_plan
 from dino_d2.layouts.renaming import CheckpointError
 from dino_d2.weights import model_zoo
 
+pytestmark = pytest.mark.usefixtures("without_plots")
 PROGRAM = Path(__file__).parents[1] / "projects" / "dino" / "train_net.py"
 TINY = [
     *("MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(48,64)", "INPUT.MIN_SIZE_TEST", "64"),

@@ -317,7 +317,7 @@ def config(style, train, test, folder, *results):
     return cfg
 
 
-@pytest.mark.usefixtures("panopticapi")
+@pytest.mark.usefixtures("panopticapi", "without_plots")
 @pytest.mark.parametrize("style", ["yaml", "py"])
 def test_panoptic_data_is_evaluated_by_three_evaluators(style, names, tmp_path):
     told = make_plan(config(style, *names, tmp_path, *EVERYTHING))
@@ -378,7 +378,7 @@ def test_what_an_evaluation_needs_is_said_before_a_training(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("panopticapi")
+@pytest.mark.usefixtures("panopticapi", "without_plots")
 @pytest.mark.parametrize("kind", ["panoptic", "sem_seg", "sem_seg by softmax"])
 def test_a_mask_dino_trains_on_maps(kind, names, label_names, tmp_path):
     results = EVERYTHING if kind == "panoptic" else ["SEMANTIC_ON", "INSTANCE_OFF"]

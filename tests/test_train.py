@@ -7,6 +7,7 @@ from detectron2 import model_zoo as detectron2_zoo
 import dino_d2
 from dino_d2.data import generate
 
+pytestmark = pytest.mark.usefixtures("without_plots")
 SMALL = [
     *("MODEL.DINO.ENCODER_LAYERS", 1, "MODEL.DINO.DECODER_LAYERS", 1, "MODEL.DINO.FFN_DIM", 32),
     *("SOLVER.STEPS", "()", "DATALOADER.NUM_WORKERS", 0, "MODEL.DEVICE", "cpu"),

@@ -1,6 +1,7 @@
 """The program `train_net.py`, as people run it: both config styles, bad input, resume."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -108,14 +109,28 @@ def complaint(monkeypatch, *words):
     return str(end.value)
 
 
+@pytest.fixture
+def run_here(monkeypatch, caplog, in_process, without_plots):
+    """The log of train_net.py in this process, which has imported what it needs."""
+
+    def run(*words):
+        caplog.clear()
+        monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, words)])
+        with caplog.at_level(logging.INFO):
+            train_net.invoke_main()
+        return caplog.text
+
+    return run
+
+
 @pytest.mark.slow
-def test_train_stop_resume_evaluate(data, tmp_path):
+def test_train_stop_resume_evaluate(data, run_here, tmp_path):
     """Of a YAML config the folder of data is trained on below, and it goes on in test_run.py."""
     common = [*config(".py"), *data]
     first = run_program(*common, *overrides(".py", output=tmp_path, iterations=2))
     assert "Starting training from iteration 0" in first
 
-    second = run_program(*common, "--resume", *overrides(".py", output=tmp_path, iterations=4))
+    second = run_here(*common, "--resume", *overrides(".py", output=tmp_path, iterations=4))
     assert "Starting training from iteration 2" in second
     metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     written = set().union(*metrics)
@@ -125,7 +140,7 @@ def test_train_stop_resume_evaluate(data, tmp_path):
 
     weights = tmp_path / "model_final.pth"
     options = overrides(".py", output=tmp_path / "evaluation", weights=weights)
-    evaluation = run_program(*common, "--eval-only", *options)
+    evaluation = run_here(*common, "--eval-only", *options)
     scores, *_ = re.findall(r"copypaste: (\d.*)", evaluation)  # of the boxes, the first table
     assert float(scores.split(",")[0]) == pytest.approx(metrics[-1]["bbox/AP"], abs=1e-3)
 
@@ -744,14 +759,14 @@ def fewer_queries(style):
 
 
 @pytest.mark.slow
-def test_a_folder_trains_and_is_evaluated_by_its_name_alone(shapes, tmp_path):
+def test_a_folder_trains_and_is_evaluated_by_its_name_alone(shapes, run_here, tmp_path):
     common = [*config(".yaml"), *overrides(".yaml", output=tmp_path, iterations=2)]
     said = run_program(*common[:2], "--data", shapes, *common[2:])
     about = f"'{shapes}' is COCO: train 12 images"
     assert about in said and about in (tmp_path / "log.txt").read_text()
     assert said.count("Boxes as trained: ") == 1
     again = ["--config-file", tmp_path / "config.yaml", "--eval-only"]
-    assert "copypaste" in run_program(*again, "MODEL.WEIGHTS", tmp_path / "model_final.pth")
+    assert "copypaste" in run_here(*again, "MODEL.WEIGHTS", tmp_path / "model_final.pth")
 
 
 WRONG = {

@@ -183,7 +183,7 @@ def test_the_detector_stays_in_its_mode():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("clean_catalogs")
+@pytest.mark.usefixtures("clean_catalogs", "without_plots")
 def test_detectron2s_keys_add_results_with_augmentation(tmp_path):
     generate(tmp_path, 1, 2)
     name = f"{tmp_path}/val.json@{tmp_path}/images"  # of 2 images

@@ -541,12 +541,6 @@ def test_the_page_shows_all_that_was_written(results, tmp_path, monkeypatch, cap
     )
 
 
-@pytest.fixture
-def without_plots(monkeypatch):
-    """Pictures of tables, which take a second, are left out."""
-    monkeypatch.setattr("dino_d2.engine.evaluator.draw_error_plots", lambda analysis, folder: [])
-
-
 @pytest.mark.slow
 def test_images_without_a_mistake_are_not_among_the_worst(
     results, tmp_path, monkeypatch, without_plots, capsys
