@@ -49,6 +49,14 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests are not measured: they run other people's Python, which would take twice as long,
+    and what they run of the package the quick ones run, too."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker("no_cover")
+
+
 def pytest_collection_finish():
     """What is imported stays: looking through it for garbage takes a tenth of the time."""
     gc.collect()

@@ -420,11 +420,11 @@ def test_the_loader_gives_the_same_masks_of_polygons_and_rle(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.no_cover
 def test_runtimes_are_measured_on_the_same_model(tmp_path, capsys, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(benchmark_runtimes, "SIDE", 64)  # the limit of a CPU takes large matrices
-    run_model(tmp_path, "--runtime", "eager", "onnxruntime-int8")
+    config = "--config-file", "quickstart.yaml"
+    run_model(tmp_path, "--runtime", "eager", "onnxruntime-int8", *config)
     told = json.loads((tmp_path / "results.json").read_text())
     eager, small = told["results"]
     assert [x["runtime"] for x in (eager, small)] == ["eager", "onnxruntime-int8"]

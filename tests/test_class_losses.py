@@ -312,7 +312,6 @@ def use(model, kind):
     return model
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @EVERY
 def test_a_few_steps_of_training_lower_the_losses(make_dino, make_batch, kind):
@@ -343,7 +342,6 @@ def test_no_loss_waits_for_the_device(waits, make_dino, make_batch, kind, counts
     assert "costs.cpu()" in wait
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @EVERY
 def test_every_loss_is_one_graph(kind, pairs):

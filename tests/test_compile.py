@@ -6,8 +6,7 @@ import torch
 from dino_d2 import modeling
 from dino_d2.modeling.dino import padding_mask
 
-# What is traced is the compiler: as long again, were it measured what is run.
-pytestmark = [pytest.mark.slow, pytest.mark.no_cover]
+pytestmark = pytest.mark.slow
 STATIC = {"query_selection": modeling.StaticQueries, "look_forward": 1, "final_norm": False}
 
 

@@ -131,7 +131,6 @@ def test_the_notebook_is_stored_without_what_it_printed():
 
 
 @pytest.mark.slow
-@pytest.mark.no_cover
 @pytest.mark.usefixtures("without_plots")
 def test_the_notebook_runs_from_data_to_an_exported_detector(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

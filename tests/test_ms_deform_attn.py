@@ -189,7 +189,6 @@ def test_gradcheck(device):
     )
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_of_the_forward_operator(device, dtype):
@@ -199,7 +198,6 @@ def test_opcheck_of_the_forward_operator(device, dtype):
     torch.library.opcheck(FORWARD, args, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_of_the_backward_operator(device, dtype):
@@ -209,7 +207,6 @@ def test_opcheck_of_the_backward_operator(device, dtype):
     torch.library.opcheck(BACKWARD, args)
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 def test_it_compiles_to_one_graph(device):
     def loss(value, locations, weights):
@@ -296,7 +293,6 @@ def test_gradcheck_of_offsets_and_logits(size):
     )
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 def test_opcheck_with_a_reference(device):
     value, places, offsets, logits = make_raw_inputs(device, 4)

@@ -112,7 +112,6 @@ def test_it_is_the_definition_forward_and_backward(kernels, kind):
     compare(kernels, make_inputs(kind, batch=2, heads=2))
 
 
-@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
@@ -130,7 +129,6 @@ def test_any_sizes_are_fine(kernels, kind, sizes):
     compare(kernels, make_inputs(kind, **sizes))
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "dim", "kind"),
