@@ -71,6 +71,12 @@ if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     launch(main, args.num_gpus, args=(args,))
 """
+# Command lines, one after the other in one process: its imports take seconds.
+EACH = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -104,20 +110,22 @@ def test_detectron2s_script_goes_on_and_evaluates(make_cfg, options, tmp_path):
     script = tmp_path / "train_net.py"
     script.write_text(SCRIPT)
 
-    def run(*words):
+    def command(*words):
         config = model_zoo.get_config_file("quickstart.yaml")
-        command = [sys.executable, script, "--config-file", config, *words]
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
+        return [str(x) for x in (script, "--config-file", config, *words)]
 
     DefaultTrainer(make_cfg("TEST.EVAL_PERIOD", 0, "DATASETS.TEST", ())).train()
     output = tmp_path / "output"
-    again = run("--resume", *options, "SOLVER.MAX_ITER", 4)
-    assert "Starting training from iteration 2" in again
+    commands = [
+        command("--resume", *options, "SOLVER.MAX_ITER", 4),
+        command("--eval-only", *options, "MODEL.WEIGHTS", output / "model_final.pth"),
+    ]
+    words = [sys.executable, "-c", EACH, json.dumps(commands)]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Starting training from iteration 2" in result.stdout
     metrics = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    evaluated = run("--eval-only", *options, "MODEL.WEIGHTS", output / "model_final.pth")
-    (score,) = (x.split()[-1] for x in evaluated.splitlines() if x.startswith("evaluated:"))
+    (score,) = (x.split()[-1] for x in result.stdout.splitlines() if x.startswith("evaluated:"))
     assert float(score) == pytest.approx(metrics[-1]["bbox/AP"])
 
 

@@ -814,10 +814,9 @@ def test_torchrun_starts_workers_on_two_machines(program):
     assert found(program) == [[0, 2, 2, 0, 1, 0.5], [1, 2, 2, 0, 1, 0.5]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher", ["detectron2", pytest.param("torchrun", marks=pytest.mark.nightly)]
-)
+# test_run.py has it of a training, which one image that cannot be read ends.
+@pytest.mark.nightly
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_worker_that_fails_ends_all(program, launcher):
     words = [*LAUNCHERS[launcher](program), program.parent / "found", "fail"]
     codes, said = finish(begin(*words))  # workers wait for each other for 30 minutes
