@@ -33,6 +33,8 @@ help:
 demo: $(READY)
 	$(BIN)/python projects/dino/quickstart.py --output output/quickstart
 
+# Many processes import the same: compiled once, also where the environment keeps nothing compiled.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(READY)
 	$(BIN)/python -m pytest --cov -n $(JOBS) --maxprocesses 8 -m "not nightly"
 
