@@ -379,6 +379,7 @@ def test_a_registered_function_is_checked_as_any(changes, register_function, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
 def test_a_function_is_evaluated_with_what_it_gives_now(register_function, tmp_path):
     def evaluator(name, **options):
         return ErrorAnalysisEvaluator(name, output_dir=str(tmp_path), **options)

@@ -76,6 +76,7 @@ def test_images_are_found_in_their_patch_and_those_that_were_never_published_are
         assert (first["image_id"], second["annotations"]) == (7, [])
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_it_is_evaluated_by_the_ids_of_its_annotations(root, tmp_path):
     evaluator = ErrorAnalysisEvaluator(NAMES[1], output_dir=str(tmp_path))
     found = Instances((30, 40), pred_boxes=Boxes(torch.tensor([[10.0, 5, 30, 25]])))
