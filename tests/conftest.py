@@ -50,10 +50,11 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tests are not measured: they run other people's Python, which would take twice as long,
-    and what they run of the package the quick ones run, too."""
+    """What is nightly is slow, and slow tests are not measured: they run other people's Python,
+    which would take twice as long, and what they run of the package the quick ones run, too."""
     for item in items:
-        if item.get_closest_marker("slow"):
+        if {"slow", "nightly"} & {marker.name for marker in item.iter_markers()}:
+            item.add_marker("slow")
             item.add_marker("no_cover")
 
 

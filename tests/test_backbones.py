@@ -237,7 +237,6 @@ def test_backbones_have_the_papers_sizes(config, monkeypatch):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("config", SIZES)
 def test_dino_learns_with_backbones_of_the_papers_sizes(config, make_batch):
     train_one_step(make_cfg(config), make_batch(1, 0, sizes=[(64, 70), (64, 64)]))

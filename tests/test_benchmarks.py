@@ -301,7 +301,6 @@ def test_a_variant_is_what_is_measured(make_workload, monkeypatch):
     assert not any(p.requires_grad for p in make_workload("frozen").model.parameters())
 
 
-@pytest.mark.no_cover
 @pytest.mark.nightly
 def test_growth_has_a_point_for_each_value_and_a_plot_for_each_quantity(tmp_path, monkeypatch):
     values = {"area": (64,), "boxes": (1, 4)}
@@ -372,7 +371,6 @@ def test_a_table_marks_what_was_not_measured():
     assert table.splitlines() == ["| a | b |", "| --- | --- |", "| 1,234 | – |"]
 
 
-@pytest.mark.no_cover
 @pytest.mark.nightly
 def test_a_compiled_model_is_measured_beside_the_plain_one(tmp_path, monkeypatch):
     memory = {"memory_mib": None}  # would compile once more, in a process of its own

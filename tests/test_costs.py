@@ -184,7 +184,6 @@ def test_parameters_of_dino_4scale_are_those_of_the_paper():
     assert total - trained == 222_400  # stem and res2
 
 
-@pytest.mark.no_cover
 @pytest.mark.nightly
 def test_operations_of_dino_4scale_are_about_those_of_the_paper():
     """279 G, for images whose sizes it does not say; with 22,223 tokens as here it would be 290."""

@@ -722,7 +722,6 @@ def test_int8_is_where_it_does_no_harm(int8, load, images, image_sizes):
 # OpenVINO's tests are run by themselves: in one process with hundreds of others, a later one that
 # trains was killed without a word, twice of two times; the cause is not known.
 @pytest.mark.nightly
-@pytest.mark.no_cover
 def test_openvino_gives_what_onnx_runtime_gives(exported, load, int8, images, image_sizes):
     pytest.importorskip("openvino")
     expected = load(".onnx")(images, image_sizes)
@@ -739,7 +738,6 @@ def test_openvino_gives_what_onnx_runtime_gives(exported, load, int8, images, im
 
 
 @pytest.mark.nightly
-@pytest.mark.no_cover
 @pytest.mark.parametrize("name", runtime.RUNTIMES)
 def test_a_runtime_says_of_a_broken_file_that_it_is_damaged(tmp_path, name):
     pytest.importorskip(name)

@@ -236,7 +236,6 @@ def shift_memory(x):
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
-@pytest.mark.no_cover
 @pytest.mark.parametrize("change", [shuffle_memory, shift_memory])
 @pytest.mark.nightly
 def test_inputs_may_be_anywhere_in_memory(kernels, change):
