@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
+from ..resizing import MASKS_AT_ONCE, masks_of_maps
 from .detector import Batch
 from .dino import padding_mask
 from .mask_dino import MaskDINO
-from ..resizing import MASKS_AT_ONCE, masks_of_maps
 
 
 class WithTTA(nn.Module):
