@@ -31,7 +31,7 @@ class Finder:
 
     def __init__(self, masks=False):
         self.classes, self.thresholds, self.highest = CLASSES, dict.fromkeys(CLASSES, 0.3), 1.0
-        self.masks, self.seen = masks, []
+        self.masks, self.seen, self.gives_instances = masks, [], True
 
     def __call__(self, images, threshold=None):
         if isinstance(images, list):
