@@ -255,7 +255,7 @@ def test_a_missing_package_is_named_with_its_command(name, monkeypatch, tmp_path
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is not a file '.*model.onnx'"):
+    with pytest.raises(FileNotFoundError, match="there is no file '.*model.onnx'"):
         Exported(tmp_path / "model.onnx")
 
 

@@ -15,6 +15,7 @@ from dino_d2.config.keys import add_dino_config
 from dino_d2.config.styles import LAZY, get, keys_for
 from dino_d2.layouts.dino import to_official
 from dino_d2.layouts.renaming import CheckpointError
+from dino_d2.weights import download as download_module
 from dino_d2.weights import files, model_zoo, releases
 from dino_d2.weights.checkpointer import Checkpointer
 from dino_d2.weights.files import write
@@ -23,10 +24,16 @@ from dino_d2.weights.releases import RELEASES, Release
 ROOT = Path(__file__).parents[1]
 
 
+SWINS = {(96, 6): "T", (96, 18): "S", (128, 18): "B", (192, 18): "L"}
+
+
 def describe(cfg):
     """What both styles of config say about the things that belong to weights."""
     if isinstance(cfg, CfgNode):
-        c = cfg.MODEL.DINO
+        c, swin = cfg.MODEL.DINO, cfg.MODEL.SWIN
+        backbone = f"R_{cfg.MODEL.RESNETS.DEPTH}"
+        if cfg.MODEL.BACKBONE.NAME == "SwinTransformer":
+            backbone = f"Swin_{SWINS[swin.EMBED_DIM, swin.DEPTHS[2]]}_{swin.PRETRAIN_IMG_SIZE}"
         return {
             "weights": cfg.MODEL.WEIGHTS,
             "classes": c.NUM_CLASSES,
@@ -34,16 +41,14 @@ def describe(cfg):
             "shared_heads": c.SHARED_HEADS,
             "levels": c.NUM_LEVELS,
             "mean": list(cfg.MODEL.PIXEL_MEAN),
-            "backbone": f"R_{cfg.MODEL.RESNETS.DEPTH}",
+            "backbone": backbone,
         }
     backbone = cfg.model.backbone
     if "net" in backbone:
         backbone = f"ViTDet_{ {768: 'B', 1024: 'L'}[backbone.net.embed_dim] }".replace(" ", "")
     elif "depths" in backbone:
-        name = {(96, 6): "T", (96, 18): "S", (128, 18): "B", (192, 18): "L"}
-        backbone = (
-            f"Swin_{name[backbone.embed_dim, backbone.depths[2]]}_{backbone.pretrain_img_size}"
-        )
+        size = SWINS[backbone.embed_dim, backbone.depths[2]]
+        backbone = f"Swin_{size}_{backbone.pretrain_img_size}"
     else:
         family, size, *levels = backbone.name.split("_")  # of tiny, small, base, large
         family = {"convnext": "ConvNeXt", "focalnet": "FocalNet"}[family]
@@ -212,7 +217,7 @@ def test_weights_that_are_like_nothing_are_said_not_to_be_there():
 
 
 def test_a_config_that_is_not_there_is_answered_with_all():
-    with pytest.raises(FileNotFoundError, match="quickstart.yaml"):
+    with pytest.raises(FileNotFoundError, match="quickstart, "):
         model_zoo.get_config_file("?")
 
 
@@ -233,7 +238,8 @@ def published(request, monkeypatch, tmp_path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         os.replace(tmp_path / "there.pth", path)
 
-    monkeypatch.setattr(files, "download", download)
+    for module in (files, download_module):
+        monkeypatch.setattr(module, "download", download)
     return release.name, tmp_path / "there.pth"
 
 
@@ -349,7 +355,8 @@ def test_without_a_network_one_sentence_says_what_to_do(published, monkeypatch):
     def fail(*args, **options):
         raise urllib.error.URLError("Name or service not known")
 
-    monkeypatch.setattr(files, "download", fail)
+    for module in (files, download_module):
+        monkeypatch.setattr(module, "download", fail)
     with pytest.raises(CheckpointError) as caught:
         model_zoo.get(published[0], device="cpu")
     message = str(caught.value)

@@ -43,8 +43,8 @@ def get_config_file(name: str) -> str:
     for path in (root / f"{config}{suffix}" for suffix in suffixes):
         if path.is_file():
             return str(path)
-    names = [str(x.relative_to(root)) for x in root.rglob("*") if x.suffix in (".yaml", ".py")]
-    names.sort(key=lambda x: ("/" in x, x))
+    files = (x.relative_to(root) for x in root.rglob("*") if x.suffix in (".yaml", ".py"))
+    names = sorted({str(x.with_suffix("")) for x in files}, key=lambda x: ("/" in x, x))
     file = nearest_path(name)
     end = f"did you mean: {file}" if os.path.isfile(file) else hint(name, [*names, *RELEASES])
     raise FileNotFoundError(f"there is no config {name!r}; {end}")
