@@ -37,7 +37,7 @@ class Predictor:
         classes: names of its classes
         augmentations: resize an image as in evaluation
         image_format: of the model: "RGB", "BGR", "L" (grey values)
-        thresholds: least scores of detections, by class name; 0 where there is none
+        thresholds: score thresholds by class name; 0 for classes without one
         dtype: of autocast; bfloat16 more than doubles the speed of hardware that supports it, and
             changes scores slightly
 
@@ -80,7 +80,7 @@ class Predictor:
             images: paths, PIL images (their EXIF orientation is ignored) or uint8 arrays, RGB (H,
                 W, 3) or grey (H, W); or one of these. They are converted to the model's format, and
                 transparency is dropped
-            threshold: least score of detections of all classes, in place of `thresholds`
+            threshold: score threshold for all classes, in place of `thresholds`
 
         Returns:
             for each image, pred_boxes in pixels, scores in descending order and from the threshold
@@ -88,13 +88,13 @@ class Predictor:
 
         Raises:
             ValueError: the input is none of these, the threshold is not in [0, 1], or the model
-                gives no instances
+                does not output instances
             DatasetError: a file cannot be read, or an image has more than 8 bits per channel
         """
         if not self.gives_instances:
             raise ValueError(
-                "this model gives maps and no instances: call results(image) of the predictor, or "
-                "set MODEL.DINO.TEST.INSTANCE_ON (model.instance_on) to True"
+                "this model outputs maps and no instances: call results(image) of the predictor, "
+                "or set MODEL.DINO.TEST.INSTANCE_ON (model.instance_on) to True"
             )
         if isinstance(images, list | tuple):
             return [x["instances"] for x in self.run(images, threshold)]
@@ -199,24 +199,23 @@ def load(
     Args:
         config: name of a published checkpoint, such as "dino_R_50_4scale_12ep" of the paper's
             authors or "detrex/dino_R_50_4scale_12ep" of detrex; or, with `weights`, of any config,
-            see `model_zoo`; or a config file; or the output folder of a training, or a checkpoint
-            in it, which bring their config along; or file or URL of an exported model, .onnx or
+            see `model_zoo`; or a config file; or the output folder of a training run, or a
+            checkpoint in it, which have their config; or file or URL of an exported model, .onnx or
             .pt2
         weights: file, URL or `dino_d2://NAME`; default: those of the published checkpoint, those
-            that the config file names, or the best or else the last of a training. Without a
-            config, a checkpoint of a training
+            that the config file names, or the best or else the last of a training run. Without a
+            config, a checkpoint in an output folder
         device: default: the GPU if there is one
         overrides: of the config, see `apply_overrides`
         dtype: of autocast, see `Predictor`; of an ONNX file what OpenVINO computes in
-        thresholds: least score of detections, for all classes or by class name ("" for the others);
-            default: those of the best F1 in the evaluation that the weights had in their training,
-            otherwise 0
+        thresholds: score threshold for all classes, or by class name ("" for the others); default:
+            those of the best F1 at the last evaluation of the training run, otherwise 0
         runtime: of an ONNX file, "onnxruntime" or "openvino"; default: the first of them that is
             installed
 
     Raises:
         FileNotFoundError: no such config or, without weights, no such published checkpoint; or a
-            folder is not of a training
+            folder is not the output of a training run
         ValueError: an invalid device, dtype, override, name or threshold, or a config of another
             model or of images with other channels
         CheckpointError: the weights cannot be found, or are not complete

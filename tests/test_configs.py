@@ -430,7 +430,7 @@ def test_a_name_without_suffix_is_the_yaml_twin():
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(FileNotFoundError, match="dino_R_50_4scale_12ep.yaml"):
+    with pytest.raises(FileNotFoundError, match="did you mean: dino_R_50_4scale_12ep,"):
         model_zoo.get_config("dino_R50_4scale_12ep")
 
 

@@ -410,10 +410,10 @@ def test_tokens_are_not_ranked_by_a_softmax():
 def test_what_needs_instances_says_so(make_mask_dino):
     model = make_mask_dino().eval()
     model.instance_on = False
-    with pytest.raises(ExportError, match="exported files give instances"):
+    with pytest.raises(ExportError, match="exported files need instances"):
         export(model, (64, 64))
     predictor = Predictor(model, classes="abc", augmentations=[], image_format="RGB")
-    with pytest.raises(ValueError, match=r"this model gives maps and no instances: call results"):
+    with pytest.raises(ValueError, match=r"this model outputs maps and no instances: call results"):
         predictor(np.zeros((64, 64, 3), np.uint8))
 
 

@@ -184,8 +184,8 @@ def test_the_span_is_a_part_of_the_training():
         ({"mosaic": 2}, "mosaic is 2; it has to be a number from 0 to 1"),
         ({"mixup": -1}, "mixup is -1"),
         ({"min_visible": 40}, "min_visible is 40"),
-        ({"span": (0.5,)}, r"is \[0.5\]; give two shares of the training from 0 to 1"),
-        ({"span": (0.5, 0.2)}, r"is \[0.5, 0.2\]; give two shares"),
+        ({"span": (0.5,)}, r"is \[0.5\]; give two fractions of the run, from 0 to 1"),
+        ({"span": (0.5, 0.2)}, r"is \[0.5, 0.2\]; give two fractions"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(options, part):

@@ -634,5 +634,5 @@ def test_folders_that_are_of_no_training_are_sentences(training):
     folder = training("a.pth", config=False)
     with pytest.raises(FileNotFoundError, match=r"has no config\.yaml"):
         dino_d2.load(weights=folder / "a.pth")
-    with pytest.raises(FileNotFoundError, match="no checkpoint of a training yet"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
         dino_d2.load(training())

@@ -22,8 +22,8 @@ class Mapper(DatasetMapper):
     """Detectron2's mapper, with a clear error for an image that cannot be used.
 
     Takes the same arguments, or a config. With masks, objects of which only the box is known take
-    part, told apart by "has_mask" of the instances. Records without annotations, but with a
-    panoptic PNG or else a label map, give an instance for each segment or class, see `segments.py`.
+    part, marked by "has_mask" of the instances. Records without annotations, but with a
+    panoptic PNG or else a label map, get one instance per segment or class, see `segments.py`.
 
     From a config for evaluation, it resizes with our `ResizeShortestEdge`; for training,
     INPUT.RANDOM_FLIP may be "both", too. Pixels equal Detectron2's. Unlike Detectron2, integer

@@ -33,7 +33,7 @@ class Mixing:
     Args:
         mosaic: probability that an image becomes a mosaic
         mixup: probability that an image is blended with another
-        span: the part of a training in which images are mixed, as shares of its iterations
+        span: the part of the run in which images are mixed, as fractions of its iterations
         min_visible: boxes of which a smaller share of the area is left in a mosaic are dropped
 
     Raises:
@@ -50,14 +50,14 @@ class Mixing:
         require_share(mosaic=mosaic, mixup=mixup, min_visible=min_visible)
         if len(span) != 2 or not 0 <= span[0] <= span[1] <= 1:
             raise ValueError(
-                f"the span of mosaic and mixup is {list(span)}; give two shares of the training "
-                "from 0 to 1, where they begin and where they end"
+                f"the span of mosaic and mixup is {list(span)}; give two fractions of the run, "
+                "from 0 to 1: where mixing starts and where it ends"
             )
         self.mosaic, self.mixup, self.span = mosaic, mixup, tuple(span)
         self.min_visible = min_visible
 
     def places(self, max_iter: int, images: int) -> range:
-        """The images to mix, counted from the first of a training with `images` an iteration."""
+        """The images to mix, counted from the first of a run with a batch size of `images`."""
         first, last = (round(share * max_iter) * images for share in self.span)
         if first == last:
             raise ValueError(

@@ -169,13 +169,13 @@ def nearest(image: Tensor, size: list[int] | None, scales: list[float] | None = 
 
 
 def check(model: DINO, size: tuple[int, int]) -> None:
-    """Raise an ExportError if the model is in training mode, gives no instances, or pads images of
-    this size."""
+    """Raise an ExportError if the model is in training mode, does not output instances, or pads
+    images of this size."""
     if model.training:
         raise ExportError("the model is in training mode: call model.eval() before exporting it")
     if not getattr(model, "instance_on", True):
         raise ExportError(
-            "exported files give instances, and this model gives none: set MODEL.DINO.TEST."
+            "exported files need instances, which this model does not output: set MODEL.DINO.TEST."
             "INSTANCE_ON (model.instance_on) to True"
         )
     if min(size) < 1:

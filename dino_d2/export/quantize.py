@@ -1,7 +1,7 @@
 """INT8 versions of exported ONNX files, by ONNX Runtime's quantizer.
 
 Backbone, neck, projections of attention and feed-forward parts become INT8: nearly all of the
-arithmetic. What decides where a query looks and what it says stays float, see `FLOAT`.
+arithmetic. Sampling, attention weights and heads stay float, see `FLOAT`.
 """
 
 import re
@@ -27,7 +27,7 @@ def quantize(source: Path, target: Path, batches: Iterable[tuple[Tensor, Tensor]
     """Write an INT8 version of an ONNX file: the same graph, with QuantizeLinear nodes in it.
 
     Weights are symmetric with a scale by output channel, in 7 bits, as sums of products of 8 bits
-    saturate on CPUs without VNNI. Activations are in 8 bits, from the least to the greatest value
+    saturate on CPUs without VNNI. Activations are in 8 bits, from the minimum to the maximum
     that they have in the batches.
 
     Args:

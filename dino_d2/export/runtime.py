@@ -38,7 +38,7 @@ class About(NamedTuple):
     size: tuple[int, int]  # height and width of images
     image_format: str  # channels of images: "RGB", "BGR", "L"
     batch_size: int | None  # None: any
-    thresholds: dict[str, float] = {}  # least scores by class, of the best F1, where known
+    thresholds: dict[str, float] = {}  # score thresholds by class, of the best F1, where known
 
 
 def fit(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
@@ -62,7 +62,7 @@ def fit(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int
 
 
 class Graph(NamedTuple):
-    """What a runtime makes of a file."""
+    """A file loaded by a runtime."""
 
     run: Callable[[Tensor, Tensor], Iterable[Tensor]]  # boxes, scores, labels and maybe masks
     about: About
@@ -161,7 +161,7 @@ def in_pixels(
     image: tuple[int, int],
     size: tuple[int, int],
 ) -> Instances:
-    """Detections (N, .) of a padded image in pixels of the image; without a score they are none.
+    """Detections (N, .) of a padded image in pixels of the image, without those of score 0.
 
     Args:
         inside: height and width of the image in the padded one

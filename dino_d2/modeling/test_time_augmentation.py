@@ -1,4 +1,4 @@
-"""Detects in several views of an image, and merges what is found."""
+"""Detects in several views of an image, and merges the detections."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -94,7 +94,7 @@ class WithTTA(nn.Module):
         kept = batched_nms(corners.tensor, scores, labels, self.iou)[: self.max_detections]
         near = pairwise_iou(corners[kept], corners) > self.iou
         near[range(len(kept)), kept] = True  # itself, also without area or with an IoU of 1
-        # Distinct queries give a score of 0 to what they leave out.
+        # Distinct queries give a score of 0 to suppressed queries.
         votes = scores.clamp(min=1e-6) * (near & (labels[kept, None] == labels))
         shares = votes / votes.sum(1, keepdim=True)
         means = Boxes(shares @ corners.tensor)

@@ -1,4 +1,4 @@
-"""Loads a trained model with what its training left beside it."""
+"""Loads a trained model with its config, classes and thresholds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ def load_trained(
     dtype: torch.dtype,
     thresholds: Thresholds,
 ) -> Predictor:
-    """The predictor of a published checkpoint or of a training; see :func:`dino_d2.load`."""
+    """The predictor of a published checkpoint or of a training run; see :func:`dino_d2.load`."""
     config, weights = of_training(config, weights)
     cfg = model_zoo.get_config(config, trained=not weights)
     apply_overrides(cfg, overrides)
@@ -50,14 +50,16 @@ def load_trained(
 
 
 def of_training(config: str, weights: str) -> tuple[str, str]:
-    """A config and weights, which the folder or a checkpoint of a training brings along.
+    """A config and weights; an output folder, or a checkpoint in it, has both.
 
     Raises:
         ValueError: nothing is named
         FileNotFoundError: there is no config in the folder, or no checkpoint
     """
     if not config and not weights:
-        raise ValueError("name a published checkpoint, a config, or the folder of a training")
+        raise ValueError(
+            "name a published checkpoint, a config, or the output folder of a training run"
+        )
     if not config and weights.startswith(PUBLISHED):
         return weights.removeprefix(PUBLISHED), ""
     place = Path(config or weights).expanduser()
@@ -69,7 +71,7 @@ def of_training(config: str, weights: str) -> tuple[str, str]:
     file = folder / "config.yaml"
     if not file.is_file():
         raise FileNotFoundError(
-            f"'{folder}' has no config.yaml, which a training leaves beside its checkpoints: name "
+            f"'{folder}' has no config.yaml, which training saves next to its checkpoints: name "
             "the config as well"
         )
     if place.is_file():
@@ -78,7 +80,7 @@ def of_training(config: str, weights: str) -> tuple[str, str]:
     names = ["model_best.pth", *([last.read_text().strip()] if last.is_file() else [])]
     found = [folder / name for name in names if (folder / name).is_file()]
     if not weights and not found:
-        raise FileNotFoundError(f"'{folder}' has a config, but no checkpoint of a training yet")
+        raise FileNotFoundError(f"'{folder}' has a config, but no checkpoint yet")
     return str(file), weights or str(found[0])
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Detect objects in images and videos: annotated pictures, and the detections as JSON."""
+"""Detect objects in images and videos: annotated images, and the detections as JSON."""
 
 import argparse
 import json
@@ -46,7 +46,7 @@ A published checkpoint by name, see the README; folders, images and videos:
     $ python projects/dino/demo.py --config-file detrex/dino_R_50_4scale_24ep \\
         --input photos/ cat.jpg street.mp4 --output output/detected
 
-Small objects in large pictures, in tiles of 640 pixels:
+Small objects in large images, in tiles of 640 pixels:
     $ python projects/dino/demo.py --weights output/mine --input aerial/ --tiles 640 \\
         --output output/detected
 
@@ -65,8 +65,8 @@ def argument_parser() -> argparse.ArgumentParser:
         "--input",
         nargs="+",
         default=[],
-        help="images, videos, folders and patterns of them; what this program has drawn is taken "
-        "only where it is named itself",
+        help="images, videos, folders and patterns of them; images that this program has drawn "
+        "are skipped, unless named explicitly",
     )
     parser.add_argument(
         "--webcam",
@@ -80,7 +80,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for annotated pictures and videos; inputs that are in it stay as they are; "
+        help="folder for annotated images and videos; inputs in this folder are not overwritten; "
         "small images are drawn enlarged, so that there is room for labels",
     )
     parser.add_argument("--json", type=Path, help="file for the detections, see below")
@@ -96,14 +96,14 @@ def argument_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="SCORE",
         help="0 to 1, or of single classes, as in cat=0.4 dog=0.3; default: those of the best F1 "
-        "in the evaluation that the weights had in their training, otherwise 0.5",
+        "at the last evaluation of the training run, otherwise 0.5",
     )
     parser.add_argument(
         "--tiles",
         type=int,
         metavar="PIXELS",
-        help="detect in tiles of so many pixels that overlap by a fifth, each resized as an image "
-        "would be, and merge what they find: for small objects in large images; needs supervision",
+        help="detect in tiles of this size that overlap by a fifth, each resized as an image "
+        "would be, and merge the detections: for small objects in large images; needs supervision",
     )
     parser.add_argument(
         "--track",

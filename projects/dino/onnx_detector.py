@@ -40,7 +40,7 @@ class OnnxDetector:
 
         Args:
             image: of any size
-            threshold: least score; default: that of the class in the file, otherwise 0.5
+            threshold: score threshold; default: that of the class in the file, otherwise 0.5
         """
         (height, width), count = self.about["size"], self.about["batch_size"] or 1
         scale = min(height / image.height, width / image.width)
