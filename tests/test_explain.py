@@ -810,7 +810,7 @@ def test_the_seed_draws_the_noise(run, sketch):
 @pytest.mark.slow
 def test_the_page_and_its_pictures_are_written(run, dataset, capsys):
     assert run(*TRUTH, "--query", 3, 1, 3) is None
-    assert "explain.html and its 6 pictures are in 'out'" in capsys.readouterr().out
+    assert "explain.html and its 6 figures are in 'out'" in capsys.readouterr().out
     page = Page((dataset / "out" / "explain.html").read_text(encoding="utf-8"))
     assert "How DINO sees full.png" in page.text and "resized to 85 × 64" in page.text
     assert "20 queries and 3 classes" in page.text and "query 3: asked for" in page.text
