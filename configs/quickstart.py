@@ -46,6 +46,6 @@ lr_multiplier = L(WarmupParamScheduler)(
 
 train.init_checkpoint = ""
 train.reference_batch = 4
-train.max_iter = 2200
-train.eval_period = train.checkpointer.period = 550
+train.max_iter = 2400
+train.eval_period = train.checkpointer.period = 600
 train.seed = 1

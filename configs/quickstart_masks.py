@@ -34,5 +34,5 @@ model.criterion.matcher = L(MaskMatcher)(
 
 dataloader.train.mapper.update(use_instance_mask=True, instance_mask_format="bitmask")
 
-train.update(max_iter=3300, eval_period=1100, best_metric="segm/AP")
-train.checkpointer.period = 1100
+train.update(max_iter=2700, eval_period=900, best_metric="segm/AP")
+train.checkpointer.period = 900
