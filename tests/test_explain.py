@@ -813,7 +813,7 @@ def test_the_page_and_its_pictures_are_written(run, dataset, capsys):
     assert "explain.html and its 6 figures are in 'out'" in capsys.readouterr().out
     page = Page((dataset / "out" / "explain.html").read_text(encoding="utf-8"))
     assert "How DINO sees full.png" in page.text and "resized to 85 × 64" in page.text
-    assert "20 queries and 3 classes" in page.text and "query 3: asked for" in page.text
+    assert "20 queries and 3 classes" in page.text and "query 3: chosen by --query" in page.text
     embedded = [base64.b64decode(x["src"].split(",")[1]) for x in page.images]
     assert embedded == [(dataset / "out" / f"{name}.png").read_bytes() for name in PICTURES]
     for data in embedded:

@@ -256,7 +256,7 @@ def test_images_are_mixed_in_a_part_of_the_training(style):
     apply_overrides(cfg, changes[style])
     plan = make_plan(cfg)
     assert (plan.mixing.mosaic, plan.mixing.mixup, plan.mixing.min_visible) == (0.5, 0.0, 0.4)
-    assert plan.mixed == range(500 * 4, 1000 * 4)  # of 2000 iterations of 4 images, 2 at a time
+    assert plan.mixed == range(600 * 4, 1200 * 4)  # of 2400 iterations of 4 images, 2 at a time
     cfg = model_zoo.get_config(f"quickstart_masks{style}")
     apply_overrides(cfg, changes[style][:2])
     assert make_plan(cfg).mixing.mosaic == 0.5

@@ -253,7 +253,7 @@ def test_a_float_may_be_written_as_a_whole_number(yaml):
 @pytest.mark.parametrize(
     ("word", "part"),
     [
-        ("train.max_iter=10.5", "'train.max_iter' takes values such as 2000 (int), not 10.5"),
+        ("train.max_iter=10.5", "'train.max_iter' takes values such as 2400 (int), not 10.5"),
         ("train.max_iter=abc", "(int), not 'abc' (str)"),
         ("train.amp.enabled=maybe", "(bool), not 'maybe' (str)"),
         ("train.amp.enabled=1", "(bool), not 1 (int)"),

@@ -130,10 +130,10 @@ def test_what_happens_at_all_happens_in_a_short_training(style, dataset):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ((400, 4, 100), 100),  # of 3000 iterations; 2000 in the config
+        ((400, 4, 100), 100),  # of 3000 iterations; 2400 in the config
         ((400, 2, 100), 200),  # as many images
         ((24, 4, 100), 9),  # of 180: 5 %
-        ((24, 4, 400), 36),  # the 20 % that it was
+        ((24, 4, 480), 36),  # the 20 % that it was
         ((24, 4, 0), 0),
     ],
 )

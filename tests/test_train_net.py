@@ -323,7 +323,7 @@ def test_a_bad_override_is_one_sentence(style, option, parts, data, monkeypatch)
 def test_a_config_that_is_not_there(style, monkeypatch):
     assert "nowhere" in complaint(monkeypatch, "--config-file", f"nowhere{style}")
     message = complaint(monkeypatch, "--config-file", f"quikstart{style}")
-    assert f"did you mean: quickstart{style}" in message
+    assert "did you mean: quickstart, " in message
 
 
 def test_no_config_at_all(monkeypatch):
@@ -815,7 +815,7 @@ WRONG = {
             ["SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR", "SOLVER.FLAT_SHARE", "70"],
             "flat (SOLVER.FLAT_SHARE) is 70.0; it has to be a number from 0 to 1",
         ),
-        (["INPUT.MIXING.MIXUP", "0.5", "INPUT.MIXING.SPAN", "(0.5,)"], "give two shares of"),
+        (["INPUT.MIXING.MIXUP", "0.5", "INPUT.MIXING.SPAN", "(0.5,)"], "give two fractions of"),
         (["TEST.BEST_METRIC", "bbox/mAP"], "did you mean: bbox/AP"),
         (["TEST.BEST_METRIC", "ema/bbox/AP"], "EMA adds 'ema/' by itself"),
         (["TEST.BEST_METRIC", "dAP/missed"], "which evaluation does not give; available: bbox/AP,"),

@@ -381,7 +381,7 @@ def test_images_of_other_channels_are_shown(shapes, image_format):
 )
 def test_mosaics_are_shown_where_training_has_them(shapes, style, words):
     source = source_of(shapes, *words, style=style)
-    for iteration, others in ((999, ""), (1000, " + 3"), (1199, " + 3"), (1200, "")):  # of 2000
+    for iteration, others in ((1199, ""), (1200, " + 3"), (1439, " + 3"), (1440, "")):  # of 2400
         sample = next(visualize_data.samples(source, iteration))
         _, caption = visualize_data.draw(sample, source, None)
         assert caption.startswith(f"{Path(sample['file_name']).name}{others}  ")
