@@ -29,7 +29,7 @@ import dino_d2
 from dino_d2 import modeling
 from dino_d2.boxes import cxcywh_to_xyxy, refine
 from dino_d2.export import Exportable, check, export, runtime, save
-from dino_d2.export.compare import compare
+from dino_d2.export.differences import compare
 from dino_d2.export.graph import distinct_first, nearest, to_onnx
 from dino_d2.export.quantize import FLOAT, quantize
 from dino_d2.export.runtime import About, Exported, ExportError, fit

@@ -1,7 +1,7 @@
 """A detector as one file: graph.py writes it, runtime.py runs it."""
 
 from ..detectron import INSTALLED
-from .compare import compare
+from .differences import compare
 from .runtime import About, Exported, ExportedModel, ExportError, fit
 
 if INSTALLED:

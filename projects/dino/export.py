@@ -110,7 +110,7 @@ import dino_d2
 from dino_d2.data import Mapper
 from dino_d2.engine.evaluator import ErrorAnalysisEvaluator
 from dino_d2.export import Exportable, ExportedModel, check, export, save
-from dino_d2.export.compare import (
+from dino_d2.export.differences import (
     BOX_TOLERANCE,
     MASK_TOLERANCE,
     SCORE_TOLERANCE,
