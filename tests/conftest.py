@@ -50,8 +50,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """What is nightly is slow, and slow tests are not measured: they run other people's Python,
-    which would take twice as long, and what they run of the package the quick ones run, too."""
+    """Nightly tests count as slow, and slow tests are not measured: they mostly run third-party
+    Python code, which takes twice as long when measured. Lines that only they run are missing."""
     for item in items:
         if {"slow", "nightly"} & {marker.name for marker in item.iter_markers()}:
             item.add_marker("slow")
