@@ -11,12 +11,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from detectron2.structures import ImageList
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .layers import DeformableAttention, DenseAttention, SelfAttention
 from .modeling.dino import DINO, padding_mask
 from .modeling.mask_loss import MaskCriterion, MaskTruth
-from .modeling.masks import UnifiedQuerySelection, mask_logits
+from .modeling.masks import UnifiedQuerySelection, mask_logits, sample_maps
 from .modeling.matcher import queries_of_boxes
 from .modeling.query_selection import ProposalQueries, PureQuerySelection
 from .modeling.tokens import take_tokens, token_centers
@@ -235,9 +234,8 @@ def image_masks(masks: Tensor, pixels: Pixels, size: tuple[int, int]) -> Tensor:
     """
     y, x = ((torch.arange(n) + 0.5) / n for n in size)
     points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) * pixels.extent[0]
-    maps, grid = mask_logits(masks, pixels.maps[0]), 2 * points - 1
-    (logits,) = F.grid_sample(maps[None], grid[None], padding_mode="border", align_corners=False)
-    return logits
+    maps = mask_logits(masks, pixels.maps[0])
+    return sample_maps(maps[None], points[None], "border")[0]
 
 
 def denoised_boxes(output: DetectorOutput, target: Any) -> Denoised | None:

@@ -1,6 +1,8 @@
 """The programs benchmark_ops.py and benchmark_model.py, on problems of a blink."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -344,6 +346,16 @@ def peak_of_three_arrays():
 def test_peak_memory_is_what_was_there_at_once():
     # in a process of its own, as in the programs: what other tests left behind would count
     assert 60 < benchmarking.in_new_process(peak_of_three_arrays) < 100
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_one_sentence():
+    with pytest.raises(SystemExit, match="the process of die\\(\\) died"):
+        benchmarking.in_new_process(die)
 
 
 def test_sides_take_turns_and_a_first_round_is_not_counted():

@@ -31,7 +31,7 @@ from dino_d2.modeling import (
     UnifiedQuerySelection,
     mask_loss,
 )
-from dino_d2.modeling.masks import mask_boxes, mask_logits
+from dino_d2.modeling.masks import mask_boxes, mask_logits, sample_maps
 from dino_d2.modeling.segmentation import panoptic_map, semantic_map
 from dino_d2.predictor import Predictor
 from dino_d2.resizing import in_parts, resize_masks
@@ -62,6 +62,34 @@ def test_a_logit_at_a_point_is_that_of_the_pixel_embedding_there():
     of_maps = mask_loss.sample(mask_logits(embeddings, maps)[None], points)[0]
     of_pixels = embeddings @ mask_loss.sample(maps[None], points)[0]
     torch.testing.assert_close(of_maps, of_pixels)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_samples_are_not_taken_in_bfloat16(padding):
+    maps, points = torch.randn(1, 8, 256, 256).bfloat16(), torch.rand(1, 50, 40, 2)
+    expected = sample_maps(maps.double(), points.double(), padding)
+    assert expected.dtype == torch.float64
+    torch.testing.assert_close(
+        sample_maps(maps, points, padding), expected.float(), atol=1e-3, rtol=0
+    )
+
+
+def test_costs_of_masks_hardly_change_in_bfloat16(make_mask_dino):
+    """Points and the maps at them are as in float32; only embeddings are rounded."""
+    maps, masks = torch.randn(8, 128, 128), torch.zeros(2, 128, 128, dtype=torch.bool)
+    masks[0, :70], masks[1, :, 40:] = True, True
+    known, labels = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
+    truth = mask_loss.MaskTruth(
+        labels, torch.rand(2, 4), masks, known, known, maps.bfloat16().float(), torch.ones(2)
+    )
+    criterion = make_mask_dino().criterion
+    torch.manual_seed(0)
+    expected = criterion.at_points(truth)
+    torch.manual_seed(0)
+    narrow = truth._replace(boxes=truth.boxes.bfloat16(), pixels=truth.pixels.bfloat16())
+    found = criterion.at_points(narrow)
+    assert torch.equal(found.masks, expected.masks) and found.pixels.dtype == torch.bfloat16
+    torch.testing.assert_close(found.pixels, expected.pixels.bfloat16())
 
 
 def test_costs_are_means_over_points():

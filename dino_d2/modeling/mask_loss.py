@@ -22,7 +22,7 @@ from ..structures import (
     send_to_device,
 )
 from .criterion import CRITERION_REGISTRY, SetCriterion
-from .masks import mask_logits
+from .masks import mask_logits, sample_maps
 from .matcher import MATCHER_REGISTRY, HungarianMatcher
 from .tokens import take_tokens
 
@@ -149,7 +149,7 @@ class MaskCriterion(SetCriterion):
         points = draw_points(1, self.num_points, like=target.boxes)
         which = torch.arange(len(target.masks), device=points.device)
         masks = sample_masks(target.masks, which, points)
-        (pixels,) = sample(target.pixels[None], points * target.extent)
+        (pixels,) = sample(target.pixels[None], points * target.extent).to(target.pixels.dtype)
         return PointTruth(target.labels, target.boxes, masks, target.known, pixels)
 
     def sums(
@@ -216,14 +216,14 @@ class MaskCriterion(SetCriterion):
 
 
 def draw_points(masks: int, count: int, *, like: Tensor) -> Tensor:
-    """Uniform random points (masks, count, 2), as (x, y) in [0, 1]."""
-    return torch.rand(masks, count, 2, device=like.device, dtype=like.dtype)
+    """Uniform random points (masks, count, 2), as (x, y) in [0, 1], in float32 or wider."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.rand(masks, count, 2, device=like.device, dtype=dtype)
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples (n, C, P) of maps (n, C, h, w) at points (n, P, 2) in [0, 1]."""
-    points = points.to(maps.dtype)
-    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
+    return sample_maps(maps, points[:, :, None])[..., 0]
 
 
 def sample_masks(masks: Tensor, which: Tensor, points: Tensor) -> Tensor:

@@ -228,3 +228,18 @@ def spans(mask: Tensor, exclusive: bool = False) -> tuple[Tensor, Tensor]:
 def mask_logits(masks: Tensor, maps: Tensor) -> Tensor:
     """Maps of logits (..., Q, h, w) of masks (..., Q, C), with pixel embeddings (..., C, h, w)."""
     return (masks @ maps.flatten(-2)).unflatten(-1, maps.shape[-2:])
+
+
+def sample_maps(maps: Tensor, points: Tensor, padding: str = "zeros") -> Tensor:
+    """Bilinear samples (B, C, h', w') of maps (B, C, h, w), in float32 or wider.
+
+    In bfloat16, points are off by up to half a pixel of a map of 256, and PyTorch's kernel for CPUs
+    reads outside the maps (2.14: wrong numbers, or the process dies).
+
+    Args:
+        points: (B, h', w', 2), as (x, y) in [0, 1]
+        padding: of `grid_sample`, what is outside the maps
+    """
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    grid = 2 * points.to(dtype) - 1
+    return F.grid_sample(maps.to(dtype), grid, padding_mode=padding, align_corners=False)

@@ -8,13 +8,13 @@ import torch
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from fvcore.transforms.transform import Transform
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from ..resizing import MASKS_AT_ONCE, masks_of_maps
 from .detector import Batch
 from .dino import padding_mask
 from .mask_dino import MaskDINO
+from .masks import sample_maps
 
 
 class WithTTA(nn.Module):
@@ -134,8 +134,8 @@ class MaskDINOWithTTA(WithTTA):
             torch.tensordot(own, instances.mask_logits.to(own), 1)
             for own, instances in zip(shares.split([*map(len, found)], 1), found, strict=True)
         ]
-        grids = [
-            sampling_grid(own, size, [stride * x for x in part.shape[1:]]).to(part)
+        places = [
+            pixel_points(own, size, [stride * x for x in part.shape[1:]]).to(part.device)
             for own, part in zip(transforms, maps, strict=True)
         ]
         masks = shares.new_empty(len(merged), *size, dtype=torch.bool)
@@ -143,14 +143,14 @@ class MaskDINOWithTTA(WithTTA):
         for start in range(0, len(merged), MASKS_AT_ONCE):
             some = slice(start, start + MASKS_AT_ONCE)
             total = shares.new_zeros(len(masks[some]), *size)
-            for own, grid in zip(maps, grids, strict=True):
-                total += sample(own[some], grid)
+            for own, points in zip(maps, places, strict=True):
+                total += sample_maps(own[None, some], points[None], "border")[0]
             masks[some], certainty[some] = masks_of_maps(total)
         merged.pred_masks, merged.scores = masks, merged.scores * certainty
         return merged[merged.scores.argsort(descending=True, stable=True)]
 
 
-def sampling_grid(transforms: Transform, size: tuple[int, int], padded: Sequence[int]) -> Tensor:
+def pixel_points(transforms: Transform, size: tuple[int, int], padded: Sequence[int]) -> Tensor:
     """Where a view has the pixels of its image.
 
     Args:
@@ -159,15 +159,9 @@ def sampling_grid(transforms: Transform, size: tuple[int, int], padded: Sequence
         padded: height and width of the view with its padding
 
     Returns:
-        (height, width, 2), x and y from -1 to 1 over the padded view
+        (height, width, 2), x and y from 0 to 1 over the padded view
     """
     rows, columns = np.indices(size, dtype=np.float32) + 0.5  # middles of pixels
     points = transforms.apply_coords(np.stack([columns, rows], -1).reshape(-1, 2))
-    relative = 2 * points / np.array(padded[::-1], dtype=np.float32) - 1
+    relative = points / np.array(padded[::-1], dtype=np.float32)
     return torch.from_numpy(relative).view(*size, 2)
-
-
-def sample(maps: Tensor, grid: Tensor) -> Tensor:
-    """Bilinear samples (n, height, width) of maps (n, h, w) at places as of `sampling_grid`."""
-    found = F.grid_sample(maps[None], grid[None], padding_mode="border", align_corners=False)
-    return found[0]

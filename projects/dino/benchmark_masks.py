@@ -114,7 +114,7 @@ def train_ours(problem: Problem) -> Tensor:
     pixels, masks, noised, truth, queries = problem
     criterion = MaskCriterion(matcher=MaskMatcher(), num_points=POINTS)
     count, extent = len(truth), pixels.new_ones(2)
-    labels, boxes = torch.zeros(count, dtype=torch.int64), torch.zeros(count, 4, dtype=pixels.dtype)
+    labels, boxes = torch.zeros(count, dtype=torch.int64), torch.zeros(count, 4)
     known = torch.ones(count, dtype=torch.bool)
     target = MaskTruth(labels, boxes, truth, known, known, pixels, extent)
     with torch.no_grad():

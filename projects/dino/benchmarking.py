@@ -9,6 +9,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -272,13 +274,24 @@ def resident(key: str) -> float:
 
 
 def in_new_process(function: Callable, *arguments: object) -> object:
-    """The result of a function in a new process that has only imported dino_d2."""
+    """The result of a function in a new process that has only imported dino_d2.
+
+    Raises:
+        SystemExit: the process died
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["dino_d2"]
     )  # import once for all processes, as it takes seconds
-    with context.Pool(1) as pool:
-        return pool.apply(function, arguments)
+    try:
+        # multiprocessing.Pool would wait forever for a process that died
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        raise SystemExit(
+            f"error: the process of {function.__name__}{arguments} died; the usual reason is that "
+            "memory is not enough: choose smaller images or fewer objects"
+        ) from None
 
 
 def draw_growth(
