@@ -42,6 +42,7 @@ def add_dino_config(cfg: CN) -> None:
     # IndicatorQueries.
     c.QUERY_SELECTION = "MixedQuerySelection"
     c.NUM_QUERIES = 900
+    c.SELECTION_IOU = 0.8  # of DistinctQuerySelection: largest IoU of two selected boxes
     c.NUM_PATTERNS = 0  # learned contents of PatternQueries, each with every anchor; 0: zeros
     # Or LearnedPosition, ScaledAnchorPosition, ConditionalPosition.
     c.POSITION_HEAD = "AnchorPosition"

@@ -171,6 +171,11 @@ class DistinctQuerySelection(PureQuerySelection):
         self.iou_threshold = iou_threshold
         self.content_proj = nn.Linear(embed_dim, embed_dim)
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> dict[str, object]:
+        threshold = {"iou_threshold": cfg.MODEL.DINO.SELECTION_IOU}
+        return selection_from_config(cfg, num_classes) | threshold
+
     @torch.no_grad()
     def choose(
         self, tokens: Tensor, anchors: Tensor, logits: Tensor, box_head: nn.Module
