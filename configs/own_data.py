@@ -10,7 +10,8 @@ from .dino_R_50_4scale_12ep import dataloader, model, optimizer, train
 model.encoder.num_layers = model.decoder.num_layers = 3
 model.encoder.ffn_dim = 512
 model.query_selection._target_ = DistinctQuerySelection
-model.query_selection.num_queries = 100
+model.query_selection.num_queries = 300
+model.query_selection.iou_threshold = 0.5
 model.decoder.relation = DistinctQueries
 model.criterion.class_weight = 4.0
 model.max_detections = 100
